@@ -1,0 +1,27 @@
+"""Nibble: convert checkpoints to AWQ, GPTQ and FP8 and serve them.
+
+The public Python API. Names are resolved on first use, so that importing `nibble` needs neither torch nor a
+GPU: the HTTP server process never loads torch at all.
+
+    from nibble import LLM, SamplingParams
+    print(LLM("models/SmolLM2-AWQ").chat([{"role": "user", "content": "Hello"}])[0].text)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine.client import LLM as LLM
+    from .engine.request import SamplingParams as SamplingParams
+    from .quant.pipeline import convert as convert
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__", "convert"]
+
+_HOMES = {"LLM": ".engine.client", "SamplingParams": ".engine.request", "convert": ".quant.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nibble' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

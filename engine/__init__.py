@@ -1,0 +1,1 @@
+"""How to serve many requests at once: paged KV cache, continuous batching, one loop."""

@@ -1,0 +1,48 @@
+"""ScheduledBatch: what one step computes, as the scheduler hands it to the runner, and what the runner hands back.
+
+Each ScheduledRequest says: compute tokens [start, start + num_tokens) of `request`, whose KV blocks are already in
+`request.block_table`. If that reaches the end of its tokens, sample the next one. A prompt chunk, a whole prompt, a
+single decode token and a recomputation after preemption are all this same thing.
+"""
+
+from dataclasses import dataclass, field
+
+from .messages import TokenLogprobs
+from .request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    request: Request
+    start: int  # = request.num_computed_tokens when scheduled
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step produces a new token for the request."""
+        return self.end == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    items: list[ScheduledRequest]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """The runner's answer, keyed by request_id. A request is in `tokens` exactly if its item `samples` and did not
+    fail."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    # One entry per computed prompt position p in the chunk, scoring token p + 1; the scheduler strings chunks together.
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)  # this request failed (NaN logits); its batch-mates did not

@@ -1,0 +1,23 @@
+"""EngineConfig: everything the engine is told at start-up, frozen. `auto` values are decided once, in
+`engine/memory.py` and `engine/loader.py`, and reported in the `Ready` message; nothing else reads flags or the
+environment. Importing this needs no torch.
+"""
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """As given by the user. None or "auto" means: decide from the checkpoint and the machine."""
+
+    model: str  # local folder, .gguf file or Hub id
+    revision: str | None = None
+    dtype: str = "auto"  # auto, bfloat16, float16, float32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    max_model_len: int | None = None  # tokens; None: the checkpoint's, bounded by the KV cache
+    max_num_seqs: int = 64  # requests in one step
+    max_num_batched_tokens: int = 2048  # tokens in one step; longer prompts are computed in chunks
+    kv_cache_memory: int | None = None  # bytes; None: planned from free memory
+    block_size: int = 16  # tokens a KV block
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None  # CPU threads; None: torch's choice
+    seed: int = 0  # for requests that bring none

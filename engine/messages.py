@@ -1,0 +1,100 @@
+"""What crosses the socket pair between the API process and the engine process: typed msgspec structs, msgpack, each
+frame preceded by its length as a 4-byte little-endian integer. Never pickle. Importing this needs no torch.
+
+    API process                             engine process
+      AddRequest, AbortRequests, Shutdown  ->
+                                           <-  Ready | Fatal        once, after loading
+                                           <-  StepOutputs          after every step with news
+"""
+
+import msgspec
+
+from .request import SamplingParams
+
+
+class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float = 0.0  # time.time()
+    cache_salt: bytes = b""
+
+
+class AbortRequests(msgspec.Struct, tag="abort"):
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """Stop at once; the API process drains before it sends this."""
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities at one position, natural logarithm, of the distribution before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: the most probable token
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestOutput(msgspec.Struct, omit_defaults=True):
+    """News of one request after one step."""
+
+    request_id: str
+    token_ids: list[int] = []  # new since the last message
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once; the first position has none
+    finish_reason: str | None = None  # a FinishReason
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    error: str = ""
+
+
+class EngineStats(msgspec.Struct, omit_defaults=True):
+    """The engine's gauges and running totals, sent with every StepOutputs."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    step_tokens: int = 0  # tokens in the step just done
+
+
+class StepOutputs(msgspec.Struct, tag="outputs"):
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The engine has loaded, measured its memory and run one forward pass."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_blocks: int
+    block_size: int
+    dtype: str
+    device: str
+    quantization: str  # "awq int4 g64", "none", ...
+    kernels: dict[str, int]  # kernel name -> layers that use it
+    ledger: dict[str, int]  # bytes: weights, kv_cache, activations
+    load_seconds: float = 0.0
+
+
+class Fatal(msgspec.Struct, tag="fatal"):
+    """The engine cannot go on. exit_code 2: bad input, said in one line; 1: a defect."""
+
+    message: str
+    exit_code: int = 1
+
+
+ToEngine = AddRequest | AbortRequests | Shutdown
+FromEngine = Ready | Fatal | StepOutputs
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

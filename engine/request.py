@@ -1,0 +1,118 @@
+"""SamplingParams and Request: what is asked, and how far it has come.
+
+A request is a list of tokens, of which the first `num_computed_tokens` have their keys and values in the cache. There
+are no phases: the scheduler's one job is to let the second number catch up with the first.
+
+    token_ids   [ p p p p p p | o o o ]          p prompt, o output
+    computed    [ x x x x x x | x x   ]          one more step computes the last o and samples the next
+    block_table [  7  |  2  | 11  ]              KV blocks of block_size tokens each, owned by the BlockPool
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens and when to stop. Text-level stops (`stop`) are found by the detokenizer, the rest by the
+    engine. Validated by `verify`."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output tokens; 1: off
+    presence_penalty: float = 0.0  # over output tokens, as OpenAI has it
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None  # top-n alternatives for each output token; 0: the chosen token alone
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def verify(self, vocab_size: int) -> None:
+        """Raise ValueError naming the first field that is out of range."""
+        def need(ok: bool, field_name: str, want: str) -> None:
+            if not ok:
+                raise ValueError(f"{field_name} must be {want}, got {getattr(self, field_name)}")
+
+        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
+        need(0.0 <= self.temperature <= 10.0, "temperature", "between 0 and 10")
+        need(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
+        need(self.top_k >= -1, "top_k", "a positive integer, or 0 or -1 for off")
+        need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
+        need(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "in (0, 10]")
+        need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
+        need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
+        need(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        need(all(0 <= t < vocab_size for t in self.stop_token_ids), "stop_token_ids", f"ids below {vocab_size}")
+        need(all(0 <= t < vocab_size and -100.0 <= b <= 100.0 for t, b in (self.logit_bias or {}).items()),
+             "logit_bias", f"a map from token ids below {vocab_size} to numbers in [-100, 100]")
+        need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
+        need(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # end-of-sequence token, stop token or stop string
+    LENGTH = "length"  # max_tokens or the context is full
+    ABORT = "abort"  # the client left, or the server is shutting down
+    ERROR = "error"  # this request failed; its message is in RequestOutput.error
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()  # holds no blocks
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence in the engine. `token_ids` and `num_computed_tokens` are advanced by the scheduler alone."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: frozenset[int]
+    seed: int  # params.seed, or one drawn at admission: sampling is a function of (seed, position)
+    arrival_time: float = 0.0
+    cache_salt: bytes = b""  # separates prefix caches of different tenants
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    block_table: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token id, where one of stop_token_ids ended it
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[len(self.prompt_token_ids):]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED

@@ -1,0 +1,139 @@
+"""QuantizedWeight: the one in-memory form of a quantized weight matrix.
+
+Every on-disk format is a pair of functions to and from it, every kernel's `prepare` starts from it. Invariant: for
+row o and canonical column j, with (r, c) = (o // block_rows, j // block_cols),
+
+    kind "int":  w[o, perm[j]] = (codes[o, j] - zeros[r, c]) * scales[r, c]     zeros given   (AWQ, GPTQ asym)
+                               = (codes[o, j] - 2**(bits-1)) * scales[r, c]     neither given (symmetric)
+                               = codes[o, j] * scales[r, c] + mins[r, c]        mins given    (GGUF Q4_1, Q4_K)
+    kind "fp8":  w[o, perm[j]] = float(codes[o, j]) * scales[r, c]
+
+      in_features ->
+    +-------+-------+---+      codes   uint8 [out, in], one code a byte (or float8_e4m3fn for kind "fp8")
+    | block | block |...|      scales  float [ceil(out/block_rows), ceil(in/block_cols)]
+    +-------+-------+---+      zeros   uint8, mins float32: the shape of scales
+    out_features downwards     perm    int64 [in] or None: canonical column j holds input feature perm[j]
+
+Groups are contiguous in canonical columns; GPTQ's act-order is only the permutation. The codes are unpacked (a byte
+each) because this form lives for one layer at a time; a kernel packs its own.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["int", "fp8"]
+
+
+@dataclass(slots=True)
+class QuantizedWeight:
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    mins: Tensor | None = None
+    perm: Tensor | None = None
+    kind: Kind = "int"
+    bits: int = 4
+    block: tuple[int, int] = (1, 128)  # (rows, columns) that share one scale
+    input_scale: Tensor | None = None  # float32 [1]: static activation scale (FP8)
+    act_quant: Literal["none", "token", "group", "tensor"] = "none"  # how the format wants activations quantized
+
+    def __post_init__(self) -> None:
+        out_features, in_features = self.codes.shape
+        rows, cols = self.block
+        want = (-(-out_features // rows), -(-in_features // cols))
+        for name in ("scales", "zeros", "mins"):
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != want:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, want {want} for codes "
+                                 f"{tuple(self.codes.shape)} in blocks of {self.block}")
+        if self.zeros is not None and self.mins is not None:
+            raise ValueError("a weight has zeros or mins, not both")
+        if self.perm is not None and tuple(self.perm.shape) != (in_features,):
+            raise ValueError(f"perm has shape {tuple(self.perm.shape)}, want ({in_features},)")
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Input columns that share a scale."""
+        return self.block[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the weight needs with its codes packed densely: what a size report should say."""
+        extra = sum(t.numel() * t.element_size() for t in (self.scales, self.mins, self.perm) if t is not None)
+        zeros = self.zeros.numel() * self.bits // 8 if self.zeros is not None else 0
+        return self.codes.numel() * self.bits // 8 + extra + zeros
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [out, in] in the checkpoint's own column order; computed in float32, then cast."""
+        rows, cols = self.block
+        out_features, in_features = self.codes.shape
+
+        def spread(t: Tensor) -> Tensor:
+            t = t.float()
+            if cols != 1:
+                t = t.repeat_interleave(cols, 1)[:, :in_features]
+            if rows != 1:
+                t = t.repeat_interleave(rows, 0)[:out_features]
+            return t
+
+        scale = spread(self.scales)
+        if self.kind == "fp8":
+            dense = self.codes.float() * scale
+        elif self.mins is not None:
+            dense = self.codes.float() * scale + spread(self.mins)
+        elif self.zeros is not None:
+            dense = (self.codes.float() - spread(self.zeros)) * scale
+        else:
+            dense = (self.codes.float() - 2 ** (self.bits - 1)) * scale
+        if self.perm is not None:
+            original = torch.empty_like(dense)
+            original[:, self.perm] = dense
+            dense = original
+        return dense.to(dtype)
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        move = {n: t.to(device) for n in ("codes", "scales", "zeros", "mins", "perm", "input_scale")
+                if (t := getattr(self, n)) is not None}
+        return replace(self, **move)
+
+
+def can_fuse(weights: list[QuantizedWeight]) -> bool:
+    """Whether `fuse` can stack these along the output axis without changing a value."""
+    first = weights[0]
+
+    def same(name: str) -> bool:
+        tensors = [getattr(w, name) for w in weights]
+        if any(t is None for t in tensors):
+            return all(t is None for t in tensors)
+        return all(torch.equal(t, tensors[0]) for t in tensors)
+
+    uniform = all((w.kind, w.bits, w.block[1], w.in_features, w.act_quant, w.scales.dtype, w.mins is None)
+                  == (first.kind, first.bits, first.block[1], first.in_features, first.act_quant,
+                      first.scales.dtype, first.mins is None) for w in weights)
+    whole_rows = all(w.block[0] == first.block[0] and w.out_features % w.block[0] == 0 for w in weights)
+    return uniform and whole_rows and same("perm") and same("input_scale")
+
+
+def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
+    """Stack weights along the output axis (q, k, v -> qkv). The caller has asked `can_fuse`."""
+    def cat(name: str) -> Tensor | None:
+        tensors = [getattr(w, name) for w in weights]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    if any(w.zeros is None for w in weights) and any(w.zeros is not None for w in weights):
+        midpoint = 2 ** (weights[0].bits - 1)  # symmetric and asymmetric shards: write the midpoint out
+        weights = [w if w.zeros is not None
+                   else replace(w, zeros=torch.full_like(w.scales, midpoint, dtype=torch.uint8)) for w in weights]
+    return replace(weights[0], codes=torch.cat([w.codes for w in weights]), scales=cat("scales"),
+                   zeros=cat("zeros"), mins=cat("mins"))

@@ -1,0 +1,1 @@
+"""Command-line verbs: each file here is a script and a `nibble` verb."""
