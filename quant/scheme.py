@@ -37,3 +37,13 @@ class QuantScheme:
     ignore: tuple[str, ...] = ()  # module names, or "re:..." patterns, that stay dense
     lm_head: bool = False
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # as read; for the model card
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QuantScheme":
+        raise NotImplementedError
+
+    def layer(self, module: str) -> LayerScheme | None:
+        return self.default
+
+    def describe(self) -> str:
+        return f"{self.method} {self.format}"
