@@ -65,6 +65,10 @@ class Checkpoint(ABC):
     def modules(self) -> set[str]:
         """Names of the modules that have a weight, dense or quantized."""
 
+    @abstractmethod
+    def weight_names(self, module: str) -> list[str]:
+        """The tensors that `linear` reads for a module; empty if it has no weight."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -138,6 +142,9 @@ class FolderCheckpoint(Checkpoint):
 
     def modules(self) -> set[str]:
         return {m for name in self._entries if (m := name.rpartition(".")[0]) and self._suffixes(m)}
+
+    def weight_names(self, module: str) -> list[str]:
+        return [f"{module}.{suffix}" for suffix in self._suffixes(module)]
 
     @property
     def nbytes(self) -> int:
@@ -225,6 +232,9 @@ class GgufCheckpoint(Checkpoint):
 
     def modules(self) -> set[str]:
         return {name.removesuffix(".weight") for name in self._gguf_names if name.endswith(".weight")}
+
+    def weight_names(self, module: str) -> list[str]:
+        return [f"{module}.weight"] if self.has(f"{module}.weight") else []
 
     @property
     def nbytes(self) -> int:

@@ -94,6 +94,30 @@ def _unindexed(folder: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Tensor entries of one safetensors file; CheckpointError unless header and file size agree."""
+    header, data_start = read_raw_header(file)
+    data_size = file.stat().st_size - data_start
+    entries = {}
+    for name, raw in header.items():
+        try:
+            dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError("has a damaged header entry", file=file, tensor=name, fix=_AGAIN) from None
+        if dtype not in DTYPES:
+            raise CheckpointError(f"has dtype {dtype}, which is not supported", file=file, tensor=name)
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            raise CheckpointError("has a damaged shape or offset", file=file, tensor=name, fix=_AGAIN)
+        if end > data_size:
+            raise CheckpointError(f"file is truncated: the tensor ends at byte {end} of the data, the file has "
+                                  f"{data_size}", file=file, tensor=name, fix=_AGAIN)
+        if end - begin != prod(shape) * DTYPES[dtype].itemsize:
+            raise CheckpointError(f"has {end - begin} bytes for shape {list(shape)} of {dtype}", file=file,
+                                  tensor=name, fix=_AGAIN)
+        entries[name] = TensorEntry(file, DTYPES[dtype], shape, end - begin)
+    return entries
+
+
+def read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header's entries as written, without metadata, and the byte at which the data begins."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -105,28 +129,12 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {name: (entry, *entry["data_offsets"]) for name, entry in header.items()}
-        parsed = {name: TensorEntry(file, DTYPES.get(entry["dtype"]), tuple(entry["shape"]), end - begin)
-                  for name, (entry, begin, end) in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError("has a damaged safetensors header", file=file, fix=_AGAIN) from None
-    for name, (entry, begin, end) in entries.items():
-        _check_extent(file, name, parsed[name], entry["dtype"], begin, size - 8 - length, end)
-    return parsed
-
-
-def _check_extent(file: Path, name: str, entry: TensorEntry, dtype: str, begin: Any, size: int, end: Any) -> None:
-    if entry.dtype is None:
-        raise CheckpointError(f"has dtype {dtype}, which is not supported", file=file, tensor=name)
-    if not all(isinstance(n, int) and n >= 0 for n in (*entry.shape, begin, end)):
-        raise CheckpointError("has a damaged shape or offset", file=file, tensor=name, fix=_AGAIN)
-    if end > size:
-        raise CheckpointError(f"file is truncated: the tensor ends at byte {end} of the data, the file has {size}",
-                              file=file, tensor=name, fix=_AGAIN)
-    if entry.nbytes != prod(entry.shape) * entry.dtype.itemsize:
-        raise CheckpointError(f"has {entry.nbytes} bytes for shape {list(entry.shape)} of {dtype}", file=file,
-                              tensor=name, fix=_AGAIN)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError("has a damaged safetensors header", file=file, fix=_AGAIN)
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def read_json(file: Path) -> dict[str, Any]:
