@@ -98,3 +98,29 @@ FromEngine = Ready | Fatal | StepOutputs
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def frame(message: ToEngine | FromEngine | msgspec.Struct) -> bytes:
+    """A message as it crosses the socket: its length in 4 bytes, little-endian, and its msgpack."""
+    body = encode(message)
+    return len(body).to_bytes(4, "little") + body
+
+
+class FrameReader:
+    """Cuts a byte stream back into the bodies of its frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take in some bytes of the stream; the bodies that are now complete."""
+        buffer, bodies, start = self._buffer, [], 0
+        buffer += data
+        while len(buffer) - start >= 4:
+            end = start + 4 + int.from_bytes(buffer[start:start + 4], "little")
+            if len(buffer) < end:
+                break
+            bodies.append(bytes(buffer[start + 4:end]))
+            start = end
+        del buffer[:start]
+        return bodies

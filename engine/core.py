@@ -1,0 +1,135 @@
+"""EngineCore: the engine's loop body. One `step` schedules, computes and takes in the result; nothing else happens.
+
+    add / abort  ->  Scheduler  -- ScheduledBatch -->  Runner  -- StepResult -->  Scheduler  ->  RequestOutputs
+
+A step that fails takes down the requests that were in it and nobody else, provided that the device still computes:
+one token is run as a probe, and only if that fails too is the engine given up. Whenever no request is left, all blocks
+are free and `check_idle` says so.
+"""
+
+import logging
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from .batch import ScheduledBatch, ScheduledRequest, StepResult
+from .block_pool import BlockPool
+from .config import EngineConfig
+from .messages import AddRequest, EngineStats, Ready, RequestOutput
+from .request import Request, SamplingParams
+from .scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class RunnerProtocol(Protocol):
+    """What the loop asks of the device side: `runner.Runner`, or a fake in tests."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+
+    def ready(self) -> Ready: ...
+
+    def execute(self, batch: ScheduledBatch) -> StepResult: ...
+
+    def logits(self, token_ids: list[int]) -> "Tensor": ...
+
+
+class EngineCore:
+    """The scheduler and the runner of one model."""
+
+    def __init__(self, config: EngineConfig, runner: RunnerProtocol | None = None,
+                 progress: Callable[[str], None] | None = None):
+        """Loads the model unless a runner is given. `progress` hears a line at each stage of loading. NibbleError on
+        bad input."""
+        self.runner = _load_runner(config, progress) if runner is None else runner
+        pool = BlockPool(self.runner.num_blocks, self.runner.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.runner.max_model_len,
+        )
+        self._eos = frozenset(self.runner.eos_token_ids)
+        self._random = random.Random(config.seed)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def ready(self) -> Ready:
+        ready = self.runner.ready()
+        ready.max_model_len = self.scheduler.max_model_len
+        return ready
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def add(self, message: AddRequest) -> None:
+        """Admit a request. ValueError says, fit for the client to read, why it cannot be served."""
+        vocab_size = self.runner.vocab_size
+        message.params.verify(vocab_size)
+        prompt = message.prompt_token_ids
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(f"the prompt has token ids outside of 0 .. {vocab_size - 1}")
+        seed = message.params.seed
+        self.scheduler.add(Request(
+            request_id=message.request_id,
+            prompt_token_ids=prompt,
+            params=message.params,
+            eos_token_ids=self._eos,
+            seed=self._random.getrandbits(63) if seed is None else seed,
+            arrival_time=message.arrival_time,
+            cache_salt=message.cache_salt,
+        ))
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.abort(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch, if there is any; the news of its requests. Raises only if the engine cannot go on."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            if self.has_work:
+                raise RuntimeError("requests are waiting, but none can be scheduled")
+            return []
+        try:
+            result = self.runner.execute(batch)
+        except Exception:
+            return self._fail(batch)
+        return self.scheduler.update(batch, result)
+
+    def check_idle(self) -> None:
+        """RuntimeError if a block is still held although no request is left, or any other invariant is broken."""
+        self.scheduler.check_integrity()
+
+    def _fail(self, batch: ScheduledBatch) -> list[RequestOutput]:
+        logger.exception("a step of %d requests failed", len(batch.items))
+        error = "the engine failed while computing this request; its log has the cause"
+        outputs = self.scheduler.update(batch, StepResult(errors={i.request.request_id: error for i in batch.items}))
+        self._probe()
+        return outputs
+
+    def _probe(self) -> None:
+        """Run one token through the model; raises what the runner raises if the device is beyond use."""
+        pool = self.scheduler.pool
+        if pool.num_free == 0:  # the next step is the probe
+            return
+        probe = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0.0), self._eos, seed=0)
+        probe.block_table = pool.allocate(1)
+        try:
+            self.runner.execute(ScheduledBatch([ScheduledRequest(probe, 0, 1)]))
+        finally:
+            pool.free(probe.block_table)
+
+
+def _load_runner(config: EngineConfig, progress: Callable[[str], None] | None) -> RunnerProtocol:
+    from .runner import Runner  # torch is imported here, and only where the model really is loaded
+
+    return Runner(config, progress)

@@ -1,0 +1,172 @@
+"""The engine's own process: `python -m nibble.engine.process --fd N`.
+
+N is an inherited end of a private socket pair; nothing listens anywhere. The first frame is the EngineConfig, the
+answer is Ready or Fatal, and from then on the loop is: take in what has arrived (waiting for it only when there is
+nothing to compute), step, send the news.
+
+The process lives exactly as long as its parent wants it to: it ends on Shutdown, when the socket closes, and, on
+Linux, when the parent dies in any way at all. SIGINT and SIGTERM are left to the parent, which drains first; a
+terminal or a service manager sends them to both.
+"""
+
+import argparse
+import ctypes
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from ..quant.errors import NibbleError
+from .config import EngineConfig
+from .core import EngineCore
+from .messages import (
+    AbortRequests,
+    AddRequest,
+    EngineStats,
+    Fatal,
+    FrameReader,
+    FromEngine,
+    RequestOutput,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+    decode_to_engine,
+    frame,
+)
+from .request import FinishReason
+
+logger = logging.getLogger(__name__)
+
+CoreFactory = Callable[[EngineConfig], EngineCore]
+
+
+class Closed(Exception):
+    """The parent has closed its end."""
+
+
+class Channel:
+    """The engine's end of the socket pair."""
+
+    def __init__(self, sock: socket.socket):
+        self._sock = sock
+        self._frames = FrameReader()
+
+    def receive(self, wait: bool) -> list[bytes]:
+        """Every frame that has arrived whole; if `wait`, at least one. Raises Closed."""
+        bodies: list[bytes] = []
+        while True:
+            try:
+                data = self._sock.recv(1 << 18, 0 if wait and not bodies else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return bodies
+            except ConnectionError:
+                data = b""
+            if not data:
+                raise Closed
+            bodies += self._frames.feed(data)
+
+    def send(self, message: FromEngine) -> None:
+        try:
+            self._sock.sendall(frame(message))
+        except (BrokenPipeError, ConnectionError):
+            raise Closed from None
+
+
+class EngineLoop:
+    """Feeds one EngineCore from a channel until it is told to stop."""
+
+    def __init__(self, core: EngineCore, channel: Channel):
+        self.core = core
+        self.channel = channel
+        self._sent_stats = EngineStats()
+
+    def run(self) -> None:
+        """Returns on Shutdown; raises Closed, or whatever makes it impossible to go on."""
+        while True:
+            idle = not self.core.has_work
+            if idle:
+                self.core.check_idle()
+            refused: list[RequestOutput] = []
+            for body in self.channel.receive(wait=idle):
+                message = decode_to_engine(body)
+                if isinstance(message, Shutdown):
+                    return
+                refused += self._take(message)
+            self._report(refused + self.core.step())
+
+    def _take(self, message: ToEngine) -> list[RequestOutput]:
+        if isinstance(message, AbortRequests):
+            for request_id in message.request_ids:
+                self.core.abort(request_id)
+        elif isinstance(message, AddRequest):
+            try:
+                self.core.add(message)
+            except ValueError as error:
+                return [RequestOutput(message.request_id, finish_reason=FinishReason.ERROR, error=str(error))]
+        return []
+
+    def _report(self, outputs: list[RequestOutput]) -> None:
+        stats = self.core.stats()
+        if outputs or stats != self._sent_stats:
+            self.channel.send(StepOutputs(outputs, stats))
+            self._sent_stats = stats
+
+
+def serve(sock: socket.socket, make_core: CoreFactory) -> int:
+    """Load and run one engine over `sock`. Returns the exit code: 0 told to stop, 1 a defect, 2 bad input."""
+    channel = Channel(sock)
+    try:
+        config = msgspec.msgpack.decode(channel.receive(wait=True)[0], type=EngineConfig)
+        core = make_core(config)
+        channel.send(core.ready())
+        # What loading left behind never dies: keep the collector from walking it between steps.
+        gc.collect()
+        gc.freeze()
+        EngineLoop(core, channel).run()
+    except Closed:
+        return 0
+    except Exception as error:
+        fatal = _fatal(error)
+        try:
+            channel.send(fatal)
+        except Closed:
+            logger.error("%s", fatal.message)
+        return fatal.exit_code
+    return 0
+
+
+def _fatal(error: Exception) -> Fatal:
+    if isinstance(error, NibbleError):
+        return Fatal(str(error), exit_code=2)
+    logger.critical("the engine cannot go on", exc_info=error)
+    return Fatal(f"the engine failed with {type(error).__name__}; its log has the cause")
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; a parent already gone shows as a closed socket
+
+
+def _load(config: EngineConfig) -> EngineCore:
+    return EngineCore(config, progress=logger.info)
+
+
+def main(argv: list[str] | None = None, make_core: CoreFactory = _load) -> int:
+    """Entry point of the child process. `make_core` is another one only in tests."""
+    parser = argparse.ArgumentParser(prog="nibble.engine.process", description="The engine process of `nibble serve`.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the API process")
+    args = parser.parse_args(argv)
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with socket.socket(fileno=args.fd) as sock:
+        return serve(sock, make_core)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
