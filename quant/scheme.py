@@ -6,10 +6,16 @@ older side files quantize_config.json / quant_config.json, passed in as the same
 that transformers and vLLM read.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .errors import UnsupportedError
+
 Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "gguf"]
+ActQuant = Literal["none", "token", "group", "tensor"]
+Strategy = Literal["tensor", "channel", "group", "block"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +28,17 @@ class LayerScheme:
     symmetric: bool
     desc_act: bool = False
     block: tuple[int, int] | None = None  # FP8 block scales, e.g. (128, 128); None: see strategy
-    strategy: Literal["tensor", "channel", "group", "block"] = "group"
-    act_quant: Literal["none", "token", "group", "tensor"] = "none"
+    strategy: Strategy = "group"
+    act_quant: ActQuant = "none"
+
+    def describe(self) -> str:
+        """Such as "int4 g64 asym" or "fp8 channel, token activations"."""
+        if self.kind == "fp8":
+            text = f"fp8 block {self.block[0]}x{self.block[1]}" if self.block else f"fp8 {self.strategy}"
+        else:
+            group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+            text = f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}" + (" act-order" * self.desc_act)
+        return text if self.act_quant == "none" else f"{text}, {self.act_quant} activations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +55,304 @@ class QuantScheme:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QuantScheme":
-        raise NotImplementedError
+        """Read a `quantization_config` (or the content of an older side file, with its quant_method set).
+
+        Raises UnsupportedError naming the field for anything Nibble does not do or cannot make sense of.
+        """
+        method = str(config.get("quant_method", "")).lower()
+        readers = {"awq": _read_awq, "gptq": _read_gptq, "fp8": _read_fp8, "compressed-tensors": _read_ct}
+        if method not in readers:
+            raise _unsupported("quant_method", method, " (awq, gptq, fp8 and compressed-tensors are)")
+        return cls(**{"method": method, "raw": config} | readers[method](config))
+
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` that transformers and vLLM read. Raises ValueError if the format cannot say it."""
+        writers = {"awq": _write_awq, "gptq": _write_gptq, "fp8": _write_fp8, "compressed-tensors": _write_ct}
+        if self.method not in writers:
+            raise ValueError(f"{self.method} has no quantization_config")
+        return writers[self.method](self)
 
     def layer(self, module: str) -> LayerScheme | None:
+        """The scheme of a linear module by its full name ("model.layers.0.mlp.up_proj"); None: it stays dense."""
+        if any(_names(pattern, module) for pattern in self.ignore):
+            return None
+        for pattern, scheme in self.overrides:
+            if re.match(pattern, module):
+                return scheme
+        leaf = module.rpartition(".")[2]
+        if leaf == "embed_tokens" or (leaf == "lm_head" and not self.lm_head):
+            return None
         return self.default
 
     def describe(self) -> str:
-        return f"{self.method} {self.format}"
+        """One line for people, such as "awq int4 g64 asym"."""
+        if self.method == "gguf":
+            return f"gguf {self.format}"
+        others = sum(scheme is not None for _, scheme in self.overrides)
+        name = self.default.describe() if self.default else "mixed"
+        prefix = "" if self.method == "fp8" else f"{self.method} "
+        return f"{prefix}{name}" + (f", {others} layers otherwise" if others else "")
+
+
+def exactly(module: str) -> str:
+    """The override pattern that matches this module name alone."""
+    return re.escape(module) + "$"
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether an ignore entry means the module: "re:..." matches from the start, a name as whole dotted parts."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return f".{pattern}." in f".{module}."
+
+
+def _unsupported(key: str, value: Any, hint: str = "") -> UnsupportedError:
+    return UnsupportedError(f"quantization_config.{key} {value!r} is not supported{hint}")
+
+
+def _get(config: dict[str, Any], kind: type, default: Any, *keys: str) -> Any:
+    """The first of the keys that is set, if it has the type."""
+    for key in keys:
+        if (value := config.get(key)) is not None:
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise _unsupported(key, value, f" (want {kind.__name__})")
+            return value
+    return default
+
+
+def _bits(config: dict[str, Any], allowed: Iterable[int], *keys: str) -> int:
+    bits = _get(config, int, None, *keys)
+    if bits not in allowed:
+        raise _unsupported(keys[0], bits, f" ({', '.join(map(str, allowed))} are)")
+    return bits
+
+
+def _group_size(config: dict[str, Any], default: int, *keys: str) -> int:
+    size = _get(config, int, default, *keys)
+    if size != -1 and size <= 0:
+        raise _unsupported(keys[0], size)
+    return size
+
+
+def _strings(config: dict[str, Any], *keys: str) -> tuple[str, ...]:
+    items = tuple(_get(config, list, [], *keys))
+    for item in items:
+        if not isinstance(item, str):
+            raise _unsupported(keys[0], item)
+        _checked_regex(item.removeprefix("re:") if item.startswith("re:") else "", keys[0])
+    return items
+
+
+def _checked_regex(pattern: str, key: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error:
+        raise _unsupported(key, pattern, " (no valid regular expression)") from None
+    return pattern
+
+
+def _read_awq(config: dict[str, Any]) -> dict[str, Any]:
+    version = _get(config, str, "gemm", "version", "format").lower()
+    if version not in ("gemm", "gemv"):
+        raise _unsupported("version", version, " (gemm and gemv are)")
+    layer = LayerScheme(
+        kind="int",
+        bits=_bits(config, (4,), "bits", "w_bit"),
+        group_size=_group_size(config, 128, "group_size", "q_group_size"),
+        symmetric=not _get(config, bool, True, "zero_point"),
+    )
+    ignore = _strings(config, "modules_to_not_convert")
+    return {"format": version, "default": layer, "ignore": ignore, "lm_head": _get(config, bool, False, "lm_head")}
+
+
+def _write_awq(scheme: QuantScheme) -> dict[str, Any]:
+    layer = _only_layer(scheme)
+    config = {
+        "quant_method": "awq",
+        "bits": layer.bits,
+        "group_size": layer.group_size,
+        "zero_point": not layer.symmetric,
+        "version": scheme.format,
+        "modules_to_not_convert": list(scheme.ignore) or None,
+    }
+    return config | ({"lm_head": True} if scheme.lm_head else {})
+
+
+def _read_gptq(config: dict[str, Any]) -> dict[str, Any]:
+    fmt = _get(config, str, "gptq", "checkpoint_format", "format").lower()
+    if fmt not in ("gptq", "gptq_v2"):
+        raise _unsupported("checkpoint_format", fmt, " (gptq and gptq_v2 are)")
+    layer = _gptq_layer(config)
+    overrides = []
+    for key, changes in _get(config, dict, {}, "dynamic").items():
+        skip = key.startswith("-:")
+        pattern = _checked_regex(key.removeprefix("-:").removeprefix("+:"), "dynamic")
+        overrides.append((pattern, None if skip else _gptq_layer(config | (changes or {}))))
+    return {"format": fmt, "default": layer, "overrides": tuple(overrides),
+            "lm_head": _get(config, bool, False, "lm_head")}
+
+
+def _gptq_layer(config: dict[str, Any]) -> LayerScheme:
+    return LayerScheme(
+        kind="int",
+        bits=_bits(config, (2, 3, 4, 8), "bits"),
+        group_size=_group_size(config, 128, "group_size"),
+        symmetric=_get(config, bool, True, "sym"),
+        desc_act=_get(config, bool, False, "desc_act"),
+    )
+
+
+def _write_gptq(scheme: QuantScheme) -> dict[str, Any]:
+    layer = scheme.default
+    dynamic: dict[str, Any] = {f"-:{_as_regex(name)}": {} for name in scheme.ignore if name != "lm_head"}
+    for pattern, other in scheme.overrides:
+        dynamic[f"{'-' if other is None else '+'}:{pattern}"] = {} if other is None else _gptq_keys(other)
+    config = {
+        "quant_method": "gptq",
+        **_gptq_keys(layer),
+        "lm_head": scheme.lm_head,
+        "checkpoint_format": scheme.format,
+        "pack_dtype": "int32",
+        "static_groups": False,
+        "true_sequential": True,
+    }
+    extra = {"dynamic": dynamic} if dynamic else {}
+    return config | extra | ({"meta": scheme.raw["meta"]} if "meta" in scheme.raw else {})
+
+
+def _gptq_keys(layer: LayerScheme) -> dict[str, Any]:
+    return {"bits": layer.bits, "group_size": layer.group_size, "desc_act": layer.desc_act, "sym": layer.symmetric}
+
+
+def _read_fp8(config: dict[str, Any]) -> dict[str, Any]:
+    block = _get(config, list, None, "weight_block_size")
+    activations = _get(config, str, "dynamic", "activation_scheme")
+    if activations not in ("dynamic", "static"):
+        raise _unsupported("activation_scheme", activations, " (dynamic and static are)")
+    if activations == "static":
+        act_quant: ActQuant = "tensor"
+    else:
+        act_quant = "group" if block else "token"
+    layer = _fp8_layer("block" if block else "tensor", block, act_quant)
+    return {"format": "fp8", "default": layer, "ignore": _strings(config, "modules_to_not_convert", "ignored_layers")}
+
+
+def _fp8_layer(strategy: Strategy, block: Any, act_quant: ActQuant) -> LayerScheme:
+    if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
+        raise _unsupported("weight_block_size", block, " (want two positive integers)")
+    return LayerScheme("fp8", 8, block[1] if block else -1, True, strategy=strategy, act_quant=act_quant,
+                       block=tuple(block) if block else None)
+
+
+def _write_fp8(scheme: QuantScheme) -> dict[str, Any]:
+    layer = _only_layer(scheme)
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "static" if layer.act_quant == "tensor" else "dynamic",
+        "weight_block_size": list(layer.block) if layer.block else None,
+        "modules_to_not_convert": list(scheme.ignore) or None,
+    }
+
+
+def _read_ct(config: dict[str, Any]) -> dict[str, Any]:
+    sparsity = _get(config, dict, {}, "sparsity_config").get("format", "dense")
+    if sparsity != "dense":
+        raise _unsupported("sparsity_config.format", sparsity)
+    default, overrides = None, []
+    for name, group in _get(config, dict, {}, "config_groups").items():
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            raise _unsupported(f"config_groups.{name}", group, " (want weights)")
+        layer = _ct_layer(group["weights"], group.get("input_activations"))
+        for target in _strings(group, "targets"):
+            if target in ("Linear", "torch.nn.Linear"):
+                default = layer
+            else:
+                overrides.append((_as_regex(target), layer))
+    if default is None and not overrides:
+        raise _unsupported("config_groups", config.get("config_groups"), " (no group of weights)")
+    return {"format": _get(config, str, "pack-quantized", "format"), "default": default, "lm_head": True,
+            "overrides": tuple(overrides), "ignore": _strings(config, "ignore")}
+
+
+def _ct_layer(weights: dict[str, Any], inputs: dict[str, Any] | None) -> LayerScheme:
+    strategy = _get(weights, str, "tensor", "strategy")
+    if strategy not in ("tensor", "channel", "group", "block"):
+        raise _unsupported("weights.strategy", strategy)
+    act_quant = "none" if inputs is None else _get(inputs, str, "tensor", "strategy")
+    if act_quant not in ("none", "token", "group", "tensor"):
+        raise _unsupported("input_activations.strategy", act_quant)
+    kind = _get(weights, str, "int", "type")
+    if kind == "float" and _bits(weights, (8,), "num_bits"):
+        block = _get(weights, list, None, "block_structure") if strategy == "block" else None
+        return _fp8_layer(strategy, block, act_quant)
+    if kind != "int":
+        raise _unsupported("weights.type", kind)
+    return LayerScheme(
+        kind="int",
+        bits=_bits(weights, (4, 8), "num_bits"),
+        group_size=_group_size(weights, -1, "group_size") if strategy == "group" else -1,
+        symmetric=_get(weights, bool, True, "symmetric"),
+        strategy=strategy,
+        act_quant=act_quant,
+    )
+
+
+def _write_ct(scheme: QuantScheme) -> dict[str, Any]:
+    targets: dict[LayerScheme, list[str]] = {scheme.default: ["Linear"]} if scheme.default else {}
+    ignore = list(scheme.ignore) + ([] if scheme.lm_head or "lm_head" in scheme.ignore else ["lm_head"])
+    for pattern, layer in scheme.overrides:
+        if layer is None:
+            ignore.append(f"re:{pattern}")
+        else:
+            targets.setdefault(layer, []).append(f"re:{pattern}")
+    groups = {f"group_{i}": _ct_group(layer, names) for i, (layer, names) in enumerate(targets.items())}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": scheme.format,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+def _ct_group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
+    number_type = "float" if layer.kind == "fp8" else "int"
+    weights = {
+        "num_bits": layer.bits,
+        "type": number_type,
+        "symmetric": layer.symmetric,
+        "strategy": _ct_strategy(layer),
+        "group_size": layer.group_size if _ct_strategy(layer) == "group" else None,
+        "dynamic": False,
+    }
+    if layer.block:
+        weights["block_structure"] = list(layer.block)
+    inputs = None
+    if layer.act_quant != "none":
+        inputs = {
+            "num_bits": 8,
+            "type": number_type,
+            "symmetric": True,
+            "strategy": layer.act_quant,
+            "group_size": layer.block[1] if layer.act_quant == "group" and layer.block else None,
+            "dynamic": layer.act_quant != "tensor",
+        }
+    return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
+
+
+def _ct_strategy(layer: LayerScheme) -> Strategy:
+    return "channel" if layer.strategy == "group" and layer.group_size == -1 else layer.strategy
+
+
+def _as_regex(target: str) -> str:
+    return target[3:] if target.startswith("re:") else exactly(target)
+
+
+def _only_layer(scheme: QuantScheme) -> LayerScheme:
+    """The one LayerScheme of a method whose config has no way to name another."""
+    if scheme.default is None or any(layer not in (None, scheme.default) for _, layer in scheme.overrides):
+        raise ValueError(f"a {scheme.method} checkpoint has one scheme for all its layers")
+    if any(layer is None for _, layer in scheme.overrides):
+        raise ValueError(f"a {scheme.method} checkpoint names its dense modules in `ignore`, not by pattern")
+    return scheme.default

@@ -1,30 +1,31 @@
 """On-disk formats: pure functions between the tensors of one module and its QuantizedWeight.
 
-Each safetensors format is a module with `SUFFIXES` (the tensor names it may have under a module, weights first),
-`read(tensors, layer, fmt) -> QuantizedWeight` and `write(weight, ...) -> tensors`. A tensor that does not fit raises
-BadTensor, which the checkpoint turns into an error that names the file.
+Each safetensors format is a module with `SUFFIXES` (the tensor names it may have under a module),
+`read(tensors, layer, fmt) -> QuantizedWeight` and `write(weight, fmt) -> tensors`; fmt is the scheme's `format`.
+A tensor that does not fit raises BadTensor, which the checkpoint turns into an error that names the file; a weight that
+a format cannot hold exactly is a ValueError.
 """
 
 from collections.abc import Mapping
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from .base import BadTensor as BadTensor
+from . import awq, compressed_tensors, fp8, gptq
+from .base import BadTensor
+
+_BY_METHOD = {"awq": awq, "gptq": gptq, "fp8": fp8, "compressed-tensors": compressed_tensors}
+_DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def by_method(method: str) -> ModuleType:
-    """The format module for a `quant_method`."""
-    from . import awq, compressed_tensors, fp8, gptq
-
-    return {"awq": awq, "gptq": gptq, "fp8": fp8, "compressed-tensors": compressed_tensors}[method]
+    """The format module of a `quant_method` of safetensors checkpoints."""
+    return _BY_METHOD[method]
 
 
-def is_quantized(tensors: Mapping[str, torch.dtype]) -> bool:
-    """Whether these suffixes and dtypes are a quantized weight; a lone 16 or 32 bit `weight` is a dense one."""
-    dtype = tensors.get("weight")
-    return dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+def is_quantized(dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether a module with these tensors (suffix -> dtype) is quantized: it has more than a 16 or 32 bit `weight`."""
+    return dtypes.get("weight") not in _DENSE
 
 
-__all__ = ["BadTensor", "Tensor", "by_method", "is_quantized"]
+__all__ = ["BadTensor", "by_method", "is_quantized"]

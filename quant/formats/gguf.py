@@ -10,7 +10,7 @@ A row of a tensor is a run of blocks; each block holds its own scales. All numbe
     Q8_0      34/32      d fp16 | int8[32]                         d q                    8 bits, codes q + 128
     Q4_K     144/256     d dmin fp16 | scales[12] | qs[128]        d sc q - dmin mn       4 bits, mins, groups of 32
     Q5_K     176/256     d dmin fp16 | scales[12] | qh[32] | qs    d sc q - dmin mn       5 bits, mins, groups of 32
-    Q6_K     210/256     ql[128] | qh[64] | int8 sc[16] | d fp16   d sc (q - 32)          6 bits, symmetric, groups of 16
+    Q6_K     210/256     ql[128] | qh[64] | int8 sc[16] | d fp16   d sc (q - 32)          6 bits, symm., groups of 16
 
 In qs[16], byte j holds element j in its low nibble and element j+16 in its high one; bit j of qh is bit 4 of element j.
 """
