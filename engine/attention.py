@@ -1,0 +1,177 @@
+"""Paged attention in torch operators, and the cache it reads.
+
+The cache of one layer is one tensor; a block holds block_size consecutive tokens of one request, keys beside values so
+that one copy writes a token and one gather reads a context:
+
+    cache.layers[l]  [num_blocks, block_size, 2, num_kv_heads, head_dim]
+                          ^ request.block_table        ^ 0: keys (rotated), 1: values
+
+A step's tokens lie flat, decode tokens (one per request) first, then the chunks:
+
+    tokens  [ d d d d | c c c c c c c | c c c ]     decodes are attended to in one padded call, chunks one by one
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import ScheduledRequest
+
+
+@dataclass(slots=True)
+class KVCache:
+    layers: list[Tensor]
+    block_size: int
+
+    @classmethod
+    def allocate(cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
+                 dtype: torch.dtype, device: torch.device) -> "KVCache":
+        """Zeros, which the operating system backs with memory only when touched. They must be finite: what lies behind
+        a request's last token is gathered with its block, and masked, but 0 * NaN is NaN."""
+        shape = (num_blocks, block_size, 2, num_kv_heads, head_dim)
+        return cls([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)], block_size)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks that a failed request may have left NaN in."""
+        for layer in self.layers:
+            layer[torch.tensor(blocks, device=layer.device)] = 0
+
+    def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
+        """keys_values [T, 2, num_kv_heads, head_dim] to slots [T] (block * block_size + offset)."""
+        self.layers[layer].flatten(0, 1).index_copy_(0, slots, keys_values)
+
+    def gather(self, layer: int, blocks: Tensor) -> Tensor:
+        """blocks [n] -> [n * block_size, 2, num_kv_heads, head_dim], in the order given."""
+        return self.layers[layer].index_select(0, blocks).flatten(0, 1)
+
+
+@dataclass(slots=True)
+class _DecodeView:
+    """The blocks every decoding request looks at, padded to one length, and what of it is real."""
+
+    blocks: Tensor  # int64 [B * n]
+    width: int  # tokens per request after padding: n * block_size
+    mask: Tensor | None  # additive, in the activations' dtype [B, 1, 1, width]; None: every position is real
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Where this step's tokens live; made once a step and shared by all layers."""
+
+    slots: Tensor  # int64 [T]
+    decodes: list[ScheduledRequest]
+    chunks: list[ScheduledRequest]
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    _decode_views: dict[int | None, _DecodeView] = field(default_factory=dict)
+    _chunk_views: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, items: list[ScheduledRequest], block_size: int, dtype: torch.dtype,
+              device: torch.device) -> "AttentionMetadata":
+        """`items` must have the decode tokens (num_tokens == 1) first."""
+        slots = [item.request.block_table[p // block_size] * block_size + p % block_size
+                 for item in items for p in range(item.start, item.end)]
+        decodes = [item for item in items if item.num_tokens == 1]
+        return cls(torch.tensor(slots, device=device), decodes, items[len(decodes):], block_size, dtype, device)
+
+    def decode_view(self, window: int | None) -> _DecodeView:
+        if window not in self._decode_views:
+            self._decode_views[window] = self._make_decode_view(window)
+        return self._decode_views[window]
+
+    def chunk_view(self, index: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """Blocks [n] a chunk looks at, and its additive mask [tokens, n * block_size]."""
+        key = (index, window)
+        if key not in self._chunk_views:
+            self._chunk_views[key] = self._make_chunk_view(self.chunks[index], window)
+        return self._chunk_views[key]
+
+    def _first_block(self, first_query: int, window: int | None) -> int:
+        return 0 if window is None else max(0, first_query + 1 - window) // self.block_size
+
+    def _make_decode_view(self, window: int | None) -> _DecodeView:
+        size = self.block_size
+        firsts = [self._first_block(item.start, window) for item in self.decodes]
+        tables = [item.request.block_table[first:-(-item.end // size)]
+                  for item, first in zip(self.decodes, firsts, strict=True)]
+        longest = max(map(len, tables))
+        blocks = torch.tensor([table + [table[0]] * (longest - len(table)) for table in tables], device=self.device)
+        width = longest * size
+        ends = torch.tensor([item.end - first * size for item, first in zip(self.decodes, firsts, strict=True)])
+        if window is None and int(ends.min()) == width:
+            return _DecodeView(blocks.flatten(), width, None)
+        position = torch.arange(width)
+        seen = position < ends[:, None]
+        if window is not None:
+            seen &= position >= ends[:, None] - window
+        return _DecodeView(blocks.flatten(), width, self._additive(seen)[:, None, None])
+
+    def _make_chunk_view(self, item: ScheduledRequest, window: int | None) -> tuple[Tensor, Tensor]:
+        size = self.block_size
+        first = self._first_block(item.start, window)
+        table = item.request.block_table[first:-(-item.end // size)]
+        key = torch.arange(first * size, (first + len(table)) * size)
+        query = torch.arange(item.start, item.end)[:, None]
+        seen = key <= query
+        if window is not None:
+            seen &= key > query - window
+        return torch.tensor(table, device=self.device), self._additive(seen)
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))
+        return mask.to(self.device)
+
+
+def paged_attention(qkv: Tensor, num_heads: int, cache: KVCache, layer: int, meta: AttentionMetadata, scale: float,
+                    window: int | None) -> Tensor:
+    """Write this step's keys and values, then attend.
+
+    qkv [T, num_heads + 2 * num_kv_heads, head_dim], rotated; window: positions seen, itself included, or None for all.
+    Returns [T, num_heads * head_dim].
+    """
+    tokens, all_heads, dim = qkv.shape
+    kv_heads = (all_heads - num_heads) // 2
+    q, kv = qkv[:, :num_heads], qkv[:, num_heads:].view(tokens, 2, kv_heads, dim)
+    cache.write(layer, meta.slots, kv)
+    num_decodes = len(meta.decodes)
+    outputs = []
+    if num_decodes:
+        outputs.append(_decode(q[:num_decodes], kv_heads, cache, layer, meta.decode_view(window), scale))
+    offset = num_decodes
+    for index, item in enumerate(meta.chunks):
+        rows = slice(offset, offset + item.num_tokens)
+        offset += item.num_tokens
+        if item.start == 0 and (window is None or item.num_tokens <= window):
+            outputs.append(_fresh_chunk(q[rows], kv[rows], scale))
+        else:
+            blocks, mask = meta.chunk_view(index, window)
+            outputs.append(_attend(q[rows], cache.gather(layer, blocks), scale, mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _decode(q: Tensor, kv_heads: int, cache: KVCache, layer: int, view: _DecodeView, scale: float) -> Tensor:
+    """One query token per request: the query heads that share a kv head become the rows of one small product."""
+    batch, num_heads, dim = q.shape
+    grouped = q.reshape(batch, kv_heads, num_heads // kv_heads, dim)
+    kv = cache.gather(layer, view.blocks).view(batch, view.width, 2, kv_heads, dim).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(grouped, kv[0], kv[1], attn_mask=view.mask, scale=scale)
+    return out.reshape(batch, -1)
+
+
+def _fresh_chunk(q: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """A chunk that starts its sequence needs nothing from the cache."""
+    k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], is_causal=True, scale=scale,
+                                         enable_gqa=True)
+    return out[0].transpose(0, 1).flatten(1)
+
+
+def _attend(q: Tensor, kv: Tensor, scale: float, mask: Tensor) -> Tensor:
+    k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale,
+                                         enable_gqa=True)
+    return out[0].transpose(0, 1).flatten(1)

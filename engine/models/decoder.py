@@ -1,0 +1,120 @@
+"""One data-driven decoder for the Llama family and its cousins.
+
+A DecoderConfig says where architectures differ; `Decoder` is the same few lines for all of them. One layer, on a flat
+batch of T tokens from many requests (there is no batch or padding axis outside attention):
+
+    x [T, hidden] -> input norm -> qkv -> (q, k norm) -> RoPE -> paged attention -> o -> (norm) -> + x
+                  -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import AttentionMetadata, KVCache, paged_attention
+from ..layers import RMSNorm, RopeTable, apply_rope
+from ..linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    theta: float
+    scaling: tuple[tuple[str, object], ...] = ()  # the checkpoint's rope_scaling, frozen
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Where the architectures of the family differ. Built by `models/registry.py` from config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: dict[str, RopeConfig]  # by layer type
+    layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention", one per layer
+    sliding_window: int | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    norm_offset: bool = False  # Gemma: the stored norm weight is w, the factor 1 + w
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    sandwich_norms: bool = False  # Gemma: norms after attention and after the MLP too
+    embedding_scale: float = 1.0
+    norm_names: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
+    prefix: str = "model."  # of the checkpoint's tensor names
+
+    def window(self, layer: int) -> int | None:
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+
+
+@dataclass(slots=True)
+class DecoderLayer:
+    input_norm: RMSNorm
+    mlp_norm: RMSNorm
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    post_attention_norm: RMSNorm | None
+    post_mlp_norm: RMSNorm | None
+
+
+@dataclass(slots=True)
+class Decoder:
+    config: DecoderConfig
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[DecoderLayer]
+    norm: RMSNorm
+    lm_head: Linear
+    rope: dict[str, RopeTable]
+
+    def forward(self, token_ids: Tensor, positions: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
+        """token_ids, positions int64 [T] -> hidden states [T, hidden] before the final norm. Writes the tokens' keys
+        and values to the cache."""
+        config = self.config
+        x = F.embedding(token_ids, self.embedding)
+        if config.embedding_scale != 1.0:
+            x = x * torch.tensor(config.embedding_scale, dtype=x.dtype)
+        angles = {kind: table.at(positions) for kind, table in self.rope.items()}
+        for index, layer in enumerate(self.layers):
+            attended = self._attention(layer, index, layer.input_norm(x), angles, cache, meta)
+            if layer.post_attention_norm is not None:
+                attended = layer.post_attention_norm(attended)
+            x = x + attended
+            mixed = self._mlp(layer, layer.mlp_norm(x))
+            if layer.post_mlp_norm is not None:
+                mixed = layer.post_mlp_norm(mixed)
+            x = x + mixed
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, hidden] of the rows that need it -> float32 [R, vocab]."""
+        return self.lm_head(self.norm(hidden)).float()
+
+    def _attention(self, layer: DecoderLayer, index: int, h: Tensor, angles: dict[str, tuple[Tensor, Tensor]],
+                   cache: KVCache, meta: AttentionMetadata) -> Tensor:
+        config = self.config
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qkv = torch.cat((layer.q_norm(qkv[:, :heads]), layer.k_norm(qkv[:, heads:heads + kv_heads]),
+                             qkv[:, heads + kv_heads:]), dim=1)
+        apply_rope(qkv[:, :heads + kv_heads], *angles[config.layer_types[index]])
+        scale = config.attention_scale or dim**-0.5
+        out = paged_attention(qkv, heads, cache, index, meta, scale, config.window(index))
+        return layer.o(out)
+
+    def _mlp(self, layer: DecoderLayer, h: Tensor) -> Tensor:
+        gate, up = layer.gate_up(h).chunk(2, dim=-1)
+        gate = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return layer.down(gate * up)

@@ -1,0 +1,113 @@
+"""From logits to tokens. A pure function of (logits, the request's tokens, its parameters, its seed).
+
+The random number for a token is a hash of (seed, position), not the state of a generator: a request draws the same
+numbers alone, in any batch, after a preemption and on any device. Candidates are cut down by top_k, top_p and min_p
+before anything is sorted, so the whole vocabulary is sorted only if the nucleus is really that wide.
+
+Order of operations, as vLLM has it: logit bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
+"""
+
+import hashlib
+import struct
+
+import torch
+from torch import Tensor
+
+from .batch import StepResult
+from .messages import TokenLogprobs
+from .request import Request, SamplingParams
+
+_FIRST_CANDIDATES = 256
+
+
+def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
+    """Choose one token per row of logits (float32 [B, vocab]; changed in place) and write it into `result`.
+
+    A row that holds NaN fails its own request only.
+    """
+    raw_logprobs = {row: torch.log_softmax(logits[row], -1) for row, request in enumerate(requests)
+                    if request.params.logprobs is not None}
+    for row, request in enumerate(requests):
+        if _is_adjusted(request):
+            _adjust(logits[row], request)
+    best_logits, best = logits.max(dim=-1)
+    finite = torch.isfinite(best_logits).tolist()
+    greedy = best.tolist()
+    for row, request in enumerate(requests):
+        if not finite[row]:
+            result.errors[request.request_id] = "the model produced logits that are not numbers for this request"
+            continue
+        token = greedy[row] if request.params.temperature == 0 else _draw(logits[row], request)
+        result.tokens[request.request_id] = token
+        if row in raw_logprobs:
+            result.logprobs[request.request_id] = token_logprobs(raw_logprobs[row], token, request.params.logprobs or 0)
+
+
+def token_logprobs(logprobs: Tensor, token: int, top: int) -> TokenLogprobs:
+    """logprobs float32 [vocab] -> those of `token` and of the `top` most probable."""
+    chosen = logprobs[token]
+    rank = int((logprobs > chosen).sum()) + 1
+    values, ids = logprobs.topk(top) if top else (logprobs[:0], torch.empty(0, dtype=torch.int64))
+    return TokenLogprobs(token, chosen.item(), rank, ids.tolist(), values.tolist())
+
+
+def _is_adjusted(request: Request) -> bool:
+    params = request.params
+    return bool(params.logit_bias or params.repetition_penalty != 1.0 or params.presence_penalty
+                or params.frequency_penalty or request.num_output_tokens < params.min_tokens)
+
+
+def _adjust(logits: Tensor, request: Request) -> None:
+    """Bias, forbidden stops and penalties, in place on one row."""
+    params = request.params
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if request.num_output_tokens < params.min_tokens:
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(request.eos_token_ids))
+        if stops:
+            logits[torch.tensor(sorted(stops), device=logits.device)] = float("-inf")
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if request.num_output_tokens and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(request.output_token_ids, device=logits.device).unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts.float()
+
+
+def _draw(logits: Tensor, request: Request) -> int:
+    """Sample one row after temperature, min_p, top_k and top_p."""
+    params = request.params
+    probs = torch.softmax(logits / params.temperature, -1)
+    ids: Tensor | None = None
+    if params.top_k > 0 or params.top_p < 1.0:
+        probs, ids = _most_probable(probs, params)
+    if params.min_p > 0.0:
+        probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
+    total = probs.double().cumsum(0)
+    target = uniform(request.seed, request.num_tokens) * total[-1]
+    index = min(int(torch.searchsorted(total, target, right=True)), len(total) - 1)
+    return index if ids is None else int(ids[index])
+
+
+def _most_probable(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The candidates that top_k and top_p leave, most probable first: (probs [c], ids [c])."""
+    limit = min(params.top_k, len(probs)) if params.top_k > 0 else len(probs)
+    count = limit if params.top_k > 0 else min(_FIRST_CANDIDATES, limit)
+    while True:
+        top, ids = probs.topk(count)
+        mass = top.double().cumsum(0)
+        # top_p applies to what top_k left over, so with top_k it is relative to that mass.
+        wanted = params.top_p * (float(mass[-1]) if params.top_k > 0 else 1.0)
+        if count == limit or float(mass[-1]) >= wanted:
+            break
+        count = min(count * 8, limit)
+    keep = int(torch.searchsorted(mass, wanted)) + 1
+    return top[:keep], ids[:keep]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), a function of (seed, position) alone."""
+    digest = hashlib.blake2b(struct.pack("<Qq", seed & 0xFFFFFFFFFFFFFFFF, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -1,0 +1,50 @@
+"""The priority list: the first kernel that can, serves. Every refusal on the way has a reason, and `choose` returns
+them so that start-up can log which kernel was chosen and why each better one was not.
+"""
+
+from dataclasses import dataclass
+
+from .cpu.torch_ops import Int4PackKernel, OneDnnDenseKernel
+from .reference import DenseKernel, DequantizeOnceKernel, ReferenceKernel
+from .spec import Kernel, LinearSpec
+
+_ONEDNN = OneDnnDenseKernel()
+_DENSE = DenseKernel()
+
+
+class _CpuBf16Once(DequantizeOnceKernel):
+    """As DequantizeOnceKernel, where oneDNN's reordered bf16 product exists."""
+
+    name = "cpu-dequantize-once-bf16"
+
+    def can_implement(self, spec: LinearSpec) -> str | None:
+        as_dense = LinearSpec(spec.in_features, spec.out_features, "dense", 16, (1, spec.in_features), "mid", False,
+                              "none", spec.act_dtype, spec.device)
+        return super().can_implement(spec) or self.dense.can_implement(as_dense)
+
+
+KERNELS: tuple[Kernel, ...] = (
+    _ONEDNN,
+    Int4PackKernel(),
+    _CpuBf16Once(_ONEDNN),
+    DequantizeOnceKernel(_DENSE),
+    _DENSE,
+    ReferenceKernel(),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    kernel: Kernel
+    refused: tuple[tuple[str, str], ...]  # (kernel name, reason) of every better one
+
+
+def choose(spec: LinearSpec) -> Choice:
+    """The first kernel of KERNELS that can implement `spec`."""
+    refused = []
+    for kernel in KERNELS:
+        reason = kernel.can_implement(spec)
+        if reason is None:
+            return Choice(kernel, tuple(refused))
+        refused.append((kernel.name, reason))
+    raise RuntimeError(f"no kernel for {spec}: the reference kernel refuses nothing")
