@@ -86,7 +86,10 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """The gauges now and the totals since the start."""
         return msgspec.structs.replace(
-            self._stats, num_running=len(self.running), num_waiting=len(self.waiting), num_free_blocks=self.pool.num_free
+            self._stats,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_free_blocks=self.pool.num_free,
         )
 
     def check_integrity(self) -> None:
