@@ -227,6 +227,9 @@ class GgufCheckpoint(Checkpoint):
         name = f"{module}.weight"
         return self._blocks(name, 0, None) if self.is_quantized(module) else self.tensor(name)
 
+    def dense(self, module: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.tensor(f"{module}.weight", dtype)  # a few rows at a time, which a large vocabulary needs
+
     def is_quantized(self, module: str) -> bool:
         return self.file.tensors[self._gguf_name(f"{module}.weight")].kind not in gguf.DENSE
 
