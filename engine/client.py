@@ -7,7 +7,6 @@
 """
 
 import asyncio
-import contextlib
 import hashlib
 import itertools
 import logging
@@ -84,18 +83,18 @@ class AsyncEngine:
         """
         ours, theirs = socket.socketpair()
         with theirs:
+            reader, writer = await asyncio.open_connection(sock=ours)
             process = subprocess.Popen(
                 [*command, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
+        engine = cls(process, reader, writer)
         try:
-            reader, writer = await asyncio.open_connection(sock=ours)
-            engine = cls(process, reader, writer)
             writer.write(frame(config))
             engine.ready = await engine._wait_until_ready()
-        except BaseException:
+        except BaseException:  # also when start is cancelled
             process.kill()
             process.wait()
-            ours.close()
+            writer.close()
             raise
         engine.stats.num_blocks = engine.stats.num_free_blocks = engine.ready.num_blocks
         engine._reading = asyncio.create_task(engine._read(), name="engine-reader")
@@ -146,14 +145,11 @@ class AsyncEngine:
         """Stop the engine process; open requests end with finish_reason "abort". It is killed after `timeout` s."""
         for request_id in list(self._queues):
             self.abort(request_id)
-        with contextlib.suppress(OSError):
+        if self.is_alive:
             self._send(Shutdown())
-        try:
-            await asyncio.to_thread(self._process.wait, timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        await asyncio.to_thread(_reap, self._process, timeout)
         if self._reading is not None:
-            await self._reading  # ends when the process has closed its socket
+            await self._reading
         self._writer.close()
 
     def _send(self, message: AddRequest | AbortRequests | Shutdown) -> None:
@@ -185,13 +181,13 @@ class AsyncEngine:
             while data := await self._reader.read(1 << 18):
                 for body in self._frames.feed(data):
                     self._take(decode_from_engine(body))
-        except ConnectionError:
-            pass
-        finally:
-            await asyncio.to_thread(self._process.wait)
-            self.dead.set()
-            for queue in self._queues.values():
-                queue.put_nowait(None)
+        except Exception:
+            logger.exception("what the engine says cannot be read any more")
+            self._process.kill()
+        await asyncio.to_thread(_reap, self._process, 5.0)
+        self.dead.set()
+        for queue in self._queues.values():
+            queue.put_nowait(None)
 
     def _take(self, message: StepOutputs | Fatal | Ready) -> None:
         if isinstance(message, Fatal):
@@ -202,6 +198,15 @@ class AsyncEngine:
                 queue = self._queues.get(output.request_id)
                 if queue is not None:  # None: aborted while this was on its way
                     queue.put_nowait(output)
+
+
+def _reap(process: subprocess.Popen, timeout: float) -> None:
+    """Wait for a process that is about to end; kill it if it does not within `timeout` seconds."""
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @dataclass(slots=True)

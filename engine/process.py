@@ -39,7 +39,7 @@ from .messages import (
 )
 from .request import FinishReason
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nibble.engine")  # __name__ is __main__ here
 
 CoreFactory = Callable[[EngineConfig], EngineCore]
 
@@ -152,7 +152,15 @@ def _die_with_parent() -> None:
 
 
 def _load(config: EngineConfig) -> EngineCore:
-    return EngineCore(config, progress=logger.info)
+    core = EngineCore(config, progress=_show)
+    _show("")
+    return core
+
+
+def _show(line: str) -> None:
+    """Where a person looks on: the stage of loading, on one line that the next overwrites."""
+    if sys.stderr.isatty():
+        print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None, make_core: CoreFactory = _load) -> int:

@@ -94,8 +94,6 @@ class Tokenizer:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""
-        if token_id in self._added_ids:
-            return token.encode()
         if self._byte_level:
             return _bytes_of_byte_level(token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
@@ -130,10 +128,6 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The tokens that `decode` skips with skip_special_tokens."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
-
-    @cached_property
-    def _added_ids(self) -> frozenset[int]:
-        return frozenset(self.backend.get_added_tokens_decoder())
 
 
 def _folder_of(model: str | Path, revision: str | None) -> Path:

@@ -1,0 +1,86 @@
+"""A runner without a model: the next token is a hash of all tokens so far.
+
+It keeps a KV cache of its own in which every block slot remembers the token that was computed there, and reads a
+request's history only from the blocks in its table. So a block that was freed too early, shared wrongly or evicted
+while in use changes the tokens that come out, just as it would with a real model.
+
+    python tests/engine/fakes.py --fd N      the engine process with this runner in place of a model
+"""
+
+import hashlib
+import sys
+import time
+
+from nibble.engine.batch import ScheduledBatch, ScheduledRequest, StepResult
+from nibble.engine.config import EngineConfig
+from nibble.engine.core import EngineCore
+from nibble.engine.messages import Ready, TokenLogprobs
+from nibble.quant.errors import NibbleError
+
+VOCAB_SIZE = 512
+EOS = 7
+
+
+def next_token(history: list[int], vocab_size: int = VOCAB_SIZE) -> int:
+    digest = hashlib.sha256(",".join(map(str, history)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") % vocab_size
+
+
+class FakeRunner:
+    vocab_size = VOCAB_SIZE
+    eos_token_ids = [EOS]
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, step_seconds: float = 0.0):
+        self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
+        self.step_seconds = step_seconds
+        self.slots = [[-1] * block_size for _ in range(num_blocks)]
+        self.fail_next = 0  # steps that raise
+        self.nan_ids: set[str] = set()  # requests whose logits come out as NaN
+        self.batches: list[list[tuple[str, int, int]]] = []
+
+    def ready(self) -> Ready:
+        return Ready(self.max_model_len, self.vocab_size, self.eos_token_ids, self.num_blocks, self.block_size,
+                     "float32", "fake", "none", {}, {})
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        time.sleep(self.step_seconds)
+        self.batches.append([(item.request.request_id, item.start, item.end) for item in batch.items])
+        if self.fail_next:
+            self.fail_next -= 1
+            raise RuntimeError("the device is on fire")
+        result = StepResult()
+        for item in batch.items:
+            self._compute(item, result)
+        return result
+
+    def _compute(self, item: ScheduledRequest, result: StepResult) -> None:
+        request, size = item.request, self.block_size
+        for position in range(item.start, item.end):
+            self.slots[request.block_table[position // size]][position % size] = request.token_ids[position]
+        history = [self.slots[request.block_table[p // size]][p % size] for p in range(item.end)]
+        if request.params.prompt_logprobs is not None:
+            scored = request.prompt_token_ids[item.start + 1:item.end + 1]
+            result.prompt_logprobs[request.request_id] = [TokenLogprobs(t, -1.0, 1, [], []) for t in scored]
+        if request.request_id in self.nan_ids:
+            result.errors[request.request_id] = "the logits are not finite"
+        elif item.samples:
+            token = next_token(history)
+            result.tokens[request.request_id] = token
+            result.logprobs[request.request_id] = TokenLogprobs(token, -0.5, 1, [], [])
+
+
+def make_core(config: EngineConfig) -> EngineCore:
+    """`config.model` says how this engine behaves: "good", "slow", "bad-input", "defect", "dies"."""
+    if config.model == "bad-input":
+        raise NibbleError("model.safetensors: is truncated (download it again)")
+    if config.model == "defect":
+        raise KeyError("something nobody thought of")
+    if config.model == "dies":
+        sys.exit(9)
+    return EngineCore(config, FakeRunner(step_seconds=0.02 if config.model == "slow" else 0.0))
+
+
+if __name__ == "__main__":
+    from nibble.engine.process import main
+
+    sys.exit(main(make_core=make_core))

@@ -1,0 +1,98 @@
+"""EngineCore: what is refused at the door, and what a failing step takes down."""
+
+import pytest
+
+from nibble.engine.config import EngineConfig
+from nibble.engine.core import EngineCore
+from nibble.engine.messages import AddRequest, RequestOutput
+from nibble.engine.request import SamplingParams
+
+from .fakes import EOS, VOCAB_SIZE, FakeRunner
+from .test_scheduler import solo
+
+
+def make_core(**runner) -> EngineCore:
+    return EngineCore(EngineConfig(model="fake"), FakeRunner(**runner))
+
+
+def add(core: EngineCore, request_id: str, prompt: list[int], **params) -> None:
+    core.add(AddRequest(request_id, prompt, SamplingParams(**{"ignore_eos": True, "max_tokens": 4, **params})))
+
+
+def run(core: EngineCore) -> dict[str, list[RequestOutput]]:
+    outputs: dict[str, list[RequestOutput]] = {}
+    while core.has_work:
+        for output in core.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    core.check_idle()
+    return outputs
+
+
+def test_generates_and_ends_idle() -> None:
+    core = make_core()
+    add(core, "a", [1, 2, 3])
+    outputs = run(core)["a"]
+    assert [token for output in outputs for token in output.token_ids] == solo([1, 2, 3], 4)
+    assert outputs[-1].finish_reason == "length"
+    assert core.step() == []
+    assert core.stats().num_free_blocks == core.stats().num_blocks
+
+
+@pytest.mark.parametrize(("prompt", "params", "message"), [
+    ([], {}, "the prompt is empty"),
+    ([VOCAB_SIZE], {}, "token ids outside"),
+    ([-1], {}, "token ids outside"),
+    (list(range(64)), {}, "no room"),
+    ([1], {"temperature": -1.0}, "temperature must be between 0 and 10"),
+    ([1], {"stop_token_ids": (VOCAB_SIZE,)}, "stop_token_ids"),
+])
+def test_bad_requests_are_refused(prompt: list[int], params: dict, message: str) -> None:
+    core = make_core()
+    with pytest.raises(ValueError, match=message):
+        add(core, "a", prompt, **params)
+    assert not core.has_work
+
+
+def test_a_failing_step_fails_its_requests_and_the_engine_lives_on() -> None:
+    core = make_core()
+    add(core, "a", [1])
+    add(core, "b", [2])
+    core.step()
+    core.runner.fail_next = 1
+    failed = core.step()
+    assert {output.request_id for output in failed} == {"a", "b"}
+    assert all(output.finish_reason == "error" and "on fire" not in output.error for output in failed)
+    core.check_idle()
+    add(core, "c", [3])
+    assert [t for o in run(core)["c"] for t in o.token_ids] == solo([3], 4)
+
+
+def test_an_engine_that_cannot_even_compute_one_token_gives_up() -> None:
+    core = make_core()
+    add(core, "a", [1])
+    core.runner.fail_next = 2
+    with pytest.raises(RuntimeError, match="on fire"):
+        core.step()
+
+
+def test_ready_tells_the_context_that_really_fits() -> None:
+    assert make_core(num_blocks=4, block_size=4, max_model_len=1000).ready().max_model_len == 16
+
+
+def test_seeds_are_drawn_from_the_engines_seed() -> None:
+    def seeds(seed: int) -> list[int]:
+        core = EngineCore(EngineConfig(model="fake", seed=seed), FakeRunner())
+        add(core, "a", [1])
+        add(core, "b", [1])
+        add(core, "c", [1], seed=5)
+        return [request.seed for request in core.scheduler.waiting]
+
+    assert seeds(0) == seeds(0) != seeds(1)
+    assert len(set(seeds(0))) == 3
+    assert seeds(0)[2] == 5
+
+
+def test_eos_comes_from_the_runner() -> None:
+    core = make_core()
+    add(core, "a", [1], ignore_eos=False)
+    assert core.scheduler.waiting[0].eos_token_ids == {EOS}
