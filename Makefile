@@ -1,0 +1,73 @@
+# Nibble. On a fresh machine with Python 3.11+ and git:
+#
+#   make demo    fetch a small model, convert it to 4 bits, serve it, chat with it, print what that cost
+#   make test    install what the tests need and run them
+#
+# Everything stays inside the checkout: .venv (installed packages), models (weights), .cache (logs, downloads).
+
+PYTHON ?= python3
+VENV ?= .venv
+# uv asks PyTorch's own index for the build that fits: cpu without a GPU, the driver's CUDA with one. Or say cpu, cu128, ...
+TORCH_BACKEND ?= auto
+TORCH ?= torch==2.13.0
+PORT ?= 8000
+
+BIN := $(VENV)/bin
+TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.quant.errors nibble.kernels.spec \
+         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client
+TYPED_PACKAGES := nibble.server
+
+.PHONY: help demo serve test test-slow check bench clean
+
+help:
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+	@echo '  make serve      keep the demo model up on port $(PORT) for a browser or a client'
+	@echo '  make test-slow  the tests that take minutes (real models)'
+	@echo '  make check      ruff, mypy, import order'
+	@echo '  make bench      measure start-up, time to first token and tokens per second'
+	@echo '  make clean      remove .venv, .cache and build files; models stay'
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/demo.py
+
+serve: $(VENV)/.installed
+	$(BIN)/python tools/demo.py --serve --port $(PORT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	mkdir -p .cache/types && ln -sfn ../.. .cache/types/nibble  # mypy must see the checkout under its import name
+	cd .cache/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
+	  $(addprefix -m ,$(TYPED)) $(addprefix -p ,$(TYPED_PACKAGES))
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/serving.py --demo-models
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is touched when its step has succeeded, so a second run starts where the first ended.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Nibble needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'no venv module: apt-get install python3-venv'; exit 1; }
+
+$(VENV)/.installed-torch: | $(VENV)/bin/python
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip install --python $(BIN)/python --torch-backend=$(TORCH_BACKEND) '$(TORCH)' \
+	  || $(BIN)/pip install '$(TORCH)'  # behind a mirror that uv does not know: what pip is configured to find
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.installed-torch
+	$(BIN)/pip install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install -e '.[dev]'
+	@touch $@
