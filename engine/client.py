@@ -72,7 +72,9 @@ class AsyncEngine:
         self._reader = reader
         self._writer = writer
         self._frames = FrameReader()
-        self._queues: dict[str, asyncio.Queue[RequestOutput | None]] = {}
+        self._names: dict[str, str] = {}  # request id -> its name in the engine, which is never used again
+        self._queues: dict[str, asyncio.Queue[RequestOutput | None]] = {}  # by that name
+        self._serial = itertools.count()
         self._reading: asyncio.Task | None = None
 
     @classmethod
@@ -115,35 +117,38 @@ class AsyncEngine:
 
         Leaving early (aclose, cancellation) aborts the request. EngineDeadError if the engine has died or dies.
         """
-        if request_id in self._queues:
+        if request_id in self._names:
             raise ValueError(f"request id {request_id!r} is already in use")
         self._check_alive()
-        queue = self._queues[request_id] = asyncio.Queue()
+        name = self._names[request_id] = f"{request_id}#{next(self._serial)}"
+        queue = self._queues[name] = asyncio.Queue()
         finished = False
         try:
-            self._send(AddRequest(request_id, prompt_token_ids, params, time.time(), cache_salt))
+            self._send(AddRequest(name, prompt_token_ids, params, time.time(), cache_salt))
             while not finished:
                 output = await queue.get()
                 if output is None:
-                    self._check_alive()
+                    raise self._death()
                 finished = output.finish_reason is not None
+                output.request_id = request_id
                 yield output
         finally:
-            self._queues.pop(request_id, None)
+            if name in self._queues:  # not if `abort` has been here
+                self._forget(request_id)
             if not finished and self.is_alive:
-                self._send(AbortRequests([request_id]))
+                self._send(AbortRequests([name]))
 
     def abort(self, request_id: str) -> None:
         """End a request from outside its `generate`, which then sees finish_reason "abort"."""
-        queue = self._queues.pop(request_id, None)
-        if queue is not None:
-            queue.put_nowait(RequestOutput(request_id, finish_reason=FinishReason.ABORT))
+        if request_id in self._names:
+            name, queue = self._forget(request_id)
+            queue.put_nowait(RequestOutput(name, finish_reason=FinishReason.ABORT))
             if self.is_alive:
-                self._send(AbortRequests([request_id]))
+                self._send(AbortRequests([name]))
 
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stop the engine process; open requests end with finish_reason "abort". It is killed after `timeout` s."""
-        for request_id in list(self._queues):
+        for request_id in list(self._names):
             self.abort(request_id)
         if self.is_alive:
             self._send(Shutdown())
@@ -155,13 +160,18 @@ class AsyncEngine:
     def _send(self, message: AddRequest | AbortRequests | Shutdown) -> None:
         self._writer.write(frame(message))
 
+    def _forget(self, request_id: str) -> tuple[str, asyncio.Queue[RequestOutput | None]]:
+        name = self._names.pop(request_id)
+        return name, self._queues.pop(name)
+
     def _check_alive(self) -> None:
         if not self.is_alive:
-            raise EngineDeadError(f"the engine process has ended ({self._exit_text()}); its log has the cause")
+            raise self._death()
 
-    def _exit_text(self) -> str:
-        code = self._process.poll()
-        return "still exiting" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+    def _death(self) -> EngineDeadError:
+        code = self._process.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return EngineDeadError(f"the engine process has ended ({how}); its log has the cause")
 
     async def _wait_until_ready(self) -> Ready:
         bodies: list[bytes] = []

@@ -1,7 +1,8 @@
 """Tokenizer: text <-> token ids, and messages -> text, from the files of a checkpoint. No torch, no transformers.
 
-    tokenizer.json            the tokenizer itself (Hugging Face `tokenizers`); it is the truth about splitting
-    tokenizer_config.json     special tokens by role, add_bos_token / add_eos_token, older chat templates
+    tokenizer.json            the tokenizer itself (Hugging Face `tokenizers`). What it adds at the start and end of a
+                              text counts, not tokenizer_config.json's add_bos_token, as in transformers 5
+    tokenizer_config.json     special tokens by role, tokens to add, older chat templates
     special_tokens_map.json   special tokens by role, where the former lacks them
     generation_config.json    eos_token_id, one or several (config.json's where it has none)
     chat_template.jinja       the chat template (older homes: tokenizer_config.json, chat_template.json)
@@ -22,7 +23,6 @@ from typing import Any
 import msgspec
 import tokenizers
 from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 
 from ..quant.errors import CheckpointError
 from . import chat_template
@@ -59,8 +59,6 @@ class Tokenizer:
         special_tokens = {role: content for role, content in contents.items() if content is not None}
         backend = _load_backend(folder)
         _add_missing_tokens(backend, config, special_tokens)
-        if "add_bos_token" in config or "add_eos_token" in config:
-            _set_post_processor(backend, config, special_tokens)
         return cls(backend, special_tokens, chat_templates=_read_chat_templates(folder, config),
                    eos_token_ids=_read_eos_token_ids(folder))
 
@@ -199,19 +197,6 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: dict, special_tok
     tokens += [AddedToken(content, special=True, normalized=False) for content in special_tokens.values()]
     backend.add_tokens([token for token in tokens if backend.token_to_id(token.content) is None])
     backend.add_special_tokens([token for token in tokens if token.special])
-
-
-def _set_post_processor(backend: tokenizers.Tokenizer, config: dict, special_tokens: Mapping[str, str]) -> None:
-    """add_bos_token and add_eos_token, where given, overrule tokenizer.json's own template, as in transformers 5."""
-    def wanted(role: str) -> str | None:
-        return special_tokens.get(role) if config.get(f"add_{role}") else None
-
-    bos, eos = wanted("bos_token"), wanted("eos_token")
-    single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
-    backend.post_processor = TemplateProcessing(
-        single=single, pair=[*single, "$B:1"],
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token],
-    )
 
 
 def _read_chat_templates(folder: Path, config: dict) -> dict[str, str]:

@@ -163,10 +163,10 @@ def test_eos_stop_ids_and_min_tokens() -> None:
     prompt = prompt_that_ends_in_eos(3)
     run = solo(prompt, 6)
     cases = {
-        "eos": (dict(ignore_eos=False), run[:3], "stop", None),
-        "ignored": (dict(ignore_eos=True), run, "length", None),
-        "min": (dict(ignore_eos=False, min_tokens=4), run, "length", None),
-        "stop id": (dict(stop_token_ids=(run[1],)), run[:2], "stop", run[1]),
+        "eos": ({"ignore_eos": False}, run[:3], "stop", None),
+        "ignored": ({"ignore_eos": True}, run, "length", None),
+        "min": ({"ignore_eos": False, "min_tokens": 4}, run, "length", None),
+        "stop id": ({"stop_token_ids": (run[1],)}, run[:2], "stop", run[1]),
     }
     bench = Bench()
     for name, (params, *_) in cases.items():
@@ -205,10 +205,14 @@ def test_a_failed_request_does_not_touch_its_batch_mates() -> None:
 
 @st.composite
 def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
-    options = dict(
-        num_blocks=draw(st.integers(6, 24)), block_size=draw(st.sampled_from([1, 3, 4])), caching=draw(st.booleans()),
-        max_num_seqs=draw(st.integers(1, 6)), max_num_batched_tokens=draw(st.integers(1, 20)), max_model_len=40,
-    )
+    options = {
+        "num_blocks": draw(st.integers(6, 24)),
+        "block_size": draw(st.sampled_from([1, 3, 4])),
+        "caching": draw(st.booleans()),
+        "max_num_seqs": draw(st.integers(1, 6)),
+        "max_num_batched_tokens": draw(st.integers(1, 20)),
+        "max_model_len": 40,
+    }
     capacity = min(40, options["num_blocks"] * options["block_size"])
     prompt = st.lists(st.integers(0, 1), min_size=1, max_size=capacity - 1)  # two tokens: prefixes collide
     request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans())
