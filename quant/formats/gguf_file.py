@@ -65,10 +65,18 @@ class GgufFile:
         for _ in range(n_pairs):
             key = cursor.string()
             self.metadata[key] = cursor.value(cursor.number("<u4"))
-        if self.metadata.get("split.count", 0) > 1:
+        if self.metadata.get("split.count", 0) not in (0, 1):
             raise UnsupportedError(f"{path}: is one part of a split GGUF (join it: llama-gguf-split --merge)")
         cursor.expect(n_tensors, 24, "tensors")
         self.tensors = self._tensor_table(cursor, n_tensors)
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A positive number from the metadata. CheckpointError if it is something else, or missing without default."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**40:
+            raise CheckpointError(f"metadata {key} is {str(value)[:40]!r}, want a positive number", file=self.path,
+                                  fix="convert the model to GGUF again")
+        return value
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """Bytes of rows first..last of a tensor as uint8 [rows, row_bytes]; a read-only view of the file."""

@@ -62,13 +62,13 @@ def tensor_names(file: GgufFile) -> dict[str, str]:
 
 def hf_row_order(file: GgufFile, gguf_name: str) -> np.ndarray | None:
     """Row index [rows] that puts a llama q or k tensor in HF's order; None where GGUF keeps HF's order."""
-    meta = file.metadata
     heads_key = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(gguf_name.split(".")[-2])
-    if meta["general.architecture"] != "llama" or heads_key is None:
+    if file.metadata["general.architecture"] != "llama" or heads_key is None:
         return None
-    heads = meta.get(f"llama.attention.{heads_key}", meta["llama.attention.head_count"])
-    tensor = file.tensors[gguf_name]
-    rows = tensor.shape[0]
+    heads = file.number(f"llama.attention.{heads_key}", file.number("llama.attention.head_count"))
+    rows = file.tensors[gguf_name].shape[0]
+    if rows % (2 * heads):
+        raise CheckpointError(f"has {rows} rows, which are not {heads} heads", file=file.path, tensor=gguf_name)
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -81,22 +81,18 @@ def synthesize_config(file: GgufFile) -> dict[str, Any]:
     """config.json as transformers would have written it for the model in the file."""
     arch = architecture(file)
     meta = file.metadata
-
-    def need(key: str) -> Any:
-        if (value := meta.get(f"{arch}.{key}")) is None:
-            raise CheckpointError(f"metadata {arch}.{key} is missing", file=file.path, fix="download it again")
-        return value
-
-    heads = need("attention.head_count")
+    if "token_embd.weight" not in file.tensors:
+        raise CheckpointError("is missing", file=file.path, tensor="token_embd.weight", fix="download it again")
+    heads = file.number(f"{arch}.attention.head_count")
     config = {
-        "hidden_size": need("embedding_length"),
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
+        "hidden_size": file.number(f"{arch}.embedding_length"),
+        "intermediate_size": file.number(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": file.number(f"{arch}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.get(f"{arch}.attention.head_count_kv", heads),
-        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
-        "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": _tidy(need("attention.layer_norm_rms_epsilon")),
+        "num_key_value_heads": file.number(f"{arch}.attention.head_count_kv", heads),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "max_position_embeddings": file.number(f"{arch}.context_length"),
+        "rms_norm_eps": _tidy(file.number(f"{arch}.attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
@@ -112,16 +108,15 @@ def eos_token_ids(file: GgufFile) -> int | list[int] | None:
     """End-of-sequence id, and the end-of-turn token that the chat template writes where that is another one."""
     meta = file.metadata
     ids = [i for key in ("eos", "eot") if (i := meta.get(f"tokenizer.ggml.{key}_token_id")) is not None]
-    template, tokens = meta.get("tokenizer.chat_template", ""), meta.get("tokenizer.ggml.tokens", [])
+    template, tokens = str(meta.get("tokenizer.chat_template", "")), meta.get("tokenizer.ggml.tokens", [])
     ids += [tokens.index(end) for end in _TURN_ENDS if end in template and end in tokens]
     unique = list(dict.fromkeys(ids))
     return unique if len(unique) > 1 else unique[0] if unique else None
 
 
 def _llama(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    meta = file.metadata
-    head_dim = meta.get("llama.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
-    theta = _tidy(meta.get("llama.rope.freq_base", 10000.0))
+    head_dim = file.number("llama.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+    theta = _tidy(file.number("llama.rope.freq_base", 10000.0))
     scaling = _llama_rope_scaling(file, head_dim, theta)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -137,14 +132,14 @@ def _llama(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 def _llama_rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
     kind = file.metadata.get("llama.rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": file.metadata["llama.rope.scaling.factor"]}
+        return {"rope_type": "linear", "factor": file.number("llama.rope.scaling.factor")}
     if kind != "none":
         raise UnsupportedError(f"{file.path}: rope scaling {kind!r} is not supported (linear and llama3 are)")
     if "rope_freqs.weight" not in file.tensors:
         return None
     stored = file.rows("rope_freqs.weight").reshape(-1).view(np.float32)
     scaling = {"rope_type": "llama3", "factor": _tidy(float(stored.max()))} | _LLAMA3_ROPE
-    if not np.allclose(stored, llama3_divisors(scaling, head_dim, theta), rtol=1e-3):
+    if len(stored) != head_dim // 2 or not np.allclose(stored, llama3_divisors(scaling, head_dim, theta), rtol=1e-3):
         raise UnsupportedError(f"{file.path}, tensor 'rope_freqs.weight': is not Llama 3's rope scaling")
     return scaling
 
@@ -159,13 +154,12 @@ def llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> np.
 
 
 def _gemma3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    meta = file.metadata
-    head_dim = meta.get("gemma3.attention.key_length", 256)
-    theta = _tidy(meta.get("gemma3.rope.freq_base", 1000000.0))
-    local_theta = _tidy(meta.get("gemma3.rope.freq_base_swa", 10000.0))
-    factor = meta.get("gemma3.rope.scaling.factor")
+    head_dim = file.number("gemma3.attention.key_length", 256)
+    theta = _tidy(file.number("gemma3.rope.freq_base", 1000000.0))
+    local_theta = _tidy(file.number("gemma3.rope.freq_base_swa", 10000.0))
+    factor = file.number("gemma3.rope.scaling.factor", 1.0)
     layers = config["num_hidden_layers"]
-    scaling = {"rope_type": "linear", "factor": factor} if factor else None
+    scaling = {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
     # Only the 27B model (62 layers) scales queries by hidden_size / heads instead of head_dim.
     query_scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head_dim
     return {
@@ -174,7 +168,7 @@ def _gemma3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": query_scalar,
-        "sliding_window": meta.get("gemma3.attention.sliding_window", 1024),
+        "sliding_window": file.number("gemma3.attention.sliding_window", 1024),
         "sliding_window_pattern": 6,
         "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)],
         "rope_theta": theta,

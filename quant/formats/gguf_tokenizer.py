@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, NibbleError, UnsupportedError
 from .gguf_file import GgufFile
 
 _LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,14 +32,19 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
 
     Raises UnsupportedError for a model or pre-tokenizer other than those above, CheckpointError for missing metadata.
     """
-    kind = _get(file, "model")
-    if kind == "gpt2":
-        tokenizer = _byte_level(file)
-    elif kind == "llama":
-        tokenizer = _gemma(file) if file.metadata["general.architecture"].startswith("gemma") else _sentencepiece(file)
-    else:
+    kind = _get(file, "model", str)
+    if kind not in ("gpt2", "llama"):
         raise UnsupportedError(f"{file.path}: tokenizer.ggml.model {kind!r} is not supported (gpt2 and llama are)")
-    _add_special_tokens(file, tokenizer)
+    gemma = file.metadata["general.architecture"].startswith("gemma")
+    build = _byte_level if kind == "gpt2" else _gemma if gemma else _sentencepiece
+    try:
+        tokenizer = build(file)
+        _add_special_tokens(file, tokenizer)
+    except (NibbleError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower for a merge of unknown tokens
+        raise CheckpointError(f"its tokenizer is damaged: {error}".splitlines()[0], file=file.path,
+                              fix="download it again") from None
     if adds_bos(file):
         bos = _token(file, "bos")
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -64,7 +69,7 @@ def tokenizer_config(file: GgufFile) -> dict[str, Any]:
 
 def adds_bos(file: GgufFile) -> bool:
     """Whether a prompt begins with BOS; where the file does not say, llama.cpp's defaults."""
-    by_default = _get(file, "model") == "llama" or file.metadata.get("tokenizer.ggml.pre") in _SPLITS
+    by_default = _get(file, "model", str) == "llama" or file.metadata.get("tokenizer.ggml.pre") in _SPLITS
     return bool(file.metadata.get("tokenizer.ggml.add_bos_token", by_default)) and _id(file, "bos") is not None
 
 
@@ -136,21 +141,25 @@ def _add_special_tokens(file: GgufFile, tokenizer: Tokenizer) -> None:
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t, k in listed if k == _USER_DEFINED])
 
 
-def _get(file: GgufFile, key: str) -> Any:
-    if (value := file.metadata.get(f"tokenizer.ggml.{key}")) is None:
-        raise CheckpointError(f"metadata tokenizer.ggml.{key} is missing", file=file.path,
+def _get(file: GgufFile, key: str, kind: type = list) -> Any:
+    value = file.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, kind):
+        raise CheckpointError(f"metadata tokenizer.ggml.{key} is missing or no {kind.__name__}", file=file.path,
                               fix="convert the model to GGUF again with a current llama.cpp")
     return value
 
 
 def _id(file: GgufFile, key: str) -> int | None:
-    return file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    """A special token's id; None if the file names none (0xFFFFFFFF is llama.cpp's way to say so)."""
+    token_id = file.metadata.get(f"tokenizer.ggml.{key}_token_id", 0xFFFFFFFF)
+    if token_id == 0xFFFFFFFF:
+        return None
+    if not isinstance(token_id, int) or not 0 <= token_id < len(_get(file, "tokens")):
+        raise CheckpointError(f"tokenizer.ggml.{key}_token_id {token_id!r} is not in the vocabulary", file=file.path,
+                              fix="convert the model to GGUF again")
+    return token_id
 
 
 def _token(file: GgufFile, key: str) -> str | None:
-    token_id, tokens = _id(file, key), _get(file, "tokens")
-    if token_id is None or token_id == 0xFFFFFFFF:  # llama.cpp's "none"
-        return None
-    if not 0 <= token_id < len(tokens):
-        raise CheckpointError(f"tokenizer.ggml.{key}_token_id {token_id} is not in the vocabulary", file=file.path)
-    return tokens[token_id]
+    token_id = _id(file, key)
+    return None if token_id is None else _get(file, "tokens")[token_id]

@@ -84,8 +84,8 @@ def write_metadata(writer, config, arch):
 def write_tokenizer(writer, arch):
     """272 tokens: three special ones, every byte, a few merges."""
     if arch == "llama":
-        letters = [c for c in map(chr, range(33, 127))] + [chr(c) for c in range(161, 323) if c not in (173, 323)]
-        tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters[:256]]
+        letters = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]
+        tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters]
         merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r"]
         tokens += [merge.replace(" ", "") for merge in merges]
         types = [3, 3, 3] + [1] * (len(tokens) - 3)

@@ -126,7 +126,7 @@ def test_llama3_rope_scaling_is_recovered(make_gguf):
 def test_unsupported_files_are_named(make_gguf):
     with pytest.raises(UnsupportedError, match="rope scaling 'yarn'"):
         open_checkpoint(make_gguf("llama", metadata={"llama.rope.scaling.type": "yarn"}))
-    with pytest.raises(CheckpointError, match="'blk.0.ssm_in.weight': is no part"):
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.ssm_in\.weight': is no part"):
         open_checkpoint(make_gguf("llama", tensors={"blk.0.ssm_in.weight": np.zeros((2, 2), np.float32)}))
     with pytest.raises(UnsupportedError, match="type I8"):
         open_checkpoint(make_gguf("llama", tensors={"blk.0.ffn_up.bias": np.zeros(4, np.int8)}))
@@ -148,7 +148,7 @@ def test_truncated_and_foreign_files(make_gguf, tmp_path):
     whole = path.read_bytes()
     for size in (0, 10, 30, 500, 5000, len(whole) - 40):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="llama.gguf"):
+        with pytest.raises(CheckpointError, match=r"llama\.gguf"):
             open_checkpoint(path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
     with pytest.raises(CheckpointError, match="Git LFS pointer"):
