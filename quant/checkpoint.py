@@ -151,7 +151,8 @@ class FolderCheckpoint(Checkpoint):
         return sum(e.nbytes for e in self._entries.values())
 
     def _suffixes(self, module: str) -> list[str]:
-        known = formats.by_method(self.scheme.method).SUFFIXES if self.scheme else ("weight",)
+        quantized = formats.by_method(self.scheme.method).SUFFIXES if self.scheme else ()
+        known = dict.fromkeys((*quantized, "weight"))  # modules that stay dense are in every checkpoint
         return [s for s in known if f"{module}.{s}" in self._entries]
 
     def _layer(self, module: str) -> LayerScheme | None:
