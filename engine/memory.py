@@ -50,7 +50,7 @@ def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
 
 
 def plan(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
-    """Size the KV cache, after the weights are loaded. Raises NibbleError if not one request of a useful length fits."""
+    """Size the KV cache, after the weights are loaded. Raises NibbleError if not one useful request fits."""
     activations = activation_bytes(config, model, dtype)
     block = kv_bytes_per_token(model, dtype) * config.block_size
     wanted_len = config.max_model_len or model.max_position_embeddings

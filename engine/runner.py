@@ -86,7 +86,7 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
-        """float32 [T, vocab] for every position of one sequence, in a cache of its own: the scheduler's is untouched."""
+        """float32 [T, vocab] for every position of one sequence. The scheduler's cache is left alone."""
         item, cache = self._scratch(token_ids)
         hidden = self._forward([item], cache)
         return torch.cat([self.model.logits(rows) for rows in hidden.split(_LOGITS_ROWS)])

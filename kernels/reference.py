@@ -5,7 +5,7 @@ that every other kernel is tested against.
 dequantizes on every call: slow, but it needs the memory of the quantized model alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,15 +49,15 @@ class DequantizeOnceKernel:
     """Dequantizes at load and multiplies densely: 16-bit memory and 16-bit speed. For a CPU, where decoding a whole
     weight on every call costs more than reading it."""
 
-    name = "torch-dequantize-once"
-
-    def __init__(self, dense: "DenseKernel") -> None:
-        self.dense = dense
+    def __init__(self, dense: DenseKernel) -> None:
+        self.name, self.dense = f"dequantize-once, {dense.name}", dense
 
     def can_implement(self, spec: LinearSpec) -> str | None:
         if spec.kind == "dense":
             return "the weight is dense"
-        return None if spec.device.type == "cpu" else "would give up the memory that quantization saved"
+        if spec.device.type != "cpu":
+            return "would give up the memory that quantization saved"
+        return self.dense.can_implement(replace(spec, kind="dense"))
 
     def prepare(self, weight: QuantizedWeight | Tensor, spec: LinearSpec) -> Tensor:
         return self.dense.prepare(_quantized(weight).dequantize(spec.act_dtype), spec)

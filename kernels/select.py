@@ -8,25 +8,12 @@ from .cpu.torch_ops import Int4PackKernel, OneDnnDenseKernel
 from .reference import DenseKernel, DequantizeOnceKernel, ReferenceKernel
 from .spec import Kernel, LinearSpec
 
-_ONEDNN = OneDnnDenseKernel()
-_DENSE = DenseKernel()
-
-
-class _CpuBf16Once(DequantizeOnceKernel):
-    """As DequantizeOnceKernel, where oneDNN's reordered bf16 product exists."""
-
-    name = "cpu-dequantize-once-bf16"
-
-    def can_implement(self, spec: LinearSpec) -> str | None:
-        as_dense = LinearSpec(spec.in_features, spec.out_features, "dense", 16, (1, spec.in_features), "mid", False,
-                              "none", spec.act_dtype, spec.device)
-        return super().can_implement(spec) or self.dense.can_implement(as_dense)
-
+_ONEDNN, _DENSE = OneDnnDenseKernel(), DenseKernel()
 
 KERNELS: tuple[Kernel, ...] = (
     _ONEDNN,
     Int4PackKernel(),
-    _CpuBf16Once(_ONEDNN),
+    DequantizeOnceKernel(_ONEDNN),
     DequantizeOnceKernel(_DENSE),
     _DENSE,
     ReferenceKernel(),

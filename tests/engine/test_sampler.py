@@ -1,0 +1,109 @@
+"""The sampler against distributions worked out by hand or with numpy."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from nibble.engine.batch import StepResult
+from nibble.engine.request import Request, SamplingParams
+from nibble.engine.sampler import sample, uniform
+
+PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
+LOGITS = torch.tensor(np.log(PROBS), dtype=torch.float32)
+
+
+def request(name: str = "r", prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), seed: int = 0,
+            eos: tuple[int, ...] = (), **params) -> Request:
+    return Request(name, list(prompt), SamplingParams(**params), frozenset(eos), seed, token_ids=[*prompt, *output])
+
+
+def draw(count: int, logits: torch.Tensor = LOGITS, **params) -> Counter:
+    requests = [request(str(i), seed=i, **params) for i in range(count)]
+    result = StepResult()
+    sample(logits.repeat(count, 1), requests, result)
+    return Counter(result.tokens.values())
+
+
+def check_frequencies(counts: Counter, probs: np.ndarray) -> None:
+    total = sum(counts.values())
+    for token, p in enumerate(probs):
+        spread = 4.5 * math.sqrt(total * p * (1 - p)) + 1e-9
+        assert abs(counts[token] - total * p) <= spread, (token, counts)
+
+
+def one(logits: torch.Tensor, r: Request) -> int:
+    result = StepResult()
+    sample(logits[None].clone(), [r], result)
+    return result.tokens["r"]
+
+
+def test_plain_sampling_follows_the_softmax() -> None:
+    check_frequencies(draw(4000), PROBS)
+
+
+def test_temperature() -> None:
+    sharpened = PROBS**2 / (PROBS**2).sum()
+    check_frequencies(draw(4000, temperature=0.5), sharpened)
+
+
+@pytest.mark.parametrize(("params", "kept"), [
+    ({"top_k": 2}, 2), ({"top_p": 0.6}, 2), ({"top_p": 0.5}, 1), ({"min_p": 0.28}, 3), ({"top_k": 3, "top_p": 0.9}, 3),
+    ({"top_k": 100}, 5), ({"top_p": 1.0}, 5)])
+def test_cuts_keep_the_most_probable_and_renormalise(params: dict, kept: int) -> None:
+    cut = np.where(np.arange(5) < kept, PROBS, 0)
+    check_frequencies(draw(3000, **params), cut / cut.sum())
+
+
+def test_a_nucleus_wider_than_the_first_candidates() -> None:
+    counts = draw(2000, logits=torch.zeros(1000), top_p=0.9)
+    assert len(counts) > 700  # 256 candidates would have cut it
+
+
+def test_greedy_takes_the_largest() -> None:
+    assert one(LOGITS, request(temperature=0)) == 0
+
+
+def test_penalties_as_their_papers_have_them() -> None:
+    logits = torch.tensor([2.0, 1.5, -1.0])
+    assert one(logits, request(prompt=(0,), temperature=0, repetition_penalty=2.0)) == 1
+    assert one(logits, request(prompt=(0,), temperature=0, presence_penalty=1.0)) == 0  # prompt tokens do not count
+    assert one(logits, request(prompt=(2,), output=(0,), temperature=0, presence_penalty=1.0)) == 1
+    assert one(logits, request(prompt=(2,), output=(0,), temperature=0, frequency_penalty=0.4)) == 0
+    assert one(logits, request(prompt=(2,), output=(0, 0), temperature=0, frequency_penalty=0.4)) == 1
+
+
+def test_logit_bias_and_min_tokens() -> None:
+    assert one(LOGITS, request(temperature=0, logit_bias={4: 100.0})) == 4
+    assert one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, eos=(0,))) == 1
+    assert one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, stop_token_ids=(0, 1))) == 2
+    assert one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, eos=(0,), output=(3,))) == 0
+
+
+def test_a_seed_fixes_the_token_in_any_company() -> None:
+    alone = one(LOGITS, request(seed=11))
+    others = [request(str(i), seed=i) for i in range(5)]
+    result = StepResult()
+    sample(LOGITS.repeat(6, 1), [*others, request("r", seed=11)], result)
+    assert result.tokens["r"] == alone
+    assert len({uniform(11, position) for position in range(100)}) == 100
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    result = StepResult()
+    sample(LOGITS[None].clone(), [request(temperature=0, logprobs=2, logit_bias={3: 100.0})], result)
+    entry = result.logprobs["r"]
+    assert (entry.token_id, entry.rank, entry.top_ids) == (3, 4, [0, 1])
+    assert entry.logprob == pytest.approx(math.log(0.07), abs=1e-5)
+    assert entry.top_logprobs == pytest.approx([math.log(0.5), math.log(0.25)], abs=1e-5)
+
+
+def test_nan_fails_its_own_request_only() -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 2] = float("nan")
+    requests = [request(str(i), temperature=0) for i in range(3)]
+    result = StepResult()
+    sample(logits, requests, result)
+    assert set(result.tokens) == {"0", "2"} and set(result.errors) == {"1"}
