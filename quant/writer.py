@@ -59,7 +59,11 @@ class ShardWriter:
         return path
 
     def finish(self) -> list[Path]:
-        """Join the parts into the final shards, write the index where there are several, and remove the parts."""
+        """Join the parts into the final shards, write the index where there are several, and remove the parts.
+
+        Killed on the way, the parts left are the first ones (the last is removed first), so a run that adds what
+        `parts` lacks and calls `finish` again ends in the same bytes. Needs free disk for the weights once more.
+        """
         shards = self._group()
         total = len(shards)
         names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
@@ -71,7 +75,7 @@ class ShardWriter:
             size = sum(p.nbytes for pieces in shards for p in pieces)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
             write_json(self.out_dir / "model.safetensors.index.json", index)
-        for part in self.parts:
+        for part in reversed(self.parts):
             part.unlink()
         return files
 
@@ -143,6 +147,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def dequantize_checkpoint(checkpoint: Checkpoint, out_dir: Path | str, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write any checkpoint as a plain HF folder in dtype (16 or 32 bit floats), which every other tool reads."""
     writer = ShardWriter(out_dir)
+    for leftover in writer.parts:
+        leftover.unlink()
     modules = checkpoint.modules()
     consumed = {name for module in modules for name in checkpoint.weight_names(module)}
     parts: dict[str, list[str]] = {}

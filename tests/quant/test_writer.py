@@ -58,6 +58,25 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, limit):
         assert (tmp_path / "resumed" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_run_killed_while_it_removes_its_parts_can_be_repeated(tmp_path, monkeypatch):
+    removed = []
+
+    def die_after_one(path):
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path)
+
+    unlink = type(tmp_path).unlink
+    monkeypatch.setattr(type(tmp_path), "unlink", die_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path)
+    monkeypatch.undo()
+    write(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == ALL.keys()
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_views_and_shared_storage_can_be_written(tmp_path):
     whole = torch.randn(4, 6)
     write(tmp_path, [{"top": whole[:2], "transposed": whole.T}])
