@@ -13,9 +13,10 @@ TORCH ?= torch==2.13.0
 PORT ?= 8000
 
 BIN := $(VENV)/bin
+# The public surface, type-checked.
 TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.quant.errors nibble.kernels.spec \
-         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client
-TYPED_PACKAGES := nibble.server
+         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
+         nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
 .PHONY: help demo serve test test-slow check bench clean
 
@@ -42,8 +43,7 @@ test-slow: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/nibble  # mypy must see the checkout under its import name
-	cd .cache/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
-	  $(addprefix -m ,$(TYPED)) $(addprefix -p ,$(TYPED_PACKAGES))
+	cd .cache/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml $(addprefix -m ,$(TYPED))
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 bench: $(VENV)/.installed
