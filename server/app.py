@@ -1,0 +1,156 @@
+"""The HTTP application: routes, and what wraps them.
+
+    RequestIdMiddleware -> AuthMiddleware -> routes -> errors in OpenAI's shape
+
+The routes take the raw request: each endpoint parses its own body (limits.parse_body), so no answer is ever FastAPI's.
+"""
+
+import logging
+import re
+import uuid
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .. import __version__
+from . import errors, metrics, sse
+from .auth import AuthMiddleware
+from .openai import chat, completions, models, tokenize
+from .openai.answer import json_response
+from .serving import Phase, Serving
+
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+
+
+class RequestIdMiddleware:
+    """The outermost layer: puts `x-request-id` on every answer, the client's own if it is harmless to repeat, else a
+    new one. Whatever goes wrong inside becomes a plain 500."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s failed", request_id.decode())
+            if not started:  # the exception's text may hold what is not the client's to see
+                await errors.internal().response()(scope, receive, send_with_id)
+
+
+def create_app(serving: Serving, api_keys: tuple[str, ...] = ()) -> FastAPI:
+    """The application for one Serving. With no keys, anybody may ask."""
+    middleware = [Middleware(RequestIdMiddleware), Middleware(AuthMiddleware, api_keys=api_keys)]
+    app = FastAPI(title="Nibble", version=__version__, docs_url=None, redoc_url=None, middleware=middleware,
+                  redirect_slashes=False)
+    errors.install(app)
+    app.add_exception_handler(sse.ClientGone, _client_gone)
+    _add_probes(app, serving)
+    _add_api(app, serving)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+def _add_probes(app: FastAPI, serving: Serving) -> None:
+    @app.get("/livez")
+    async def livez() -> Response:
+        """The process works; restart it if not."""
+        return _probe(serving.alive, serving)
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        """Requests are accepted; send none if not."""
+        return _probe(serving.alive and serving.phase is Phase.READY, serving)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """The model is loaded and the engine alive."""
+        return _probe(serving.alive and serving.engine is not None, serving)
+
+
+def _probe(ok: bool, serving: Serving) -> Response:
+    status = serving.phase.value if serving.alive else Phase.DEAD.value
+    response = json_response({"status": status})
+    if not ok:
+        response.status_code = 503
+        response.headers["retry-after"] = "2"
+    return response
+
+
+def _add_api(app: FastAPI, serving: Serving) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=_body(chat.ChatRequest))
+    async def create_chat_completion(request: Request) -> Response:
+        return await chat.create(request, serving)
+
+    @app.post("/v1/completions", openapi_extra=_body(completions.CompletionRequest))
+    async def create_completion(request: Request) -> Response:
+        return await completions.create(request, serving)
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return models.list_models(serving)
+
+    @app.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> Response:
+        return models.retrieve(model, serving)
+
+    @app.post("/tokenize", openapi_extra=_body(tokenize.TokenizeRequest))
+    async def create_tokens(request: Request) -> Response:
+        return await tokenize.tokenize(request, serving)
+
+    @app.post("/detokenize", openapi_extra=_body(tokenize.DetokenizeRequest))
+    async def create_text(request: Request) -> Response:
+        return await tokenize.detokenize(request, serving)
+
+    @app.get("/metrics")
+    async def scrape() -> Response:
+        return Response(serving.metrics.exposition(), headers={"content-type": metrics.CONTENT_TYPE})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+
+_BODIES = (chat.ChatRequest, completions.CompletionRequest, tokenize.TokenizeRequest, tokenize.DetokenizeRequest)
+
+
+def _body(schema: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a body that the endpoint parses by itself."""
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    description = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = description.setdefault("components", {}).setdefault("schemas", {})
+    for body in _BODIES:
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[body.__name__] = schema
+    return description

@@ -1,0 +1,211 @@
+"""The server process from its first line to its exit code. It never imports torch; the engine is a child process.
+
+    start      bind the port, start the engine process, then import the application and load the tokenizer meanwhile
+    loading    /livez 200, /readyz 503; every endpoint 503 with Retry-After
+    ready      the ledger is printed
+    1st SIGTERM or SIGINT    nothing is admitted, /readyz 503; open requests finish, at most `shutdown_timeout` seconds
+    2nd        exit at once
+    engine dies              open streams get an error event; exit
+
+Exit codes: 0 told to stop, 1 the engine died, 2 bad input (one line on stderr), 128 + signal when forced.
+"""
+
+import asyncio
+import contextlib
+import gc
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import msgspec
+
+from .. import __version__
+from ..engine.client import AsyncEngine, EngineDeadError
+from ..engine.config import EngineConfig
+from ..engine.messages import Ready
+from ..engine.tokenizer import Tokenizer
+from ..quant.errors import NibbleError
+from . import limits
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS = 60  # an idle connection is kept
+CLOSE_SECONDS = 2  # after the drain, for the last bytes to leave
+DEAD_SECONDS = 1.0  # between the engine's death and the exit, for open streams to hear of it
+
+StartEngine = Callable[[EngineConfig], Awaitable[AsyncEngine]]
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the HTTP side is told at start-up."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    model_names: tuple[str, ...]  # the names clients may use; the first is the one in metrics
+    api_keys: tuple[str, ...] = ()
+    shutdown_timeout: float = 30.0  # seconds
+    max_queued_requests: int = 1024  # sequences beyond max_num_seqs that are admitted
+
+
+def serve(config: EngineConfig, options: ServeOptions, start_engine: StartEngine = AsyncEngine.start) -> int:
+    """Serve until told to stop. Returns the exit code; NibbleError for bad input."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(config, options, start_engine))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    return import_module("uvloop").new_event_loop if find_spec("uvloop") else None
+
+
+async def _serve(config: EngineConfig, options: ServeOptions, start_engine: StartEngine) -> int:
+    sock = _bind(options)
+    # The child is running before anything heavy is imported here.
+    engine = asyncio.ensure_future(start_engine(config))
+    await asyncio.sleep(0)
+    tokenizer = asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_pretrained, config.model, config.revision))
+    try:
+        await asyncio.to_thread(import_module, ".app", __package__)
+        return await Lifecycle(config, options, sock).run(engine, tokenizer)
+    finally:
+        for task in (engine, tokenizer):
+            task.cancel()  # a start that is cancelled kills its process
+        await asyncio.gather(engine, tokenizer, return_exceptions=True)
+        sock.close()
+
+
+class Lifecycle:
+    """One run of the server: HTTP on `sock`, the engine beside it."""
+
+    def __init__(self, config: EngineConfig, options: ServeOptions, sock: socket.socket):
+        from .app import create_app
+        from .serving import Serving
+
+        self.options, self.sock = options, sock
+        self.serving = Serving(options.model_names, max_num_seqs=config.max_num_seqs,
+                               max_queued_requests=options.max_queued_requests)
+        self.http = _http_server(create_app(self.serving, options.api_keys))
+        self.exit_code = 0
+        self.error: NibbleError | None = None
+        self.signals = 0
+        self.tasks: set[asyncio.Task] = set()
+
+    async def run(self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]") -> int:
+        """Serve until told to stop or until the engine is lost."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        watch = asyncio.create_task(self._watch(engine, tokenizer))
+        try:
+            await self.http.serve(sockets=[self.sock])
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            if self.serving.engine is not None:
+                await self.serving.engine.shutdown(timeout=0 if self.signals > 1 else 5)
+        if self.error is not None:
+            raise self.error
+        return self.exit_code
+
+    async def _watch(self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]") -> None:
+        """Wait until ready, then for the engine's death."""
+        try:
+            loaded, ready_tokenizer = await asyncio.gather(engine, tokenizer)
+        except NibbleError as error:
+            self.error = error
+            self.http.should_exit = True
+            return
+        except EngineDeadError as error:
+            log.error("%s", error)
+            self._exit(1)
+            return
+        self.serving.ready(loaded, ready_tokenizer)
+        print(_ledger(loaded.ready, self.options, self.sock), file=sys.stderr, flush=True)
+        gc.collect()
+        gc.freeze()  # what loading left behind never dies: the collector need not walk it between tokens
+        await loaded.dead.wait()
+        if not self.http.should_exit:
+            log.critical("the engine process has ended; shutting down")
+            self.serving.lost()
+            await asyncio.sleep(DEAD_SECONDS)
+            self._exit(1)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self.signals += 1
+        if self.signals == 1 and self.serving.engine is not None and self.serving.alive:
+            self._keep(asyncio.create_task(self._drain()))
+        elif self.signals == 1:
+            self._exit(0)
+        else:
+            self.http.force_exit = True
+            self._exit(128 + number)
+
+    async def _drain(self) -> None:
+        self.serving.drain()
+        log.info("draining: %d sequences are open", self.serving.active_sequences)
+        try:
+            await asyncio.wait_for(self.serving.idle.wait(), self.options.shutdown_timeout)
+        except TimeoutError:
+            log.warning("%d sequences cut off after %g s", self.serving.active_sequences,
+                        self.options.shutdown_timeout)
+            self.http.should_exit = True  # before the engine goes: its end is no accident
+            await self.serving.engine.shutdown()
+        self._exit(self.exit_code)
+
+    def _exit(self, code: int) -> None:
+        self.exit_code = code
+        self.http.should_exit = True
+
+    def _keep(self, task: asyncio.Task) -> None:
+        """The loop holds tasks weakly; one that nobody awaits must be held here."""
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+def _http_server(app: Any) -> Any:
+    """uvicorn on h11 (it bounds the request head; httptools does not), its signal handling left to Lifecycle."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+    return Server(uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
+        server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS, h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
+    ))
+
+
+def _bind(options: ServeOptions) -> socket.socket:
+    """The listening socket, so that an address in use is found before a model is loaded."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((options.host, options.port))
+    except OSError as error:
+        sock.close()
+        raise NibbleError(f"cannot listen on {options.host}:{options.port}: {error.strerror or error} "
+                          "(choose another --host or --port)") from None
+    return sock
+
+
+def _ledger(ready: Ready, options: ServeOptions, sock: socket.socket) -> str:
+    """What was loaded and where the memory went, as printed at start-up."""
+    lines = [f"nibble {__version__}: {options.model_names[0]}, {ready.quantization}, {ready.dtype} on {ready.device}, "
+             f"loaded in {ready.load_seconds:.1f} s"]
+    lines += [f"  {part.replace('_', ' '):<14}{size / 2**20:10.1f} MiB" for part, size in ready.ledger.items()]
+    lines.append(f"  {'KV blocks':<14}{ready.num_blocks:10} of {ready.block_size} tokens")
+    lines.append(f"  {'context':<14}{ready.max_model_len:10} tokens")
+    lines += [f"  {'kernel':<14}{count:10} layers on {name}" for name, count in ready.kernels.items()]
+    host, port = sock.getsockname()[:2]
+    lines.append(f"  http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    if not options.api_keys and not ipaddress.ip_address(host).is_loopback:
+        lines.append("  warning: no --api-key is set, and other machines may reach this address")
+    return "\n".join(lines)

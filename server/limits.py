@@ -1,0 +1,74 @@
+"""What one request may ask for. Applied before anything is tokenised; beyond it is a 400 (413: the body)."""
+
+import re
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from . import errors
+
+MAX_BODY_BYTES = 10 * 2**20  # held in memory while it is parsed
+MAX_N = 128  # samples of one prompt
+MAX_SEQUENCES = 1024  # prompts x n in one request
+MAX_REQUEST_TOKENS = 2**20  # sequences x max_tokens in one request
+MAX_STOP_STRINGS = 16  # each is searched in every delta
+MAX_STOP_CHARS = 512
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+MAX_MESSAGES = 4096
+MAX_CHARS_PER_TOKEN = 256  # longer than any token of the vocabularies in use: bounds the text that is tokenised
+MAX_TEMPLATE_KWARG_CHARS = 4096
+MAX_CACHE_SALT_CHARS = 128
+MAX_HEADER_BYTES = 65536  # h11: request line and headers together
+
+# The variables a request may set in the chat template. An allowlist: any other name could be an argument of the
+# renderer itself (`chat_template`, `tokenize`), which has been a way in elsewhere (CVE-2025-61620, CVE-2025-62426).
+TEMPLATE_KWARGS = frozenset({
+    "enable_thinking", "thinking", "thinking_budget", "reasoning_effort", "preserve_thinking", "clear_thinking",
+    "date_string", "current_date", "custom_instructions", "model_identity", "language", "lang",
+})
+
+Model = TypeVar("Model", bound=BaseModel)
+_JSON = re.compile(r"application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
+
+
+def check_template_kwargs(kwargs: dict | None) -> None:
+    """Raise ApiError 400 unless every key is in TEMPLATE_KWARGS. Values are scalars already, by the schema."""
+    for name in kwargs or ():
+        if name not in TEMPLATE_KWARGS:
+            raise errors.bad_request(
+                f"chat_template_kwargs: '{name[:64]}' is not one of {', '.join(sorted(TEMPLATE_KWARGS))}",
+                "chat_template_kwargs")
+
+
+async def parse_body(request: Request, schema: type[Model]) -> Model:
+    """The request's JSON body as `schema`. Raises ApiError 400, 413 or 415.
+
+    The content type must be JSON, so that a web page cannot post here without the browser asking first. pydantic's
+    parser refuses invalid UTF-8, lone surrogates and nesting deeper than 200.
+    """
+    if not _JSON.match(request.headers.get("content-type", "")):
+        raise errors.ApiError(415, "Send a JSON body with the header `Content-Type: application/json`.")
+    body = await read_body(request)
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        raise errors.from_validation(error) from None
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Raises ApiError 413 as soon as it is known to be longer than MAX_BODY_BYTES."""
+    too_long = errors.ApiError(413, f"The request body is larger than {MAX_BODY_BYTES} bytes.",
+                               code="request_too_large", headers={"connection": "close"})
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
+        raise too_long
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise too_long
+        chunks.append(chunk)
+    return b"".join(chunks)

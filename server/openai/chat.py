@@ -1,0 +1,194 @@
+"""POST /v1/chat/completions: schema, prompt, answer.
+
+Not streamed, the answer is one `chat.completion`. Streamed, it is `chat.completion.chunk`s: the role for each choice,
+its text as it comes, an empty delta with the finish_reason; then the usage if asked for, then [DONE].
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import Request, Response
+from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
+
+from ...engine.request import SamplingParams
+from .. import errors, limits, sse
+from ..generation import Delta, Generation
+from ..serving import Serving
+from .answer import Answer, run
+from .logprobs import chat_logprobs
+from .sampling import (
+    Ignored,
+    OnlyEmptyList,
+    OnlyFalse,
+    OnlyNone,
+    SamplingFields,
+    Schema,
+    check_size,
+    check_text_length,
+    completion_room,
+)
+
+
+class TextPart(Schema):
+    type: str
+    text: str | None = None
+    # Named so that the refusal of a part we cannot read says what kind it was, not that this field is unknown.
+    image_url: Any = None
+    input_audio: Any = None
+    video_url: Any = None
+    file: Any = None
+    refusal: Any = None
+
+    @field_validator("type")
+    @classmethod
+    def _text_only(cls, type: str) -> str:
+        if type != "text":
+            raise ValueError(f"content part type '{type[:64]}' is not supported, only 'text' is")
+        return type
+
+
+class Message(Schema):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+    name: Ignored = None
+    # What a client sends back when it repeats an answer of ours.
+    refusal: OnlyNone = None
+    audio: OnlyNone = None
+    function_call: OnlyNone = None
+    tool_calls: OnlyEmptyList = None
+    annotations: OnlyEmptyList = None
+    reasoning_content: OnlyNone = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "\n".join(part.text or "" for part in self.content)
+        return self.content or ""
+
+    def for_template(self) -> dict[str, str]:
+        """`developer` is OpenAI's newer name for what every template calls `system`."""
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        return message | ({"name": self.name} if self.name else {})
+
+
+TemplateValue = StrictBool | StrictInt | Annotated[StrictStr, Field(max_length=limits.MAX_TEMPLATE_KWARG_CHARS)] | None
+
+
+class ChatRequest(SamplingFields):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    # Not supported
+    tools: OnlyEmptyList = None
+    tool_choice: Literal["none", "auto"] | None = None  # without tools these are the same
+    parallel_tool_calls: bool | None = None  # means nothing without tools
+    functions: OnlyEmptyList = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: OnlyNone = None
+    prediction: OnlyNone = None
+    reasoning_effort: Literal["none"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: OnlyFalse = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None  # of use only with store
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    web_search_options: OnlyNone = None
+    verbosity: Literal["medium"] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise errors.bad_request("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+            return None
+        return self.top_logprobs or 0
+
+
+async def create(request: Request, serving: Serving) -> Response:
+    """Answer one chat request."""
+    arrival = time.perf_counter()
+    serving.check_ready()
+    body = await limits.parse_body(request, ChatRequest)
+    serving.check_model(body.model)
+    # Rendering and tokenising a long conversation takes milliseconds; other streams must not wait for it.
+    prompt = await asyncio.to_thread(_prompt, body, serving)
+    params = _params(body, serving, len(prompt))
+    n = body.n or 1
+    check_size(n, params.max_tokens)
+    return await run(request, serving, ChatAnswer(body, serving), [prompt], params, n, body.cache_salt, arrival)
+
+
+def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
+    tokenizer, limit = serving.tokenizer, serving.engine.ready.max_model_len
+    limits.check_template_kwargs(body.chat_template_kwargs)
+    continued = bool(body.continue_final_message)
+    if continued and body.add_generation_prompt:
+        raise errors.bad_request("'continue_final_message' and 'add_generation_prompt' exclude each other.",
+                                 "continue_final_message")
+    if continued and body.messages[-1].role != "assistant":
+        raise errors.bad_request("'continue_final_message' needs a last message of the assistant.", "messages")
+    check_text_length(sum(len(message.text) for message in body.messages), limit, "messages")
+    generation = not continued if body.add_generation_prompt is None else body.add_generation_prompt
+    try:
+        text = tokenizer.apply_chat_template([message.for_template() for message in body.messages],
+                                             add_generation_prompt=generation, continue_final_message=continued,
+                                             **(body.chat_template_kwargs or {}))
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    except ValueError as error:
+        raise errors.bad_request(str(error), "messages") from None
+    if not token_ids:
+        raise errors.bad_request("The messages come to no tokens at all.", "messages")
+    return token_ids
+
+
+def _params(body: ChatRequest, serving: Serving, prompt_tokens: int) -> SamplingParams:
+    ready = serving.engine.ready
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    max_tokens = completion_room(ready.max_model_len, prompt_tokens, asked, None, "messages")
+    return body.sampling_params(ready.vocab_size, max_tokens, body.num_logprobs)
+
+
+class ChatAnswer(Answer):
+    """Writes deltas as chat completions."""
+
+    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest, serving: Serving):
+        super().__init__(body, body.model)
+        self.tokenizer = serving.tokenizer
+        self.top_n = body.top_logprobs or 0
+
+    def choice(self, whole: Delta, generation: Generation) -> dict:
+        return {"index": whole.index, "message": {"role": "assistant", "content": whole.text, "refusal": None},
+                "logprobs": self._logprobs(whole), "finish_reason": whole.finish_reason}
+
+    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+        encode = msgspec.json.encode
+        for sequence in generation.sequences:
+            yield self.chunk(b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
+                             b'"finish_reason":null}' % sequence.index, sequence)
+        async for delta in generation.deltas():
+            sequence = generation.sequences[delta.index]
+            data = b""
+            if delta.text or delta.logprobs:
+                logprobs = encode(self._logprobs(delta)) if delta.logprobs else b"null"
+                data = self.chunk(b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null}' % (
+                    delta.index, encode(delta.text), logprobs), sequence)
+            if delta.finish_reason is not None:
+                data += self.chunk(b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%s}' % (
+                    delta.index, encode(delta.finish_reason)), sequence)
+            if data:
+                yield data
+        yield self.usage_chunk(generation) + sse.DONE
+
+    def _logprobs(self, delta: Delta) -> dict | None:
+        return None if delta.logprobs is None else chat_logprobs(self.tokenizer, delta.logprobs, self.top_n)

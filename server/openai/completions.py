@@ -1,0 +1,174 @@
+"""POST /v1/completions: schema, prompts, answer.
+
+A prompt is text or token ids, one or several; choice `i * n + j` is sample j of prompt i. With `echo`, a choice begins
+with its prompt, and with `logprobs` too its prompt's log-probabilities: what lm-eval reads to score a continuation
+(`max_tokens` 0 or 1). With `max_tokens` 0 one token is computed, since that is what computes the prompt, and dropped.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Annotated, Literal
+
+import msgspec
+from fastapi import Request, Response
+from pydantic import Field, model_validator
+
+from ...engine.detokenizer import Detokenizer
+from ...engine.request import FinishReason, SamplingParams
+from .. import errors, limits, sse
+from ..generation import Delta, Generation, Sequence, usage
+from ..serving import Serving
+from .answer import Answer, json_response, run
+from .logprobs import completion_logprobs
+from .sampling import SamplingFields, check_size, check_text_length, completion_room
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+class CompletionRequest(SamplingFields):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS
+    # Not supported
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _no_search(self) -> "CompletionRequest":
+        if self.best_of not in (None, 1, self.n):
+            raise errors.bad_request("'best_of' is not supported other than equal to 'n'.", "best_of",
+                                     "unsupported_parameter")
+        if self.max_tokens == 0 and not self.echo:
+            raise errors.bad_request("max_tokens must be at least 1, or 0 with echo", "max_tokens")
+        return self
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list of texts or of token id lists, never empty."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise errors.bad_request("'prompt' must not be empty.", "prompt")
+        return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item,return-value]
+
+
+async def create(request: Request, serving: Serving) -> Response:
+    """Answer one completion request."""
+    arrival = time.perf_counter()
+    serving.check_ready()
+    body = await limits.parse_body(request, CompletionRequest)
+    serving.check_model(body.model)
+    n = body.n or 1
+    given = body.prompts()
+    check_size(len(given) * n, 1, "prompt")
+    prompts = await asyncio.to_thread(_token_ids, body, given, serving)
+    params = _params(body, serving, max(map(len, prompts)))
+    check_size(len(prompts) * n, params.max_tokens)
+    answer = CompletionAnswer(body, serving, prompts)
+    if body.max_tokens == 0 and body.logprobs is None:
+        return answer.echo_alone(n)
+    return await run(request, serving, answer, prompts, params, n, body.cache_salt, arrival)
+
+
+def _token_ids(body: CompletionRequest, given: list[str] | list[list[int]], serving: Serving) -> list[list[int]]:
+    ready = serving.engine.ready
+    if isinstance(given[0], str):
+        check_text_length(max(map(len, given)), ready.max_model_len, "prompt")
+        prompts = [serving.tokenizer.encode(text, body.add_special_tokens is not False) for text in given]
+    else:
+        prompts = given
+    for token_ids in prompts:
+        if not token_ids:
+            raise errors.bad_request("'prompt' must have at least one token.", "prompt")
+        if not 0 <= min(token_ids) <= max(token_ids) < ready.vocab_size:
+            raise errors.bad_request(f"Token ids must be between 0 and {ready.vocab_size - 1}.", "prompt")
+    return prompts
+
+
+def _params(body: CompletionRequest, serving: Serving, prompt_tokens: int) -> SamplingParams:
+    ready = serving.engine.ready
+    asked = body.max_tokens if body.max_tokens is None else max(1, body.max_tokens)
+    max_tokens = completion_room(ready.max_model_len, prompt_tokens, asked, DEFAULT_MAX_TOKENS, "prompt")
+    return body.sampling_params(ready.vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None)
+
+
+class _Echo:
+    """A prompt as text, and where in it each token starts."""
+
+    def __init__(self, serving: Serving, token_ids: list[int], skip_special_tokens: bool):
+        params = SamplingParams(skip_special_tokens=skip_special_tokens, ignore_eos=True)
+        detokenizer = Detokenizer(serving.tokenizer, params)
+        self.text = detokenizer.push(token_ids) + detokenizer.finish()
+        self.offsets = detokenizer.token_offsets
+
+
+class CompletionAnswer(Answer):
+    """Writes deltas as text completions."""
+
+    id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, body: CompletionRequest, serving: Serving, prompts: list[list[int]]):
+        super().__init__(body, body.model)
+        self.tokenizer = serving.tokenizer
+        self.top_n = body.logprobs or 0
+        self.num_prompt_tokens = sum(map(len, prompts))
+        skip = body.skip_special_tokens is not False
+        self.echoes = [_Echo(serving, prompt, skip) for prompt in prompts] if body.echo else []
+        self.prompt_only = body.max_tokens == 0
+
+    def choice(self, whole: Delta, generation: Generation) -> dict:
+        text, logprobs = self._content(whole, generation, first=True)
+        return {"index": whole.index, "text": text, "logprobs": logprobs, "finish_reason": whole.finish_reason}
+
+    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+        encode = msgspec.json.encode
+        started: set[int] = set()
+        async for delta in generation.deltas():
+            first = bool(self.echoes) and delta.index not in started
+            if not (delta.text or delta.logprobs or delta.finish_reason or first):
+                continue
+            started.add(delta.index)
+            text, logprobs = self._content(delta, generation, first)
+            yield self.chunk(b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % (
+                delta.index, encode(text), b"null" if logprobs is None else encode(logprobs),
+                b"null" if delta.finish_reason is None else encode(delta.finish_reason),
+            ), generation.sequences[delta.index])
+        yield self.usage_chunk(generation) + sse.DONE
+
+    def echo_alone(self, n: int) -> Response:
+        """max_tokens 0 without logprobs: nothing needs to be computed."""
+        if self.body.stream:
+            raise errors.bad_request("max_tokens 0 needs logprobs when streamed", "max_tokens")
+        choices = [{"index": i * n + j, "text": echo.text, "logprobs": None, "finish_reason": FinishReason.LENGTH}
+                   for i, echo in enumerate(self.echoes) for j in range(n)]
+        return json_response({"id": f"{self.id_prefix}echo", "object": self.object, "created": self.created,
+                              "model": self.model, "choices": choices, "usage": usage(self.num_prompt_tokens, 0, 0)})
+
+    def _content(self, delta: Delta, generation: Generation, first: bool) -> tuple[str, dict | None]:
+        """Text and logprobs of one delta, the prompt's before them if it is to be echoed and this is the first."""
+        text, positions, offsets = delta.text, delta.logprobs, delta.offsets
+        if self.prompt_only:
+            text, positions, offsets = "", [], []
+        if not self.echoes:
+            if positions is None:
+                return text, None
+            ids = [position.token_id for position in positions]
+            return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
+        return self._echoed(text, positions, offsets, generation.sequences[delta.index], generation.n, first)
+
+    def _echoed(self, text: str, positions: list | None, offsets: list[int] | None, sequence: Sequence, n: int,
+                first: bool) -> tuple[str, dict | None]:
+        echo = self.echoes[sequence.index // n]
+        positions = positions or []
+        ids = [position.token_id for position in positions]
+        offsets = [len(echo.text) + offset for offset in offsets or []]
+        if first:
+            text = echo.text + text
+            positions = [*(sequence.prompt_logprobs or []), *positions]
+            if sequence.prompt_logprobs is not None:
+                ids, offsets = sequence.prompt_token_ids + ids, echo.offsets + offsets
+        if not positions:
+            return text, None
+        return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)

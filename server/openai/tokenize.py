@@ -1,0 +1,71 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes: how a text or a conversation comes out in tokens, and back."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import Request, Response
+from pydantic import Field
+
+from .. import errors, limits
+from ..serving import Serving
+from .answer import json_response
+from .chat import Message, TemplateValue
+from .sampling import Schema
+
+
+class TokenizeRequest(Schema):
+    """`prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, TemplateValue] | None = None
+
+
+class DetokenizeRequest(Schema):
+    model: str | None = None
+    tokens: Annotated[list[int], Field(max_length=2**20)]
+
+
+async def tokenize(request: Request, serving: Serving) -> Response:
+    serving.check_ready()
+    body = await limits.parse_body(request, TokenizeRequest)
+    if body.model is not None:
+        serving.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise errors.bad_request("Give either 'prompt' or 'messages'.", "prompt")
+    tokens = await asyncio.to_thread(_encode, body, serving)
+    strings = [serving.tokenizer.token_str(i) for i in tokens] if body.return_token_strs else None
+    return json_response({"count": len(tokens), "max_model_len": serving.engine.ready.max_model_len, "tokens": tokens,
+                          "token_strs": strings})
+
+
+async def detokenize(request: Request, serving: Serving) -> Response:
+    serving.check_ready()
+    body = await limits.parse_body(request, DetokenizeRequest)
+    if body.model is not None:
+        serving.check_model(body.model)
+    vocab_size = serving.engine.ready.vocab_size
+    if not all(0 <= token_id < vocab_size for token_id in body.tokens):
+        raise errors.bad_request(f"Token ids must be between 0 and {vocab_size - 1}.", "tokens")
+    text = await asyncio.to_thread(serving.tokenizer.decode, body.tokens, False)
+    return json_response({"prompt": text})
+
+
+def _encode(body: TokenizeRequest, serving: Serving) -> list[int]:
+    tokenizer = serving.tokenizer
+    if body.prompt is not None:
+        return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+    limits.check_template_kwargs(body.chat_template_kwargs)
+    try:
+        text = tokenizer.apply_chat_template([message.for_template() for message in body.messages],
+                                             add_generation_prompt=body.add_generation_prompt,
+                                             continue_final_message=body.continue_final_message,
+                                             **(body.chat_template_kwargs or {}))
+    except ValueError as error:
+        raise errors.bad_request(str(error), "messages") from None
+    return tokenizer.encode(text, bool(body.add_special_tokens))

@@ -1,0 +1,91 @@
+"""What the endpoints see of the server: is it ready, who is the engine, is there room.
+
+    LOADING --engine and tokenizer up--> READY --SIGTERM--> DRAINING
+       \\------------------- the engine dies -----------------> DEAD
+
+Only READY admits. A sequence is counted from `admit` to `release`; the drain waits for the count to reach zero.
+"""
+
+import asyncio
+import enum
+import hashlib
+from typing import TYPE_CHECKING
+
+from . import errors
+from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from ..engine.client import AsyncEngine
+    from ..engine.tokenizer import Tokenizer
+
+
+class Phase(enum.Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class Serving:
+    """One model being served. Changed only on the event loop."""
+
+    def __init__(self, model_names: tuple[str, ...], *, max_num_seqs: int = 64, max_queued_requests: int = 1024):
+        self.model_names = model_names
+        self.max_sequences = max_num_seqs + max_queued_requests
+        self.phase = Phase.LOADING
+        self.engine: AsyncEngine | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.active_sequences = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.metrics = Metrics(self)
+
+    def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer") -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+
+    def drain(self) -> None:
+        self.phase = Phase.DRAINING
+
+    def lost(self) -> None:
+        """The engine has died."""
+        self.phase = Phase.DEAD
+
+    @property
+    def alive(self) -> bool:
+        return self.phase is not Phase.DEAD and (self.engine is None or self.engine.is_alive)
+
+    def check_ready(self) -> None:
+        """Raise ApiError 503 unless requests can be served now."""
+        if not self.alive:
+            raise errors.engine_dead()
+        if self.phase is Phase.LOADING:
+            raise errors.unavailable("The model is still loading.", retry_after=2)
+        if self.phase is Phase.DRAINING:
+            raise errors.unavailable("The server is shutting down.", retry_after=10)
+
+    def admit(self, sequences: int) -> None:
+        """Count `sequences` in, or raise ApiError 503. Each admitted sequence must be released once."""
+        self.check_ready()
+        if self.active_sequences + sequences > self.max_sequences:
+            self.metrics.rejected("queue_full")
+            raise errors.unavailable("The server's queue is full. Please try again.", retry_after=1)
+        self.active_sequences += sequences
+        self.idle.clear()
+
+    def release(self, sequences: int) -> None:
+        self.active_sequences -= sequences
+        if not self.active_sequences:
+            self.idle.set()
+
+    def check_model(self, model: str) -> None:
+        if model not in self.model_names:
+            raise errors.model_not_found(model)
+
+
+def cache_salt(tenant: bytes, salt: str | None) -> bytes:
+    """The prefix cache's salt: requests with different API keys or `cache_salt` never share blocks (CVE-2025-46570)."""
+    if not tenant and not salt:
+        return b""
+    return hashlib.sha256(tenant + (salt or "").encode()).digest()[:16]
