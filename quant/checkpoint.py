@@ -24,7 +24,8 @@ from .safetensors_files import read_json, scan
 from .scheme import LayerScheme, QuantScheme
 from .weight import QuantizedWeight
 
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "LICENSE*"]
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*"]
+_HUB_OTHERS = ["*/*", "consolidated*"]  # the same weights once more, in other layouts
 _CHUNK = 1 << 24  # weights dequantized at a time
 
 
@@ -315,7 +316,8 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES,
+                                      ignore_patterns=_HUB_OTHERS))
     except LocalEntryNotFoundError:
         fix = "check the network, or download the folder elsewhere and give its path"
         raise CheckpointError("is not on this machine and the Hub cannot be reached", file=name, fix=fix) from None

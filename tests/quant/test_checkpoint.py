@@ -258,7 +258,7 @@ def test_the_hub_is_never_asked_for_pickles(monkeypatch, llama_folder):
 
     asked = {}
 
-    def fake(name, revision, allow_patterns):
+    def fake(name, revision, allow_patterns, ignore_patterns):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(shutil.copytree(llama_folder, llama_folder.parent / "hub"))
 
