@@ -24,6 +24,7 @@ import msgspec
 import tokenizers
 from tokenizers import AddedToken
 
+from .. import __version__
 from ..quant.errors import CheckpointError
 from . import chat_template
 
@@ -155,14 +156,13 @@ def _download(name: str, revision: str | None) -> Path:
 def _gguf_folder(file: Path) -> Path:
     """The tokenizer files of a GGUF file, made at its first use and kept as long as the file does not change."""
     stat = file.stat()
-    key = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    folder = _CACHE.expanduser() / hashlib.sha256(key.encode()).hexdigest()[:24]
+    key = f"{__version__}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    folder = _cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
     if folder.is_dir():
         return folder
     from ..quant.checkpoint import open_checkpoint  # these import torch, for the weights beside the tokenizer
     from ..quant.side_files import copy_side_files
 
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
     try:
         copy_side_files(open_checkpoint(file), partial)
@@ -173,6 +173,18 @@ def _gguf_folder(file: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _cache_dir() -> Path:
+    """The cache folder, made if need be; where there is no writable home, a folder for this process alone."""
+    try:
+        folder = _CACHE.expanduser()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="nibble-"))
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:

@@ -27,11 +27,12 @@ def next_token(history: list[int], vocab_size: int = VOCAB_SIZE) -> int:
 
 
 class FakeRunner:
-    vocab_size = VOCAB_SIZE
     eos_token_ids = [EOS]
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, step_seconds: float = 0.0):
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, step_seconds: float = 0.0,
+                 vocab_size: int = VOCAB_SIZE):
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
+        self.vocab_size = vocab_size
         self.step_seconds = step_seconds
         self.slots = [[-1] * block_size for _ in range(num_blocks)]
         self.fail_next = 0  # steps that raise
@@ -64,7 +65,7 @@ class FakeRunner:
         if request.request_id in self.nan_ids:
             result.errors[request.request_id] = "the logits are not finite"
         elif item.samples:
-            token = next_token(history)
+            token = next_token(history, self.vocab_size)
             result.tokens[request.request_id] = token
             result.logprobs[request.request_id] = TokenLogprobs(token, -0.5, 1, [], [])
 

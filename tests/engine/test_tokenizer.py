@@ -130,6 +130,24 @@ def test_no_chat_template(tmp_path: Path) -> None:
         tokenizer.apply_chat_template(CHAT)
 
 
+@pytest.mark.parametrize("home", ["cache", "no home"])
+def test_a_gguf_files_tokenizer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    made = []
+    monkeypatch.setattr("nibble.engine.tokenizer._CACHE", tmp_path / home)
+    monkeypatch.setattr("nibble.quant.checkpoint.open_checkpoint", lambda path: path)
+    monkeypatch.setattr("nibble.quant.side_files.copy_side_files", lambda file, out: made.append(byte_level(out)))
+    if home == "no home":
+        (tmp_path / home).write_text("not a folder")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    tokenizers = [Tokenizer.from_pretrained(path) for path in (file, file, tmp_path)]
+    assert [tokenizer.vocab_size for tokenizer in tokenizers] == [tokenizers[0].vocab_size] * 3
+    assert len(made) == (1 if home == "cache" else 3)
+    file.write_bytes(b"GGUF, another")
+    Tokenizer.from_pretrained(file)
+    assert len(made) == (2 if home == "cache" else 4)
+
+
 def test_eos_from_generation_config_and_tokenizer(tmp_path: Path) -> None:
     folder = byte_level(tmp_path)
     assert Tokenizer.from_pretrained(folder).eos_token_ids == [2]
