@@ -11,6 +11,7 @@ the right of `running` back to the left of `waiting`. So the oldest request is n
 may have more tokens than the pool can hold, it always finishes: there is no deadlock and no livelock.
 """
 
+import logging
 from collections import deque
 
 import msgspec
@@ -19,6 +20,8 @@ from .batch import ScheduledBatch, ScheduledRequest, StepResult
 from .block_pool import BlockPool
 from .messages import EngineStats, RequestOutput, TokenLogprobs
 from .request import FinishReason, Request, Status
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -152,6 +155,9 @@ class Scheduler:
         if request.request_id in self._prompt_logprobs:
             self._prompt_logprobs[request.request_id] = []
         self._stats.num_preemptions += 1
+        if self._stats.num_preemptions == 1:
+            logger.warning("the KV cache is full: a request was set back and will be computed again. If this happens "
+                           "often, raise --kv-cache-memory or lower --max-num-seqs")
 
     def _advance(self, item: ScheduledRequest, result: StepResult) -> None:
         request, size = item.request, self.pool.block_size
