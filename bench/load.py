@@ -93,7 +93,7 @@ async def run(server: Server, prompts: list[list[int]], max_tokens: int, clients
     per_token = [(r.last - r.first) / max(r.completion_tokens - 1, 1) for r in replies]
     return {
         "clients": clients, "requests": len(replies), "prompt_tokens": len(prompts[0]), "output_tokens": max_tokens,
-        "seconds": round(seconds, 3),
+        "seconds": round(seconds, 5),
         "tokens_per_second": round(sum(r.completion_tokens for r in replies) / seconds, 1),
         "ttft_ms_median": round(1e3 * statistics.median(firsts), 1),
         "ttft_ms_p99": round(1e3 * firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))], 1),
