@@ -11,7 +11,7 @@ from . import errors
 MAX_BODY_BYTES = 10 * 2**20  # held in memory while it is parsed
 MAX_N = 128  # samples of one prompt
 MAX_SEQUENCES = 1024  # prompts x n in one request
-MAX_REQUEST_TOKENS = 2**20  # sequences x max_tokens in one request
+MAX_REQUEST_TOKENS = 2**18  # sequences x max_tokens in one request
 MAX_STOP_STRINGS = 16  # each is searched in every delta
 MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 256

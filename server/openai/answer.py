@@ -45,6 +45,9 @@ class Answer:
     def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         raise NotImplementedError
 
+    def usage(self, generation: Generation) -> dict:
+        return generation.usage()
+
     def chunk(self, choice: bytes, sequence: Sequence) -> bytes:
         """One event with one choice, an encoded JSON object."""
         if not self.body.continuous_usage:
@@ -56,12 +59,12 @@ class Answer:
         """The event before [DONE], with no choices; nothing where the usage was not asked for."""
         if not self.body.include_usage:
             return b""
-        return self.head + b'],"usage":' + msgspec.json.encode(generation.usage()) + b"}\n\n"
+        return self.head + b'],"usage":' + msgspec.json.encode(self.usage(generation)) + b"}\n\n"
 
     def whole(self, deltas: list[Delta], generation: Generation) -> Response:
         choices = [self.choice(delta, generation) for delta in deltas]
         return json_response({"id": self.id, "object": self.object, "created": self.created, "model": self.model,
-                              "choices": choices, "usage": generation.usage()})
+                              "choices": choices, "usage": self.usage(generation)})
 
 
 def json_response(body: object) -> Response:

@@ -120,7 +120,11 @@ class CompletionAnswer(Answer):
 
     def choice(self, whole: Delta, generation: Generation) -> dict:
         text, logprobs = self._content(whole, generation, first=True)
-        return {"index": whole.index, "text": text, "logprobs": logprobs, "finish_reason": whole.finish_reason}
+        finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
+        return {"index": whole.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def usage(self, generation: Generation) -> dict:
+        return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else generation.usage()
 
     async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         encode = msgspec.json.encode
