@@ -68,8 +68,8 @@ async def complete(server: Server, prompt: list[int], max_tokens: int) -> Reply:
     async for event in _events(_exchange(server, "POST", "/v1/completions", json.dumps(body).encode())):
         if b'"error"' in event and "error" in (message := json.loads(event)):
             raise LoadError(str(message["error"]))
-        if b'"usage"' in event and (usage := json.loads(event).get("usage")):
-            tokens = usage["completion_tokens"]
+        if b'"completion_tokens"' in event:  # the last event; before it, `usage` is null or absent
+            tokens = json.loads(event)["usage"]["completion_tokens"]
         else:
             last = time.perf_counter()
             first = first or last

@@ -35,7 +35,7 @@ LONG_FILES: dict[str, str] = {}  # file -> why it is one piece
 
 def _modules() -> dict[str, Path]:
     """Dotted name below `nibble` ("" is the package itself) -> file."""
-    files = [ROOT / "__init__.py", ROOT / "cli.py", *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py")))]
+    files = [*sorted(ROOT.glob("*.py")), *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py")))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix("."): f
             for f in files}
 
