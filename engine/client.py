@@ -291,7 +291,7 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[Completion]:
         """The answer to one conversation, or to each of several. ValueError if the model has no chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], dict) else messages
         texts = [self.tokenizer.apply_chat_template(chat, **(chat_template_kwargs or {})) for chat in conversations]
         return self.generate([self.tokenizer.encode(t, add_special_tokens=False) for t in texts], sampling_params)
 

@@ -204,6 +204,8 @@ def _gptq_layer(config: dict[str, Any]) -> LayerScheme:
 
 def _write_gptq(scheme: QuantScheme) -> dict[str, Any]:
     layer = scheme.default
+    if layer is None:
+        raise ValueError("a gptq checkpoint states one scheme and its exceptions")
     dynamic: dict[str, Any] = {f"-:{_as_regex(name)}": {} for name in scheme.ignore if name != "lm_head"}
     for pattern, other in scheme.overrides:
         dynamic[f"{'-' if other is None else '+'}:{pattern}"] = {} if other is None else _gptq_keys(other)
@@ -278,7 +280,7 @@ def _ct_layer(weights: dict[str, Any], inputs: dict[str, Any] | None) -> LayerSc
     strategy = _get(weights, str, "tensor", "strategy")
     if strategy not in ("tensor", "channel", "group", "block"):
         raise _unsupported("weights.strategy", strategy)
-    act_quant = "none" if inputs is None else _get(inputs, str, "tensor", "strategy")
+    act_quant: Any = "none" if inputs is None else _get(inputs, str, "tensor", "strategy")
     if act_quant not in ("none", "token", "group", "tensor"):
         raise _unsupported("input_activations.strategy", act_quant)
     kind = _get(weights, str, "int", "type")
