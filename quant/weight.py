@@ -137,3 +137,12 @@ def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
                    else replace(w, zeros=torch.full_like(w.scales, midpoint, dtype=torch.uint8)) for w in weights]
     return replace(weights[0], codes=torch.cat([w.codes for w in weights]), scales=cat("scales"),
                    zeros=cat("zeros"), mins=cat("mins"))
+
+
+def split(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
+    """Cut a weight with a scale per row along the output axis into parts of `rows` rows: the inverse of `fuse`."""
+    if weight.block[0] != 1:
+        raise ValueError(f"cannot split a weight whose scales span {weight.block[0]} rows")
+    cut = {n: getattr(weight, n).split(rows) for n in ("codes", "scales", "zeros", "mins")
+           if getattr(weight, n) is not None}
+    return [replace(weight, **{n: parts[i] for n, parts in cut.items()}) for i in range(len(rows))]

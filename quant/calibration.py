@@ -1,0 +1,186 @@
+"""Calibration: which tokens are shown to the model, and what its linear layers see of them.
+
+Tokens come from a bundled mix of prose, docs, code and chat (quant/data, see NOTICE there; chat in the model's own
+template), or from a file. Windows are drawn with a seeded generator, so a conversion can be repeated exactly, and the
+SHA-256 of the text is recorded. Evaluation text is separate: no chapter, page or file is in both.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NibbleError
+
+DATA = Path(__file__).parent / "data"
+SHARES = {"prose": 0.35, "docs": 0.2, "code": 0.25, "chat": 0.2}  # of the windows
+EVALUATION = ("prose", "docs", "code")
+MICRO_BATCH = 8  # windows run through a block at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Token windows [n, length], and where they came from."""
+
+    token_ids: Tensor
+    source: str
+    sha256: str  # of the text, before tokens
+
+
+def bundled_samples(tokenizer: Any, count: int, length: int, seed: int) -> Samples:
+    """`count` windows of `length` tokens from the bundled mix, by SHARES, shuffled."""
+    texts = {name: (DATA / f"calib_{name}.txt").read_text(encoding="utf-8") for name in SHARES if name != "chat"}
+    chats = (DATA / "calib_chat.json").read_text(encoding="utf-8")
+    digest = hashlib.sha256("".join([*texts.values(), chats]).encode()).hexdigest()
+    texts["chat"] = render_chats(tokenizer, json.loads(chats))
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for name, taken in zip(SHARES, _apportion(count), strict=True):
+        ids = tokenize(tokenizer, texts[name])
+        parts.append(draw_windows(ids, taken, length, bos_token(tokenizer), generator))
+    windows = torch.cat(parts)[torch.randperm(count, generator=generator)]
+    return Samples(windows, "bundled mix", digest)
+
+
+def file_samples(tokenizer: Any, file: Path, count: int, length: int, seed: int) -> Samples:
+    """`count` windows of `length` tokens of a UTF-8 text file. Raises NibbleError if it cannot be used."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NibbleError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    ids = tokenize(tokenizer, text)
+    if len(ids) < length:
+        raise NibbleError(f"{file}: holds {len(ids)} tokens, fewer than one window of {length} (give more text, or a "
+                          "smaller --calib-seqlen)")
+    generator = torch.Generator().manual_seed(seed)
+    windows = draw_windows(ids, count, length, bos_token(tokenizer), generator)
+    return Samples(windows, file.name, hashlib.sha256(text.encode()).hexdigest())
+
+
+def evaluation_windows(tokenizer: Any, text: str, count: int, length: int) -> list[list[int]]:
+    """Up to `count` windows of `length` tokens spread evenly over a text; fewer if it is shorter."""
+    bos = bos_token(tokenizer)
+    ids = tokenize(tokenizer, text)
+    body = length - len(bos)
+    count = min(count, len(ids) // body)
+    stride = len(ids) // max(count, 1)
+    return [bos + ids[i * stride : i * stride + body].tolist() for i in range(count)]
+
+
+def render_chats(tokenizer: Any, chats: list[list[dict[str, str]]]) -> str:
+    """Conversations in the model's own chat template, or as plain turns where it has none."""
+    if getattr(tokenizer, "chat_template", None):
+        return "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats)
+    return "\n\n".join("\n".join(f"{turn['role']}: {turn['content']}" for turn in chat) for chat in chats)
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Text -> int64 token ids [n], without special tokens added."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def bos_token(tokenizer: Any) -> list[int]:
+    """[id] if the tokenizer starts every text with a token of its own, else []."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return full[:1] if full[:1] != plain[:1] else []
+
+
+def draw_windows(ids: Tensor, count: int, length: int, bos: list[int], generator: torch.Generator) -> Tensor:
+    """`count` windows [count, length] from token ids [n]: one at random from each of `count` equal stretches."""
+    body = length - len(bos)
+    if len(ids) < body:
+        ids = ids.repeat(-(-body // len(ids)))
+    stretch = (len(ids) - body) / max(count, 1)
+    jitter = torch.rand(count, generator=generator)
+    starts = [int((i + jitter[i].item()) * stretch) for i in range(count)]
+    return torch.stack([torch.cat([torch.tensor(bos, dtype=ids.dtype), ids[s : s + body]]) for s in starts]) \
+        if count else torch.empty(0, length, dtype=torch.int64)
+
+
+def _apportion(count: int) -> list[int]:
+    """Windows per domain: rounded shares, the remainder to the first."""
+    taken = [int(count * share) for share in SHARES.values()]
+    taken[0] += count - sum(taken)
+    return taken
+
+
+@dataclass(slots=True)
+class InputStats:
+    """What one input site saw: sums over tokens, in float32 on the device of the activations."""
+
+    tokens: int = 0
+    sum_abs: Tensor | None = None  # [in]
+    sum_outer: Tensor | None = None  # [in, in]
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs [..., in]."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        if self.sum_outer is None:
+            self.sum_abs = x.new_zeros(x.shape[1])
+            self.sum_outer = x.new_zeros(x.shape[1], x.shape[1])
+        self.tokens += len(x)
+        self.sum_abs += x.abs().sum(0)
+        self.sum_outer.addmm_(x.t(), x)
+
+    def rescale(self, scales: Tensor) -> None:
+        """As if every input had been divided by scales [in]."""
+        self.sum_abs = self.sum_abs / scales
+        self.sum_outer = self.sum_outer / scales / scales.unsqueeze(1)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """E|x| [in]"""
+        return self.sum_abs / self.tokens
+
+    @property
+    def hessian(self) -> Tensor:
+        """E[x x^T] [in, in]"""
+        return self.sum_outer / self.tokens
+
+
+class _Reached(Exception):
+    """Every watched module has been called: the rest of the block need not run."""
+
+
+@torch.no_grad()
+def collect_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
+                   stop_early: bool = True) -> dict[str, InputStats]:
+    """Run a block on hidden states [n, T, hidden] and gather statistics of the inputs of some of its submodules.
+
+    With stop_early each micro-batch ends as soon as the last site has been reached.
+    """
+    stats = {site: InputStats() for site in sites}
+    last = list(stats)[-1]
+
+    def watch(site: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stats[site].update(args[0])
+            if stop_early and site == last:
+                raise _Reached
+        return hook
+
+    handles = [block.get_submodule(site).register_forward_pre_hook(watch(site)) for site in stats]
+    try:
+        for batch in hidden.split(MICRO_BATCH):
+            try:
+                block(batch, **kwargs)
+            except _Reached:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stats
+
+
+@torch.no_grad()
+def advance(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    """Replace hidden states [n, T, hidden], in place, by the block's outputs."""
+    for batch in hidden.split(MICRO_BATCH):
+        out = block(batch, **kwargs)
+        batch.copy_(out[0] if isinstance(out, tuple) else out)
