@@ -3,17 +3,18 @@
     nibble VERB ...    imports "module:function" from VERBS and gives the rest of the line to it
     exit codes         0 done, 1 a defect, 2 bad input (one line on stderr; --debug: a traceback), 130 interrupted
 
-A verb is a plain function whose typer annotations are its options.
+A verb is a plain function whose typer annotations are its options and which returns its exit code, or None for 0.
 """
 
 import difflib
+import functools
 import logging
 import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,14 +65,20 @@ def _help() -> str:
 
 
 def _run(name: str, args: list[str]) -> int:
-    module, function = VERBS[name][0].split(":")
+    module, function_name = VERBS[name][0].split(":")
+    function = getattr(import_module(module, __package__), function_name)
+
+    @functools.wraps(function)
+    def verb(*args: Any, **options: Any) -> None:
+        raise SystemExit(function(*args, **options))  # typer drops what a command returns
+
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(name)(getattr(import_module(module, __package__), function))
+    app.command(name)(verb)
     try:
-        result = app(args, prog_name=f"nibble {name}", standalone_mode=True)
-    except SystemExit as exit:  # typer's own way to end, also after success
-        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
-    return result or 0
+        app(args, prog_name=f"nibble {name}")
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    return 0
 
 
 def parse_bytes(text: str) -> int:

@@ -57,8 +57,8 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen([sys.executable, "-m", "nibble", "serve", str(model), "--port", str(port), *flags],
-                                       stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            command = [sys.executable, "-m", "nibble", "serve", str(model), "--port", str(port), *flags]
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
                                        env=os.environ | {"OMP_NUM_THREADS": "1"})
         started.append(ServerProcess(process, f"http://127.0.0.1:{port}", folder / "log"))
         return started[-1]

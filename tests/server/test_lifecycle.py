@@ -1,0 +1,180 @@
+"""Start, drain, death: what the process does and the exit code it leaves."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from .conftest import ServerProcess
+
+StartServer = Callable[..., ServerProcess]
+SMALL = ("--dtype", "float32", "--kv-cache-memory", "16MiB", "--served-model-name", "tiny")
+
+
+class Stream(threading.Thread):
+    """A streaming client in the background; `body` is what it has received."""
+
+    def __init__(self, server: ServerProcess, max_tokens: int):
+        super().__init__(daemon=True)
+        self.url, self.body, self.error = f"{server.url}/v1/completions", "", ""
+        self.fields = {"model": "tiny", "prompt": "x", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        self.started = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", self.url, json=self.fields, timeout=60) as response:
+                for text in response.iter_text():
+                    self.body += text
+                    self.started.set()
+        except httpx.HTTPError as error:
+            self.error = repr(error)
+
+
+def complete(server: ServerProcess) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    """No such process, or one that only waits to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL, "--max-num-seqs", "1", "--max-queued-requests", "1")
+
+    def is_open() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{server.url}/livez").status_code == 200
+        return False
+
+    wait_for(is_open, 30)
+    loading = complete(server)
+    assert (httpx.get(f"{server.url}/readyz").status_code, loading.status_code) == (503, 503)
+    assert loading.headers["retry-after"] == "2" and loading.json()["error"]["type"] == "server_error"
+    server.wait_ready()
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+    engine = server.engine_pid()
+    assert "libtorch" in Path(f"/proc/{engine}/maps").read_text()
+
+    streams = [Stream(server, 2000) for _ in range(2)]
+    assert all(stream.started.wait(20) for stream in streams[:1])
+    wait_for(lambda: server.metric("nibble_num_requests_waiting") == 1)
+    full = complete(server)
+    assert (full.status_code, full.headers["retry-after"]) == (503, "1")
+
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+    draining = complete(server)
+    assert (draining.status_code, draining.headers["retry-after"]) == (503, "10")
+    assert server.process.wait(40) == 0
+    for stream in streams:
+        stream.join(5)
+        assert stream.body.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in stream.body
+    assert is_gone(engine)
+    log = server.log.read_text()
+    assert "kv cache" in log and "Traceback" not in log
+
+
+def test_second_signal_forces(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL).wait_ready()
+    engine = server.engine_pid()
+    stream = Stream(server, 8000)
+    assert stream.started.wait(20)
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert server.process.poll() is None
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(5) == 128 + signal.SIGINT
+    assert is_gone(engine)
+
+
+def test_shutdown_timeout_cuts_streams_off(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL, "--shutdown-timeout", "0.2").wait_ready()
+    stream = Stream(server, 8000)
+    assert stream.started.wait(20)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) == 0
+    stream.join(5)
+    assert "shutting down" in stream.body and stream.body.endswith("data: [DONE]\n\n")
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_engine_death(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL).wait_ready()
+    streams = [Stream(server, 8000) for _ in range(4)]
+    assert all(stream.started.wait(20) for stream in streams)
+    killed = time.monotonic()
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503, 2)
+    assert server.process.wait(10) == 1 and time.monotonic() - killed < 10
+    for stream in streams:
+        stream.join(5)
+        assert '"type":"server_error"' in stream.body and stream.body.endswith("data: [DONE]\n\n")
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_the_engine_does_not_outlive_the_server(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL).wait_ready()
+    engine = server.engine_pid()
+    server.process.kill()
+    wait_for(lambda: is_gone(engine))
+
+
+def test_signal_while_loading(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL)
+    wait_for(lambda: Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text() != "", 30)
+    time.sleep(1.5)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) == 0
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "nibble", "serve", *args], capture_output=True, text=True, timeout=60,
+                          cwd="/", env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_corrupt_model(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "corrupt"
+    folder.mkdir()
+    for file in tiny_llama.iterdir():
+        data = file.read_bytes()
+        (folder / file.name).write_bytes(data[:len(data) // 2] if file.suffix == ".safetensors" else data)
+    done = run(str(folder), "--port", "0")
+    assert done.returncode == 2
+    assert "model.safetensors" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_incomplete_model(tiny_llama: Path, tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "incomplete"
+    folder.mkdir()
+    for file in tiny_llama.iterdir():
+        if file.name != missing:
+            (folder / file.name).write_bytes(file.read_bytes())
+    done = run(str(folder), "--port", "0")
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+
+
+def test_port_in_use(server: ServerProcess, tiny_llama: Path) -> None:
+    done = run(str(tiny_llama), "--port", server.url.rsplit(":", 1)[1])
+    assert done.returncode == 2 and "cannot listen" in done.stderr
