@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from .conftest import ServerProcess
+from .conftest import KEY, ServerProcess
 
 StartServer = Callable[..., ServerProcess]
 SMALL = ("--dtype", "float32", "--kv-cache-memory", "16MiB", "--served-model-name", "tiny")
@@ -178,3 +178,14 @@ def test_incomplete_model(tiny_llama: Path, tmp_path: Path, missing: str) -> Non
 def test_port_in_use(server: ServerProcess, tiny_llama: Path) -> None:
     done = run(str(tiny_llama), "--port", server.url.rsplit(":", 1)[1])
     assert done.returncode == 2 and "cannot listen" in done.stderr
+
+
+def test_chat_with_this_server(server: ServerProcess) -> None:
+    def chat(*args: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "nibble", "chat", "--url", server.url, "--prompt", "x", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
+
+    done = chat("--api-key", KEY, "--max-tokens", "5")
+    assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
+    refused = chat()
+    assert refused.returncode == 2 and "401" in refused.stderr

@@ -1,0 +1,205 @@
+"""`nibble chat`: talk in the terminal, to a running server (--url) or to a model that is loaded for it (MODEL).
+
+The answer goes to stdout as it comes, everything else to stderr, so that `nibble chat --prompt ... > file` holds the
+answer alone. Ctrl-C stops an answer, Ctrl-D ends the conversation.
+"""
+
+import asyncio
+import itertools
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, Protocol
+
+import httpx
+import msgspec
+import typer
+
+from ..engine.client import AsyncEngine, EngineDeadError
+from ..engine.config import EngineConfig
+from ..engine.detokenizer import Detokenizer
+from ..engine.request import FinishReason, SamplingParams
+from ..engine.tokenizer import Tokenizer
+from ..quant.errors import NibbleError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+
+Messages = list[dict[str, str]]
+
+
+class Backend(Protocol):
+    """Something that answers. `num_tokens` is the length of the last answer."""
+
+    num_tokens: int
+
+    async def open(self) -> None: ...
+
+    def reply(self, messages: Messages) -> AsyncGenerator[str, None]: ...
+
+    async def close(self) -> None: ...
+
+
+class ServerBackend:
+    """A running server, spoken to in OpenAI's protocol."""
+
+    def __init__(self, url: str, api_key: str | None, sampling: dict[str, Any]):
+        self.url, self.sampling, self.num_tokens = url.rstrip("/").removesuffix("/v1"), sampling, 0
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.client = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=httpx.Timeout(600, connect=5))
+        self.model = ""
+
+    async def open(self) -> None:
+        try:
+            response = await self.client.get("/v1/models")
+        except httpx.TransportError:
+            raise NibbleError(f"no server answers at {self.url} (start one: nibble serve MODEL; or load a model here: "
+                              "nibble chat MODEL)") from None
+        await _check(response)
+        self.model = response.json()["data"][0]["id"]
+
+    async def reply(self, messages: Messages) -> AsyncGenerator[str, None]:
+        body = {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True},
+                **self.sampling}
+        async with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            await _check(response)
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data: ")
+                if data is line or data == "[DONE]":
+                    continue
+                event = msgspec.json.decode(data)
+                if "error" in event:
+                    raise NibbleError(f"the server: {event['error']['message']}")
+                if event.get("usage"):
+                    self.num_tokens = event["usage"]["completion_tokens"]
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or ""
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+class LocalBackend:
+    """A model of our own, in an engine process that lives as long as the conversation."""
+
+    def __init__(self, model: str, sampling: dict[str, Any]):
+        self.model, self.sampling, self.num_tokens = model, sampling, 0
+        self.names = map(str, itertools.count())
+
+    async def open(self) -> None:
+        print(f"loading {self.model} ...", file=sys.stderr)
+        self.tokenizer = await asyncio.to_thread(Tokenizer.from_pretrained, self.model)
+        try:
+            self.engine = await AsyncEngine.start(EngineConfig(model=self.model, max_num_seqs=1))
+        except EngineDeadError as error:
+            raise NibbleError(str(error)) from None
+
+    async def reply(self, messages: Messages) -> AsyncGenerator[str, None]:
+        ready = self.engine.ready
+        text = self.tokenizer.apply_chat_template(messages)
+        prompt = self.tokenizer.encode(text, add_special_tokens=False)
+        room = ready.max_model_len - len(prompt)
+        if room < 1:
+            raise NibbleError(f"the conversation is longer than the context of {ready.max_model_len} tokens (/clear)")
+        params = SamplingParams(**{**self.sampling, "max_tokens": min(room, self.sampling.get("max_tokens", room))})
+        _check_params(params, ready.vocab_size)
+        detokenizer = Detokenizer(self.tokenizer, params, prompt)
+        self.num_tokens = 0
+        async with aclosing(self.engine.generate(next(self.names), prompt, params)) as outputs:
+            async for output in outputs:
+                if output.finish_reason == FinishReason.ERROR:
+                    raise NibbleError(output.error)
+                self.num_tokens += len(output.token_ids)
+                yield detokenizer.push(output.token_ids)
+        yield detokenizer.finish()
+
+    async def close(self) -> None:
+        await self.engine.shutdown()
+
+
+async def _check(response: httpx.Response) -> None:
+    if response.status_code == 200:
+        return
+    await response.aread()
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        message = response.text[:200]
+    raise NibbleError(f"the server answered {response.status_code}: {message}")
+
+
+def _check_params(params: SamplingParams, vocab_size: int) -> None:
+    try:
+        params.verify(vocab_size)
+    except ValueError as error:
+        raise NibbleError(str(error)) from None
+
+
+async def _answer(backend: Backend, messages: Messages) -> str:
+    """Stream one answer to stdout; how fast it came to stderr."""
+    start, first, pieces = time.perf_counter(), 0.0, []
+    async with aclosing(backend.reply(messages)) as texts:
+        async for text in texts:
+            first = first or (time.perf_counter() if text else 0.0)
+            pieces.append(text)
+            print(text, end="", flush=True)
+    print(flush=True)
+    seconds = time.perf_counter() - start
+    print(f"[{backend.num_tokens} tokens, {backend.num_tokens / seconds:.1f} tokens/s, first after "
+          f"{((first or start) - start) * 1000:.0f} ms]", file=sys.stderr)
+    return "".join(pieces)
+
+
+def _converse(runner: asyncio.Runner, backend: Backend, opening: Messages) -> None:
+    """Turns until the input ends. An answer that was stopped is forgotten together with its question."""
+    messages = list(opening)
+    if sys.stdin.isatty():
+        print(HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/clear":
+            messages = list(opening)
+        elif line:
+            turn = [*messages, {"role": "user", "content": line}]
+            try:
+                messages = [*turn, {"role": "assistant", "content": runner.run(_answer(backend, turn))}]
+            except KeyboardInterrupt:
+                print("\n[stopped]", file=sys.stderr)
+
+
+def chat_command(
+    model: Annotated[str | None, typer.Argument(help="a model to load; without it, the server at --url")] = None,
+    url: Annotated[str, typer.Option(help="a running server")] = DEFAULT_URL,
+    api_key: Annotated[str | None, typer.Option(envvar="NIBBLE_API_KEY", help="the server's key")] = None,
+    system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    prompt: Annotated[str | None, typer.Option(help="one question; answer it and end")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this total")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="longest answer [default: the rest of the context]")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same answer again")] = None,
+) -> None:
+    """Talk to a running server or to a model in the terminal.
+
+    Examples: nibble chat; nibble chat ./SmolLM2-AWQ --prompt "Name three cheeses."
+    """
+    given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    opening = [{"role": "system", "content": system}] if system else []
+    backend: Backend = LocalBackend(model, sampling) if model else ServerBackend(url, api_key, sampling)
+    with asyncio.Runner() as runner:
+        runner.run(backend.open())
+        try:
+            if prompt is None:
+                _converse(runner, backend, opening)
+            else:
+                runner.run(_answer(backend, [*opening, {"role": "user", "content": prompt}]))
+        except httpx.TransportError as error:
+            raise NibbleError(f"lost the connection to {url}: {error!r}") from None
+        finally:
+            runner.run(backend.close())
