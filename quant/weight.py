@@ -135,8 +135,8 @@ def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
         midpoint = 2 ** (weights[0].bits - 1)  # symmetric and asymmetric shards: write the midpoint out
         weights = [w if w.zeros is not None
                    else replace(w, zeros=torch.full_like(w.scales, midpoint, dtype=torch.uint8)) for w in weights]
-    return replace(weights[0], codes=torch.cat([w.codes for w in weights]), scales=cat("scales"),
-                   zeros=cat("zeros"), mins=cat("mins"))
+    return replace(weights[0], codes=torch.cat([w.codes for w in weights]),
+                   scales=torch.cat([w.scales for w in weights]), zeros=cat("zeros"), mins=cat("mins"))
 
 
 def split(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
