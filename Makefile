@@ -14,6 +14,9 @@ PORT ?= 8000
 
 BIN := $(VENV)/bin
 # The public surface, type-checked.
+# Threads that wait must sleep, not spin: server, engine and client share the cores, and spinning ones starve the rest.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.quant.errors nibble.kernels.spec \
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics

@@ -9,6 +9,7 @@ A verb is a plain function whose typer annotations are its options and which ret
 import difflib
 import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code."""
+    # Read by OpenMP when torch loads, here and in the engine process: threads that wait sleep. Spinning ones would
+    # fight the server, the client and each other for the cores (measured: several times slower on a busy machine).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
