@@ -1,10 +1,10 @@
 """Paged attention in torch operators, and the cache it reads.
 
-The cache of one layer is one tensor; a block holds block_size consecutive tokens of one request, keys beside values so
-that one copy writes a token and one gather reads a context:
+The cache of one layer is one tensor. A block holds block_size consecutive tokens of one request; one index_select by
+blocks gives a context whose keys (and values) of one head lie side by side, as torch's attention wants them:
 
-    cache.layers[l]  [num_blocks, block_size, 2, num_kv_heads, head_dim]
-                          ^ request.block_table        ^ 0: keys (rotated), 1: values
+    cache.layers[l]  [2, num_kv_heads, num_blocks, block_size, head_dim]
+                      ^ 0: keys (rotated), 1: values   ^ request.block_table
 
 A step's tokens lie flat, decode tokens (one per request) first, then the chunks:
 
@@ -30,21 +30,21 @@ class KVCache:
                  dtype: torch.dtype, device: torch.device) -> "KVCache":
         """Zeros, which the operating system backs with memory only when touched. They must be finite: what lies behind
         a request's last token is gathered with its block, and masked, but 0 * NaN is NaN."""
-        shape = (num_blocks, block_size, 2, num_kv_heads, head_dim)
+        shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
         return cls([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)], block_size)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that a failed request may have left NaN in."""
         for layer in self.layers:
-            layer[torch.tensor(blocks, device=layer.device)] = 0
+            layer[:, :, torch.tensor(blocks, device=layer.device)] = 0
 
     def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
         """keys_values [T, 2, num_kv_heads, head_dim] to slots [T] (block * block_size + offset)."""
-        self.layers[layer].flatten(0, 1).index_copy_(0, slots, keys_values)
+        self.layers[layer].flatten(2, 3).index_copy_(2, slots, keys_values.permute(1, 2, 0, 3))
 
     def gather(self, layer: int, blocks: Tensor) -> Tensor:
-        """blocks [n] -> [n * block_size, 2, num_kv_heads, head_dim], in the order given."""
-        return self.layers[layer].index_select(0, blocks).flatten(0, 1)
+        """blocks [n] -> [2, num_kv_heads, n * block_size, head_dim], in the order given."""
+        return self.layers[layer].index_select(2, blocks).flatten(2, 3)
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class _DecodeView:
 
     blocks: Tensor  # int64 [B * n]
     width: int  # tokens per request after padding: n * block_size
-    mask: Tensor | None  # additive, in the activations' dtype [B, 1, 1, width]; None: every position is real
+    mask: Tensor | None  # additive, in the activations' dtype [1, B, 1, width]; None: every position is real
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class AttentionMetadata:
         seen = position < ends[:, None]
         if window is not None:
             seen &= position >= ends[:, None] - window
-        return _DecodeView(blocks.flatten(), width, self._additive(seen)[:, None, None])
+        return _DecodeView(blocks.flatten(), width, self._additive(seen)[None, :, None])
 
     def _make_chunk_view(self, item: ScheduledRequest, window: int | None) -> tuple[Tensor, Tensor]:
         size = self.block_size
@@ -154,24 +154,24 @@ def paged_attention(qkv: Tensor, num_heads: int, cache: KVCache, layer: int, met
 
 
 def _decode(q: Tensor, kv_heads: int, cache: KVCache, layer: int, view: _DecodeView, scale: float) -> Tensor:
-    """One query token per request: the query heads that share a kv head become the rows of one small product."""
+    """One query token per request: the query heads that share a kv head become the rows of one small product.
+
+    torch sees the kv heads as its batch and the requests as its heads, which is how the gathered blocks lie.
+    """
     batch, num_heads, dim = q.shape
-    grouped = q.reshape(batch, kv_heads, num_heads // kv_heads, dim)
-    kv = cache.gather(layer, view.blocks).view(batch, view.width, 2, kv_heads, dim).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(grouped, kv[0], kv[1], attn_mask=view.mask, scale=scale)
-    return out.reshape(batch, -1)
+    grouped = q.reshape(batch, kv_heads, num_heads // kv_heads, dim).transpose(0, 1)
+    k, v = cache.gather(layer, view.blocks).view(2, kv_heads, batch, view.width, dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=view.mask, scale=scale)
+    return out.transpose(0, 1).reshape(batch, -1)
 
 
 def _fresh_chunk(q: Tensor, kv: Tensor, scale: float) -> Tensor:
-    """A chunk that starts its sequence needs nothing from the cache."""
-    k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], is_causal=True, scale=scale,
-                                         enable_gqa=True)
-    return out[0].transpose(0, 1).flatten(1)
+    """A chunk that starts its sequence needs nothing from the cache. kv [tokens, 2, num_kv_heads, head_dim]."""
+    return _attend(q, kv.permute(1, 2, 0, 3), scale, None)
 
 
-def _attend(q: Tensor, kv: Tensor, scale: float, mask: Tensor) -> Tensor:
-    k, v = kv[:, 0].transpose(0, 1), kv[:, 1].transpose(0, 1)
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scale,
-                                         enable_gqa=True)
+def _attend(q: Tensor, kv: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """q [tokens, num_heads, head_dim], kv [2, num_kv_heads, context, head_dim]; no mask: causal from the start."""
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], kv[0][None], kv[1][None], attn_mask=mask,
+                                         is_causal=mask is None, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1).flatten(1)
