@@ -8,6 +8,7 @@ Each step that left its result in `models/` is skipped the next time.
 import argparse
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.errors import NibbleError
 from nibble.tools.fetch import NAME, fetch_smollm2
 
@@ -86,7 +88,8 @@ def serving(model: Path) -> Iterator[tuple[str, float]]:
 
 
 def _serve_command(model: Path, port: int) -> list[str]:
-    return [str(Path(sys.executable).with_name("nibble")), "serve", str(model), "--port", str(port)]
+    nibble = str(Path(sys.executable).with_name("nibble"))
+    return [nibble, "serve", str(model), "--port", str(port), "--served-model-name", NAME]
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
@@ -127,9 +130,26 @@ def chat(url: str, question: str) -> Answer:
     return Answer(usage["prompt_tokens"], usage["completion_tokens"], first or last, last)
 
 
-def report(quality: dict, ready: float, answer: Answer) -> Table:
-    """Size before and after, quality against the original, speed: the demo's last words."""
-    raise NotImplementedError
+def report(source: Path, model: Path, ready: float, answer: Answer) -> Table:
+    """Size before and after, quality against what was converted, speed: the demo's last words."""
+    original = open_checkpoint(source)
+    in_16_bits = 2 * sum(math.prod(original.shape(name)) for name in original.names())
+    quality = json.loads((model / "nibble_quality.json").read_text())
+    table = Table(title=f"{NAME}, {quality['scheme']}", show_header=False, title_justify="left")
+    table.add_row("Size in bfloat16", f"{in_16_bits / 1e6:.0f} MB")
+    if original.nbytes < in_16_bits:
+        table.add_row(f"Size of {source.name}, converted from", f"{original.nbytes / 1e6:.0f} MB")
+    table.add_row("Size now", f"{quality['bytes_after'] / 1e6:.0f} MB "
+                              f"({quality['bits_per_weight']:.2f} bits per weight in the decoder blocks)")
+    for row in quality["evaluation"]:
+        table.add_row(f"Quality against {source.name}, {row['domain']}",
+                      f"perplexity {row['perplexity_reference']:.2f} -> {row['perplexity']:.2f}, "
+                      f"KL {row['kl_mean']:.3f} nats, same top token {row['top1_agreement']:.1%}")
+    table.add_row("Conversion", f"{quality['minutes']:.1f} min, {quality['peak_rss_bytes'] / 1e9:.1f} GB of memory")
+    table.add_row("Server ready after", f"{ready:.1f} s")
+    table.add_row("First token", f"{1e3 * answer.first_token:.0f} ms for a prompt of {answer.prompt_tokens} tokens")
+    table.add_row("Speed", f"{answer.tokens_per_second:.0f} tokens/s, {answer.completion_tokens} tokens, one client")
+    return table
 
 
 def _shown(path: Path) -> str:
@@ -142,7 +162,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="port for --serve")
     args = parser.parse_args()
     try:
-        model = convert(fetch_smollm2(MODELS))
+        source = fetch_smollm2(MODELS)
+        model = convert(source)
         if args.serve:
             command = _serve_command(model, args.port)
             os.execv(command[0], command)
@@ -151,7 +172,7 @@ def main() -> int:
     except NibbleError as problem:
         print(problem, file=sys.stderr)
         return 2
-    console.print(report(json.loads((model / "nibble_quality.json").read_text()), ready, answer))
+    console.print(report(source, model, ready, answer))
     console.print("`make serve` keeps this server up; `make bench` measures it properly.")
     return 0
 
