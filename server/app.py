@@ -91,7 +91,7 @@ def _add_probes(app: FastAPI, serving: Serving) -> None:
     @app.get("/health")
     async def health() -> Response:
         """The model is loaded and the engine alive."""
-        return _probe(serving.alive and serving.engine is not None, serving)
+        return _probe(serving.alive and serving.is_loaded, serving)
 
 
 def _probe(ok: bool, serving: Serving) -> Response:

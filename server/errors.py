@@ -57,6 +57,10 @@ def unavailable(message: str, retry_after: int) -> ApiError:
     return ApiError(503, message, type="server_error", headers={"retry-after": str(retry_after)})
 
 
+def loading() -> ApiError:
+    return unavailable("The model is still loading.", retry_after=2)
+
+
 def internal(message: str = "The server had an error while processing your request.") -> ApiError:
     return ApiError(500, message, type="server_error", headers={"x-should-retry": "false"})
 

@@ -28,7 +28,7 @@ class Delta(msgspec.Struct, gc=False):
     index: int
     text: str
     logprobs: list[TokenLogprobs] | None
-    offsets: list[int] | None  # with logprobs: where in the sequence's text each token starts, in characters
+    offsets: list[int]  # with logprobs: where in the sequence's text each token starts, in characters
     finish_reason: str | None
 
 
@@ -78,14 +78,14 @@ class Generation:
     async def collect(self) -> list[Delta]:
         """Every sequence whole, as one Delta each, in the order of their indices."""
         texts: list[list[str]] = [[] for _ in self.sequences]
-        whole = [Delta(s.index, "", None, None, None) for s in self.sequences]
+        whole = [Delta(s.index, "", None, [], None) for s in self.sequences]
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 texts[delta.index].append(delta.text)
                 done = whole[delta.index]
                 if delta.logprobs:
                     done.logprobs = (done.logprobs or []) + delta.logprobs
-                    done.offsets = (done.offsets or []) + (delta.offsets or [])
+                    done.offsets += delta.offsets
                 done.finish_reason = delta.finish_reason
         for done, pieces in zip(whole, texts, strict=True):
             done.text = "".join(pieces)
@@ -145,7 +145,7 @@ def _advance(sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput
         if detokenizer.stopped:
             reason = FinishReason.STOP
     if not output.logprobs:
-        return Delta(sequence.index, text, None, None, reason)
+        return Delta(sequence.index, text, None, [], reason)
     offsets = detokenizer.token_offsets[before:]
     return Delta(sequence.index, text, output.logprobs[:pushed], offsets, reason)
 

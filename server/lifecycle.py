@@ -18,7 +18,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -106,7 +106,7 @@ class Lifecycle:
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
-            if self.serving.engine is not None:
+            if self.serving.is_loaded:
                 await self.serving.engine.shutdown(timeout=0 if self.signals > 1 else 5)
         if self.error is not None:
             raise self.error
@@ -137,7 +137,7 @@ class Lifecycle:
 
     def _on_signal(self, number: signal.Signals) -> None:
         self.signals += 1
-        if self.signals == 1 and self.serving.engine is not None and self.serving.alive:
+        if self.signals == 1 and self.serving.is_loaded and self.serving.alive:
             self._keep(asyncio.create_task(self._drain()))
         elif self.signals == 1:
             self._exit(0)
@@ -171,12 +171,15 @@ def _http_server(app: Any) -> Any:
     """uvicorn on h11 (it bounds the request head; httptools does not), its signal handling left to Lifecycle."""
     import uvicorn
 
+    from .protocol import Protocol
+
     class Server(uvicorn.Server):
-        def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-            return contextlib.nullcontext()
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
 
     return Server(uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
+        app, http=Protocol, ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
         server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSE_SECONDS, h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
     ))

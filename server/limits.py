@@ -1,5 +1,6 @@
 """What one request may ask for. Applied before anything is tokenised; beyond it is a 400 (413: the body)."""
 
+import asyncio
 import re
 from typing import TypeVar
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from . import errors
 
 MAX_BODY_BYTES = 10 * 2**20  # held in memory while it is parsed
+BODY_SECONDS = 60.0  # for the whole body to arrive
 MAX_N = 128  # samples of one prompt
 MAX_SEQUENCES = 1024  # prompts x n in one request
 MAX_REQUEST_TOKENS = 2**18  # sequences x max_tokens in one request
@@ -59,16 +61,22 @@ async def parse_body(request: Request, schema: type[Model]) -> Model:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is known to be longer than MAX_BODY_BYTES."""
+    """The whole body. Raises ApiError 413 as soon as it is known to be longer than MAX_BODY_BYTES, 408 if it is late.
+    """
     too_long = errors.ApiError(413, f"The request body is larger than {MAX_BODY_BYTES} bytes.",
                                code="request_too_large", headers={"connection": "close"})
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
         raise too_long
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise too_long
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > MAX_BODY_BYTES:
+                    raise too_long
+                chunks.append(chunk)
+    except TimeoutError:
+        raise errors.ApiError(408, f"The request body did not arrive within {BODY_SECONDS:g} seconds.",
+                              headers={"connection": "close"}) from None
     return b"".join(chunks)

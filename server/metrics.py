@@ -106,10 +106,9 @@ class _EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         yield self._info("nibble_build", "Version and configuration", self._build_info())
-        engine = self.serving.engine
-        if engine is None:
+        if not self.serving.is_loaded:
             return
-        stats, ready = engine.stats, engine.ready
+        stats, ready = self.serving.engine.stats, self.serving.engine.ready
         used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Sequences in the batch", stats.num_running)
         yield self._gauge("num_requests_waiting", "Sequences waiting for a place", stats.num_waiting)
@@ -131,7 +130,7 @@ class _EngineCollector:
 
     def _build_info(self) -> dict[str, str]:
         info = {"version": __version__, "model_name": self.model_name}
-        if self.serving.engine is not None:
+        if self.serving.is_loaded:
             ready = self.serving.engine.ready
             info |= {"quantization": ready.quantization, "dtype": ready.dtype, "device": ready.device,
                      "kernels": ",".join(sorted(ready.kernels))}

@@ -33,15 +33,14 @@ class Serving:
         self.model_names = model_names
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING
-        self.engine: AsyncEngine | None = None
-        self.tokenizer: Tokenizer | None = None
+        self._loaded: tuple[AsyncEngine, Tokenizer] | None = None
         self.active_sequences = 0
         self.idle = asyncio.Event()
         self.idle.set()
         self.metrics = Metrics(self)
 
     def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer") -> None:
-        self.engine, self.tokenizer = engine, tokenizer
+        self._loaded = engine, tokenizer
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 
@@ -53,15 +52,32 @@ class Serving:
         self.phase = Phase.DEAD
 
     @property
+    def is_loaded(self) -> bool:
+        return self._loaded is not None
+
+    @property
+    def engine(self) -> "AsyncEngine":
+        return self._both()[0]
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        return self._both()[1]
+
+    def _both(self) -> "tuple[AsyncEngine, Tokenizer]":
+        if self._loaded is None:
+            raise errors.loading()
+        return self._loaded
+
+    @property
     def alive(self) -> bool:
-        return self.phase is not Phase.DEAD and (self.engine is None or self.engine.is_alive)
+        return self.phase is not Phase.DEAD and (self._loaded is None or self.engine.is_alive)
 
     def check_ready(self) -> None:
         """Raise ApiError 503 unless requests can be served now."""
         if not self.alive:
             raise errors.engine_dead()
         if self.phase is Phase.LOADING:
-            raise errors.unavailable("The model is still loading.", retry_after=2)
+            raise errors.loading()
         if self.phase is Phase.DRAINING:
             raise errors.unavailable("The server is shutting down.", retry_after=10)
 

@@ -138,10 +138,11 @@ def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
         raise errors.bad_request("'continue_final_message' needs a last message of the assistant.", "messages")
     check_text_length(sum(len(message.text) for message in body.messages), limit, "messages")
     generation = not continued if body.add_generation_prompt is None else body.add_generation_prompt
+    kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
     try:
         text = tokenizer.apply_chat_template([message.for_template() for message in body.messages],
                                              add_generation_prompt=generation, continue_final_message=continued,
-                                             **(body.chat_template_kwargs or {}))
+                                             **kwargs)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     except ValueError as error:
         raise errors.bad_request(str(error), "messages") from None

@@ -162,12 +162,12 @@ class CompletionAnswer(Answer):
             return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
         return self._echoed(text, positions, offsets, generation.sequences[delta.index], generation.n, first)
 
-    def _echoed(self, text: str, positions: list | None, offsets: list[int] | None, sequence: Sequence, n: int,
+    def _echoed(self, text: str, positions: list | None, offsets: list[int], sequence: Sequence, n: int,
                 first: bool) -> tuple[str, dict | None]:
         echo = self.echoes[sequence.index // n]
         positions = positions or []
         ids = [position.token_id for position in positions]
-        offsets = [len(echo.text) + offset for offset in offsets or []]
+        offsets = [len(echo.text) + offset for offset in offsets]
         if first:
             text = echo.text + text
             positions = [*(sequence.prompt_logprobs or []), *positions]

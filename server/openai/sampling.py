@@ -4,14 +4,14 @@ A field that is not here is refused by name. A field whose type is one of the `O
 support, accepted at the value that asks for nothing, since clients send it.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...engine.request import SamplingParams
 from .. import errors, limits
 
-OnlyNone = None
+OnlyNone: TypeAlias = None
 OnlyFalse = Literal[False] | None
 OnlyZero = Annotated[int, Field(ge=0, le=0)] | None
 OnlyEmptyList = Annotated[list[Any], Field(max_length=0)] | None

@@ -1,7 +1,7 @@
 """POST /tokenize and /detokenize, in vLLM's shapes: how a text or a conversation comes out in tokens, and back."""
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Request, Response
 from pydantic import Field
@@ -61,11 +61,11 @@ def _encode(body: TokenizeRequest, serving: Serving) -> list[int]:
     if body.prompt is not None:
         return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
     limits.check_template_kwargs(body.chat_template_kwargs)
+    kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
     try:
-        text = tokenizer.apply_chat_template([message.for_template() for message in body.messages],
+        text = tokenizer.apply_chat_template([message.for_template() for message in body.messages or ()],
                                              add_generation_prompt=body.add_generation_prompt,
-                                             continue_final_message=body.continue_final_message,
-                                             **(body.chat_template_kwargs or {}))
+                                             continue_final_message=body.continue_final_message, **kwargs)
     except ValueError as error:
         raise errors.bad_request(str(error), "messages") from None
     return tokenizer.encode(text, bool(body.add_special_tokens))

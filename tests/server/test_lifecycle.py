@@ -75,8 +75,7 @@ def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: P
     engine = server.engine_pid()
     assert "libtorch" in Path(f"/proc/{engine}/maps").read_text()
 
-    streams = [Stream(server, 2000) for _ in range(2)]
-    assert all(stream.started.wait(20) for stream in streams[:1])
+    streams = [Stream(server, 4000) for _ in range(2)]
     wait_for(lambda: server.metric("nibble_num_requests_waiting") == 1)
     full = complete(server)
     assert (full.status_code, full.headers["retry-after"]) == (503, "1")

@@ -1,0 +1,165 @@
+"""Event streams and connections against clients that are slow, silent or gone, with the clock turned up."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+
+import pytest
+import uvicorn
+from starlette.types import Message
+
+from nibble.server import protocol, sse
+
+
+class Client:
+    """Both ends of one ASGI exchange. `leave` is http.disconnect; while `stuck`, it reads nothing."""
+
+    def __init__(self) -> None:
+        self.body, self.leave, self.stuck = b"", asyncio.Event(), False
+
+    async def receive(self) -> Message:
+        await self.leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        while self.stuck:
+            await asyncio.sleep(0.01)
+        self.body += message.get("body", b"")
+
+
+class Source:
+    """Events one after the other, `pause` seconds apart; knows whether it was closed."""
+
+    def __init__(self, pause: float, count: int):
+        self.pause, self.count, self.closed = pause, count, False
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            for i in range(self.count):
+                yield b"data: %d\n\n" % i
+                await asyncio.sleep(self.pause)
+        finally:
+            self.closed = True
+
+
+async def play(source: Source, client: Client, *, leave_after: float | None = None) -> list[bool]:
+    """Run the stream to its end. Returns what on_close heard."""
+    heard: list[bool] = []
+    stream = sse.EventStream(source.events(), heard.append)
+    if leave_after is not None:
+        asyncio.get_running_loop().call_later(leave_after, client.leave.set)
+    await asyncio.wait_for(stream({"type": "http"}, client.receive, client.send), 5)
+    return heard
+
+
+def test_a_whole_stream() -> None:
+    async def run() -> None:
+        client, source = Client(), Source(0, 3)
+        assert await play(source, client) == [False]
+        assert client.body == b"data: 0\n\ndata: 1\n\ndata: 2\n\n" and source.closed
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_closes_the_source() -> None:
+    async def run() -> None:
+        client, source = Client(), Source(60, 2)
+        assert await play(source, client, leave_after=0.05) == [True]
+        assert source.closed
+
+    asyncio.run(run())
+
+
+def test_silence_is_filled_with_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.03)
+
+    async def run() -> None:
+        client = Client()
+        await play(Source(0.3, 2), client)
+        assert client.body.count(b": ping\n\n") >= 3
+        assert client.body.replace(b": ping\n\n", b"") == b"data: 0\n\ndata: 1\n\n"
+
+    asyncio.run(run())
+
+
+def test_a_reader_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.03)
+    monkeypatch.setattr(sse, "SEND_TIMEOUT_SECONDS", 0.1)
+
+    async def run() -> None:
+        client, source = Client(), Source(0.01, 100)
+        asyncio.get_running_loop().call_later(0.05, setattr, client, "stuck", True)
+        assert await play(source, client) == [True]
+        assert source.closed
+
+    asyncio.run(run())
+
+
+def test_an_error_in_the_source_is_raised_after_closing() -> None:
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"data: 0\n\n"
+        raise ValueError("broken")
+
+    async def run() -> None:
+        client, heard = Client(), []
+        with pytest.raises(ValueError, match="broken"):
+            await sse.EventStream(events(), heard.append)({"type": "http"}, client.receive, client.send)
+        assert len(heard) == 1
+
+    asyncio.run(run())
+
+
+def test_work_stops_when_the_client_leaves() -> None:
+    async def run() -> None:
+        client, stopped = Client(), asyncio.Event()
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                stopped.set()
+
+        asyncio.get_running_loop().call_later(0.05, client.leave.set)
+        with pytest.raises(sse.ClientGone):
+            await sse.until_disconnect(client.receive, work())
+        assert stopped.is_set()
+
+    asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def listening(app: Callable) -> AsyncGenerator[int, None]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol.Protocol, lifespan="off", log_level="critical"))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await task
+
+
+def test_a_head_that_never_ends_is_cut_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
+
+    async def slow_app(scope: dict, receive: Callable, send: Callable) -> None:
+        await asyncio.sleep(0.6)  # longer than a head may take: answers have all the time they need
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def run() -> None:
+        async with listening(slow_app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            good, good_writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(2):  # the second on a connection kept alive
+                good_writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                writer.write(b"GET / HT" if not reader.at_eof() else b"")
+                answer = await asyncio.wait_for(good.readuntil(b"ok"), 5)
+                assert answer.startswith(b"HTTP/1.1 200")
+            assert await asyncio.wait_for(reader.read(), 1) == b""
+            good_writer.write(b"GET / HTTP/1.1\r\n")
+            assert await asyncio.wait_for(good.read(), 2) == b""
+            writer.close()
+            good_writer.close()
+
+    asyncio.run(run())
