@@ -81,13 +81,12 @@ def render_chats(tokenizer: Any, chats: list[list[dict[str, str]]]) -> str:
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Text -> int64 token ids [n], without special tokens added."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=False))
 
 
 def bos_token(tokenizer: Any) -> list[int]:
     """[id] if the tokenizer starts every text with a token of its own, else []."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     return full[:1] if full[:1] != plain[:1] else []
 
 

@@ -29,6 +29,9 @@ from .side_files import copy_side_files
 from .weight import QuantizedWeight, split
 from .writer import ShardWriter, write_json
 
+CALIB_SAMPLES = 32  # windows
+CALIB_SEQLEN = 512  # tokens a window
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -48,20 +51,29 @@ class Progress:
 class Report:
     """What a conversion did, for the accuracy card."""
 
+    source: Path
     recipe: Recipe
     plan: Plan
     samples: Samples | None
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
+    quantized_weights: int = 0
+    quantized_bytes: int = 0  # of those weights with their scales and zero points
     layer_error: dict[str, float] = field(default_factory=dict)  # |(W - Q) x|^2 / |W x|^2 on calibration inputs
     fallbacks: dict[str, str] = field(default_factory=dict)  # module -> why round-to-nearest was used
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers."""
+        return 8 * self.quantized_bytes / self.quantized_weights
 
 
 def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq", "fp8"] = "awq",
             bits: int | None = None, group_size: int = 128, symmetric: bool | None = None,
-            calib: str | Path | None = None, calib_samples: int = 32, calib_seqlen: int = 512, seed: int = 0,
-            device: str = "cpu", overwrite: bool = False, progress: Callable[[Progress], None] | None = None) -> Path:
+            calib: str | Path | None = None, calib_samples: int = CALIB_SAMPLES,
+            calib_seqlen: int = CALIB_SEQLEN, seed: int = 0, device: str = "cpu", overwrite: bool = False,
+            progress: Callable[[Progress], None] | None = None) -> Path:
     """Quantize a checkpoint (HF folder, .gguf file or Hub id) into the folder `output` and return it.
 
     symmetric None: asymmetric for AWQ, symmetric for GPTQ. group_size: see plan.py for widths it does not divide.
@@ -74,8 +86,9 @@ def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq"
 
 
 def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *, calib: str | Path | None = None,
-                        calib_samples: int = 32, calib_seqlen: int = 512, seed: int = 0, device: str = "cpu",
-                        overwrite: bool = False, progress: Callable[[Progress], None] | None = None,
+                        calib_samples: int = CALIB_SAMPLES, calib_seqlen: int = CALIB_SEQLEN, seed: int = 0,
+                        device: str = "cpu", overwrite: bool = False,
+                        progress: Callable[[Progress], None] | None = None,
                         announce: Callable[[Plan], None] | None = None) -> Report:
     """As `convert`, from a checked recipe; returns what was done. `announce` is told the plan before work starts."""
     output = Path(output)
@@ -91,7 +104,7 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
     try:
         copy_side_files(checkpoint, partial)
         samples = None if recipe.method == "fp8" else _samples(partial, calib, calib_samples, calib_seqlen, seed)
-        report = Report(recipe, plan, samples, bytes_before=checkpoint.nbytes)
+        report = Report(checkpoint.path, recipe, plan, samples, bytes_before=checkpoint.nbytes)
         writer = ShardWriter(partial)
         writer.add(_outside_blocks(checkpoint, source))
         _convert_blocks(source, writer, report, progress, start)
@@ -146,6 +159,8 @@ def _quantize_block(source: BlockSource, index: int, block: nn.Module, hidden: T
         for linear, weight in zip(linears.values(), weights, strict=True):
             linear.weight.copy_(weight.dequantize())
         done |= dict(zip(stage, weights, strict=True))
+    report.quantized_weights += sum(weight.codes.numel() for weight in done.values())
+    report.quantized_bytes += sum(weight.nbytes for weight in done.values())
     return done
 
 
@@ -199,7 +214,7 @@ def _samples(folder: Path, calib: str | Path | None, count: int, length: int, se
         raise NibbleError(f"--calib-samples {count} x --calib-seqlen {length} is too little (at least 1 x 8)")
     from transformers import AutoTokenizer  # slow to import
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=1 << 40)  # the text is cut into windows later
     if calib is not None:
         return calibration.file_samples(tokenizer, Path(calib), count, length, seed)
     return calibration.bundled_samples(tokenizer, count, length, seed)

@@ -1,0 +1,128 @@
+"""The accuracy card: what a conversion did and what it cost, as nibble_quality.json and a model card.
+
+The writer takes numbers; who measures them is no business of quant. Both files are written atomically into a finished
+output folder.
+"""
+
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .pipeline import Report
+from .writer import write_json, write_text
+
+PACKAGES = ("nibble-serve", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How far a quantized model is from its original on one kind of text. Divergences in nats per token."""
+
+    domain: str
+    tokens: int
+    perplexity: float
+    perplexity_reference: float
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float  # fraction of positions where both would pick the same token
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def write_card(folder: Path, report: Report, quality: list[Quality], base_model: str, peak_rss: int) -> None:
+    """Write nibble_quality.json and README.md into `folder`; peak_rss in bytes, quality empty if not measured."""
+    record = quality_record(report, quality, base_model, peak_rss)
+    write_json(folder / "nibble_quality.json", record)
+    licence = _licence(Path(report.source), base_model)
+    write_text(folder / "README.md", render(record, report, licence))
+
+
+def quality_record(report: Report, quality: list[Quality], base_model: str, peak_rss: int) -> dict[str, Any]:
+    """The content of nibble_quality.json."""
+    samples = report.samples
+    return {
+        "base_model": base_model,
+        "scheme": report.plan.scheme.describe(),
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "bits_per_weight": round(report.bits_per_weight, 3),
+        "minutes": round(report.seconds / 60, 2),
+        "peak_rss_bytes": peak_rss,
+        "calibration": None if samples is None else {
+            "source": samples.source, "sha256": samples.sha256,
+            "samples": samples.token_ids.shape[0], "tokens_per_sample": samples.token_ids.shape[1]},
+        "evaluation": [q.as_dict() for q in quality],
+        "layer_error": {name: round(error, 6) for name, error in report.layer_error.items()},
+        "group_sizes": report.plan.group_sizes,
+        "dense": report.plan.dense,
+        "fallbacks": report.fallbacks,
+        "notes": list(report.plan.notes),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what took part. A checkout that was never installed has no version of its own."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def summary(quality: list[Quality]) -> str:
+    """One line a domain, for the terminal."""
+    return "\n".join(
+        f"  {q.domain:<6} perplexity {q.perplexity_reference:.2f} -> {q.perplexity:.2f}   KL {q.kl_mean:.3f} "
+        f"(median {q.kl_median:.3f}, p99 {q.kl_p99:.2f})   same top token {q.top1_agreement:.1%}" for q in quality)
+
+
+def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
+    """The model card."""
+    name = record["base_model"]
+    front = ["---", f"base_model: {name}", "base_model_relation: quantized",
+             *([f"license: {licence}"] if licence else []),
+             "library_name: transformers", "tags:", f"- {report.recipe.method}", "- nibble", "---"]
+    lines = [f"# {name}, {record['scheme']}", "",
+             f"Quantized with Nibble: {record['bytes_before'] / 1e6:.0f} MB -> {record['bytes_after'] / 1e6:.0f} MB, "
+             f"{record['bits_per_weight']:.2f} bits per weight in the decoder blocks, scales and zero points included.",
+             "", "## What it cost", ""]
+    lines += _quality_table(record["evaluation"]) or ["Not measured (`nibble evaluate` does it).", ""]
+    lines += ["## Recipe", "", f"- Method: {record['scheme']}"]
+    if record["calibration"]:
+        c = record["calibration"]
+        lines.append(f"- Calibration: {c['samples']} windows of {c['tokens_per_sample']} tokens from the {c['source']} "
+                     f"(sha256 {c['sha256'][:16]})")
+    lines += [f"- {note}" for note in record["notes"]]
+    lines += [f"- Round to nearest in {module}: {why}" for module, why in record["fallbacks"].items()]
+    lines += [f"- {record['minutes']} minutes, peak memory {record['peak_rss_bytes'] / 1e9:.1f} GB",
+              "- " + ", ".join(f"{package} {v}" for package, v in record["versions"].items()), "",
+              "Serve it with `nibble serve`, vLLM or transformers.", ""]
+    return "\n".join([*front, *lines])
+
+
+def _quality_table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    table = ["| text | tokens | perplexity of the original | perplexity | mean KL | median | p99 | same top token |",
+             "|---|---|---|---|---|---|---|---|"]
+    table += [f"| {r['domain']} | {r['tokens']} | {r['perplexity_reference']:.3f} | {r['perplexity']:.3f} "
+              f"| {r['kl_mean']:.4f} | {r['kl_median']:.4f} | {r['kl_p99']:.3f} | {r['top1_agreement']:.1%} |"
+              for r in rows]
+    return [*table, "", "KL divergence from the original in nats per token, on text held out from calibration.", ""]
+
+
+def _licence(source: Path, base_model: str) -> str | None:
+    """The licence named in the model card of the original, if there is one beside it."""
+    readme = (source if source.is_dir() else source.parent) / "README.md"
+    if not readme.is_file():
+        return None
+    match = re.search(r"^license:\s*(\S+)\s*$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return match[1] if match else None

@@ -1,0 +1,113 @@
+"""`nibble convert MODEL --awq|--gptq|--fp8 -o OUT`: quantize, measure, write the accuracy card."""
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from nibble.quant.card import Quality, summary, write_card
+from nibble.quant.errors import NibbleError
+from nibble.quant.pipeline import CALIB_SAMPLES, CALIB_SEQLEN, Progress, convert_with_report
+from nibble.quant.plan import Method, Plan, Recipe
+
+console = Console(stderr=True)
+
+
+def convert_command(
+    model: Annotated[str, typer.Argument(help="HF folder, .gguf file or Hub id")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make")],
+    awq: Annotated[bool, typer.Option("--awq", help="4-bit AWQ (GEMM layout)")] = False,
+    gptq: Annotated[bool, typer.Option("--gptq", help="GPTQ, 2, 3, 4 or 8 bits (v1 layout)")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights and activations (compressed-tensors)")] = False,
+    bits: Annotated[int | None, typer.Option(help="Bits per weight [default: 4]")] = None,
+    group_size: Annotated[int, typer.Option(help="Input columns per scale; -1: whole rows. Halved where it does not "
+                                                 "divide a width")] = 128,
+    symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point in the middle, or fitted "
+                                                   "[default: asym for AWQ, sym for GPTQ]")] = None,
+    calib: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on, instead of the bundled mix")] = None,
+    calib_samples: Annotated[int, typer.Option(help="Windows to calibrate on")] = CALIB_SAMPLES,
+    calib_seqlen: Annotated[int, typer.Option(help="Tokens a window")] = CALIB_SEQLEN,
+    seed: Annotated[int, typer.Option(help="Chooses the windows")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda")] = "cpu",
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists")] = False,
+) -> None:
+    """Quantize a model to AWQ, GPTQ or FP8 weights and say what that cost."""
+    recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric)
+    with _progress() as progress:
+        report = convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples,
+                                     calib_seqlen=calib_seqlen, seed=seed, device=device, overwrite=overwrite,
+                                     progress=progress, announce=_announce)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
+    quality: list[Quality] = [] if no_eval else _measure(model, output)
+    write_card(output, report, quality, _base_model(model), peak)
+    print(f"{output}: {report.plan.scheme.describe()}, {report.bytes_before / 1e6:.0f} MB -> "
+          f"{report.bytes_after / 1e6:.0f} MB, {report.bits_per_weight:.2f} bits per quantized weight, "
+          f"{report.seconds:.0f} s, peak memory {peak / 1e9:.1f} GB")
+    if quality:
+        print(summary(quality))
+
+
+def _method(awq: bool, gptq: bool, fp8: bool) -> Method:
+    chosen = [name for name, on in (("awq", awq), ("gptq", gptq), ("fp8", fp8)) if on]
+    if len(chosen) != 1:
+        raise NibbleError("choose one of --awq, --gptq and --fp8" + (f", not {len(chosen)}" if chosen else ""))
+    return chosen[0]
+
+
+def _base_model(model: str) -> str:
+    """The original's name for the card: a Hub id as it is, a path by its last part."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _announce(plan: Plan) -> None:
+    console.print(f"{len(plan.group_sizes)} layers to {plan.scheme.describe()}", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+def _measure(model: str, output: Path) -> list[Quality]:
+    from nibble.tools.evaluate import evaluate  # brings the engine
+
+    with console.status("Measuring against the original"):
+        return evaluate(model, output)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, else a line every tenth of the way."""
+    if not console.is_terminal:
+        yield _print_line
+        return
+    columns = (TextColumn("Quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeElapsedColumn(),
+               TextColumn("{task.fields[rest]}"))
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("", total=None, rest="calibrating")
+
+        def show(progress: Progress) -> None:
+            bar.update(task, total=progress.blocks, completed=progress.block, rest=_rest(progress))
+
+        yield show
+
+
+def _print_line(progress: Progress) -> None:
+    if progress.block * 10 // progress.blocks > (progress.block - 1) * 10 // progress.blocks:
+        print(f"block {progress.block}/{progress.blocks}, {_rest(progress)}", file=sys.stderr, flush=True)
+
+
+def _rest(progress: Progress) -> str:
+    error = "" if progress.error is None else f", worst layer error {progress.error:.2%}"
+    return f"{progress.seconds_left:.0f} s left{error}"
+
+
+if __name__ == "__main__":
+    from nibble.cli import main
+
+    raise SystemExit(main(["convert", *sys.argv[1:]]))

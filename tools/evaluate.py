@@ -1,0 +1,87 @@
+"""`nibble evaluate REF QUANT`: what quantization cost, measured on what is really served.
+
+Both checkpoints run through the engine on the same held-out windows; the original's log-probabilities are the reference
+for perplexity, KL divergence and top-1 agreement at every position.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from nibble.engine.client import LLM
+from nibble.quant.calibration import DATA, EVALUATION, evaluation_windows
+from nibble.quant.card import Quality, summary
+from nibble.quant.errors import NibbleError
+
+WINDOWS = 4  # per text
+LENGTH = 512  # tokens a window
+
+
+def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str] | None = None, windows: int = WINDOWS,
+             length: int = LENGTH) -> list[Quality]:
+    """Compare two checkpoints on texts {name: text} (default: the bundled held-out prose, docs and code).
+
+    Raises NibbleError where a text is shorter than one window, or the two have different vocabularies.
+    """
+    texts = texts or bundled_texts()
+    original, candidate = LLM(str(reference), dtype="float32"), LLM(str(quantized), dtype="float32")
+    found = []
+    for name, text in texts.items():
+        ids = evaluation_windows(original.tokenizer, text, windows, length)
+        if not ids:
+            raise NibbleError(f"{name}: too short to evaluate on (one window is {length} tokens)")
+        found.append(_compare(name, ids, original, candidate))
+    return found
+
+
+def bundled_texts() -> dict[str, str]:
+    """Held-out text: nothing of it is calibrated on."""
+    return {name: (DATA / f"eval_{name}.txt").read_text(encoding="utf-8") for name in EVALUATION}
+
+
+def _compare(name: str, windows: list[list[int]], original: LLM, candidate: LLM) -> Quality:
+    parts = list(_divergences(windows, original, candidate))
+    nll_p, nll_q, kl, same = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    return Quality(domain=name, tokens=len(kl), perplexity=nll_q.mean().exp().item(),
+                   perplexity_reference=nll_p.mean().exp().item(), kl_mean=kl.mean().item(),
+                   kl_median=kl.median().item(), kl_p99=kl.quantile(0.99).item(), top1_agreement=same.mean().item())
+
+
+def _divergences(windows: list[list[int]], original: LLM, candidate: LLM) -> Iterator[tuple[Tensor, ...]]:
+    """Per window and position: both negative log-likelihoods of the next token, KL in nats, whether the tops agree."""
+    for ids in windows:
+        p, q = (torch.log_softmax(model.logits(ids)[:-1].float(), -1) for model in (original, candidate))
+        if p.shape != q.shape:
+            raise NibbleError(f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens cannot be compared")
+        following = torch.tensor(ids[1:]).unsqueeze(1)
+        yield (-p.gather(1, following).squeeze(1), -q.gather(1, following).squeeze(1),
+               (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float())
+
+
+def evaluate_command(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="The original: folder, .gguf file or Hub id")],
+    quantized: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized checkpoint")],
+    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on, instead of the bundled")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Measure what quantization cost: perplexity, KL divergence and top-1 agreement against the original."""
+    try:
+        texts = {file.name: file.read_text(encoding="utf-8") for file in text} if text else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise NibbleError(f"--text: {error}") from None
+    with Console(stderr=True).status("Evaluating"):
+        quality = evaluate(reference, quantized, texts)
+    print(json.dumps([q.as_dict() for q in quality], indent=2) if as_json else summary(quality))
+
+
+if __name__ == "__main__":
+    from nibble.cli import main
+
+    raise SystemExit(main(["evaluate", *sys.argv[1:]]))
