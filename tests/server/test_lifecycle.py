@@ -59,7 +59,8 @@ def is_gone(pid: int) -> bool:
 
 
 def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: Path) -> None:
-    server = start_server(tiny_llama, *SMALL, "--max-num-seqs", "1", "--max-queued-requests", "1")
+    server = start_server(tiny_llama, *SMALL, "--max-num-seqs", "1", "--max-queued-requests", "1",
+                          "--shutdown-timeout", "120")
 
     def is_open() -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -75,7 +76,7 @@ def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: P
     engine = server.engine_pid()
     assert "libtorch" in Path(f"/proc/{engine}/maps").read_text()
 
-    streams = [Stream(server, 4000) for _ in range(2)]
+    streams = [Stream(server, 2500) for _ in range(2)]
     wait_for(lambda: server.metric("nibble_num_requests_waiting") == 1)
     full = complete(server)
     assert (full.status_code, full.headers["retry-after"]) == (503, "1")
@@ -84,7 +85,7 @@ def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: P
     wait_for(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
     draining = complete(server)
     assert (draining.status_code, draining.headers["retry-after"]) == (503, "10")
-    assert server.process.wait(40) == 0
+    assert server.process.wait(130) == 0
     for stream in streams:
         stream.join(5)
         assert stream.body.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in stream.body
