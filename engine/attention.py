@@ -11,8 +11,10 @@ A step's tokens lie flat, decode tokens (one per request) first, then the chunks
     tokens  [ d d d d | c c c c c c c | c c c ]     decodes are attended to in one padded call, chunks one by one
 """
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,10 +30,19 @@ class KVCache:
     @classmethod
     def allocate(cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
                  dtype: torch.dtype, device: torch.device) -> "KVCache":
-        """Zeros, which the operating system backs with memory only when touched. They must be finite: what lies behind
-        a request's last token is gathered with its block, and masked, but 0 * NaN is NaN."""
+        """Zeros: what lies behind a request's last token is gathered with its block and masked, but 0 * NaN is NaN.
+
+        On a CPU they come from calloc (numpy's, torch's own zeros are written out), so a block costs memory from its
+        first use on, and a start-up nothing.
+        """
         shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
-        return cls([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)], block_size)
+
+        def zeros() -> Tensor:
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+        return cls([zeros() for _ in range(num_layers)], block_size)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that a failed request may have left NaN in."""

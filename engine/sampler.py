@@ -1,8 +1,12 @@
 """From logits to tokens. A pure function of (logits, the request's tokens, its parameters, its seed).
 
-The random number for a token is a hash of (seed, position), not the state of a generator: a request draws the same
-numbers alone, in any batch, after a preemption and on any device. Candidates are cut down by top_k, top_p and min_p
-before anything is sorted, so the whole vocabulary is sorted only if the nucleus is really that wide.
+A draw is an exponential race: token i wins with probability p_i if it has the largest p_i / E_i, E_i independent and
+exponential. E_i is a hash of (seed, position, i), not the state of a generator, so a request draws the same numbers
+alone, in any batch, after a preemption and on any device; and as no sum over the vocabulary is compared with a
+threshold, rounding in the last bits of the logits changes the winner only if two were that close anyway.
+
+Candidates are cut down by top_k, top_p and min_p before anything is sorted, so the whole vocabulary is sorted only if
+the nucleus is really that wide.
 
 Order of operations, as vLLM has it: logit bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
 """
@@ -85,10 +89,9 @@ def _draw(logits: Tensor, request: Request) -> int:
         probs, ids = _most_probable(probs, params)
     if params.min_p > 0.0:
         probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
-    total = probs.double().cumsum(0)
-    target = uniform(request.seed, request.num_tokens) * total[-1]
-    index = min(int(torch.searchsorted(total, target, right=True)), len(total) - 1)
-    return index if ids is None else int(ids[index])
+    if ids is None:
+        ids = torch.arange(len(probs), device=probs.device)
+    return int(ids[(probs / exponentials(request.seed, request.num_tokens, ids)).argmax()])
 
 
 def _most_probable(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,17 @@ def _most_probable(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tenso
     return top[:keep], ids[:keep]
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), a function of (seed, position) alone."""
+def exponentials(seed: int, position: int, ids: Tensor) -> Tensor:
+    """Exponential random numbers float32, one for each of ids int64: a hash (murmur3's finalizer, twice, keyed) of
+    (seed, position, id), turned from a uniform number by the inverse distribution function."""
     digest = hashlib.blake2b(struct.pack("<Qq", seed & 0xFFFFFFFFFFFFFFFF, position), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    bits = _mix32(_mix32(ids + int.from_bytes(digest[:4], "little")) ^ int.from_bytes(digest[4:], "little"))
+    return -torch.log1p(-(bits.float() + 0.5) * 2.0**-32)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A bijection of the low 32 bits of int64 numbers; products wrap, and their low bits are what counts."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -9,7 +9,7 @@ import torch
 
 from nibble.engine.batch import StepResult
 from nibble.engine.request import Request, SamplingParams
-from nibble.engine.sampler import sample, uniform
+from nibble.engine.sampler import exponentials, sample
 
 PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = torch.tensor(np.log(PROBS), dtype=torch.float32)
@@ -88,7 +88,15 @@ def test_a_seed_fixes_the_token_in_any_company() -> None:
     result = StepResult()
     sample(LOGITS.repeat(6, 1), [*others, request("r", seed=11)], result)
     assert result.tokens["r"] == alone
-    assert len({uniform(11, position) for position in range(100)}) == 100
+
+
+def test_the_race_is_exponential_and_independent() -> None:
+    draws = torch.stack([exponentials(seed, position, torch.arange(64)) for seed in (0, 1, 2**62) for position in
+                         range(60)]).double()
+    assert float(draws.mean()) == pytest.approx(1, abs=0.05) and float(draws.var()) == pytest.approx(1, abs=0.15)
+    columns = torch.corrcoef(draws.T) - torch.eye(64)
+    rows = torch.corrcoef(draws) - torch.eye(len(draws))
+    assert float(columns.abs().max()) < 0.4 and float(rows.abs().max()) < 0.65  # 5 sigma of independent draws
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
