@@ -14,9 +14,6 @@ from .algorithms import awq
 from .calibration import InputStats
 from .layer_map import Fold, LayerMap
 
-LOSS_WINDOWS = 2  # windows replayed to judge scales; the search has one free number, so few suffice
-LOSS_TOKENS = 512  # of them, where the module works on each token alone
-
 Grid = tuple[int, int, bool]  # bits, group_size, symmetric
 
 
@@ -25,12 +22,13 @@ def fold_block(block: nn.Module, layer_map: LayerMap, stats: dict[str, InputStat
                kwargs: dict[str, Any], grids: dict[str, Grid], dtype: torch.dtype) -> dict[str, float]:
     """Scale a block in place. grids: of each linear that will be quantized; dtype: what norms are stored in.
 
-    stats: by first consumer of each fold; rescaled to the new inputs. hidden [n, T, hidden]: the block's inputs.
+    stats: by first consumer of each fold; rescaled to the new inputs. hidden [n, T, hidden]: inputs of the block that
+    are replayed to judge scales, with the block's other arguments; as a search has one free number, few suffice.
     Returns, per fold source, the loss with scales relative to the loss without.
     """
     gains = {}
     folds = [fold for fold in layer_map.folds if fold.consumers[0] in grids]
-    calls = record_calls(block, {fold.inspect for fold in folds}, hidden[:LOSS_WINDOWS], kwargs)
+    calls = record_calls(block, {fold.inspect for fold in folds}, hidden, kwargs)
     for fold in folds:
         linears = [block.get_submodule(name) for name in fold.consumers]
         site, grid = stats[fold.consumers[0]], grids[fold.consumers[0]]
@@ -52,7 +50,7 @@ def record_calls(block: nn.Module, names: set[str], hidden: Tensor,
 
     def keep(name: str) -> Callable:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            calls[name] = (tuple(_thin(x) for x in args), kwargs)
+            calls[name] = (args, kwargs)
         return hook
 
     handles = [block.get_submodule(n).register_forward_pre_hook(keep(n), with_kwargs=True) for n in names]
@@ -60,12 +58,6 @@ def record_calls(block: nn.Module, names: set[str], hidden: Tensor,
     for handle in handles:
         handle.remove()
     return calls
-
-
-def _thin(x: Tensor) -> Tensor:
-    """Evenly spaced tokens [LOSS_TOKENS, in] of an input [n, T, in] of a module that works on each token alone."""
-    tokens = x.flatten(0, -2)
-    return tokens[:: max(1, len(tokens) // LOSS_TOKENS)]
 
 
 def _search(block: nn.Module, fold: Fold, linears: list[nn.Linear], site: InputStats,

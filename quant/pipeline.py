@@ -31,6 +31,7 @@ from .writer import ShardWriter, write_json
 
 CALIB_SAMPLES = 32  # windows
 CALIB_SEQLEN = 512  # tokens a window
+REPLAY_WINDOWS, REPLAY_TOKENS = 8, 64  # a few tokens of each kind of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,37 +123,50 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
 @torch.no_grad()
 def _convert_blocks(source: BlockSource, writer: ShardWriter, report: Report,
                     progress: Callable[[Progress], None] | None, start: float) -> None:
-    hidden, arguments = None, [{} for _ in range(len(source))]
-    if report.samples is not None:
-        hidden = source.embed(report.samples.token_ids)
-        arguments = source.keyword_arguments(hidden[:1])
+    activations = None if report.samples is None else _Activations(source, report.samples)
     for index in range(len(source)):
         block = source.load(index)
-        quantized = _quantize_block(source, index, block, hidden, arguments[index], report)
+        quantized = _quantize_block(source, index, block, activations, report)
         writer.add(_block_tensors(source, index, block, quantized, report.plan))
-        if hidden is not None and index + 1 < len(source):
-            calibration.advance(block, hidden, arguments[index])
+        if activations is not None and index + 1 < len(source):
+            calibration.advance(block, activations.hidden, activations.arguments[index])
         if progress is not None:
-            worst = max((report.layer_error.get(f"{source.name(index)}.{n}", 0.0) for n in quantized), default=None)
-            progress(Progress(index + 1, len(source), time.monotonic() - start, worst if hidden is not None else None))
+            errors = [report.layer_error[n] for name in quantized
+                      if (n := f"{source.name(index)}.{name}") in report.layer_error]
+            progress(Progress(index + 1, len(source), time.monotonic() - start, max(errors, default=None)))
 
 
-def _quantize_block(source: BlockSource, index: int, block: nn.Module, hidden: Tensor | None, kwargs: dict[str, Any],
+class _Activations:
+    """What enters the next block: hidden states [n, T, hidden], and each block's other arguments for them."""
+
+    def __init__(self, source: BlockSource, samples: Samples):
+        self.hidden = source.embed(samples.token_ids)
+        self.arguments = source.keyword_arguments(self.hidden[:1])
+        self.replay_arguments = source.keyword_arguments(self.replay[:1])
+
+    @property
+    def replay(self) -> Tensor:
+        """The small part of them on which AWQ's scales are judged."""
+        return self.hidden[:REPLAY_WINDOWS, :REPLAY_TOKENS]
+
+
+def _quantize_block(source: BlockSource, index: int, block: nn.Module, activations: _Activations | None,
                     report: Report) -> dict[str, QuantizedWeight]:
     """Quantize a block's linears, leaving the dequantized weights in the block. Returns them by relative name."""
     recipe, plan, layers = report.recipe, report.plan, source.map
     full = {name: f"{source.name(index)}.{name}" for stage in layers.stages for name in stage}
     stats = None
     if recipe.method == "awq":
-        stats = calibration.collect_inputs(block, hidden, kwargs, [stage[0] for stage in layers.stages])
+        stats = calibration.collect_inputs(block, activations.hidden, activations.arguments[index],
+                                           [stage[0] for stage in layers.stages])
         grids = {name: plan.grid(module, recipe) for name, module in full.items() if module in plan.group_sizes}
-        fold_block(block, layers, stats, hidden, kwargs, grids, plan.dtype)
+        fold_block(block, layers, stats, activations.replay, activations.replay_arguments[index], grids, plan.dtype)
     done: dict[str, QuantizedWeight] = {}
     for stage in layers.stages:
         if full[stage[0]] not in plan.group_sizes:
             continue
         if recipe.method == "gptq":
-            stats = calibration.collect_inputs(block, hidden, kwargs, [stage[0]])
+            stats = calibration.collect_inputs(block, activations.hidden, activations.arguments[index], [stage[0]])
         hessian = None if stats is None else stats[stage[0]].hessian
         linears = {full[name]: block.get_submodule(name) for name in stage}
         weights = _quantize_stage({name: linear.weight for name, linear in linears.items()}, hessian, report)

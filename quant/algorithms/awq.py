@@ -5,10 +5,11 @@ error of that column then reaches the output divided by s_j (Lin et al. 2023, ar
 activations deserve a large s; how large is searched, judged by the output's squared error with rounded weights.
 
 The candidates are AutoAWQ's (`awq/quantize/quantizer.py`): s = x^r / w^(1-r) and s = x^r ("duo") for 20 ratios r, with
-x the mean |activation| and w the mean relative |weight| of each channel, and s = 1, so a fold never does harm.
+x the mean |activation| and w the mean relative |weight| of each channel, and s = 1, so a fold never does harm. The
+loss is smooth in r, so the grid is searched from coarse to fine.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from .rtn import round_trip, to_groups
 
-RATIOS = 20
+COARSE = (0.0, 0.2, 0.4, 0.6, 0.8)
+FINER = (0.1, 0.05)  # steps to either side of the best so far: the 20 ratios 0, 0.05 ... 0.95
 SCALE_MIN = 1e-4
 
 
@@ -33,22 +35,26 @@ def search_scales(mean_abs: Tensor, weight_mean: Tensor, loss: Callable[[Tensor]
     """The candidate [in] of least loss. mean_abs [in]: mean |activation|; weight_mean [in]: `relative_magnitude`."""
     best = torch.ones_like(mean_abs)
     identity_loss = best_loss = loss(best)
-    for scales in candidates(mean_abs, weight_mean):
-        if (value := loss(scales)) < best_loss:
-            best, best_loss = scales, value
+    best_ratio, best_duo = 0.0, True
+    points = [(ratio, duo) for duo in (True, False) for ratio in COARSE]
+    for step in (*FINER, None):
+        for ratio, duo in points:
+            scales = candidate(mean_abs, weight_mean, ratio, duo)
+            if scales is not None and (value := loss(scales)) < best_loss:
+                best, best_loss, best_ratio, best_duo = scales, value, ratio, duo
+        if step is not None:
+            points = [(ratio, best_duo) for ratio in (best_ratio - step, best_ratio + step) if 0 <= ratio < 1]
     return Search(best, best_loss, identity_loss)
 
 
-def candidates(mean_abs: Tensor, weight_mean: Tensor) -> Iterator[Tensor]:
-    """Scales [in], normalised so that the least and the greatest have a geometric mean of 1."""
-    for step in range(RATIOS):
-        ratio = step / RATIOS
-        activation = mean_abs.pow(ratio)
-        for scales in (activation / (weight_mean.pow(1 - ratio) + SCALE_MIN), activation):
-            scales = scales.clamp(min=SCALE_MIN)
-            scales = scales / (scales.max().sqrt() * scales.min().sqrt())
-            if torch.isfinite(scales).all():
-                yield scales
+def candidate(mean_abs: Tensor, weight_mean: Tensor, ratio: float, duo: bool) -> Tensor | None:
+    """Scales [in], normalised so that the least and the greatest have a geometric mean of 1; None if not finite."""
+    scales = mean_abs.pow(ratio)
+    if not duo:
+        scales = scales / (weight_mean.pow(1 - ratio) + SCALE_MIN)
+    scales = scales.clamp(min=SCALE_MIN)
+    scales = scales / (scales.max().sqrt() * scales.min().sqrt())
+    return scales if torch.isfinite(scales).all() else None
 
 
 def relative_magnitude(weights: list[Tensor], group_size: int) -> Tensor:

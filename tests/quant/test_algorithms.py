@@ -1,5 +1,6 @@
 """The algorithms against what they claim: grids that hold their ends, errors that fall, folds that change nothing."""
 
+import itertools
 import math
 
 import pytest
@@ -150,14 +151,15 @@ def test_awq_scales_lower_the_output_error_and_identity_is_a_candidate():
     found = awq.search_scales(x.abs().mean(0), awq.relative_magnitude([weight], 64), loss)
     assert found.loss < 0.8 * found.identity_loss
     assert found.loss == pytest.approx(loss(found.scales))
-    useless = awq.search_scales(x.abs().mean(0), awq.relative_magnitude([weight], 64), lambda scales: scales.std().item())
+    useless = awq.search_scales(x.abs().mean(0), awq.relative_magnitude([weight], 64), lambda s: s.std().item())
     assert torch.equal(useless.scales, torch.ones(128))
 
 
 def test_awq_with_silent_channels_has_finite_scales():
     mean_abs = torch.zeros(64)
     mean_abs[3] = 100.0
-    for scales in awq.candidates(mean_abs, torch.full((64,), 0.3)):
+    for ratio, duo in itertools.product((0, 0.5, 0.95), (True, False)):
+        scales = awq.candidate(mean_abs, torch.full((64,), 0.3), ratio, duo)
         assert torch.isfinite(scales).all() and (scales > 0).all()
 
 
