@@ -7,7 +7,8 @@ SHA-256 of the text is recorded. Evaluation text is separate: no chapter, page o
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .errors import NibbleError
 DATA = Path(__file__).parent / "data"
 SHARES = {"prose": 0.35, "docs": 0.2, "code": 0.25, "chat": 0.2}  # of the windows
 EVALUATION = ("prose", "docs", "code")
-MICRO_BATCH = 8  # windows run through a block at a time
+MICRO_BATCH = 8  # windows run through a block at a time where only sums are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,77 +110,48 @@ def _apportion(count: int) -> list[int]:
     return taken
 
 
-@dataclass(slots=True)
-class InputStats:
-    """What one input site saw: sums over tokens, in float32 on the device of the activations."""
+@torch.no_grad()
+def mean_abs_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
+                    sites: Iterable[str]) -> dict[str, Tensor]:
+    """Run a block on hidden states [n, T, hidden]; returns E|x| [in] of the inputs of some of its submodules."""
+    sums = dict.fromkeys(sites, 0.0)
 
-    tokens: int = 0
-    sum_abs: Tensor | None = None  # [in]
-    sum_outer: Tensor | None = None  # [in, in]
+    def add(site: str, x: Tensor) -> None:
+        sums[site] = sums[site] + x.abs().flatten(0, -2).sum(0)
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs [..., in]."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        if self.sum_outer is None:
-            self.sum_abs = x.new_zeros(x.shape[1])
-            self.sum_outer = x.new_zeros(x.shape[1], x.shape[1])
-        self.tokens += len(x)
-        self.sum_abs += x.abs().sum(0)
-        self.sum_outer.addmm_(x.t(), x)
-
-    def rescale(self, scales: Tensor) -> None:
-        """As if every input had been divided by scales [in]."""
-        self.sum_abs = self.sum_abs / scales
-        self.sum_outer = self.sum_outer / scales / scales.unsqueeze(1)
-
-    @property
-    def mean_abs(self) -> Tensor:
-        """E|x| [in]"""
-        return self.sum_abs / self.tokens
-
-    @property
-    def hessian(self) -> Tensor:
-        """E[x x^T] [in, in]"""
-        return self.sum_outer / self.tokens
-
-
-class _Reached(Exception):
-    """Every watched module has been called: the rest of the block need not run."""
+    with _watching(block, sums, add):
+        for batch in hidden.split(MICRO_BATCH):
+            block(batch, **kwargs)
+    return {site: total / hidden.shape[:-1].numel() for site, total in sums.items()}
 
 
 @torch.no_grad()
-def collect_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
-                   stop_early: bool = True) -> dict[str, InputStats]:
-    """Run a block on hidden states [n, T, hidden] and gather statistics of the inputs of some of its submodules.
+def run_quantizing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
+                   quantize: Callable[[str, Tensor], None]) -> None:
+    """Replace hidden states [n, T, hidden], in place, by a block's outputs, quantizing the block on the way.
 
-    With stop_early each micro-batch ends as soon as the last site has been reached.
+    The moment the inputs x of a site arrive, `quantize(site, E[x x^T])` may replace the weights that will read them, so
+    each sees exactly what the quantized weights before it produce, at the price of one pass. All windows go at once:
+    the activations inside the block set the peak of memory.
     """
-    stats = {site: InputStats() for site in sites}
-    last = list(stats)[-1]
+    def meet(site: str, x: Tensor) -> None:
+        x = x.flatten(0, -2)
+        quantize(site, (x.t() @ x) / len(x))
 
-    def watch(site: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stats[site].update(args[0])
-            if stop_early and site == last:
-                raise _Reached
-        return hook
+    with _watching(block, sites, meet):
+        out = block(hidden, **kwargs)
+    hidden.copy_(out[0] if isinstance(out, tuple) else out)
 
-    handles = [block.get_submodule(site).register_forward_pre_hook(watch(site)) for site in stats]
+
+@contextmanager
+def _watching(block: nn.Module, sites: Iterable[str], meet: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `meet(site, input)` whenever one of these submodules is about to run."""
+    def hook_of(site: str) -> Callable:
+        return lambda _module, args: meet(site, args[0])
+
+    handles = [block.get_submodule(site).register_forward_pre_hook(hook_of(site)) for site in sites]
     try:
-        for batch in hidden.split(MICRO_BATCH):
-            try:
-                block(batch, **kwargs)
-            except _Reached:
-                continue
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return stats
-
-
-@torch.no_grad()
-def advance(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-    """Replace hidden states [n, T, hidden], in place, by the block's outputs."""
-    for batch in hidden.split(MICRO_BATCH):
-        out = block(batch, **kwargs)
-        batch.copy_(out[0] if isinstance(out, tuple) else out)

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .algorithms import awq
-from .calibration import InputStats
 from .layer_map import Fold, LayerMap
 
 Grid = tuple[int, int, bool]  # bits, group_size, symmetric
 
 
 @torch.no_grad()
-def fold_block(block: nn.Module, layer_map: LayerMap, stats: dict[str, InputStats], hidden: Tensor,
+def fold_block(block: nn.Module, layer_map: LayerMap, mean_abs: dict[str, Tensor], hidden: Tensor,
                kwargs: dict[str, Any], grids: dict[str, Grid], dtype: torch.dtype) -> dict[str, float]:
     """Scale a block in place. grids: of each linear that will be quantized; dtype: what norms are stored in.
 
-    stats: by first consumer of each fold; rescaled to the new inputs. hidden [n, T, hidden]: inputs of the block that
-    are replayed to judge scales, with the block's other arguments; as a search has one free number, few suffice.
+    mean_abs: E|x| [in] of the inputs of each fold's first consumer. hidden [n, T, hidden]: inputs of the block that are
+    replayed to judge scales, with the block's other arguments; as a search has one free number, few suffice.
     Returns, per fold source, the loss with scales relative to the loss without.
     """
     gains = {}
@@ -31,14 +30,13 @@ def fold_block(block: nn.Module, layer_map: LayerMap, stats: dict[str, InputStat
     calls = record_calls(block, {fold.inspect for fold in folds}, hidden, kwargs)
     for fold in folds:
         linears = [block.get_submodule(name) for name in fold.consumers]
-        site, grid = stats[fold.consumers[0]], grids[fold.consumers[0]]
+        grid = grids[fold.consumers[0]]
         # No linear consumes two folds, so what was recorded before any of them still fits its unscaled weight.
         loss = _replay_loss(block.get_submodule(fold.inspect), calls[fold.inspect], linears, grid)
-        found = _search(block, fold, linears, site, loss, grid[1])
+        found = _search(block, fold, linears, mean_abs[fold.consumers[0]], loss, grid[1])
         scales = _divide_source(block, fold, found.scales, layer_map.norm_offset, dtype)
         for linear in linears:
             linear.weight.mul_(scales)
-        site.rescale(scales)
         gains[fold.source] = found.loss / max(found.identity_loss, 1e-30)
     return gains
 
@@ -60,10 +58,9 @@ def record_calls(block: nn.Module, names: set[str], hidden: Tensor,
     return calls
 
 
-def _search(block: nn.Module, fold: Fold, linears: list[nn.Linear], site: InputStats,
+def _search(block: nn.Module, fold: Fold, linears: list[nn.Linear], mean_abs: Tensor,
             loss: Callable[[Tensor], float], group_size: int) -> awq.Search:
     weight_mean = awq.relative_magnitude([linear.weight for linear in linears], group_size)
-    mean_abs = site.mean_abs
     if fold.kind != "heads":
         return awq.search_scales(mean_abs, weight_mean, loss)
     head_dim = block.self_attn.head_dim
