@@ -14,9 +14,6 @@ PORT ?= 8000
 
 BIN := $(VENV)/bin
 # The public surface, type-checked.
-# Threads that wait must sleep, not spin: server, engine and client share the cores, and spinning ones starve the rest.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.quant.errors nibble.kernels.spec \
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
@@ -30,6 +27,9 @@ help:
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
+
+# Tests start many processes: OpenMP threads that wait must not spin while others need the cores.
+test test-slow check: export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py

@@ -96,7 +96,7 @@ def test_the_race_is_exponential_and_independent() -> None:
     assert float(draws.mean()) == pytest.approx(1, abs=0.05) and float(draws.var()) == pytest.approx(1, abs=0.15)
     columns = torch.corrcoef(draws.T) - torch.eye(64)
     rows = torch.corrcoef(draws) - torch.eye(len(draws))
-    assert float(columns.abs().max()) < 0.4 and float(rows.abs().max()) < 0.65  # 5 sigma of independent draws
+    assert float(columns.abs().max()) < 0.45 and float(rows.abs().max()) < 0.75  # 5 sigma of independent draws
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
