@@ -14,6 +14,7 @@ PORT ?= 8000
 
 BIN := $(VENV)/bin
 # The public surface, type-checked.
+# The public surface, type-checked.
 TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.quant.errors nibble.kernels.spec \
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics

@@ -74,10 +74,10 @@ def _announce(plan: Plan) -> None:
 
 
 def _measure(model: str, output: Path) -> list[Quality]:
-    from nibble.tools.evaluate import evaluate  # brings the engine
+    from nibble.tools.evaluate import evaluate, progress_bar  # brings the engine
 
-    with console.status("Measuring against the original"):
-        return evaluate(model, output)
+    with progress_bar() as progress:
+        return evaluate(model, output, progress=progress)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nibble.quant.checkpoint import open_checkpoint
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 QUANTIZED = MODELS / f"{NAME}-AWQ"
 SERVER_LOG = ROOT / ".cache" / "demo-server.log"
-QUESTION = "What is gravity? Explain it to a child in three sentences."
+QUESTION = "Give me three tips for a good night's sleep."
 MAX_TOKENS = 160
 READY_TIMEOUT = 120.0  # seconds
 
@@ -75,7 +76,8 @@ def serving(model: Path) -> Iterator[tuple[str, float]]:
     with SERVER_LOG.open("w") as log:
         server = subprocess.Popen(_serve_command(model, port), stdout=log, stderr=subprocess.STDOUT)
     try:
-        with console.status("Starting the server"):
+        with Progress(TextColumn("Starting the server"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
+            bar.add_task("", total=None)  # how long it takes is not known
             _wait_until_ready(server, url)
         yield url, time.perf_counter() - started
     finally:

@@ -4,15 +4,18 @@ Both checkpoints run through the engine on the same held-out windows; the origin
 for perplexity, KL divergence and top-1 agreement at every position.
 """
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from nibble.engine.client import LLM
@@ -25,20 +28,24 @@ LENGTH = 512  # tokens a window
 
 
 def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str] | None = None, windows: int = WINDOWS,
-             length: int = LENGTH) -> list[Quality]:
+             length: int = LENGTH, progress: Callable[[int, int], None] | None = None) -> list[Quality]:
     """Compare two checkpoints on texts {name: text} (default: the bundled held-out prose, docs and code).
 
-    Raises NibbleError where a text is shorter than one window, or the two have different vocabularies.
+    progress(done, total) is called after every window. Raises NibbleError where a text is shorter than one window, or
+    the two have different vocabularies.
     """
     texts = texts or bundled_texts()
     original, candidate = LLM(str(reference), dtype="float32"), LLM(str(quantized), dtype="float32")
-    found = []
-    for name, text in texts.items():
-        ids = evaluation_windows(original.tokenizer, text, windows, length)
-        if not ids:
-            raise NibbleError(f"{name}: too short to evaluate on (one window is {length} tokens)")
-        found.append(_compare(name, ids, original, candidate))
-    return found
+    ids = {name: evaluation_windows(original.tokenizer.backend, text, windows, length) for name, text in texts.items()}
+    if short := [name for name, text in ids.items() if not text]:
+        raise NibbleError(f"{short[0]}: too short to evaluate on (one window is {length} tokens)")
+    done, total = itertools.count(1), sum(map(len, ids.values()))
+
+    def tell() -> None:
+        if progress is not None:
+            progress(next(done), total)
+
+    return [_compare(name, text, original, candidate, tell) for name, text in ids.items()]
 
 
 def bundled_texts() -> dict[str, str]:
@@ -46,8 +53,11 @@ def bundled_texts() -> dict[str, str]:
     return {name: (DATA / f"eval_{name}.txt").read_text(encoding="utf-8") for name in EVALUATION}
 
 
-def _compare(name: str, windows: list[list[int]], original: LLM, candidate: LLM) -> Quality:
-    parts = list(_divergences(windows, original, candidate))
+def _compare(name: str, windows: list[list[int]], original: LLM, candidate: LLM, tell: Callable[[], None]) -> Quality:
+    parts = []
+    for part in _divergences(windows, original, candidate):
+        parts.append(part)
+        tell()
     nll_p, nll_q, kl, same = (torch.cat(column).double() for column in zip(*parts, strict=True))
     return Quality(domain=name, tokens=len(kl), perplexity=nll_q.mean().exp().item(),
                    perplexity_reference=nll_p.mean().exp().item(), kl_mean=kl.mean().item(),
@@ -65,6 +75,15 @@ def _divergences(windows: list[list[int]], original: LLM, candidate: LLM) -> Ite
                (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float())
 
 
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """What `evaluate` wants as `progress`: a bar on stderr, where that is a terminal."""
+    columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def evaluate_command(
     reference: Annotated[str, typer.Argument(metavar="REF", help="The original: folder, .gguf file or Hub id")],
     quantized: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized checkpoint")],
@@ -76,8 +95,8 @@ def evaluate_command(
         texts = {file.name: file.read_text(encoding="utf-8") for file in text} if text else None
     except (OSError, UnicodeDecodeError) as error:
         raise NibbleError(f"--text: {error}") from None
-    with Console(stderr=True).status("Evaluating"):
-        quality = evaluate(reference, quantized, texts)
+    with progress_bar() as progress:
+        quality = evaluate(reference, quantized, texts, progress=progress)
     print(json.dumps([q.as_dict() for q in quality], indent=2) if as_json else summary(quality))
 
 
