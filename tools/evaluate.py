@@ -36,7 +36,7 @@ def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str]
     """
     texts = texts or bundled_texts()
     original, candidate = LLM(str(reference), dtype="float32"), LLM(str(quantized), dtype="float32")
-    ids = {name: evaluation_windows(original.tokenizer.backend, text, windows, length) for name, text in texts.items()}
+    ids = {name: evaluation_windows(original.tokenizer, text, windows, length) for name, text in texts.items()}
     if short := [name for name, text in ids.items() if not text]:
         raise NibbleError(f"{short[0]}: too short to evaluate on (one window is {length} tokens)")
     done, total = itertools.count(1), sum(map(len, ids.values()))
