@@ -54,11 +54,12 @@ class Answer:
 
 
 def convert(source: Path) -> Path:
-    """Convert `source` to AWQ in QUANTIZED, unless that is there already."""
-    if QUANTIZED.exists():
+    """Convert `source` to AWQ in QUANTIZED, unless that is there already, measured and all."""
+    if (QUANTIZED / "nibble_quality.json").exists():
         console.print(f"Using {_shown(QUANTIZED)}, converted before")
         return QUANTIZED
-    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), "--awq", "-o", str(QUANTIZED)]
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), "--awq", "--overwrite", "-o",
+               str(QUANTIZED)]
     if subprocess.run(command, check=False).returncode:
         raise NibbleError(f"{_shown(source)}: the conversion failed (its message is above)")
     return QUANTIZED
