@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 PORT ?= 8000
 
 BIN := $(VENV)/bin
-# The public surface, type-checked.
+
 # The public surface, type-checked.
 TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.quant.errors nibble.kernels.spec \
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
