@@ -7,6 +7,7 @@ GPU: the HTTP server process never loads torch at all.
     print(LLM("models/SmolLM2-AWQ").chat([{"role": "user", "content": "Hello"}])[0].text)
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from .engine.client import LLM as LLM
     from .engine.request import SamplingParams as SamplingParams
     from .quant.pipeline import convert as convert
+
+# Read by OpenMP when torch loads, here and in the engine process: a waiting thread spins for some microseconds, then
+# sleeps. libgomp's own default spins for milliseconds, and where the cores are busy (with the server and its clients,
+# say) that makes every step tens of times slower; not spinning at all makes a quiet machine twice as slow.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__", "convert"]

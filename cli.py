@@ -9,7 +9,6 @@ A verb is a plain function whose typer annotations are its options and which ret
 import difflib
 import functools
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -35,11 +34,6 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code."""
-    # Read by OpenMP when torch loads, here and in the engine process: a waiting thread spins for some microseconds,
-    # then sleeps. libgomp's own default spins for milliseconds, and on a machine whose cores are busy (with the server
-    # and its clients, say) that makes every step tens of times slower; not spinning at all makes it twice as slow.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]

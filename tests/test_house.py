@@ -28,7 +28,7 @@ CONVERSION = ("quant.algorithms", "quant.calibration", "quant.pipeline", "quant.
 # What the HTTP server's process runs: torch must not even be loaded.
 TORCH_FREE = ("", "server", "engine.client", "engine.messages", "engine.request", "engine.config", "engine.tokenizer",
               "engine.detokenizer")
-READS_ENVIRONMENT = {"cli", "engine.config"}
+READS_ENVIRONMENT = {"__init__", "cli", "engine.config"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 LONG_FILES: dict[str, str] = {}  # file -> why it is one piece
 

@@ -44,7 +44,8 @@ def float64_weight(w: QuantizedWeight) -> torch.Tensor:
     return dense
 
 
-@pytest.mark.parametrize(("bits", "zero"), [(4, "mid"), (4, "zeros"), (4, "mins"), (2, "zeros"), (3, "mid"), (8, "mid")])
+@pytest.mark.parametrize(("bits", "zero"),
+                         [(4, "mid"), (4, "zeros"), (4, "mins"), (2, "zeros"), (3, "mid"), (8, "mid")])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_dequantize_is_the_definition(bits: int, zero: str, permuted: bool) -> None:
     weight = make_int(6, 80, 32, bits, zero, permuted)
