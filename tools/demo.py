@@ -60,8 +60,8 @@ def convert(source: Path) -> Path:
         return QUANTIZED
     command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), "--awq", "--overwrite", "-o",
                str(QUANTIZED)]
-    if subprocess.run(command, check=False).returncode:
-        raise NibbleError(f"{_shown(source)}: the conversion failed (its message is above)")
+    if code := subprocess.run(command, check=False).returncode:
+        raise NibbleError(f"{_shown(source)}: the conversion ended with code {code} (its message is above)")
     return QUANTIZED
 
 
