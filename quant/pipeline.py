@@ -23,21 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from . import calibration, formats
-from .algorithms import awq, fp8, gptq
+from .block_quantizer import Activations, BlockResult, quantize_block
 from .blocks import BlockSource
 from .calibration import Samples
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NibbleError
-from .folding import fold_block
 from .plan import Plan, Recipe, make_plan
 from .side_files import copy_side_files
-from .weight import QuantizedWeight, split
+from .weight import QuantizedWeight
 from .writer import ShardWriter, write_json
 
 CALIB_SAMPLES = 24  # windows; more helps a little and costs in proportion
 CALIB_SEQLEN = 512  # tokens a window
-REPLAY_WINDOWS, REPLAY_TOKENS = 8, 64  # a few tokens of each kind of text, to judge AWQ's scales on
-MEAN_WINDOWS = 8  # for the mean magnitudes of activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +66,13 @@ class Report:
     quantized_bytes: int = 0  # of those weights with their scales and zero points
     layer_error: dict[str, float] = field(default_factory=dict)  # |(W - Q) x|^2 / |W x|^2 on calibration inputs
     fallbacks: dict[str, str] = field(default_factory=dict)  # module -> why round-to-nearest was used
+
+    def add(self, result: BlockResult) -> None:
+        """Take in what became of a block."""
+        self.quantized_weights += sum(weight.codes.numel() for weight in result.weights.values())
+        self.quantized_bytes += sum(weight.nbytes for weight in result.weights.values())
+        self.layer_error |= result.layer_error
+        self.fallbacks |= result.fallbacks
 
     @property
     def bits_per_weight(self) -> float:
@@ -129,71 +133,15 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
 @torch.no_grad()
 def _convert_blocks(source: BlockSource, writer: ShardWriter, report: Report,
                     progress: Callable[[Progress], None] | None, start: float) -> None:
-    activations = None if report.samples is None else _Activations(source, report.samples)
+    activations = None if report.samples is None else Activations(source, report.samples)
     for index in range(len(source)):
         block = source.load(index)
-        quantized = _quantize_block(source, index, block, activations, report)
-        writer.add(_block_tensors(source, index, block, quantized, report.plan))
-        report.quantized_weights += sum(weight.codes.numel() for weight in quantized.values())
-        report.quantized_bytes += sum(weight.nbytes for weight in quantized.values())
+        result = quantize_block(source, index, block, activations, report.plan, report.recipe)
+        writer.add(_block_tensors(source, index, block, result.weights, report.plan))
+        report.add(result)
         if progress is not None:
-            errors = [report.layer_error[n] for name in quantized
-                      if (n := f"{source.name(index)}.{name}") in report.layer_error]
-            progress(Progress(index + 1, len(source), time.monotonic() - start, max(errors, default=None)))
-
-
-class _Activations:
-    """What enters the next block: hidden states [n, T, hidden], and each block's other arguments for them."""
-
-    def __init__(self, source: BlockSource, samples: Samples):
-        self.hidden = source.embed(samples.token_ids)
-        self.arguments = source.keyword_arguments(self.hidden[:1])
-        self.replay_arguments = source.keyword_arguments(self.replay[:1])
-
-    @property
-    def replay(self) -> Tensor:
-        """The small part of them on which AWQ's scales are judged."""
-        return self.hidden[:REPLAY_WINDOWS, :REPLAY_TOKENS]
-
-
-def _quantize_block(source: BlockSource, index: int, block: nn.Module, activations: _Activations | None,
-                    report: Report) -> dict[str, QuantizedWeight]:
-    """Quantize a block's linears and take the activations through it. Returns the weights by name in the block."""
-    full = {name: f"{source.name(index)}.{name}" for stage in source.map.stages for name in stage}
-    stages = {stage[0]: stage for stage in source.map.stages if full[stage[0]] in report.plan.group_sizes}
-    if activations is None:
-        return {name: fp8.quantize(block.get_submodule(name).weight) for stage in stages.values() for name in stage}
-    arguments = activations.arguments[index]
-    grids = {name: report.plan.grid(full[name], report.recipe) for stage in stages.values() for name in stage}
-    mean_abs = calibration.mean_abs_inputs(block, activations.hidden[:MEAN_WINDOWS], arguments, stages)
-    fold_block(block, source.map, mean_abs, activations.replay, activations.replay_arguments[index], grids,
-               report.plan.dtype)
-    done: dict[str, QuantizedWeight] = {}
-
-    def quantize(site: str, hessian: Tensor) -> None:
-        linears = {full[name]: block.get_submodule(name) for name in stages[site]}
-        weights = _quantize_stage({name: linear.weight for name, linear in linears.items()}, hessian, report)
-        for name, linear, weight in zip(stages[site], linears.values(), weights, strict=True):
-            linear.weight.copy_(weight.dequantize())
-            done[name] = weight
-
-    calibration.run_quantizing(block, activations.hidden, arguments, stages, quantize)
-    return done
-
-
-def _quantize_stage(weights: dict[str, Tensor], hessian: Tensor, report: Report) -> list[QuantizedWeight]:
-    """Quantize linears {full name: [out_i, in]} that share their input, whose E[x x^T] is given."""
-    recipe, matrices = report.recipe, list(weights.values())
-    # GPTQ v1 stores zero - 1 and so cannot hold a zero point of 0
-    min_zero = 1 if recipe.method == "gptq" and not recipe.symmetric else 0
-    result = gptq.quantize(torch.cat(matrices), hessian, *report.plan.grid(next(iter(weights)), recipe), min_zero)
-    if result.fallback:
-        report.fallbacks |= dict.fromkeys(weights, result.fallback)
-    quantized = split(result.weight, [len(matrix) for matrix in matrices])
-    for (name, matrix), q in zip(weights.items(), quantized, strict=True):
-        norm = awq.hessian_loss(matrix, hessian)
-        report.layer_error[name] = awq.hessian_loss(q.dequantize() - matrix, hessian) / max(norm, 1e-30)
-    return quantized
+            worst = max(result.layer_error.values(), default=None)
+            progress(Progress(index + 1, len(source), time.monotonic() - start, worst))
 
 
 def _block_tensors(source: BlockSource, index: int, block: nn.Module, quantized: dict[str, QuantizedWeight],

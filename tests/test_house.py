@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "server": {"quant.errors", "engine", "server"},
 }
 # How a quantized weight is made, as against what it is: conversion only.
-CONVERSION = ("quant.algorithms", "quant.calibration", "quant.pipeline", "quant.card")
+CONVERSION = ("quant.algorithms", "quant.calibration", "quant.block_quantizer", "quant.pipeline", "quant.card")
 # What the HTTP server's process runs: torch must not even be loaded.
 TORCH_FREE = ("", "server", "engine.client", "engine.messages", "engine.request", "engine.config", "engine.tokenizer",
               "engine.detokenizer")
