@@ -12,9 +12,9 @@ A step's tokens lie flat, decode tokens (one per request) first, then the chunks
 """
 
 import math
+import mmap
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,15 +32,16 @@ class KVCache:
                  dtype: torch.dtype, device: torch.device) -> "KVCache":
         """Zeros: what lies behind a request's last token is gathered with its block and masked, but 0 * NaN is NaN.
 
-        On a CPU they come from calloc (numpy's, torch's own zeros are written out), so a block costs memory from its
-        first use on, and a start-up nothing.
+        On a CPU they are anonymous pages (torch's own zeros are written out), so a block costs memory from its first
+        use on, and a start-up nothing. Not huge pages: the first block would touch one for every head of every layer,
+        hundreds of megabytes and half a second of zeroing.
         """
         shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
 
         def zeros() -> Tensor:
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
-            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+            return torch.frombuffer(_zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
         return cls([zeros() for _ in range(num_layers)], block_size)
 
@@ -56,6 +57,16 @@ class KVCache:
     def gather(self, layer: int, blocks: Tensor) -> Tensor:
         """blocks [n] -> [2, num_kv_heads, n * block_size, head_dim], in the order given."""
         return self.layers[layer].index_select(2, blocks).flatten(2, 3)
+
+
+def _zero_pages(nbytes: int) -> mmap.mmap:
+    """Zeroed memory of ordinary pages, each taken from the machine when it is first written."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, nbytes)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages
 
 
 @dataclass(slots=True)
