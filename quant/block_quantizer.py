@@ -33,10 +33,15 @@ class BlockResult:
 class Activations:
     """What enters the next block: hidden states [n, T, hidden], and each block's other arguments for them."""
 
-    def __init__(self, source: BlockSource, samples: Samples):
-        self.hidden = source.embed(samples.token_ids)
+    def __init__(self, source: BlockSource, samples: Samples, state: dict[str, Tensor] | None = None):
+        """state: what `state()` gave before the block to go on with; None: before the first."""
+        self.hidden = source.embed(samples.token_ids) if state is None else state["hidden"].to(source.device)
         self.arguments = source.keyword_arguments(self.hidden[:1])
         self.replay_arguments = source.keyword_arguments(self.replay[:1])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is needed to go on with the next block in another process, exactly."""
+        return {"hidden": self.hidden}
 
     @property
     def replay(self) -> Tensor:

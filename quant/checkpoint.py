@@ -75,6 +75,10 @@ class Checkpoint(ABC):
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
 
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the memory that reading has mapped. Tensors read before stay valid."""
+
     def has(self, name: str) -> bool:
         return name in self.names()
 
@@ -101,6 +105,9 @@ class FolderCheckpoint(Checkpoint):
         self._entries = scan(path)
         self._open: dict[Path, Any] = {}
         self.scheme = self._read_scheme()
+
+    def release(self) -> None:
+        self._open.clear()
 
     def names(self) -> set[str]:
         return set(self._entries)
@@ -240,6 +247,9 @@ class GgufCheckpoint(Checkpoint):
 
     def weight_names(self, module: str) -> list[str]:
         return [f"{module}.weight"] if self.has(f"{module}.weight") else []
+
+    def release(self) -> None:
+        self.file.release()
 
     @property
     def nbytes(self) -> int:

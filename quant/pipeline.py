@@ -1,33 +1,37 @@
 """The conversion: one decoder block in memory at a time, calibrated through the blocks already quantized.
 
     for each block:  read lazily -> fold AWQ's scales -> run the activations through it, quantizing each linear with
-                     error compensation (GPTQ) the moment its inputs arrive -> write its part -> free
+                     error compensation (GPTQ) the moment its inputs arrive -> write its part -> journal it -> free
 
-Invariant: OUT appears whole or not at all. Everything is written into OUT.partial, config.json last, and one rename
-makes it OUT. Each block's inputs are the outputs of the quantized blocks before it, and within a block GPTQ sees each
-linear's inputs through the linears already quantized, so errors are made up for instead of adding up unseen.
+Invariant: OUT appears whole or not at all (output.py), and a run killed at any point can be resumed and ends in the
+same bytes (journal.py): the activations that enter a block are kept beside the parts. Each block's inputs are the
+outputs of the quantized blocks before it, and within a block GPTQ sees each linear's inputs through the linears already
+quantized, so errors are made up for instead of adding up unseen.
 
 AWQ and GPTQ name what is written. Scaling channels helps whatever rounds them and compensation helps whatever the
 format, so both formats get both (SmolLM2, 4 bits, asymmetric, group 64, mean KL on held-out prose: rounding .319, range
 search .185, GPTQ .153, AWQ scales and range search .152, AWQ scales and GPTQ .109). FP8 needs neither.
 """
 
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import __version__ as nibble_version
 from . import calibration, formats
 from .block_quantizer import Activations, BlockResult, quantize_block
 from .blocks import BlockSource
 from .calibration import Samples
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, NibbleError
+from .errors import NibbleError
+from .estimate import Estimate, estimate
+from .journal import Journal, fingerprint
+from .output import check_disk, check_output, unpublish, writing
 from .plan import Plan, Recipe, make_plan
 from .side_files import copy_side_files
 from .weight import QuantizedWeight
@@ -43,12 +47,30 @@ class Progress:
 
     block: int  # blocks done
     blocks: int
-    seconds: float  # since the start
+    seconds: float  # since this run began
     error: float | None  # relative output error of the worst layer of the block; None where nothing was calibrated
+    blocks_before: int = 0  # done by the runs that this one resumes
 
     @property
     def seconds_left(self) -> float:
-        return self.seconds / self.block * (self.blocks - self.block)
+        return self.seconds / (self.block - self.blocks_before) * (self.blocks - self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """What became of one block, as the journal keeps it."""
+
+    seconds: float
+    quantized_weights: int
+    quantized_bytes: int
+    layer_error: dict[str, float]
+    fallbacks: dict[str, str]
+
+    @classmethod
+    def of(cls, result: BlockResult, seconds: float) -> "BlockReport":
+        weights = result.weights.values()
+        return cls(seconds, sum(weight.codes.numel() for weight in weights), sum(weight.nbytes for weight in weights),
+                   result.layer_error, result.fallbacks)
 
 
 @dataclass(slots=True)
@@ -59,7 +81,7 @@ class Report:
     recipe: Recipe
     plan: Plan
     samples: Samples | None
-    seconds: float = 0.0
+    seconds: float = 0.0  # of quantizing, over all runs that took part
     bytes_before: int = 0
     bytes_after: int = 0
     quantized_weights: int = 0
@@ -67,12 +89,13 @@ class Report:
     layer_error: dict[str, float] = field(default_factory=dict)  # |(W - Q) x|^2 / |W x|^2 on calibration inputs
     fallbacks: dict[str, str] = field(default_factory=dict)  # module -> why round-to-nearest was used
 
-    def add(self, result: BlockResult) -> None:
+    def add(self, block: "BlockReport") -> None:
         """Take in what became of a block."""
-        self.quantized_weights += sum(weight.codes.numel() for weight in result.weights.values())
-        self.quantized_bytes += sum(weight.nbytes for weight in result.weights.values())
-        self.layer_error |= result.layer_error
-        self.fallbacks |= result.fallbacks
+        self.seconds += block.seconds
+        self.quantized_weights += block.quantized_weights
+        self.quantized_bytes += block.quantized_bytes
+        self.layer_error |= block.layer_error
+        self.fallbacks |= block.fallbacks
 
     @property
     def bits_per_weight(self) -> float:
@@ -84,7 +107,7 @@ def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq"
             bits: int | None = None, group_size: int = 128, symmetric: bool | None = None,
             calib: str | Path | None = None, calib_samples: int = CALIB_SAMPLES,
             calib_seqlen: int = CALIB_SEQLEN, seed: int = 0, device: str = "cpu", overwrite: bool = False,
-            progress: Callable[[Progress], None] | None = None) -> Path:
+            resume: bool = False, progress: Callable[[Progress], None] | None = None) -> Path:
     """Quantize a checkpoint (HF folder, .gguf file or Hub id) into the folder `output` and return it.
 
     symmetric None: asymmetric for AWQ, symmetric for GPTQ. group_size: see plan.py for widths it does not divide.
@@ -92,56 +115,92 @@ def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq"
     """
     convert_with_report(model, output, Recipe.of(method, bits, group_size, symmetric), calib=calib,
                         calib_samples=calib_samples, calib_seqlen=calib_seqlen, seed=seed, device=device,
-                        overwrite=overwrite, progress=progress)
+                        overwrite=overwrite, resume=resume, progress=progress)
     return Path(output)
 
 
 def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *, calib: str | Path | None = None,
                         calib_samples: int = CALIB_SAMPLES, calib_seqlen: int = CALIB_SEQLEN, seed: int = 0,
-                        device: str = "cpu", overwrite: bool = False,
+                        device: str = "cpu", overwrite: bool = False, resume: bool = False,
                         progress: Callable[[Progress], None] | None = None,
                         announce: Callable[[Plan], None] | None = None) -> Report:
-    """As `convert`, from a checked recipe; returns what was done. `announce` is told the plan before work starts."""
+    """As `convert`, from a checked recipe; returns what was done. `announce` is told the plan before work starts.
+
+    resume: go on with what an interrupted run of the same conversion left in OUT.partial; the result is the same, byte
+    for byte.
+    """
     output = Path(output)
-    checkpoint = open_checkpoint(model)
-    _check_output(output, checkpoint, overwrite)
-    source = BlockSource(checkpoint, torch.device(device))
-    plan = make_plan(checkpoint, source, recipe)
+    checkpoint, source, plan = _prepare(model, output, recipe, device, overwrite, resume)
     if announce is not None:
         announce(plan)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    start = time.monotonic()
-    try:
+    disk = estimate(checkpoint, source, plan, recipe, calib_samples * calib_seqlen).disk
+    check_disk(output, disk)
+    with writing(output, disk, resume) as partial:
         copy_side_files(checkpoint, partial)
         samples = None if recipe.method == "fp8" else _samples(partial, calib, calib_samples, calib_seqlen, seed)
         report = Report(checkpoint.path, recipe, plan, samples, bytes_before=checkpoint.nbytes)
         writer = ShardWriter(partial)
-        writer.add(_outside_blocks(checkpoint, source))
-        _convert_blocks(source, writer, report, progress, start)
+        tokens = None if samples is None else samples.token_ids.tolist()
+        journal = Journal.open(writer, fingerprint(checkpoint, recipe, tokens, nibble_version))
+        _convert_outside(checkpoint, source, journal)
+        _convert_blocks(source, journal, report, progress)
         files = writer.finish()
         report.bytes_after = sum(file.stat().st_size for file in files)
         write_json(partial / "config.json", _config(checkpoint, plan))
-        _publish(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    report.seconds = time.monotonic() - start
     return report
 
 
+def dry_run(model: str | Path, output: str | Path, recipe: Recipe, *, calib_samples: int = CALIB_SAMPLES,
+            calib_seqlen: int = CALIB_SEQLEN, device: str = "cpu", overwrite: bool = False,
+            resume: bool = False) -> tuple[Plan, Estimate]:
+    """What `convert_with_report` would do and need, from headers alone. Raises what its preflight would raise."""
+    checkpoint, source, plan = _prepare(model, Path(output), recipe, device, overwrite, resume)
+    needs = estimate(checkpoint, source, plan, recipe, calib_samples * calib_seqlen)
+    check_disk(Path(output), needs.disk)
+    return plan, needs
+
+
+def _prepare(model: str | Path, output: Path, recipe: Recipe, device: str, overwrite: bool,
+             resume: bool) -> tuple[Checkpoint, BlockSource, Plan]:
+    checkpoint = open_checkpoint(model)
+    if resume:
+        unpublish(output)
+    check_output(output, checkpoint, overwrite, resume)
+    source = BlockSource(checkpoint, torch.device(device))
+    return checkpoint, source, make_plan(checkpoint, source, recipe)
+
+
+def _convert_outside(checkpoint: Checkpoint, source: BlockSource, journal: Journal) -> None:
+    """Embeddings, the last norm and the head, dense, in the model's dtype, one tensor in memory at a time."""
+    names = _outside_blocks(checkpoint, source)
+    for name, module in list(names.items())[len(journal.entries):]:
+        tensor = checkpoint.dense(module, source.dtype) if module else checkpoint.tensor(name, source.dtype)
+        journal.record(*journal.writer.add({name: tensor}), {}, None)
+        checkpoint.release()
+
+
 @torch.no_grad()
-def _convert_blocks(source: BlockSource, writer: ShardWriter, report: Report,
-                    progress: Callable[[Progress], None] | None, start: float) -> None:
-    activations = None if report.samples is None else Activations(source, report.samples)
-    for index in range(len(source)):
+def _convert_blocks(source: BlockSource, journal: Journal, report: Report,
+                    progress: Callable[[Progress], None] | None) -> None:
+    start = time.monotonic()
+    done = [entry["report"] for entry in journal.entries if entry["report"]]
+    for entry in done:
+        report.add(BlockReport(**entry))
+    state = journal.state()
+    activations = None if report.samples is None else Activations(source, report.samples, state)
+    for index in range(len(done), len(source)):
+        began = time.monotonic()
         block = source.load(index)
         result = quantize_block(source, index, block, activations, report.plan, report.recipe)
-        writer.add(_block_tensors(source, index, block, result.weights, report.plan))
-        report.add(result)
+        tensors = _block_tensors(source, index, block, result.weights, report.plan)
+        entry = BlockReport.of(result, time.monotonic() - began)
+        last = activations is None or index + 1 == len(source)
+        journal.record(*journal.writer.add(tensors), asdict(entry), None if last else activations.state())
+        report.add(entry)
+        source.checkpoint.release()
         if progress is not None:
-            worst = max(result.layer_error.values(), default=None)
-            progress(Progress(index + 1, len(source), time.monotonic() - start, worst))
+            worst = max(entry.layer_error.values(), default=None)
+            progress(Progress(index + 1, len(source), time.monotonic() - start, worst, len(done)))
 
 
 def _block_tensors(source: BlockSource, index: int, block: nn.Module, quantized: dict[str, QuantizedWeight],
@@ -157,16 +216,13 @@ def _block_tensors(source: BlockSource, index: int, block: nn.Module, quantized:
     return tensors
 
 
-def _outside_blocks(checkpoint: Checkpoint, source: BlockSource) -> dict[str, Tensor]:
-    """Embeddings, the last norm and the head, dense, in the model's dtype."""
+def _outside_blocks(checkpoint: Checkpoint, source: BlockSource) -> dict[str, str]:
+    """Names of the tensors outside the blocks -> the module each is the weight of, "" where it is none."""
     blocks = f"{source.map.blocks}."
-    modules = {m for m in checkpoint.modules() if not m.startswith(blocks)}
-    consumed = {name for m in checkpoint.modules() for name in checkpoint.weight_names(m)}
-    tensors = {f"{m}.weight": checkpoint.dense(m, source.dtype) for m in sorted(modules)}
-    for name in sorted(checkpoint.names() - consumed):
-        if not name.startswith(blocks):
-            tensors[name] = checkpoint.tensor(name, source.dtype)
-    return tensors
+    modules = checkpoint.modules()
+    consumed = {name for m in modules for name in checkpoint.weight_names(m)}
+    weights = {f"{m}.weight": m for m in sorted(modules) if not m.startswith(blocks)}
+    return weights | {name: "" for name in sorted(checkpoint.names() - consumed) if not name.startswith(blocks)}
 
 
 def _samples(folder: Path, calib: str | Path | None, count: int, length: int, seed: int) -> Samples:
@@ -184,24 +240,3 @@ def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     dropped = ("quantization_config", "compression_config", "torch_dtype")
     config = {k: v for k, v in checkpoint.config.items() if k not in dropped}
     return config | {"dtype": str(plan.dtype).removeprefix("torch."), "quantization_config": plan.scheme.to_config()}
-
-
-def _check_output(output: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
-    if output.exists() and output.resolve() == checkpoint.path.resolve():
-        raise CheckpointError("is the model itself", file=output, fix="give another output folder")
-    if output.is_file():
-        raise CheckpointError("is a file", file=output, fix="give a folder that does not exist yet")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise CheckpointError("exists and is not empty", file=output, fix="give another folder, or --overwrite")
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """One rename makes the result visible; what stood there is removed only after it is complete."""
-    if output.exists():
-        replaced = output.with_name(output.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
-        partial.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        partial.rename(output)

@@ -14,7 +14,8 @@ from rich.progress import Progress as Bar
 
 from nibble.quant.card import Quality, summary, write_card
 from nibble.quant.errors import NibbleError
-from nibble.quant.pipeline import CALIB_SAMPLES, CALIB_SEQLEN, Progress, convert_with_report
+from nibble.quant.estimate import Estimate
+from nibble.quant.pipeline import CALIB_SAMPLES, CALIB_SEQLEN, Progress, convert_with_report, dry_run
 from nibble.quant.plan import Method, Plan, Recipe
 
 console = Console(stderr=True)
@@ -38,13 +39,19 @@ def convert_command(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda")] = "cpu",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion to OUT")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and need, and do nothing")] = False,
 ) -> None:
     """Quantize a model to AWQ, GPTQ or FP8 weights and say what that cost."""
     recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric)
+    if dry:
+        _dry_run(*dry_run(model, output, recipe, calib_samples=calib_samples, calib_seqlen=calib_seqlen, device=device,
+                          overwrite=overwrite, resume=resume))
+        return
     with _progress() as progress:
         report = convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples,
                                      calib_seqlen=calib_seqlen, seed=seed, device=device, overwrite=overwrite,
-                                     progress=progress, announce=_announce)
+                                     resume=resume, progress=progress, announce=_announce)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
     quality: list[Quality] = [] if no_eval else _measure(model, output)
     write_card(output, report, quality, _base_model(model), peak)
@@ -71,6 +78,12 @@ def _announce(plan: Plan) -> None:
     console.print(f"{len(plan.group_sizes)} layers to {plan.scheme.describe()}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
+
+
+def _dry_run(plan: Plan, needs: Estimate) -> None:
+    _announce(plan)
+    print(f"would write {needs.output / 1e9:.2f} GB; needs {needs.disk / 1e9:.2f} GB of disk, about "
+          f"{needs.memory / 1e9:.1f} GB of memory and {needs.seconds / 60:.1f} minutes")
 
 
 def _measure(model: str, output: Path) -> list[Quality]:

@@ -85,6 +85,10 @@ class GgufFile:
         flat = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start)
         return flat.reshape(n_rows, -1)[first:last]
 
+    def release(self) -> None:
+        """Give back the memory of pages that were read; they are read again where they are needed."""
+        self._data.madvise(mmap.MADV_DONTNEED)
+
     def _tensor_table(self, cursor: "_Cursor", count: int) -> dict[str, GgufTensor]:
         raw = [self._tensor_entry(cursor) for _ in range(count)]
         alignment = self.metadata.get("general.alignment", 32)

@@ -26,7 +26,9 @@ def write(folder, blocks=BLOCKS, **options):
     writer = ShardWriter(folder, **options)
     for block in blocks[len(writer.parts):]:
         writer.add(block)
-    return writer.finish()
+    files = writer.finish()
+    writer.clean()
+    return files
 
 
 def test_small_models_are_one_file(tmp_path):
@@ -52,7 +54,7 @@ def test_large_models_are_sharded_with_an_index(tmp_path):
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, limit):
     write(tmp_path / "straight", max_shard_bytes=limit)
     ShardWriter(tmp_path / "resumed").add(BLOCKS[0])
-    (tmp_path / "resumed" / "part-00001.tmp").write_bytes(b"half of a part")
+    (tmp_path / "resumed" / ".work" / "part-00001.tmp").write_bytes(b"half of a part")
     write(tmp_path / "resumed", max_shard_bytes=limit)
     for file in (tmp_path / "straight").iterdir():
         assert (tmp_path / "resumed" / file.name).read_bytes() == file.read_bytes()
@@ -61,11 +63,11 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, limit):
 def test_a_run_killed_while_it_removes_its_parts_can_be_repeated(tmp_path, monkeypatch):
     removed = []
 
-    def die_after_one(path):
+    def die_after_one(path, missing_ok=False):
         if removed:
             raise KeyboardInterrupt
         removed.append(path)
-        unlink(path)
+        unlink(path, missing_ok)
 
     unlink = type(tmp_path).unlink
     monkeypatch.setattr(type(tmp_path), "unlink", die_after_one)

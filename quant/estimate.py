@@ -1,0 +1,82 @@
+"""What a conversion will need, from headers alone: bytes of the result, disk, memory, time.
+
+Sizes are exact up to headers. Memory is the process with its libraries, one block in float32 with what quantizing it
+holds beside it, and the activations; time is operations over a speed measured in a fraction of a second. Both are
+upper estimates of the same kind as the real peak and duration: right within tens of percent, not to the megabyte.
+"""
+
+import time
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from .blocks import BlockSource
+from .checkpoint import Checkpoint
+from .plan import Plan, Recipe
+from .writer import MAX_SHARD_BYTES
+
+_PROCESS = 600_000_000  # Python, torch and transformers, before any tensor
+_PROBE = 384  # rows and columns of the product that measures the machine
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes and seconds."""
+
+    output: int  # weights of the result
+    disk: int  # the most that is on disk at once
+    memory: int  # the most that is in memory at once
+    seconds: float
+
+
+def estimate(checkpoint: Checkpoint, source: BlockSource, plan: Plan, recipe: Recipe, tokens: int) -> Estimate:
+    """For a conversion calibrated on `tokens` tokens."""
+    shapes = {f"{source.name(i)}.{name}": shape for i in range(len(source))
+              for name, shape in source.linear_shapes(i).items()}
+    output = sum(_stored_bytes(shapes[m], *plan.grid(m, recipe)[:2], recipe) for m in plan.group_sizes)
+    skipped = {name for m in plan.group_sizes for name in checkpoint.weight_names(m)}
+    output += sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped) * plan.dtype.itemsize
+    hidden = 0 if recipe.method == "fp8" else tokens * source.config.hidden_size * 4
+    disk = output + min(output, MAX_SHARD_BYTES) + 2 * hidden
+    block = [shape for name, shape in shapes.items() if name.startswith(source.name(0) + ".")]
+    return Estimate(output, disk, _memory(block, hidden, tokens, recipe), _seconds(block, len(source), tokens, recipe))
+
+
+def _stored_bytes(shape: tuple[int, int], bits: int, group_size: int, recipe: Recipe) -> int:
+    out_features, in_features = shape
+    if recipe.method == "fp8":
+        return out_features * in_features + 4 * out_features
+    groups = out_features * -(-in_features // group_size)
+    g_idx = 4 * in_features if recipe.method == "gptq" else 0
+    return out_features * in_features * bits // 8 + groups * 2 + groups * bits // 8 + g_idx
+
+
+def _memory(block: list[tuple[int, int]], hidden: int, tokens: int, recipe: Recipe) -> int:
+    weights = 4 * sum(out * width for out, width in block)
+    if recipe.method == "fp8":
+        return _PROCESS + 3 * weights
+    widest = max(width for _, width in block)
+    inner = 4 * tokens * sum(max(shape) for shape in block) // 2  # what the block holds between its linears
+    return _PROCESS + 3 * weights + 2 * hidden + inner + 6 * 4 * widest**2
+
+
+def _seconds(block: list[tuple[int, int]], blocks: int, tokens: int, recipe: Recipe) -> float:
+    weights = sum(out * width for out, width in block)
+    if recipe.method == "fp8":
+        return blocks * weights * 20e-9
+    forward = 2 * weights * tokens * 2.5  # the pass itself, mean magnitudes, replays of the scale search
+    hessians = sum(2 * tokens * width**2 for width in {width for _, width in block})
+    compensation = sum(out * width**2 for out, width in block) + 3 * sum(width**3 for _, width in block)
+    return blocks * (1.5 * (forward + hessians + compensation) / _flops() + weights * 300e-9)
+
+
+def _flops() -> float:
+    """Multiplications and additions a second in a product of float32 matrices."""
+    a = torch.ones(_PROBE, _PROBE)
+    a @ a
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        a @ a
+        count += 1
+    return 2 * count * _PROBE**3 / (time.perf_counter() - start)

@@ -1,0 +1,183 @@
+"""A conversion that dies: at every step it makes durable, from a full disk, from damage. It ends in the same bytes."""
+
+import os
+import resource
+import signal
+
+import pytest
+import torch
+
+from nibble.quant import output, pipeline, writer
+from nibble.quant.checkpoint import open_checkpoint
+from nibble.quant.errors import CheckpointError, NibbleError
+from nibble.quant.journal import begun, lock
+from nibble.quant.output import check_disk
+from nibble.quant.pipeline import convert, dry_run
+from nibble.quant.plan import Recipe
+from nibble.quant.writer import dequantize_checkpoint
+
+FAST = {"calib_samples": 4, "calib_seqlen": 32}
+
+
+@pytest.fixture
+def dense(make_gguf, tmp_path):
+    dequantize_checkpoint(open_checkpoint(make_gguf("llama")), tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def in_child(work) -> int:
+    """The wait status of a forked process that does `work`: only a process of its own can be killed."""
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1]
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def contents(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def die_at(step: int, how: signal.Signals, after: bool) -> None:
+    """From now on, the step-th file that becomes durable is the last thing this process does, or just not."""
+    commit, count = writer._commit, [0]
+
+    def dying(temporary, path):
+        count[0] += 1
+        if after:
+            commit(temporary, path)
+        if count[0] == step:
+            os.kill(os.getpid(), how)
+        if not after:
+            commit(temporary, path)
+
+    writer._commit = dying
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("method", ["gptq", "fp8"])
+def test_killed_at_any_step_and_resumed_it_ends_in_the_same_bytes(dense, tmp_path, method, after):
+    assert in_child(lambda: convert(dense, tmp_path / "whole", method, **FAST)) == 0
+    want, step, died = contents(tmp_path / "whole"), 1, True
+    while died:
+        out = tmp_path / f"out{step}"
+
+        def killed(out=out, step=step):
+            die_at(step, signal.SIGKILL, after)
+            convert(dense, out, method, **FAST)
+
+        died = in_child(killed) == signal.SIGKILL
+        assert died or step > 5
+        if died:
+            assert not out.exists()
+            assert in_child(lambda out=out: convert(dense, out, method, resume=True, **FAST)) == 0
+        assert contents(out) == want
+        assert not output.partial_of(out).exists()
+        step += 1
+
+
+def test_interrupted_from_the_keyboard(dense, tmp_path, monkeypatch):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    whole = contents(convert(dense, tmp_path / "whole", "awq", **FAST))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline.Report, "add", interrupt)
+        convert(dense, tmp_path / "out", "awq", **FAST)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="--resume to go on, --overwrite to start again"):
+        convert(dense, tmp_path / "out", "awq", **FAST)
+    assert contents(convert(dense, tmp_path / "out", "awq", resume=True, **FAST)) == whole
+
+
+def test_killed_between_the_rename_and_the_cleaning(dense, tmp_path, monkeypatch):
+    whole = contents(convert(dense, tmp_path / "whole", "fp8"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(output, "sync_folder", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        convert(dense, tmp_path / "out", "fp8")
+    assert (tmp_path / "out" / ".work").exists()
+    assert contents(convert(dense, tmp_path / "out", "fp8", resume=True)) == whole
+
+
+def interrupted(dense, out, monkeypatch):
+    def fail(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline.Report, "add", fail)
+        convert(dense, out, "gptq", **FAST)
+    return output.partial_of(out)
+
+
+def test_another_recipe_or_model_does_not_go_on(dense, tmp_path, monkeypatch):
+    partial = interrupted(dense, tmp_path / "out", monkeypatch)
+    with pytest.raises(CheckpointError, match="another recipe"):
+        convert(dense, tmp_path / "out", "gptq", 8, resume=True, **FAST)
+    with pytest.raises(CheckpointError, match="another recipe"):
+        convert(dense, tmp_path / "out", "gptq", resume=True, calib_samples=5, calib_seqlen=32)
+    os.utime(dense / "model.safetensors", (1, 1))
+    with pytest.raises(CheckpointError, match="another model"):
+        convert(dense, tmp_path / "out", "gptq", resume=True, **FAST)
+    assert begun(partial)
+    convert(dense, tmp_path / "out", "gptq", overwrite=True, **FAST)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("name", ["part-00000", "state-00003"])
+def test_damage_to_what_was_done_is_noticed(dense, tmp_path, monkeypatch, name):
+    partial = interrupted(dense, tmp_path / "out", monkeypatch)
+    file = next((partial / ".work").glob(name.split("-")[0] + "-*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        convert(dense, tmp_path / "out", "gptq", resume=True, **FAST)
+
+
+def test_a_full_disk_leaves_no_output_and_says_how_much_is_needed(dense, tmp_path, monkeypatch):
+    """RLIMIT_FSIZE stands for the disk: no file may grow beyond it, so the final shard cannot be written."""
+    whole = contents(convert(dense, tmp_path / "whole", "gptq", **FAST))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, old[1]))
+    try:
+        with pytest.raises(NibbleError, match=r"disk is full: the conversion needs .* bytes\) in all, .* are free"):
+            convert(dense, tmp_path / "out", "gptq", **FAST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not (tmp_path / "out").exists()
+    assert contents(convert(dense, tmp_path / "out", "gptq", resume=True, **FAST)) == whole
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "free_bytes", lambda _: 1000)
+    with pytest.raises(NibbleError, match=r"needs .* of disk, .*1000 bytes\) are free"):
+        convert(dense, tmp_path / "out", "gptq", **FAST)
+    assert not list(tmp_path.glob("out*"))
+    check_disk(tmp_path / "out", 1000)
+
+
+def test_failure_before_any_part_leaves_nothing(dense, tmp_path, monkeypatch):
+    def fail(*_args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(pipeline, "_convert_outside", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        convert(dense, tmp_path / "out", "gptq", **FAST)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_conversions_do_not_write_to_one_folder(dense, tmp_path):
+    with lock(tmp_path / "out.partial"), pytest.raises(CheckpointError, match="another conversion"):
+        convert(dense, tmp_path / "out", "fp8")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
+def test_a_dry_run_knows_the_size_and_writes_nothing(dense, tmp_path, method):
+    plan, needs = dry_run(dense, tmp_path / "out", Recipe.of(method), calib_samples=4, calib_seqlen=32)
+    assert not list(tmp_path.glob("out*")) and len(plan.group_sizes) == 14
+    assert needs.disk > needs.output and needs.seconds > 0
+    size = (convert(dense, tmp_path / "out", method, **FAST) / "model.safetensors").stat().st_size
+    assert 0 <= size - needs.output < 20_000  # the header
