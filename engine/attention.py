@@ -54,8 +54,10 @@ class KVCache:
         """keys_values [T, 2, num_kv_heads, head_dim] to slots [T] (block * block_size + offset)."""
         self.layers[layer].flatten(2, 3).index_copy_(2, slots, keys_values.permute(1, 2, 0, 3))
 
-    def gather(self, layer: int, blocks: Tensor) -> Tensor:
-        """blocks [n] -> [2, num_kv_heads, n * block_size, head_dim], in the order given."""
+    def gather(self, layer: int, blocks: Tensor | slice) -> Tensor:
+        """blocks [n] -> [2, num_kv_heads, n * block_size, head_dim], in the order given; a slice is not copied."""
+        if isinstance(blocks, slice):
+            return self.layers[layer][:, :, blocks].flatten(2, 3)
         return self.layers[layer].index_select(2, blocks).flatten(2, 3)
 
 
@@ -73,7 +75,7 @@ def _zero_pages(nbytes: int) -> mmap.mmap:
 class _DecodeView:
     """The blocks every decoding request looks at, padded to one length, and what of it is real."""
 
-    blocks: Tensor  # int64 [B * n]
+    blocks: Tensor | slice  # int64 [B * n]
     width: int  # tokens per request after padding: n * block_size
     mask: Tensor | None  # additive, in the activations' dtype [1, B, 1, width]; None: every position is real
 
@@ -89,7 +91,7 @@ class AttentionMetadata:
     dtype: torch.dtype
     device: torch.device
     _decode_views: dict[int | None, _DecodeView] = field(default_factory=dict)
-    _chunk_views: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _chunk_views: dict[tuple[int, int | None], tuple[Tensor | slice, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, items: list[ScheduledRequest], block_size: int, dtype: torch.dtype,
@@ -105,7 +107,7 @@ class AttentionMetadata:
             self._decode_views[window] = self._make_decode_view(window)
         return self._decode_views[window]
 
-    def chunk_view(self, index: int, window: int | None) -> tuple[Tensor, Tensor]:
+    def chunk_view(self, index: int, window: int | None) -> tuple[Tensor | slice, Tensor]:
         """Blocks [n] a chunk looks at, and its additive mask [tokens, n * block_size]."""
         key = (index, window)
         if key not in self._chunk_views:
@@ -121,18 +123,18 @@ class AttentionMetadata:
         tables = [item.request.block_table[first:-(-item.end // size)]
                   for item, first in zip(self.decodes, firsts, strict=True)]
         longest = max(map(len, tables))
-        blocks = torch.tensor([table + [table[0]] * (longest - len(table)) for table in tables], device=self.device)
+        blocks = self._blocks([block for table in tables for block in table + [table[0]] * (longest - len(table))])
         width = longest * size
         ends = torch.tensor([item.end - first * size for item, first in zip(self.decodes, firsts, strict=True)])
         if window is None and int(ends.min()) == width:
-            return _DecodeView(blocks.flatten(), width, None)
+            return _DecodeView(blocks, width, None)
         position = torch.arange(width)
         seen = position < ends[:, None]
         if window is not None:
             seen &= position >= ends[:, None] - window
-        return _DecodeView(blocks.flatten(), width, self._additive(seen)[None, :, None])
+        return _DecodeView(blocks, width, self._additive(seen)[None, :, None])
 
-    def _make_chunk_view(self, item: ScheduledRequest, window: int | None) -> tuple[Tensor, Tensor]:
+    def _make_chunk_view(self, item: ScheduledRequest, window: int | None) -> tuple[Tensor | slice, Tensor]:
         size = self.block_size
         first = self._first_block(item.start, window)
         table = item.request.block_table[first:-(-item.end // size)]
@@ -141,7 +143,14 @@ class AttentionMetadata:
         seen = key <= query
         if window is not None:
             seen &= key > query - window
-        return torch.tensor(table, device=self.device), self._additive(seen)
+        return self._blocks(table), self._additive(seen)
+
+    def _blocks(self, blocks: list[int]) -> Tensor | slice:
+        """As an index; a slice where they follow one another, as a lone request's mostly do."""
+        first, count = blocks[0], len(blocks)
+        if blocks == list(range(first, first + count)):
+            return slice(first, first + count)
+        return torch.tensor(blocks, device=self.device)
 
     def _additive(self, seen: Tensor) -> Tensor:
         mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))
