@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # sleeps. libgomp's own default spins for milliseconds, and where the cores are busy (with the server and its clients,
 # say) that makes every step tens of times slower; not spinning at all makes a quiet machine twice as slow.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__", "convert"]
