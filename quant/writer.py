@@ -200,7 +200,7 @@ def dequantize_checkpoint(checkpoint: Checkpoint, out_dir: Path | str, dtype: to
     consumed = {name for module in modules for name in checkpoint.weight_names(module)}
     parts: dict[str, list[str]] = {}
     for name in sorted({f"{module}.weight" for module in modules} | (checkpoint.names() - consumed)):
-        parts.setdefault(_block_of(name), []).append(name)
+        parts.setdefault(block_of(name), []).append(name)
     for names in parts.values():
         writer.add({name: _dense(checkpoint, name, modules, dtype) for name in names})
     writer.finish()
@@ -219,7 +219,7 @@ def _dense(checkpoint: Checkpoint, name: str, modules: set[str], dtype: torch.dt
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _block_of(name: str) -> str:
+def block_of(name: str) -> str:
     """The first numbered prefix of a tensor name ("model.layers.7"), or "" for what lies outside the blocks."""
     parts = name.split(".")
     cut = next((i for i, part in enumerate(parts) if part.isdigit()), -1)

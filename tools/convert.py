@@ -17,6 +17,7 @@ from nibble.quant.errors import NibbleError
 from nibble.quant.estimate import Estimate
 from nibble.quant.pipeline import CALIB_SAMPLES, CALIB_SEQLEN, Progress, convert_with_report, dry_run
 from nibble.quant.plan import Method, Plan, Recipe
+from nibble.quant.reformat import Grid, reformat
 
 console = Console(stderr=True)
 
@@ -26,6 +27,9 @@ def convert_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make")],
     awq: Annotated[bool, typer.Option("--awq", help="4-bit AWQ (GEMM layout)")] = False,
     gptq: Annotated[bool, typer.Option("--gptq", help="GPTQ, 2, 3, 4 or 8 bits (v1 layout)")] = False,
+    to: Annotated[str | None, typer.Option(help="Only change the format, exactly: awq, gptq, gptq_v2, "
+                                                "compressed-tensors or fp8")] = None,
+    requantize: Annotated[bool, typer.Option("--requantize", help="With --to: round anew what does not fit")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights and activations (compressed-tensors)")] = False,
     bits: Annotated[int | None, typer.Option(help="Bits per weight [default: 4]")] = None,
     group_size: Annotated[int, typer.Option(help="Input columns per scale; -1: whole rows. Halved where it does not "
@@ -43,6 +47,9 @@ def convert_command(
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and need, and do nothing")] = False,
 ) -> None:
     """Quantize a model to AWQ, GPTQ or FP8 weights and say what that cost."""
+    if to is not None:
+        grid = Grid(bits or 4, group_size, bool(symmetric)) if requantize else None
+        return _reformat(model, output, to, grid, overwrite=overwrite, resume=resume)
     recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric)
     if dry:
         _dry_run(*dry_run(model, output, recipe, calib_samples=calib_samples, calib_seqlen=calib_seqlen, device=device,
@@ -78,6 +85,14 @@ def _announce(plan: Plan) -> None:
     console.print(f"{len(plan.group_sizes)} layers to {plan.scheme.describe()}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False)
+
+
+def _reformat(model: str, output: Path, to: str, grid: Grid | None, *, overwrite: bool, resume: bool) -> None:
+    done = reformat(model, output, to, grid, overwrite=overwrite, resume=resume)
+    for note in done.notes:
+        console.print(f"note: {note}", highlight=False)
+    print(f"{output}: {done.scheme.describe()}, {done.kept} layers exactly as they were, {len(done.requantized)} "
+          "requantized")
 
 
 def _dry_run(plan: Plan, needs: Estimate) -> None:
