@@ -102,6 +102,10 @@ def serve(
         help="the name clients use; repeatable [default: the last part of MODEL]")] = None,
     api_key: Annotated[list[str] | None, typer.Option(
         envvar="NIBBLE_API_KEY", help="key that clients must bear; repeatable")] = None,
+    quantize: Annotated[str | None, typer.Option(
+        help="quantize a 16-bit model while it loads: int4, int8 or fp8")] = None,
+    save_quantized: Annotated[str | None, typer.Option(
+        metavar="DIR", help="keep what --quantize made, to serve it at once the next time")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     revision: Annotated[str | None, typer.Option(help="the Hub revision of MODEL")] = None,
@@ -128,7 +132,8 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = EngineConfig(
-        model=model, revision=revision, dtype=dtype, device=device, max_model_len=max_model_len,
+        model=model, revision=revision, quantize=quantize, save_quantized=save_quantized, dtype=dtype,
+        device=device, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory=kv_cache_memory,
         enable_prefix_caching=not no_prefix_caching, num_threads=num_threads, seed=seed)
     options = ServeOptions(

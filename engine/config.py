@@ -11,6 +11,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     model: str  # local folder, .gguf file or Hub id
     revision: str | None = None
+    quantize: str | None = None  # int4, int8, fp8: quantize a 16-bit checkpoint while it loads
+    save_quantized: str | None = None  # a folder to keep the result of `quantize` in
     dtype: str = "auto"  # auto, bfloat16, float16, float32
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     max_model_len: int | None = None  # tokens; None: the checkpoint's, bounded by the KV cache

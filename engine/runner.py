@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.errors import NibbleError
 from ..quant.safetensors_files import read_json
@@ -39,11 +40,12 @@ class Runner:
         self.model_config = decoder_config(checkpoint.config)
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, checkpoint, self.device)
-        memory.check_weights_fit(checkpoint.nbytes, self.device)
         before = memory.available_bytes(self.device)
-        loader = Loader(checkpoint, self.model_config, self.dtype, self.device)
-        with torch.inference_mode():
-            self.model = loader.load(lambda done, total: tell(f"loading layer {done}/{total}"))
+        with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as checkpoint:
+            memory.check_weights_fit(checkpoint.nbytes, self.device)
+            loader = Loader(checkpoint, self.model_config, self.dtype, self.device)
+            with torch.inference_mode():
+                self.model = loader.load(lambda done, total: tell(f"loading layer {done}/{total}"))
         self.kernels = loader.report
         self.weight_bytes = max(0, before - memory.available_bytes(self.device))
         self.plan = memory.plan(config, self.model_config, self.dtype, self.device)

@@ -1,0 +1,171 @@
+"""Quantize a 16-bit checkpoint while it is read: the weights of its blocks come out quantized, one at a time.
+
+    with quantized_at_load(checkpoint, "int4", save=DIR) as checkpoint:   the same interface, quantized weights
+        ... read every block once ...
+
+Invariant: no more than one weight is ever held dense, whatever the model's size, and nothing is calibrated. With
+`save`, each block is written as soon as the next one is asked for, and DIR appears whole at the end, as
+compressed-tensors, which can name a group size per layer and zero points alike.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import data_free
+from .checkpoint import Checkpoint
+from .errors import UnsupportedError
+from .formats import compressed_tensors
+from .output import check_disk, check_output, writing
+from .scheme import LayerScheme, QuantScheme, exactly
+from .side_files import copy_side_files
+from .weight import QuantizedWeight
+from .writer import ShardWriter, block_of, write_json
+
+LAYERS = {
+    "int4": LayerScheme("int", 4, 64, False),
+    "int8": LayerScheme("int", 8, 128, True),
+    "fp8": LayerScheme("fp8", 8, -1, True, strategy="channel", act_quant="token"),
+}
+_OVERHEAD = 1.15  # scales and zero points, at most
+
+
+@contextmanager
+def quantized_at_load(checkpoint: Checkpoint, quantize: str | None,
+                      save: str | None = None) -> Iterator[Checkpoint]:
+    """The checkpoint, its block weights quantized as they are read; itself where `quantize` is None.
+
+    quantize: a key of LAYERS. save: a folder to make of what was read. Raises UnsupportedError for a checkpoint that is
+    quantized already, CheckpointError where the folder cannot be used.
+    """
+    if quantize is None:
+        if save is not None:
+            raise UnsupportedError("--save-quantized needs --quantize int4, int8 or fp8")
+        yield checkpoint
+        return
+    if quantize not in LAYERS:
+        raise UnsupportedError(f"--quantize {quantize} is not supported ({', '.join(LAYERS)} are)")
+    if checkpoint.scheme is not None:
+        raise UnsupportedError(f"{checkpoint.path} is quantized already ({checkpoint.scheme.describe()}): serve it "
+                               "without --quantize")
+    reading = QuantizedAtLoad(checkpoint, LAYERS[quantize])
+    if save is None:
+        yield reading
+        return
+    output = Path(save).expanduser()
+    check_output(output, checkpoint, False, False)
+    check_disk(output, 2 * reading.nbytes)
+    with writing(output, 2 * reading.nbytes, False) as partial:
+        reading.writer = ShardWriter(partial)
+        yield reading
+        reading.finish()
+
+
+class QuantizedAtLoad(Checkpoint):
+    """A dense checkpoint whose linears in the blocks are quantized when they are read."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: LayerScheme):
+        self.inner, self.layer = checkpoint, layer
+        self.path, self.config = checkpoint.path, checkpoint.config
+        self.writer: ShardWriter | None = None
+        self._pending: dict[str, Tensor] = {}  # of the block being read, in the format's tensors
+        self._layers: dict[str, LayerScheme] = {}  # of what was read
+        self._dense: list[str] = []
+
+    @property
+    def scheme(self) -> QuantScheme:  # type: ignore[override]
+        fmt = "float-quantized" if self.layer.kind == "fp8" else "pack-quantized"
+        layers = Counter(self._layers.values())
+        default = layers.most_common(1)[0][0] if layers else self.layer
+        others = tuple((exactly(m), layer) for m, layer in sorted(self._layers.items()) if layer != default)
+        return QuantScheme("compressed-tensors", fmt, default, others, ("lm_head", *self._dense))
+
+    def linear(self, module: str) -> QuantizedWeight | Tensor:
+        weight = self.inner.linear(module)
+        if not self.is_quantized(module) or isinstance(weight, QuantizedWeight):
+            return weight
+        if self.writer is not None and self._pending and block_of(next(iter(self._pending))) != block_of(module):
+            self._flush()
+        quantized = self._quantize(weight)
+        self.inner.release()
+        if quantized is None:
+            self._dense.append(module)
+            return weight
+        self._layers[module] = self.layer if self.layer.kind == "fp8" else LayerScheme(
+            "int", self.layer.bits, quantized.group_size, self.layer.symmetric)
+        if self.writer is not None:
+            fmt = "float-quantized" if self.layer.kind == "fp8" else "pack-quantized"
+            for suffix, tensor in compressed_tensors.write(quantized, fmt).items():
+                self._pending[f"{module}.{suffix}"] = tensor
+        return quantized
+
+    def _quantize(self, weight: Tensor) -> QuantizedWeight | None:
+        if self.layer.kind == "fp8":
+            return data_free.quantize_fp8(weight)
+        return data_free.quantize(weight, self.layer.bits, self.layer.group_size, self.layer.symmetric)
+
+    def _flush(self) -> None:
+        """Write the block that was read: its quantized weights and whatever else it has."""
+        block = block_of(next(iter(self._pending)))
+        for name in self.inner.names():
+            if block_of(name) == block and name.removesuffix(".weight") not in self._layers:
+                self._pending[name] = self.inner.tensor(name)
+        self.writer.add(self._pending)
+        self._pending = {}
+
+    def finish(self) -> None:
+        """Write what is left: the last block, what lies outside the blocks, and config.json."""
+        self._flush()
+        for name in sorted(name for name in self.inner.names() if not block_of(name)):
+            self.writer.add({name: self.inner.tensor(name)})
+        self.writer.finish()
+        copy_side_files(self.inner, self.writer.out_dir)
+        config: dict[str, Any] = self.config | {"quantization_config": self.scheme.to_config()}
+        write_json(self.writer.out_dir / "config.json", config)
+
+    def is_quantized(self, module: str) -> bool:
+        return self._is_block_matrix(f"{module}.weight") or self.inner.is_quantized(module)
+
+    def _is_block_matrix(self, name: str) -> bool:
+        in_block = re.search(r"(^|\.)layers\.\d+\.", name) is not None
+        return in_block and self.inner.has(name) and len(self.inner.shape(name)) == 2
+
+    @property
+    def nbytes(self) -> int:
+        saved = 0
+        for name in self.inner.names():
+            if self._is_block_matrix(name):
+                numel = prod(self.inner.shape(name))
+                saved += numel * self.inner.dtype(name).itemsize - int(numel * self.layer.bits / 8 * _OVERHEAD)
+        return self.inner.nbytes - saved
+
+    def names(self) -> set[str]:
+        return self.inner.names()
+
+    def has(self, name: str) -> bool:
+        return self.inner.has(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.inner.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.inner.dtype(name)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.inner.tensor(name, dtype)
+
+    def modules(self) -> set[str]:
+        return self.inner.modules()
+
+    def weight_names(self, module: str) -> list[str]:
+        return self.inner.weight_names(module)
+
+    def release(self) -> None:
+        self.inner.release()

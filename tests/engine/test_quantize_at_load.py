@@ -1,0 +1,63 @@
+"""`nibble serve --quantize`: a 16-bit checkpoint quantized while it loads, and kept."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nibble import LLM
+from nibble.quant.at_load import quantized_at_load
+from nibble.quant.checkpoint import open_checkpoint
+from nibble.quant.errors import CheckpointError, UnsupportedError
+from nibble.quant.weight import QuantizedWeight
+
+IDS = list(range(60, 100))
+
+
+def logits(folder, **options):
+    return torch.log_softmax(LLM(str(folder), dtype="float32", kv_cache_memory=1 << 22, **options).logits(IDS), -1)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int4", 0.2), ("int8", 1e-3), ("fp8", 0.02)])
+def test_quantized_at_load_is_close_and_what_was_kept_is_the_same(tiny_llama, tmp_path, kind, most):
+    plain = logits(tiny_llama)
+    out = tmp_path / "kept"
+    quantized = logits(tiny_llama, quantize=kind, save_quantized=str(out))
+    divergence = (plain.exp() * (plain - quantized)).sum(-1).mean()
+    assert 0 < divergence < most
+    assert not list(tmp_path.glob("*.partial")) and not (out / ".work").exists()
+    torch.testing.assert_close(logits(out), quantized)
+    checkpoint, source = open_checkpoint(out), open_checkpoint(tiny_llama)
+    assert checkpoint.modules() == source.modules()
+    assert isinstance(checkpoint.linear("model.layers.1.mlp.down_proj"), QuantizedWeight)
+    names = load_file(out / "model.safetensors")
+    assert torch.equal(names["model.embed_tokens.weight"], source.tensor("model.embed_tokens.weight"))
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert (out / "tokenizer.json").exists()
+
+
+def test_a_quantized_weight_is_the_nearest_on_its_own_grid(tiny_llama):
+    """Every code is the nearest to the weight that its scale and zero point allow."""
+    with quantized_at_load(open_checkpoint(tiny_llama), "int4") as checkpoint:
+        weight = checkpoint.linear("model.layers.0.self_attn.q_proj")
+    dense = open_checkpoint(tiny_llama).dense("model.layers.0.self_attn.q_proj", torch.float32)
+    scales = weight.scales.float().repeat_interleave(weight.group_size, 1)
+    zeros = weight.zeros.float().repeat_interleave(weight.group_size, 1)
+    candidates = (torch.arange(16).reshape(-1, 1, 1) - zeros) * scales
+    nearest = (candidates - dense).abs().amin(0)
+    torch.testing.assert_close((weight.dequantize() - dense).abs(), nearest)
+
+
+def test_what_cannot_be_quantized_at_load_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(UnsupportedError, match="int3"):
+        LLM(str(tiny_llama), quantize="int3")
+    with pytest.raises(UnsupportedError, match="needs --quantize"):
+        LLM(str(tiny_llama), save_quantized=str(tmp_path / "x"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(CheckpointError, match="not empty"):
+        LLM(str(tiny_llama), quantize="int8", save_quantized=str(tmp_path / "full"))
+    logits(tiny_llama, quantize="int8", save_quantized=str(tmp_path / "kept"))
+    with pytest.raises(UnsupportedError, match="quantized already"):
+        LLM(str(tmp_path / "kept"), quantize="int4")
