@@ -57,8 +57,9 @@ def test_bfloat16_errs_no_more_than_transformers(real_model: Path) -> None:
     {"method": "gptq", "group_size": 64, "symmetric": False}], ids=str)
 def test_conversions_serve_what_they_hold(real_model: Path, arguments: dict, tmp_path: Path) -> None:
     """Float32 logits of a converted model equal transformers' on the dequantized weights; bfloat16 ones, through the
-    packed kernels, err no more than transformers' bfloat16 does (10 % for the order of roundings, and for int4 scales
-    rounded to bfloat16)."""
+    packed kernels, err no more than transformers' bfloat16 does (10 % for the order of roundings). torch's int4 operator
+    takes its scales and offsets in bfloat16, an independent error of the size of a weight's own rounding to bfloat16,
+    which is all that transformers' has: together the root of two."""
     out = nibble.convert(str(real_model), tmp_path / "out", **arguments, calib_samples=8)
     dequantize_checkpoint(open_checkpoint(out), tmp_path / "dense", torch.float32)
     ids = AutoTokenizer.from_pretrained(real_model)(passages(1, 2000)[0]).input_ids[:300]
@@ -66,8 +67,10 @@ def test_conversions_serve_what_they_hold(real_model: Path, arguments: dict, tmp
     ours = LLM(str(out), dtype="float32", kv_cache_memory=1 << 28).logits(ids)
     assert (ours - exact).abs().max() <= 1e-4 * exact.abs().max()
     theirs_bf16 = (reference_logits(tmp_path / "dense", ids, torch.bfloat16) - exact).norm()
-    ours_bf16 = (LLM(str(out), dtype="bfloat16", kv_cache_memory=1 << 28).logits(ids) - exact).norm()
-    assert ours_bf16 <= 1.1 * theirs_bf16
+    served = LLM(str(out), dtype="bfloat16", kv_cache_memory=1 << 28)
+    ours_bf16 = (served.logits(ids) - exact).norm()
+    packed = "cpu-torch-int4" in served.core.runner.kernels.used
+    assert ours_bf16 <= (2**0.5 if packed else 1.1) * theirs_bf16
 
 
 @pytest.mark.parametrize("blocks", [None, 40], ids=["roomy", "preempting"])
