@@ -30,11 +30,11 @@ from .weight import QuantizedWeight
 from .writer import ShardWriter, block_of, write_json
 
 LAYERS = {
-    "int4": LayerScheme("int", 4, 64, False),
+    "int4": LayerScheme("int", 4, 32, False),
     "int8": LayerScheme("int", 8, 128, True),
     "fp8": LayerScheme("fp8", 8, -1, True, strategy="channel", act_quant="token"),
 }
-_OVERHEAD = 1.15  # scales and zero points, at most
+_OVERHEAD = 1.16  # scales and zero points, at most
 
 
 @contextmanager

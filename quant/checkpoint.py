@@ -19,7 +19,7 @@ from . import formats
 from .errors import CheckpointError
 from .formats import gguf, gguf_model
 from .formats.base import BadTensor, check_finite
-from .formats.gguf_file import GgufFile
+from .formats.gguf_file import SPLIT_NAME, GgufFile, is_split
 from .safetensors_files import read_json, scan
 from .scheme import LayerScheme, QuantScheme
 from .weight import QuantizedWeight
@@ -186,9 +186,10 @@ class FolderCheckpoint(Checkpoint):
         return CheckpointError(problem, file=file, tensor=name, fix=fix)
 
     def _read_scheme(self) -> QuantScheme | None:
-        """From config.json, or from the side file that older AutoGPTQ and AutoAWQ checkpoints have instead."""
+        """From config.json, or from the side file that older AutoGPTQ and AutoAWQ and ModelOpt leave instead."""
         found = self.config.get("quantization_config") or self.config.get("compression_config")
-        for side_file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        for side_file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq"),
+                                  ("hf_quant_config.json", "modelopt")):
             if not found and (self.path / side_file).is_file():
                 found = {"quant_method": method} | read_json(self.path / side_file)
         if not found:
@@ -293,8 +294,7 @@ class GgufCheckpoint(Checkpoint):
         kind = kinds.most_common(1)[0][0] if kinds else "F32"
         if kind in gguf.DENSE:
             return None
-        symmetric = kind in ("Q4_0", "Q5_0", "Q8_0", "Q6_K")
-        layer = LayerScheme("int", gguf.BITS[kind], 16 if kind == "Q6_K" else 32, symmetric)
+        layer = LayerScheme("int", gguf.BITS[kind], gguf.GROUP[kind], kind in gguf.SYMMETRIC)
         return QuantScheme(method="gguf", format=kind, default=layer)
 
 
@@ -308,11 +308,13 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
         path = _download(str(path_or_id), revision)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
+            if (split := SPLIT_NAME.fullmatch(path.name)) and int(split[2]) > 1:
+                path = path.with_name(f"{split[1]}-00001-of-{split[3]}.gguf")  # any part names the model
             return GgufCheckpoint(path)
         raise CheckpointError("is neither a folder nor a .gguf file", file=path, fix="give the folder that holds it")
     gguf_files = sorted(path.glob("*.gguf"))
     if gguf_files and not any(path.glob("*.safetensors")):
-        if len(gguf_files) > 1:
+        if len(gguf_files) > 1 and not is_split(gguf_files):
             raise CheckpointError(f"holds {len(gguf_files)} .gguf files", file=path, fix="name one of them")
         return GgufCheckpoint(gguf_files[0])
     return FolderCheckpoint(path)

@@ -1,11 +1,12 @@
 """QuantScheme: how a checkpoint is quantized, the only reader and writer of `quantization_config`.
 
 A scheme is frozen and complete: a LayerScheme for a typical layer, overrides by module name, and the modules that stay
-dense. `from_config` understands every spelling on disk (`quant_method` awq, gptq, fp8, compressed-tensors, and the
-older side files quantize_config.json / quant_config.json, passed in as the same dict); `to_config` writes the spelling
-that transformers and vLLM read.
+dense. `from_config` understands every spelling on disk (`quant_method` awq, gptq, fp8, compressed-tensors, modelopt,
+and the side files quantize_config.json, quant_config.json and hf_quant_config.json, passed in as the same dict);
+`to_config` writes the spelling that transformers and vLLM read.
 """
 
+import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from .errors import UnsupportedError
 
+_KV_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "gguf"]
 ActQuant = Literal["none", "token", "group", "tensor"]
 Strategy = Literal["tensor", "channel", "group", "block"]
@@ -51,6 +53,7 @@ class QuantScheme:
     overrides: tuple[tuple[str, LayerScheme | None], ...] = ()  # (regex on the module name, scheme); None: dense
     ignore: tuple[str, ...] = ()  # module names, or "re:..." patterns, that stay dense
     lm_head: bool = False
+    kv_cache: Literal["fp8"] | None = None  # k_scale and v_scale beside the projections, for an FP8 cache
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # as read; for the model card
 
     @classmethod
@@ -60,9 +63,10 @@ class QuantScheme:
         Raises UnsupportedError naming the field for anything Nibble does not do or cannot make sense of.
         """
         method = str(config.get("quant_method", "")).lower()
-        readers = {"awq": _read_awq, "gptq": _read_gptq, "fp8": _read_fp8, "compressed-tensors": _read_ct}
+        readers = {"awq": _read_awq, "gptq": _read_gptq, "fp8": _read_fp8, "compressed-tensors": _read_ct,
+                   "modelopt": _read_modelopt}
         if method not in readers:
-            raise _unsupported("quant_method", method, " (awq, gptq, fp8 and compressed-tensors are)")
+            raise _unsupported("quant_method", method, f" ({', '.join(readers)} are)")
         return cls(**{"method": method, "raw": config} | readers[method](config))
 
     def to_config(self) -> dict[str, Any]:
@@ -153,8 +157,8 @@ def _checked_regex(pattern: str, key: str) -> str:
 
 def _read_awq(config: dict[str, Any]) -> dict[str, Any]:
     version = _get(config, str, "gemm", "version", "format").lower()
-    if version not in ("gemm", "gemv"):
-        raise _unsupported("version", version, " (gemm and gemv are)")
+    if version not in ("gemm", "gemv", "gemv_fast"):
+        raise _unsupported("version", version, " (gemm, gemv and gemv_fast are)")
     layer = LayerScheme(
         kind="int",
         bits=_bits(config, (4,), "bits", "w_bit"),
@@ -246,6 +250,28 @@ def _fp8_layer(strategy: Strategy, block: Any, act_quant: ActQuant) -> LayerSche
                        block=tuple(block) if block else None)
 
 
+def _read_modelopt(config: dict[str, Any]) -> dict[str, Any]:
+    """hf_quant_config.json, whose keys lie under "quantization", or the same in config.json (TensorRT ModelOpt)."""
+    keys = _get(config, dict, config, "quantization")
+    algorithm = _get(keys, str, "", "quant_algo").upper()
+    layers = {"FP8": ("tensor", None, "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ("channel", None, "token"),
+              "FP8_PB_WO": ("block", [128, 128], "none")}  # fmt: skip
+    if algorithm not in layers:
+        raise _unsupported("quant_algo", algorithm, f" ({', '.join(layers)} are)")
+    skipped = _get(keys, list, [], "exclude_modules", "ignore")
+    ignore = tuple(f"re:{fnmatch.translate(str(item))}" for item in skipped)
+    cache = _get(keys, str, None, "kv_cache_quant_algo")
+    fp8_cache = str(cache).upper() == "FP8" or _kv_cache(keys) == "fp8"
+    return {"method": "fp8", "format": "modelopt", "default": _fp8_layer(*layers[algorithm]), "ignore": ignore,
+            "kv_cache": "fp8" if fp8_cache else None}
+
+
+def _kv_cache(config: dict[str, Any]) -> Literal["fp8"] | None:
+    """kv_cache_scheme: FP8 with a scale per layer, or nothing; other schemes are left to the cache's own precision."""
+    scheme = _get(config, dict, {}, "kv_cache_scheme")
+    return "fp8" if scheme.get("type") == "float" and scheme.get("num_bits") == 8 else None
+
+
 def _write_fp8(scheme: QuantScheme) -> dict[str, Any]:
     layer = _only_layer(scheme)
     return {
@@ -273,7 +299,7 @@ def _read_ct(config: dict[str, Any]) -> dict[str, Any]:
     if default is None and not overrides:
         raise _unsupported("config_groups", config.get("config_groups"), " (no group of weights)")
     return {"format": _get(config, str, "pack-quantized", "format"), "default": default, "lm_head": True,
-            "overrides": tuple(overrides), "ignore": _strings(config, "ignore")}
+            "overrides": tuple(overrides), "ignore": _strings(config, "ignore"), "kv_cache": _kv_cache(config)}
 
 
 def _ct_layer(weights: dict[str, Any], inputs: dict[str, Any] | None) -> LayerScheme:
@@ -314,7 +340,7 @@ def _write_ct(scheme: QuantScheme) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _KV_FP8 if scheme.kv_cache else None,
     }
 
 

@@ -2,6 +2,7 @@
 
     weight            float8_e4m3fn [out, in]
     weight_scale      [] or [1] per tensor, [out] or [out, 1] per channel, [ceil(out/b0), ceil(in/b1)] per block
+                      ([ceil(out/b0), 1, ceil(in/b1), 1] in ModelOpt's FP8_PB_WO)
     weight_scale_inv  the same under DeepSeek's and transformers' name; despite it, it multiplies
     input_scale       [] or [1], static activation scale (transformers: activation_scale)
 
@@ -54,6 +55,8 @@ def scale_grid(tensors: dict[str, Tensor], suffix: str, shape: tuple[int, int], 
         raise BadTensor(suffix, "is missing")
     scale = need(tensors, suffix, *FLOATS, ndim=tensors[suffix].ndim)
     out_features, in_features = shape
+    if scale.ndim == 4 and scale.shape[1] == scale.shape[3] == 1:  # ModelOpt: [rows, 1, columns, 1]
+        scale = scale[:, 0, :, 0]
     if scale.numel() == 1:
         return scale.reshape(1, 1), shape
     if tuple(scale.shape) in ((out_features,), (out_features, 1)):

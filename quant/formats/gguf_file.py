@@ -10,6 +10,7 @@ Invariant: once a GgufFile is open, `rows` of any tensor reads inside the file. 
 """
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -25,11 +26,12 @@ _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"
             12: "<f8"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _TENSOR_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K",
-                 14: "Q6_K", 30: "BF16"}  # fmt: skip
-_OTHER_TENSOR_TYPES = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+                 14: "Q6_K", 10: "Q2_K", 11: "Q3_K", 30: "BF16"}  # fmt: skip
+_OTHER_TENSOR_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
                        19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
                        26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
                        39: "MXFP4"}  # fmt: skip
+SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class GgufTensor:
     kind: str  # a key of gguf.BLOCK
     start: int  # byte offset in the file
     nbytes: int
+    data: mmap.mmap  # of the file that holds it: a split model has several
 
 
 class GgufFile:
@@ -65,10 +68,30 @@ class GgufFile:
         for _ in range(n_pairs):
             key = cursor.string()
             self.metadata[key] = cursor.value(cursor.number("<u4"))
-        if self.metadata.get("split.count", 0) not in (0, 1):
-            raise UnsupportedError(f"{path}: is one part of a split GGUF (join it: llama-gguf-split --merge)")
         cursor.expect(n_tensors, 24, "tensors")
         self.tensors = self._tensor_table(cursor, n_tensors)
+        if self.metadata.get("split.no", 0) == 0:
+            self._add_other_parts()
+
+    def _add_other_parts(self) -> None:
+        """Take in the tensors of NAME-00002-of-0000n.gguf and so on; the metadata are the first part's."""
+        count = self.metadata.get("split.count", 1)
+        if count in (0, 1):
+            return
+        match = SPLIT_NAME.fullmatch(self.path.name)
+        if match is None or int(match[2]) != 1 or int(match[3]) != count:
+            raise CheckpointError(f"is the first of {count} parts, but is not named so", file=self.path,
+                                  fix=f"name the parts NAME-00001-of-{count:05d}.gguf and so on")
+        for number in range(2, count + 1):
+            part = self.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
+            if not part.is_file():
+                raise CheckpointError(f"part {number} of {count} is missing", file=part, fix="download it")
+            other = GgufFile(part)
+            if other.metadata.get("split.no") != number - 1:
+                raise CheckpointError(f"is not part {number} of {count}", file=part, fix="download it again")
+            if twice := other.tensors.keys() & self.tensors.keys():
+                raise CheckpointError("is in two parts", file=part, tensor=min(twice), fix="download it again")
+            self.tensors |= other.tensors
 
     def number(self, key: str, default: float | None = None) -> Any:
         """A positive number from the metadata. CheckpointError if it is something else, or missing without default."""
@@ -82,12 +105,13 @@ class GgufFile:
         """Bytes of rows first..last of a tensor as uint8 [rows, row_bytes]; a read-only view of the file."""
         tensor = self.tensors[name]
         n_rows = prod(tensor.shape[:-1])
-        flat = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.start)
+        flat = np.frombuffer(tensor.data, np.uint8, tensor.nbytes, tensor.start)
         return flat.reshape(n_rows, -1)[first:last]
 
     def release(self) -> None:
         """Give back the memory of pages that were read; they are read again where they are needed."""
-        self._data.madvise(mmap.MADV_DONTNEED)
+        for data in {id(t.data): t.data for t in self.tensors.values()}.values():
+            data.madvise(mmap.MADV_DONTNEED)
 
     def _tensor_table(self, cursor: "_Cursor", count: int) -> dict[str, GgufTensor]:
         raw = [self._tensor_entry(cursor) for _ in range(count)]
@@ -105,7 +129,7 @@ class GgufFile:
                 raise CheckpointError(f"its {nbytes} bytes at offset {begin + offset} do not lie in the file of "
                                       f"{len(self._data)} bytes", file=self.path, tensor=name,
                                       fix="the file is truncated or damaged; download it again")
-            tensors[name] = GgufTensor(shape, kind, begin + offset, nbytes)
+            tensors[name] = GgufTensor(shape, kind, begin + offset, nbytes, self._data)
         return tensors
 
     def _tensor_entry(self, cursor: "_Cursor") -> tuple[str, tuple[int, ...], str, int]:
@@ -123,6 +147,12 @@ class GgufFile:
             raise CheckpointError(f"type {kind or kind_id} with shape {list(shape)} is impossible", file=self.path,
                                   tensor=name, fix="download it again")
         return name, shape, kind, offset
+
+
+def is_split(files: list[Path]) -> bool:
+    """Whether these files, sorted by name, are the parts of one model."""
+    matches = [SPLIT_NAME.fullmatch(file.name) for file in files]
+    return all(m is not None and int(m[2]) == i and m[1] == matches[0][1] for i, m in enumerate(matches, 1))
 
 
 class _Cursor:

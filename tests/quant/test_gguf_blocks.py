@@ -8,7 +8,7 @@ import torch
 from nibble.quant.formats.gguf import BITS, BLOCK, DENSE, read_blocks, read_dense
 
 HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2],
-          "Q6_K": [208]}  # fmt: skip
+          "Q6_K": [208], "Q2_K": [80, 82], "Q3_K": [108]}  # fmt: skip
 
 
 def random_rows(kind, rows, blocks, seed=0):
@@ -34,8 +34,8 @@ def test_quantized_blocks(kind):
 def test_the_canonical_form_says_what_the_block_says(kind):
     weight = read_blocks(random_rows(kind, 2, 2), kind)
     assert weight.zeros is None and weight.perm is None
-    assert (weight.mins is None) == (kind in ("Q4_0", "Q5_0", "Q8_0", "Q6_K"))
-    assert weight.block == (1, 16 if kind == "Q6_K" else 32)
+    assert (weight.mins is None) == (kind in ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K"))
+    assert weight.block == (1, 16 if kind in ("Q2_K", "Q3_K", "Q6_K") else 32)
     assert weight.scales.dtype == (torch.float32 if kind.endswith("K") else torch.float16)
 
 
