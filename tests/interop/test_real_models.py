@@ -57,9 +57,9 @@ def test_bfloat16_errs_no_more_than_transformers(real_model: Path) -> None:
     {"method": "gptq", "group_size": 64, "symmetric": False}], ids=str)
 def test_conversions_serve_what_they_hold(real_model: Path, arguments: dict, tmp_path: Path) -> None:
     """Float32 logits of a converted model equal transformers' on the dequantized weights; bfloat16 ones, through the
-    packed kernels, err no more than transformers' bfloat16 does (10 % for the order of roundings). torch's int4 operator
-    takes its scales and offsets in bfloat16, an independent error of the size of a weight's own rounding to bfloat16
-    (all that transformers' has): together the root of two."""
+    packed kernels, err no more than transformers' bfloat16 does (10 % for the order of roundings). torch's int4
+    operator takes its scales and offsets in bfloat16, an independent error of the size of a weight's own rounding to
+    bfloat16 (all that transformers' has): together the root of two."""
     out = nibble.convert(str(real_model), tmp_path / "out", **arguments, calib_samples=8)
     dequantize_checkpoint(open_checkpoint(out), tmp_path / "dense", torch.float32)
     ids = AutoTokenizer.from_pretrained(real_model)(passages(1, 2000)[0]).input_ids[:300]
