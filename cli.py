@@ -117,6 +117,12 @@ def serve(
         parser=parse_bytes, metavar="SIZE", help="2GiB, 512M [default: planned from free memory]")] = None,
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="share no prompt prefixes")] = False,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine", min=1)] = None,
+    cpu_isa: Annotated[str, typer.Option(
+        help="C++ kernels: auto, avx512bf16, avx512vnni, avxvnni, avx2, or none")] = "auto",
+    cpu_activations: Annotated[str, typer.Option(
+        help="what integer weights are multiplied with on a CPU: int8 (by group) or bf16")] = "int8",
+    lm_head_bits: Annotated[int | None, typer.Option(
+        help="8: quantize a 16-bit output head at load (CPU) [default: keep it]")] = None,
     seed: Annotated[int, typer.Option(help="for requests that bring none")] = 0,
     max_queued_requests: Annotated[int, typer.Option(
         help="sequences admitted beyond --max-num-seqs; more get a 503", min=0)] = 1024,
@@ -135,7 +141,8 @@ def serve(
         model=model, revision=revision, quantize=quantize, save_quantized=save_quantized, dtype=dtype,
         device=device, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory=kv_cache_memory,
-        enable_prefix_caching=not no_prefix_caching, num_threads=num_threads, seed=seed)
+        enable_prefix_caching=not no_prefix_caching, num_threads=num_threads, cpu_isa=cpu_isa,
+        cpu_activations=cpu_activations, lm_head_bits=lm_head_bits, seed=seed)
     options = ServeOptions(
         host=host, port=port, model_names=tuple(served_model_name or [_model_name(model)]),
         api_keys=tuple(api_key or ()), shutdown_timeout=shutdown_timeout, max_queued_requests=max_queued_requests)

@@ -41,7 +41,7 @@ class KVCache:
         def zeros() -> Tensor:
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
-            return torch.frombuffer(_zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+            return torch.frombuffer(zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
         return cls([zeros() for _ in range(num_layers)], block_size)
 
@@ -61,7 +61,7 @@ class KVCache:
         return self.layers[layer].index_select(2, blocks).flatten(2, 3)
 
 
-def _zero_pages(nbytes: int) -> mmap.mmap:
+def zero_pages(nbytes: int) -> mmap.mmap:
     """Zeroed memory of ordinary pages, each taken from the machine when it is first written."""
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return mmap.mmap(-1, nbytes)

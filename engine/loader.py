@@ -5,6 +5,7 @@ time, so that no more than one layer is ever held in two forms.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,24 +47,32 @@ class Loader:
     def load(self, progress: Callable[[int, int], None] | None = None) -> Decoder:
         """progress(done, total) is called after every layer. Raises CheckpointError naming file and tensor."""
         config = self.config
-        self._check_shapes()
-        layers = []
-        for index in range(config.num_layers):
-            layers.append(self._layer(f"{config.prefix}layers.{index}."))
-            if progress is not None:
-                progress(index + 1, config.num_layers)
-        embedding = self.checkpoint.dense(f"{config.prefix}embed_tokens", self.dtype).to(self.device)
+        layers = self._layers(DecoderLayer, progress)
+        embedding = self._embedding()
         return Decoder(config, embedding, layers, self._norm(f"{config.prefix}norm", config.hidden_size),
                        self._lm_head(embedding), self._rope_tables())
 
-    def _layer(self, prefix: str) -> DecoderLayer:
+    def _layers(self, kind: Callable[..., Any], progress: Callable[[int, int], None] | None) -> list[Any]:
+        """Every layer, made by `kind`, which takes what DecoderLayer takes."""
+        self._check_shapes()
+        layers = []
+        for index in range(self.config.num_layers):
+            layers.append(self._layer(f"{self.config.prefix}layers.{index}.", kind))
+            if progress is not None:
+                progress(index + 1, self.config.num_layers)
+        return layers
+
+    def _embedding(self) -> Tensor:
+        return self.checkpoint.dense(f"{self.config.prefix}embed_tokens", self.dtype).to(self.device)
+
+    def _layer(self, prefix: str, kind: Callable[..., Any]) -> Any:
         config = self.config
         before_attention, before_mlp = config.norm_names
 
-        def norm(name: str, wanted: bool = True, width: int = config.hidden_size) -> RMSNorm | None:
+        def norm(name: str, wanted: bool = True, width: int = config.hidden_size) -> Any:
             return self._norm(prefix + name, width) if wanted else None
 
-        return DecoderLayer(
+        return kind(
             input_norm=self._norm(prefix + before_attention, config.hidden_size),
             mlp_norm=self._norm(prefix + before_mlp, config.hidden_size),
             qkv=self._linear(*(f"{prefix}self_attn.{p}_proj" for p in "qkv")),
@@ -76,9 +85,11 @@ class Loader:
             post_mlp_norm=norm("post_feedforward_layernorm", config.sandwich_norms),
         )
 
-    def _linear(self, *modules: str) -> Linear:
-        weights = [self._checked(module) for module in modules]
-        biases = [self.checkpoint.bias(module) for module in modules]
+    def _linear(self, *modules: str) -> Any:
+        """The modules' weights, which read the same input, side by side."""
+        return self._build([self._checked(m) for m in modules], [self.checkpoint.bias(m) for m in modules])
+
+    def _build(self, weights: list[QuantizedWeight | Tensor], biases: list[Tensor | None]) -> Any:
         return Linear.build(weights, biases, self.dtype, self.device, self.report.add)
 
     def _checked(self, module: str) -> QuantizedWeight | Tensor:
@@ -109,21 +120,30 @@ class Loader:
                 raise CheckpointError(f"has shape {self.checkpoint.shape(name)}, config.json implies {shape}",
                                       file=self.checkpoint.path, tensor=name, fix="download the checkpoint again")
 
-    def _norm(self, name: str, width: int) -> RMSNorm:
+    def _norm(self, name: str, width: int) -> Any:
+        weight = self._norm_weight(name, width)
+        return RMSNorm(weight.to(self.device, weight.dtype if self.config.norm_offset else self.dtype),
+                       self.config.rms_norm_eps)
+
+    def _norm_weight(self, name: str, width: int) -> Tensor:
+        """What a normed vector is multiplied by, float32 [width]."""
         weight = self.checkpoint.tensor(f"{name}.weight")
         if tuple(weight.shape) != (width,):
             raise CheckpointError(f"has shape {tuple(weight.shape)}, config.json implies ({width},)",
                                   file=self.checkpoint.path, tensor=f"{name}.weight", fix="download it again")
-        weight = weight.float() + 1.0 if self.config.norm_offset else weight.to(self.dtype)
-        return RMSNorm(weight.to(self.device), self.config.rms_norm_eps)
+        return weight.float() + 1.0 if self.config.norm_offset else weight.float()
 
-    def _lm_head(self, embedding: Tensor) -> Linear:
+    def _lm_head(self, embedding: Tensor) -> Any:
         """An untied head, a tied quantized one, or the embedding itself."""
         if self.checkpoint.has("lm_head.weight") or "lm_head" in self.checkpoint.modules():
-            return self._linear("lm_head")
-        tied = f"{self.config.prefix}embed_tokens"
-        weight = self.checkpoint.linear(tied) if self.checkpoint.is_quantized(tied) else embedding
-        return Linear.build([weight], [None], self.dtype, self.device, self.report.add)
+            weight, bias = self._checked("lm_head"), self.checkpoint.bias("lm_head")
+        else:
+            tied, bias = f"{self.config.prefix}embed_tokens", None
+            weight = self.checkpoint.linear(tied) if self.checkpoint.is_quantized(tied) else embedding
+        return self._build([self._head_weight(weight)], [bias])
+
+    def _head_weight(self, weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
+        return weight
 
     def _rope_tables(self) -> dict[str, RopeTable]:
         config = self.config

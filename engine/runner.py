@@ -4,12 +4,15 @@ It keeps no state of requests: positions, blocks, penalties and random numbers a
 preempted request resumes anywhere, and a batch is only a list.
 """
 
+import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.cpu import library as cpu
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.errors import NibbleError
@@ -20,9 +23,13 @@ from .batch import ScheduledBatch, ScheduledRequest, StepResult
 from .config import EngineConfig
 from .loader import Loader
 from .messages import Ready, TokenLogprobs
+from .models.native import NativeDecoder, why_not
 from .models.registry import decoder_config
+from .native_loader import NativeLoader
 from .request import Request, SamplingParams
 from .sampler import sample, token_logprobs
+
+logger = logging.getLogger(__name__)
 
 _LOGITS_ROWS = 256  # rows of prompt logits at a time: a vocabulary is wide
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -43,7 +50,7 @@ class Runner:
         before = memory.available_bytes(self.device)
         with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as checkpoint:
             memory.check_weights_fit(checkpoint.nbytes, self.device)
-            loader = Loader(checkpoint, self.model_config, self.dtype, self.device)
+            loader = self._loader(config, checkpoint)
             with torch.inference_mode():
                 self.model = loader.load(lambda done, total: tell(f"loading layer {done}/{total}"))
         self.kernels = loader.report
@@ -93,7 +100,30 @@ class Runner:
         hidden = self._forward([item], cache)
         return torch.cat([self.model.logits(rows) for rows in hidden.split(_LOGITS_ROWS)])
 
-    def _forward(self, items: list[ScheduledRequest], cache: KVCache) -> Tensor:
+    def _loader(self, config: EngineConfig, checkpoint: Checkpoint) -> Loader:
+        """The loader of the C++ decoder where it can serve this model, else of the torch one."""
+        if config.cpu_activations not in ("int8", "bf16"):
+            raise NibbleError(f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16")
+        if config.lm_head_bits not in (None, 8):
+            raise NibbleError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, or leave it out")
+        reason = "--cpu-isa none" if config.cpu_isa == "none" else why_not(self.model_config, config.block_size,
+                                                                           self.dtype, self.device)
+        if reason is None:
+            pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
+            return NativeLoader(checkpoint, self.model_config, self.dtype, self.device, pool=pool,
+                                int8=config.cpu_activations == "int8", block_size=config.block_size,
+                                head_bits=config.lm_head_bits)
+        if config.lm_head_bits:
+            raise NibbleError(f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {reason}")
+        if self.device.type == "cpu":
+            level = logging.WARNING if cpu.why_missing() else logging.INFO
+            logger.log(level, "torch's operators serve instead of the C++ decoder: %s", reason)
+        return Loader(checkpoint, self.model_config, self.dtype, self.device)
+
+    def _forward(self, items: list[ScheduledRequest], cache: Any) -> Tensor:
+        """Hidden states [T, hidden] of all tokens, items side by side. cache: what `_new_cache` made."""
+        if isinstance(self.model, NativeDecoder):
+            return self.model.forward(items, cache)
         token_ids = [token for item in items for token in item.request.token_ids[item.start:item.end]]
         positions = [position for item in items for position in range(item.start, item.end)]
         meta = AttentionMetadata.build(items, self.block_size, self.dtype, self.device)
@@ -113,12 +143,14 @@ class Runner:
         if scored:
             result.prompt_logprobs[request.request_id] = entries
 
-    def _new_cache(self, num_blocks: int) -> KVCache:
+    def _new_cache(self, num_blocks: int) -> Any:
         model = self.model_config
+        if isinstance(self.model, NativeDecoder):
+            return self.model.new_cache(num_blocks)
         return KVCache.allocate(model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim,
                                 self.dtype, self.device)
 
-    def _scratch(self, token_ids: list[int]) -> tuple[ScheduledRequest, KVCache]:
+    def _scratch(self, token_ids: list[int]) -> tuple[ScheduledRequest, Any]:
         blocks = -(-len(token_ids) // self.block_size)
         request = Request("scratch", token_ids, SamplingParams(), frozenset(), seed=0,
                           block_table=list(range(blocks)))

@@ -35,7 +35,8 @@ LONG_FILES: dict[str, str] = {}  # file -> why it is one piece
 
 def _modules() -> dict[str, Path]:
     """Dotted name below `nibble` ("" is the package itself) -> file."""
-    files = [*sorted(ROOT.glob("*.py")), *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py")))]
+    top = [file for file in sorted(ROOT.glob("*.py")) if file.name != "setup.py"]  # which is no part of the package
+    files = [*top, *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py")))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix("."): f
             for f in files}
 

@@ -1,0 +1,107 @@
+// The plain C interface of the CPU kernels: what Python hands over, and the functions it calls. Everything is a plain
+// array or a pointer to one; nobody here owns any of it, or knows what a request is.
+//
+//   linear   one prepared weight: y [rows, n] = x [rows, k] W^T + bias
+//   input    how a row of activations is prepared for a product: int8 codes by group, or bfloat16
+//   site     a place in the decoder whose linears read the same activations (q, k, v; gate, up; o; down; head)
+//
+// Weights lie in tiles of 16 outputs, columns in fours (integers) or twos (bfloat16, FP8), so that one vector load holds
+// 16 outputs and a broadcast of 4 (2) activations meets it; k_padded is a whole number of groups, padded with zeros:
+//
+//   U4    [n/16][k/8][64 bytes]     byte 4*output + j: column j in the low nibble, column 4 + j in the high one
+//   U8    [n/16][k/4][64 bytes]     byte 4*output + j: column j
+//   FP8   [n/16][k/2][2][16 bytes]  even columns, then odd ones
+//   DENSE [n/16][k/2][16][2]
+//   scales  [n/16][groups][16]      half (integers) or float32 (FP8); none for DENSE
+//   offsets [n/16][groups][16]      zeros uint8 or minima half
+#pragma once
+#include <stdint.h>
+
+#define NB_ABI_VERSION 1
+
+enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3 };
+enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
+enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1 };
+
+extern "C" {
+
+struct NbLinear {
+  int32_t format;
+  int32_t offset;      // NbOffset, of integer formats
+  int32_t n;
+  int32_t group;       // columns that share a scale; a multiple of 8, at most 128 for integers
+  int32_t groups;
+  int32_t midpoint;    // what codes without zeros or minima are relative to
+  int32_t input;       // which of the site's inputs it reads
+  float multiplier;    // of the whole product: what makes the scales fit in halves
+  const uint8_t* data;
+  const void* scales;
+  const void* offsets;
+  const float* bias;   // [n] or null
+};
+
+struct NbInput {
+  int32_t k;
+  int32_t k_padded;
+  int32_t group;       // of the int8 codes; 0: bfloat16
+  int32_t sum_group;   // columns whose sums bfloat16 products need for their offsets; 0: none
+  const int32_t* perm; // [k]: column j is feature perm[j]; or null
+};
+
+struct NbSite {
+  int32_t num_inputs;
+  int32_t num_linears;
+  NbInput inputs[3];
+  NbLinear linears[3];
+};
+
+struct NbLayer {
+  const float* input_norm;           // [hidden]
+  const float* mlp_norm;             // [hidden]
+  const float* q_norm;               // [head_dim] or null
+  const float* k_norm;               // [head_dim] or null
+  const float* post_attention_norm;  // [hidden] or null
+  const float* post_mlp_norm;        // [hidden] or null
+  int32_t rope;                      // which inv_freq
+  int32_t window;                    // positions seen, itself included; 0: all
+  NbSite qkv, o, gate_up, down;
+};
+
+struct NbModel {
+  int32_t hidden, intermediate, num_layers, num_heads, num_kv_heads, head_dim, vocab;
+  int32_t activation;
+  float eps, attention_scale, embedding_scale;
+  int32_t block_size;                // tokens a KV block, a multiple of 16
+  const NbLayer* layers;
+  const uint16_t* embedding;         // bfloat16 [vocab, hidden]
+  const float* norm;                 // [hidden]
+  const float* inv_freq[2];          // [head_dim / 2] each
+  NbSite head;
+};
+
+// One step: the tokens of all items side by side. Item i computes tokens start .. start + count of one request, whose
+// KV blocks are tables[table ...].
+struct NbItem {
+  int32_t count, start, table;
+};
+
+struct NbBatch {
+  int32_t num_tokens, num_items;
+  const int32_t* tokens;             // [num_tokens]
+  const NbItem* items;
+  const int32_t* tables;
+  uint16_t* cache;                   // [layers][blocks][kv_heads][keys, values], see attention.h
+  int64_t num_blocks;
+};
+
+struct NbPool;
+
+const char* nb_build(void);                                // hash of the sources the library was built from
+int32_t nb_abi_version(void);
+const char* nb_isas(void);                                 // what this machine can run, best first, comma-separated
+NbPool* nb_pool_new(int32_t threads, const char* isa);     // null: no such instruction set here
+void nb_pool_free(NbPool*);
+void nb_forward(NbPool*, const NbModel*, const NbBatch*, float* hidden);  // hidden [num_tokens, hidden], not yet normed
+void nb_logits(NbPool*, const NbModel*, const float* hidden, int32_t rows, float* logits);  // logits [rows, vocab]
+void nb_linear(NbPool*, const NbSite*, const float* x, int32_t rows, float* y);  // the site's linears side by side
+}

@@ -1,0 +1,319 @@
+// Products with prepared weights: y [rows, n] = x W^T, x prepared as int8 codes by group or as bfloat16.
+//
+// What one row gives never depends on which other rows are computed with it: every output is summed column by column in
+// the same order, group by group, whatever the batch and whichever thread.
+//
+//   int8:  y = sum over groups g of sx[g] * s[g] * (sum of codes * q  -  z[g] * sum of q)
+//   bf16:  y = sum over groups g of s[g] * (sum of codes * x  -  z[g] * sum of x)
+//
+// Few rows are multiplied with codes unpacked in registers; for more, a piece of a tile is unpacked into the first-level
+// cache once and meets all rows there.
+#pragma once
+#include "abi.h"
+#include "pool.h"
+
+namespace NB_ISA {
+
+using nibble::Worker;
+
+constexpr int kMaxRows = 64;      // rows that meet one unpacked piece
+constexpr int kDirectRows = kRows;  // up to so many rows, nothing is unpacked into memory
+constexpr int kPiece = 256;       // columns of a piece; a multiple of every group
+constexpr int kWidth = kTiles * 16;
+
+// The activations of one site input: rows of k_padded codes or bfloat16.
+struct Activations {
+  const void* data;
+  const float* scale;    // int8: [rows, groups]; bfloat16: sums of columns by group, where wanted
+  const int32_t* sum;    // int8: [rows, groups] sums of codes
+  int32_t k_padded, groups;
+  bool is_int8;
+};
+
+inline int min_int(int a, int b) { return a < b ? a : b; }
+inline int columns_of(const NbLinear& w, int k_padded, int group) { return min_int(w.group, k_padded - group * w.group); }
+
+// Unpacked codes: 64 bytes hold 4 columns of 16 outputs.
+template <bool Wide_> struct FromBytes {
+  static constexpr bool Wide = Wide_;
+  static constexpr int kBytes = 16;  // a column of a tile
+  static void load(const uint8_t* p, Bytes& first, Bytes& second) { first = b_load(p); second = b_load(p + 64); }
+};
+
+struct FromNibbles {
+  static constexpr bool Wide = false;
+  static constexpr int kBytes = 8;
+  static void load(const uint8_t* p, Bytes& first, Bytes& second) {
+    Bytes both = b_load(p);
+    first = b_low(both);
+    second = b_high(both);
+  }
+};
+
+inline int64_t column_bytes(int format) { return format == NB_U4 ? 8 : format == NB_DENSE ? 32 : 16; }
+
+// One run of groups [first, last) for R rows and T tiles; codes points at column first * group of each tile.
+// out: [R][kWidth], added to.
+template <int R, int T, class Source>
+inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile, int first, int last,
+                     const uint8_t* const* codes, float* out) {
+  const int8_t* q[R];
+  for (int r = 0; r < R; r++) q[r] = (const int8_t*)x.data + (int64_t)(row + r) * x.k_padded + first * w.group;
+  const uint8_t* p[T];
+  F32 total[R][T];
+  for (int t = 0; t < T; t++) p[t] = codes[t];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) total[r][t] = f_load(out + r * kWidth + t * 16);
+  for (int g = first; g < last; g++) {
+    I32 acc[R][T];
+    const int32_t* sum = x.sum + (int64_t)row * x.groups + g;
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) {
+        if (w.offset == NB_ZEROS)
+          acc[r][t] = i_times_u8((const uint8_t*)w.offsets + ((int64_t)(tile + t) * w.groups + g) * 16, -sum[r * x.groups]);
+        else
+          acc[r][t] = i_set(-w.midpoint * sum[r * x.groups]);
+      }
+    int columns = columns_of(w, x.k_padded, g);
+    for (int k = 0; k < columns; k += 8) {
+      Bytes a[T], b[T];
+      for (int t = 0; t < T; t++) Source::load(p[t] + k * Source::kBytes, a[t], b[t]);
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) acc[r][t] = dot4<Source::Wide>(acc[r][t], a[t], q[r] + k);
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) acc[r][t] = dot4<Source::Wide>(acc[r][t], b[t], q[r] + k + 4);
+    }
+    for (int t = 0; t < T; t++) {
+      int64_t at = ((int64_t)(tile + t) * w.groups + g) * 16;
+      F32 scale = f_load_half((const uint16_t*)w.scales + at);
+      for (int r = 0; r < R; r++) {
+        F32 row_scale = f_set(x.scale[(int64_t)(row + r) * x.groups + g]);
+        total[r][t] = f_fma(f_mul(scale, row_scale), f_from(acc[r][t]), total[r][t]);
+        if (w.offset == NB_MINS) {
+          F32 minimum = f_load_half((const uint16_t*)w.offsets + at);
+          total[r][t] = f_fma(f_mul(minimum, row_scale), f_set((float)sum[r * x.groups]), total[r][t]);
+        }
+      }
+      p[t] += columns * Source::kBytes;
+    }
+    for (int r = 0; r < R; r++) q[r] += columns;
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) f_store(out + r * kWidth + t * 16, total[r][t]);
+}
+
+// The scale of a group and what its columns' sum is multiplied by.
+inline F32 group_scale(const NbLinear& w, int64_t at) {
+  if (w.format == NB_DENSE) return f_set(1.0f);
+  return w.format == NB_FP8 ? f_load((const float*)w.scales + at) : f_load_half((const uint16_t*)w.scales + at);
+}
+inline F32 group_offset(const NbLinear& w, int64_t at, F32 scale) {
+  if (w.offset == NB_MINS) return f_load_half((const uint16_t*)w.offsets + at);
+  F32 zero = w.offset == NB_ZEROS ? f_load_u8((const uint8_t*)w.offsets + at) : f_set((float)w.midpoint);
+  return f_sub(f_zero(), f_mul(zero, scale));
+}
+
+// The same for bfloat16 activations; codes are pairs of bfloat16.
+template <int R, int T>
+inline void dot_bf16(const NbLinear& w, const Activations& x, int row, int tile, int first, int last,
+                     const uint8_t* const* codes, float* out) {
+  const uint16_t* h[R];
+  for (int r = 0; r < R; r++) h[r] = (const uint16_t*)x.data + (int64_t)(row + r) * x.k_padded + first * w.group;
+  const uint8_t* p[T];
+  F32 total[R][T];
+  for (int t = 0; t < T; t++) p[t] = codes[t];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) total[r][t] = f_load(out + r * kWidth + t * 16);
+  bool has_offset = w.format == NB_U4 || w.format == NB_U8;
+  for (int g = first; g < last; g++) {
+    F32 acc[R][T];
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < T; t++) acc[r][t] = f_zero();
+    int columns = columns_of(w, x.k_padded, g);
+    for (int k = 0; k < columns; k += 2) {
+      Pairs a[T];
+      for (int t = 0; t < T; t++) a[t] = p_load(p[t] + k * 32);
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) acc[r][t] = dot2(acc[r][t], a[t], h[r] + k);
+    }
+    for (int t = 0; t < T; t++) {
+      int64_t at = ((int64_t)(tile + t) * w.groups + g) * 16;
+      F32 scale = group_scale(w, at);
+      for (int r = 0; r < R; r++) {
+        total[r][t] = f_fma(acc[r][t], scale, total[r][t]);
+        if (has_offset) {
+          F32 sum = f_set(x.scale[(int64_t)(row + r) * x.groups + g]);
+          total[r][t] = f_fma(group_offset(w, at, scale), sum, total[r][t]);
+        }
+      }
+      p[t] += columns * 32;
+    }
+    for (int r = 0; r < R; r++) h[r] += columns;
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) f_store(out + r * kWidth + t * 16, total[r][t]);
+}
+
+// Unpack `columns` columns of one tile: to bytes for int8 activations, to pairs of bfloat16 for others.
+inline void unpack_bytes(const uint8_t* codes, int columns, uint8_t* out) {
+  for (int k = 0; k < columns; k += 8) {
+    Bytes a, b;
+    FromNibbles::load(codes + k * 8, a, b);
+    b_store(out + k * 16, a);
+    b_store(out + k * 16 + 64, b);
+  }
+}
+
+inline void store_pairs(uint8_t* out, Bytes four_columns) {
+  Bytes first = p_join(f_from_byte<0>(four_columns), f_from_byte<1>(four_columns));
+  Bytes second = p_join(f_from_byte<2>(four_columns), f_from_byte<3>(four_columns));
+  b_store(out, first);
+  b_store(out + 64, second);
+}
+
+inline void unpack_pairs(int format, const uint8_t* codes, int columns, uint8_t* out) {
+  if (format == NB_U4) {
+    for (int k = 0; k < columns; k += 8) {
+      Bytes a, b;
+      FromNibbles::load(codes + k * 8, a, b);
+      store_pairs(out + k * 32, a);
+      store_pairs(out + k * 32 + 128, b);
+    }
+  } else if (format == NB_U8) {
+    for (int k = 0; k < columns; k += 4) store_pairs(out + k * 32, b_load(codes + k * 16));
+  } else {
+    for (int k = 0; k < columns; k += 2)
+      b_store(out + k * 32, p_join(f_load_fp8(codes + k * 16), f_load_fp8(codes + k * 16 + 16)));
+  }
+}
+
+template <int R, int T>
+inline void dot_rows(const NbLinear& w, const Activations& x, int row, int tile, int first, int last, bool unpacked,
+                     const uint8_t* const* codes, float* out) {
+  if (!x.is_int8)
+    dot_bf16<R, T>(w, x, row, tile, first, last, codes, out);
+  else if (w.format == NB_U8)
+    dot_int8<R, T, FromBytes<true>>(w, x, row, tile, first, last, codes, out);
+  else if (unpacked)
+    dot_int8<R, T, FromBytes<false>>(w, x, row, tile, first, last, codes, out);
+  else
+    dot_int8<R, T, FromNibbles>(w, x, row, tile, first, last, codes, out);
+}
+
+template <int T>
+inline void dot_block(const NbLinear& w, const Activations& x, int row, int rows, int tile, int first, int last,
+                      bool unpacked, const uint8_t* const* codes, float* out) {
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    dot_rows<kRows, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
+  if constexpr (kRows > 3) {
+    if (rows - r == 3) dot_rows<3, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
+  }
+  if (rows - r == 2) dot_rows<2, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
+  if (rows - r == 1) dot_rows<1, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
+}
+
+// T tiles for up to kMaxRows rows: out [rows][kWidth] = sums, before multiplier and bias.
+template <int T>
+inline void multiply(const NbLinear& w, const Activations& x, int row, int rows, int tile, float* out) {
+  alignas(64) uint8_t piece[T * kPiece * 32];
+  int64_t width = column_bytes(w.format);
+  bool pairs = !x.is_int8;
+  bool unpack = pairs ? w.format != NB_DENSE : w.format == NB_U4 && rows > kDirectRows;
+  for (int i = 0; i < rows * kWidth; i += 16) f_store(out + i, f_zero());
+  int step = unpack || rows > kRows ? kPiece / w.group : w.groups;
+  if (step < 1) step = 1;
+  for (int g = 0; g < w.groups; g += step) {
+    int last = min_int(g + step, w.groups);
+    int columns = min_int(last * w.group, x.k_padded) - g * w.group;
+    const uint8_t* codes[T];
+    for (int t = 0; t < T; t++) {
+      const uint8_t* packed = w.data + ((int64_t)(tile + t) * x.k_padded + (int64_t)g * w.group) * width;
+      codes[t] = packed;
+      if (unpack) {
+        uint8_t* place = piece + t * kPiece * 32;
+        if (pairs) unpack_pairs(w.format, packed, columns, place);
+        else unpack_bytes(packed, columns, place);
+        codes[t] = place;
+      }
+    }
+    dot_block<T>(w, x, row, rows, tile, g, last, unpack, codes, out);
+  }
+}
+
+// out[r][0 ...] (+)= multiplier * sums + bias, for the outputs that exist.
+template <bool Add>
+inline void finish(const NbLinear& w, int rows, int tile, int tiles, const float* sums, float* out, int64_t stride) {
+  int outputs = min_int(tiles * 16, w.n - tile * 16);
+  F32 multiplier = f_set(w.multiplier);
+  for (int r = 0; r < rows; r++) {
+    float* to = out + r * stride;
+    for (int i = 0; i < outputs; i += 16) {
+      F32 y = f_mul(f_load(sums + r * kWidth + i), multiplier);
+      if (i + 16 <= outputs) {
+        if (w.bias) y = f_add(y, f_load(w.bias + tile * 16 + i));
+        f_store(to + i, Add ? f_add(f_load(to + i), y) : y);
+      } else {
+        alignas(64) float lanes[16];
+        f_store(lanes, y);
+        for (int j = 0; j < outputs - i; j++) {
+          float value = lanes[j] + (w.bias ? w.bias[tile * 16 + i + j] : 0.0f);
+          to[i + j] = Add ? to[i + j] + value : value;
+        }
+      }
+    }
+  }
+}
+
+// Tiles [tile, end) for up to kMaxRows rows; out is where the first row's first output goes.
+template <bool Add>
+inline void product(const NbLinear& w, const Activations& x, int row, int rows, int tile, int end, float* out,
+                    int64_t stride) {
+  alignas(64) float sums[kMaxRows * kWidth];
+  while (tile < end) {
+    int tiles = min_int(kTiles, end - tile);
+    if (tiles == kTiles) multiply<kTiles>(w, x, row, rows, tile, sums);
+    else multiply<1>(w, x, row, rows, tile, sums);
+    finish<Add>(w, rows, tile, tiles, sums, out, stride);
+    tile += tiles;
+    out += tiles * 16;
+  }
+}
+
+inline int tiles_of(const NbLinear& w) { return (w.n + 15) / 16; }
+
+// How a product is cut into chunks: blocks of rows by blocks of tiles, some for every thread to even out.
+struct Grid {
+  int row_blocks, tile_blocks, tiles;
+  Grid(int rows, int all_tiles, int threads) {
+    row_blocks = (rows + kMaxRows - 1) / kMaxRows;
+    int wanted = (8 * threads + row_blocks - 1) / row_blocks;
+    tiles = all_tiles / wanted / kTiles * kTiles;
+    if (tiles < kTiles) tiles = kTiles;
+    if (tiles > 16) tiles = 16;
+    tile_blocks = (all_tiles + tiles - 1) / tiles;
+  }
+  int chunks() const { return row_blocks * tile_blocks; }
+};
+
+// All linears of a site, their outputs side by side in out [rows, stride].
+template <bool Add>
+inline void run_site(Worker& worker, const NbSite& site, const Activations* inputs, int rows, float* out, int64_t stride) {
+  int first_chunk[4] = {0, 0, 0, 0};
+  Grid grids[3] = {Grid(rows, 1, 1), Grid(rows, 1, 1), Grid(rows, 1, 1)};
+  for (int i = 0; i < site.num_linears; i++) {
+    grids[i] = Grid(rows, tiles_of(site.linears[i]), worker.threads);
+    first_chunk[i + 1] = first_chunk[i] + grids[i].chunks();
+  }
+  nibble::parallel(worker, first_chunk[site.num_linears], [&](int chunk) {
+    int i = 0, column = 0;
+    while (chunk >= first_chunk[i + 1]) column += site.linears[i++].n;
+    const NbLinear& w = site.linears[i];
+    chunk -= first_chunk[i];
+    int row = chunk / grids[i].tile_blocks * kMaxRows, tile = chunk % grids[i].tile_blocks * grids[i].tiles;
+    product<Add>(w, inputs[w.input], row, min_int(kMaxRows, rows - row), tile,
+                 min_int(tile + grids[i].tiles, tiles_of(w)), out + row * stride + column + tile * 16, stride);
+  });
+}
+
+}  // namespace NB_ISA

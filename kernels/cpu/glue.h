@@ -1,0 +1,134 @@
+// What stands between the products: exp, norms, activation functions, rotary embedding, and the preparation of a row of
+// activations for a product.
+#pragma once
+#include <math.h>
+#include "gemm.h"
+
+namespace NB_ISA {
+
+// e^x to some 1e-7 of itself; 0 below -87. NaN stays NaN.
+inline F32 f_exp(F32 x) {
+  x = f_min(f_set(88.0f), f_max(f_set(-87.0f), x));
+  F32 n = f_round(f_mul(x, f_set(1.44269504f)));
+  F32 r = f_fma(n, f_set(-0.693359375f), x);
+  r = f_fma(n, f_set(2.12194440e-4f), r);
+  F32 p = f_set(1.9875691500e-4f);
+  p = f_fma(p, r, f_set(1.3981999507e-3f));
+  p = f_fma(p, r, f_set(8.3334519073e-3f));
+  p = f_fma(p, r, f_set(4.1665795894e-2f));
+  p = f_fma(p, r, f_set(1.6666665459e-1f));
+  p = f_fma(p, r, f_set(5.0000001201e-1f));
+  p = f_fma(p, f_mul(r, r), f_add(r, f_set(1.0f)));
+  return f_scale(p, n);
+}
+
+inline F32 sigmoid(F32 x) { return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
+
+// gelu(x) = x / 2 (1 + tanh(u)) = x sigmoid(2 u)
+inline F32 activate(F32 x, int activation) {
+  if (activation == NB_SILU) return f_mul(x, sigmoid(x));
+  F32 u = f_mul(x, f_fma(f_mul(x, x), f_set(0.044715f * 1.59576912f), f_set(1.59576912f)));
+  return f_mul(x, sigmoid(u));
+}
+
+// out = x / rms(x) * weight; n a multiple of 16. x may be out.
+inline void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
+  F32 squares = f_zero();
+  for (int i = 0; i < n; i += 16) squares = f_fma(f_load(x + i), f_load(x + i), squares);
+  F32 factor = f_set(1.0f / sqrtf(f_sum(squares) / n + eps));
+  for (int i = 0; i < n; i += 16) f_store(out + i, f_mul(f_mul(f_load(x + i), factor), f_load(weight + i)));
+}
+
+// What is written where one input's rows are prepared.
+struct InputBuffer {
+  char* data;      // [rows, k_padded] int8 or bfloat16
+  float* scale;    // [rows, groups]
+  int32_t* sum;    // [rows, groups]
+};
+
+inline int groups_of(const NbInput& input) {
+  int size = input.group ? input.group : input.sum_group;
+  return size ? (input.k_padded + size - 1) / size : 0;
+}
+
+inline Activations view(const NbInput& input, const InputBuffer& buffer) {
+  return {buffer.data, buffer.scale, buffer.sum, input.k_padded, groups_of(input), input.group != 0};
+}
+
+// A group of at most 128 values to int8: q = round(x / scale), scale = max |x| / 127. Not-a-number poisons the scale, so
+// that it comes out of the product.
+inline void quantize_group(const float* x, int n, int8_t* q, float* scale, int32_t* sum) {
+  F32 largest = f_zero(), poison = f_zero();
+  for (int i = 0; i < n; i += 16) {
+    F32 v = f_first(f_load(x + i), n - i, 0.0f);
+    largest = f_max(largest, f_abs(v));
+    poison = f_fma(v, f_zero(), poison);
+  }
+  float top = f_largest(largest);
+  F32 inverse = f_set(top > 0.0f ? 127.0f / top : 0.0f);
+  int32_t total = 0;
+  alignas(64) int8_t codes[16];
+  for (int i = 0; i < n; i += 16) {
+    i_store_s8(codes, i_round(f_mul(f_first(f_load(x + i), n - i, 0.0f), inverse)));
+    int count = min_int(16, n - i);
+    memcpy(q + i, codes, count);
+    for (int j = 0; j < count; j++) total += codes[j];
+  }
+  *scale = top / 127.0f + f_sum(poison);
+  *sum = total;
+}
+
+inline void to_bf16(const NbInput& input, const float* x, uint16_t* out, float* sums) {
+  for (int i = 0; i < input.k_padded; i += 16) {
+    alignas(64) uint16_t lanes[16];
+    f_store_bf16(lanes, f_load(x + i));
+    memcpy(out + i, lanes, 2 * min_int(16, input.k_padded - i));
+  }
+  if (!input.sum_group) return;
+  for (int g = 0; g * input.sum_group < input.k_padded; g++) {
+    float total = 0.0f;
+    for (int i = g * input.sum_group; i < min_int((g + 1) * input.sum_group, input.k_padded); i++) {
+      uint32_t bits = (uint32_t)out[i] << 16;
+      float value;
+      memcpy(&value, &bits, 4);
+      total += value;
+    }
+    sums[g] = total;
+  }
+}
+
+// Prepares row `row` of one input from x [k]; padded is scratch for k_padded + 16 floats.
+inline void prepare(const NbInput& input, const InputBuffer& buffer, int row, const float* x, float* padded) {
+  if (input.perm)
+    for (int i = 0; i < input.k; i++) padded[i] = x[input.perm[i]];
+  else
+    memcpy(padded, x, sizeof(float) * input.k);
+  for (int i = input.k; i < input.k_padded + 16; i++) padded[i] = 0.0f;
+  int64_t groups = groups_of(input), at = row * groups;
+  if (!input.group) {
+    to_bf16(input, padded, (uint16_t*)buffer.data + (int64_t)row * input.k_padded, buffer.scale + at);
+    return;
+  }
+  int8_t* q = (int8_t*)buffer.data + (int64_t)row * input.k_padded;
+  for (int g = 0; g < groups; g++) {
+    int first = g * input.group;
+    quantize_group(padded + first, min_int(input.group, input.k_padded - first), q + first, buffer.scale + at + g,
+                   buffer.sum + at + g);
+  }
+}
+
+inline void prepare_all(const NbSite& site, const InputBuffer* buffers, int row, const float* x, float* padded) {
+  for (int i = 0; i < site.num_inputs; i++) prepare(site.inputs[i], buffers[i], row, x, padded);
+}
+
+// Rotate one head in place: (i, i + dim/2) pair up.
+inline void rotate(float* x, int dim, const float* cosines, const float* sines) {
+  float* high = x + dim / 2;
+  for (int i = 0; i < dim / 2; i++) {
+    float a = x[i], b = high[i];
+    x[i] = a * cosines[i] - b * sines[i];
+    high[i] = b * cosines[i] + a * sines[i];
+  }
+}
+
+}  // namespace NB_ISA

@@ -1,0 +1,185 @@
+// The C interface: which instruction sets this machine has, the memory of a step, and the programs run on the team.
+#include "isa.h"
+
+#include <new>
+#include <string.h>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace avx2 { extern const nibble::Kernels kKernels; }
+namespace avxvnni { extern const nibble::Kernels kKernels; }
+namespace avx512vnni { extern const nibble::Kernels kKernels; }
+namespace avx512bf16 { extern const nibble::Kernels kKernels; }
+
+namespace {
+
+using namespace nibble;
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  bool (*runs)();
+};
+
+bool leaf7(int subleaf, int reg, int bit) {
+  unsigned r[4];
+  return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1);
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avxvnni() { return has_avx2() && leaf7(1, 0, 4); }
+bool has_avx512vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+bool has_avx512bf16() { return has_avx512vnni() && leaf7(1, 0, 5); }
+
+const Isa kIsas[] = {  // best first
+    {"avx512bf16", &avx512bf16::kKernels, has_avx512bf16},
+    {"avx512vnni", &avx512vnni::kKernels, has_avx512vnni},
+    {"avxvnni", &avxvnni::kKernels, has_avxvnni},
+    {"avx2", &avx2::kKernels, has_avx2},
+};
+
+// Cuts one piece of memory into arrays of 64-byte aligned beginnings. The first pass, without memory, measures.
+struct Arena {
+  char* memory = nullptr;
+  size_t used = 0;
+  template <class T> T* take(size_t count) {
+    T* place = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+    used += (count * sizeof(T) + 127) & ~size_t(63);
+    return place;
+  }
+};
+
+struct InputSize {
+  size_t data = 0, groups = 0;  // of one row
+};
+
+void widen(InputSize* sizes, const NbSite& site) {
+  for (int i = 0; i < site.num_inputs; i++) {
+    const NbInput& input = site.inputs[i];
+    size_t data = size_t(input.k_padded) * (input.group ? 1 : 2);
+    int group = input.group ? input.group : input.sum_group;
+    size_t groups = group ? (input.k_padded + group - 1) / group : 0;
+    if (data > sizes[i].data) sizes[i].data = data;
+    if (groups > sizes[i].groups) sizes[i].groups = groups;
+  }
+}
+
+void place_inputs(Arena& arena, StepBuffers& b, const InputSize* sizes, size_t rows) {
+  for (int i = 0; i < 3; i++) {
+    b.inputs[i] = arena.take<char>(rows * sizes[i].data);
+    b.scales[i] = arena.take<float>(rows * sizes[i].groups);
+    b.sums[i] = arena.take<int32_t>(rows * sizes[i].groups);
+  }
+}
+
+void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch) {
+  size_t rows = batch.num_tokens;
+  place_inputs(arena, b, sizes, rows);
+  b.qkv = arena.take<float>(rows * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
+  b.queries = arena.take<uint16_t>(rows * m.num_heads * m.head_dim);
+  b.attended = arena.take<float>(rows * m.num_heads * m.head_dim);
+  b.y = arena.take<float>(rows * m.hidden);
+  b.inner = arena.take<float>(rows * m.intermediate);
+  for (float*& table : b.angles) table = arena.take<float>(rows * m.head_dim);
+  b.row_items = arena.take<int32_t>(rows);
+  b.item_rows = arena.take<int32_t>(batch.num_items);
+  b.units = arena.take<Unit>(rows);
+}
+
+// Which rows belong to which item, and the units of attention.
+void lay_out(StepBuffers& b, const NbModel& m, const NbBatch& batch) {
+  int tokens = kQueryTile / (m.num_heads / m.num_kv_heads);
+  if (tokens < 1) tokens = 1;
+  int row = 0;
+  b.num_units = 0;
+  for (int i = 0; i < batch.num_items; i++) {
+    int count = batch.items[i].count;
+    b.item_rows[i] = row;
+    for (int j = 0; j < count; j++) b.row_items[row + j] = i;
+    for (int first = 0; first < count; first += tokens)
+      b.units[b.num_units++] = {i, first, count - first < tokens ? count - first : tokens};
+    row += count;
+  }
+}
+
+}  // namespace
+
+struct NbPool {
+  Team* team;
+  const Kernels* kernels;
+};
+
+extern "C" {
+
+const char* nb_build(void) { return NB_SOURCES; }
+
+int32_t nb_abi_version(void) { return NB_ABI_VERSION; }
+
+const char* nb_isas(void) {
+  static const std::string names = [] {
+    std::string found;
+    for (const Isa& isa : kIsas)
+      if (isa.runs()) found += (found.empty() ? "" : ",") + std::string(isa.name);
+    return found;
+  }();
+  return names.c_str();
+}
+
+NbPool* nb_pool_new(int32_t threads, const char* isa) {
+  for (const Isa& known : kIsas)
+    if (strcmp(known.name, isa) == 0 && known.runs()) return new NbPool{team_new(threads), known.kernels};
+  return nullptr;
+}
+
+void nb_pool_free(NbPool* pool) {
+  team_free(pool->team);
+  delete pool;
+}
+
+void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float* hidden) {
+  InputSize sizes[3];
+  for (int l = 0; l < model->num_layers; l++)
+    for (const NbSite* site : {&model->layers[l].qkv, &model->layers[l].o, &model->layers[l].gate_up, &model->layers[l].down})
+      widen(sizes, *site);
+  StepBuffers buffers;
+  Arena measure, arena;
+  place_step(measure, buffers, sizes, *model, *batch);
+  arena.memory = team_buffer(pool->team, measure.used);
+  place_step(arena, buffers, sizes, *model, *batch);
+  lay_out(buffers, *model, *batch);
+  StepJob job{model, batch, &buffers, hidden};
+  team_run(pool->team, pool->kernels->forward, &job, 10 * model->num_layers + 2);
+}
+
+static void place_rows(NbPool* pool, const NbSite& site, int rows, StepBuffers& buffers) {
+  InputSize sizes[3];
+  widen(sizes, site);
+  Arena measure, arena;
+  place_inputs(measure, buffers, sizes, rows);
+  arena.memory = team_buffer(pool->team, measure.used);
+  place_inputs(arena, buffers, sizes, rows);
+}
+
+void nb_logits(NbPool* pool, const NbModel* model, const float* hidden, int32_t rows, float* logits) {
+  StepBuffers buffers;
+  place_rows(pool, model->head, rows, buffers);
+  LogitsJob job{model, &buffers, hidden, rows, logits};
+  team_run(pool->team, pool->kernels->logits, &job, 2);
+}
+
+void nb_linear(NbPool* pool, const NbSite* site, const float* x, int32_t rows, float* y) {
+  StepBuffers buffers;
+  place_rows(pool, *site, rows, buffers);
+  LinearJob job{site, &buffers, x, rows, y};
+  team_run(pool->team, pool->kernels->linear, &job, 2);
+}
+}

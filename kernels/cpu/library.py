@@ -1,0 +1,113 @@
+"""The C++ kernels from Python: the library, found and checked, its structures (abi.h has the layouts), its threads."""
+
+import ctypes
+import weakref
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+
+from ...quant.errors import NibbleError
+from .build import LIBRARY, source_hash
+
+_ABI_VERSION = 1
+_HOW_TO_BUILD = "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
+
+U4, U8, FP8, DENSE = range(4)  # NbFormat
+MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # NbActivation
+
+
+class NbLinear(ctypes.Structure):
+    _fields_ = [("format", c_int32), ("offset", c_int32), ("n", c_int32), ("group", c_int32), ("groups", c_int32),
+                ("midpoint", c_int32), ("input", c_int32), ("multiplier", c_float), ("data", c_void_p),
+                ("scales", c_void_p), ("offsets", c_void_p), ("bias", c_void_p)]
+
+
+class NbInput(ctypes.Structure):
+    _fields_ = [("k", c_int32), ("k_padded", c_int32), ("group", c_int32), ("sum_group", c_int32), ("perm", c_void_p)]
+
+
+class NbSite(ctypes.Structure):
+    _fields_ = [("num_inputs", c_int32), ("num_linears", c_int32), ("inputs", NbInput * 3), ("linears", NbLinear * 3)]
+
+
+class NbLayer(ctypes.Structure):
+    _fields_ = [("input_norm", c_void_p), ("mlp_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p),
+                ("post_attention_norm", c_void_p), ("post_mlp_norm", c_void_p), ("rope", c_int32), ("window", c_int32),
+                ("qkv", NbSite), ("o", NbSite), ("gate_up", NbSite), ("down", NbSite)]
+
+
+class NbModel(ctypes.Structure):
+    _fields_ = [("hidden", c_int32), ("intermediate", c_int32), ("num_layers", c_int32), ("num_heads", c_int32),
+                ("num_kv_heads", c_int32), ("head_dim", c_int32), ("vocab", c_int32), ("activation", c_int32),
+                ("eps", c_float), ("attention_scale", c_float), ("embedding_scale", c_float), ("block_size", c_int32),
+                ("layers", POINTER(NbLayer)), ("embedding", c_void_p), ("norm", c_void_p), ("inv_freq", c_void_p * 2),
+                ("head", NbSite)]
+
+
+class NbBatch(ctypes.Structure):
+    _fields_ = [("num_tokens", c_int32), ("num_items", c_int32), ("tokens", c_void_p), ("items", c_void_p),
+                ("tables", c_void_p), ("cache", c_void_p), ("num_blocks", c_int64)]
+
+
+_FUNCTIONS = {
+    "nb_build": (c_char_p, []),
+    "nb_abi_version": (c_int32, []),
+    "nb_isas": (c_char_p, []),
+    "nb_pool_new": (c_void_p, [c_int32, c_char_p]),
+    "nb_pool_free": (None, [c_void_p]),
+    "nb_forward": (None, [c_void_p, POINTER(NbModel), POINTER(NbBatch), c_void_p]),
+    "nb_logits": (None, [c_void_p, POINTER(NbModel), c_void_p, c_int32, c_void_p]),
+    "nb_linear": (None, [c_void_p, POINTER(NbSite), c_void_p, c_int32, c_void_p]),
+}
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason why there is none."""
+    if not LIBRARY.is_file():
+        return None, f"the C++ kernels are not built: {_HOW_TO_BUILD}"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"the C++ kernels do not load ({error}): {_HOW_TO_BUILD}"
+    if library.nb_abi_version() != _ABI_VERSION or source_hash() not in (None, library.nb_build().decode()):
+        return None, f"the C++ kernels were built from other sources than these: {_HOW_TO_BUILD}"
+    if not library.nb_isas():
+        return None, "the C++ kernels need a CPU with AVX2"
+    return library, ""
+
+
+def why_missing() -> str | None:
+    """None where the C++ kernels can be used, else the reason and what to do."""
+    return _load()[1] or None
+
+
+def library() -> ctypes.CDLL:
+    found, reason = _load()
+    if found is None:
+        raise NibbleError(reason)
+    return found
+
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, best first; empty where the library is missing."""
+    found, _ = _load()
+    return found.nb_isas().decode().split(",") if found is not None else []
+
+
+class Pool:
+    """Threads that run the kernels of one instruction set. They sleep while there is nothing to do."""
+
+    def __init__(self, threads: int, isa: str = "auto"):
+        """Raises NibbleError where the machine has no such instruction set."""
+        known = instruction_sets()
+        self.isa = known[0] if isa == "auto" and known else isa
+        self.threads = threads
+        self.library = library()
+        self.handle = self.library.nb_pool_new(threads, self.isa.encode())
+        if not self.handle:
+            raise NibbleError(f"--cpu-isa {isa!r} is not one of this machine's: {', '.join(known)}")
+        weakref.finalize(self, self.library.nb_pool_free, self.handle)

@@ -1,0 +1,187 @@
+"""Canonical weights in the C++ kernels' own layout (drawn in abi.h), and the sites of a decoder made of them.
+
+A weight whose grid the kernels do not know (scales that span rows, groups that are no multiple of 8) is dequantized
+once and multiplied in bfloat16: slower, never refused.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...quant.weight import QuantizedWeight
+from . import library as lib
+from .library import NbInput, NbLinear, NbSite, Pool
+
+_INT_GROUP, _WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
+_HEAD_GROUP = 64
+
+
+@dataclass(slots=True)
+class Prepared:
+    """One linear in the kernels' layout; the tensors own the memory."""
+
+    format: int
+    n: int
+    k: int
+    group: int
+    data: Tensor
+    scales: Tensor | None = None
+    offsets: Tensor | None = None
+    offset: int = lib.MIDPOINT
+    midpoint: int = 0
+    multiplier: float = 1.0
+    bias: Tensor | None = None  # float32 [n]
+    perm: Tensor | None = None  # int32 [k]
+
+    @property
+    def k_padded(self) -> int:
+        return -(-self.k // 8) * 8
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k_padded // self.group)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.data, self.scales, self.offsets) if t is not None)
+
+    def describe(self, int8: bool) -> str:
+        name = {lib.U4: "int4", lib.U8: "int8", lib.FP8: "fp8", lib.DENSE: "bf16"}[self.format]
+        return f"{name} x {'int8' if int8 and self.format in (lib.U4, lib.U8) else 'bf16'}"
+
+
+def prepare(weight: QuantizedWeight | Tensor, bias: Tensor | None = None) -> Prepared:
+    """weight [n, k], canonical or dense, into the kernels' layout."""
+    bias = None if bias is None else bias.detach().float().contiguous()
+    if isinstance(weight, QuantizedWeight):
+        group = _kernel_group(weight)
+        if group is not None:
+            prepared = _fp8(weight, group) if weight.kind == "fp8" else _integer(weight, group)
+            prepared.bias = bias
+            return prepared
+        weight = weight.dequantize(torch.bfloat16)
+    n, k = weight.shape
+    tiles = _tiles(weight.to(torch.bfloat16).view(torch.int16), 2).permute(0, 2, 1, 3).contiguous()
+    return Prepared(lib.DENSE, n, k, _WIDE_GROUP, tiles, bias=bias)
+
+
+def quantize_head(weight: Tensor) -> QuantizedWeight:
+    """A dense [vocab, hidden] weight as symmetric 8-bit codes with a scale for every 64 columns of a row."""
+    rows, columns = weight.shape
+    groups = F.pad(weight.float(), (0, -columns % _HEAD_GROUP)).view(rows, -1, _HEAD_GROUP)
+    scales = (groups.abs().amax(-1) / 127).half()
+    codes = (groups / scales.float().clamp_min(1e-12)[..., None]).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+    return QuantizedWeight(codes.view(rows, -1)[:, :columns].contiguous(), scales, bits=8, block=(1, _HEAD_GROUP))
+
+
+def _kernel_group(weight: QuantizedWeight) -> int | None:
+    """Columns that share a scale in the kernel: the weight's own group, or an even part of it; None: neither works."""
+    rows, group = weight.block
+    widest = _WIDE_GROUP if weight.kind == "fp8" else _INT_GROUP
+    if (rows != 1 and weight.kind != "fp8") or weight.bits > 8:
+        return None
+    if group >= weight.in_features:
+        return min(widest, -(-weight.in_features // 8) * 8)
+    if group > widest:
+        return widest if group % widest == 0 else None
+    return group if group % 8 == 0 else None
+
+
+def _tiles(codes: Tensor, columns: int) -> Tensor:
+    """[n, k] padded with zeros to whole tiles and eights of columns -> [n/16, 16, k/columns, columns]."""
+    n, k = codes.shape
+    padded = F.pad(codes, (0, -k % 8, 0, -n % 16)) if k % 8 or n % 16 else codes
+    return padded.view(-1, 16, padded.shape[1] // columns, columns)
+
+
+def _by_group(values: Tensor, weight: QuantizedWeight, group: int) -> Tensor:
+    """Scales (zeros, minima) of a weight's blocks -> [n/16, groups, 16], one for every kernel group."""
+    rows, columns = weight.block
+    if rows != 1:
+        values = values.repeat_interleave(rows, 0)[:weight.out_features]
+    starts = torch.arange(0, weight.in_features, group)
+    values = values[:, starts // columns]
+    values = F.pad(values, (0, 0, 0, -len(values) % 16))
+    return values.view(-1, 16, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _integer(weight: QuantizedWeight, group: int) -> Prepared:
+    if weight.bits <= 4:
+        pairs = _tiles(weight.codes, 8).unflatten(3, (2, 4))
+        format, tiles = lib.U4, (pairs[:, :, :, 0] | (pairs[:, :, :, 1] << 4)).transpose(1, 2).contiguous()
+    else:
+        format, tiles = lib.U8, _tiles(weight.codes, 4).transpose(1, 2).contiguous()
+    largest = max(float(t.float().abs().max()) for t in (weight.scales, weight.mins) if t is not None)
+    exponent = 14 - math.ceil(math.log2(largest)) if largest > 0 else 0
+    scales = _by_group(weight.scales.float() * 2.0**exponent, weight, group).half()
+    prepared = Prepared(format, weight.out_features, weight.in_features, group, tiles, scales,
+                        midpoint=2 ** (weight.bits - 1), multiplier=2.0**-exponent, perm=_perm(weight))
+    if weight.mins is not None:
+        prepared.offset, prepared.midpoint = lib.MINS, 0
+        prepared.offsets = _by_group(weight.mins.float() * 2.0**exponent, weight, group).half()
+    elif weight.zeros is not None:
+        prepared.offset, prepared.offsets = lib.ZEROS, _by_group(weight.zeros, weight, group)
+    return prepared
+
+
+def _fp8(weight: QuantizedWeight, group: int) -> Prepared:
+    tiles = _tiles(weight.codes.view(torch.uint8), 2).permute(0, 2, 3, 1).contiguous()
+    scales = _by_group(weight.scales.float(), weight, group)
+    return Prepared(lib.FP8, weight.out_features, weight.in_features, group, tiles, scales, multiplier=256.0,
+                    perm=_perm(weight))
+
+
+def _perm(weight: QuantizedWeight) -> Tensor | None:
+    return None if weight.perm is None else weight.perm.to(torch.int32).contiguous()
+
+
+@dataclass(slots=True)
+class Site:
+    """The linears that read the same activations, and how these are prepared for each: at most three of both."""
+
+    linears: list[Prepared]
+    int8: bool  # activations of integer weights as int8 codes by group, else bfloat16
+    inputs: list[Prepared] = field(init=False)  # the first linear that wants each kind of input
+
+    def __post_init__(self) -> None:
+        self.inputs = []
+        for linear in self.linears:
+            if not any(self._same_input(linear, other) for other in self.inputs):
+                self.inputs.append(linear)
+
+    def struct(self) -> NbSite:
+        site = NbSite(len(self.inputs), len(self.linears))
+        for i, first in enumerate(self.inputs):
+            group, sums = self._input_groups(first)
+            site.inputs[i] = NbInput(first.k, first.k_padded, group, sums, pointer(first.perm))
+        for i, w in enumerate(self.linears):
+            chosen = next(j for j, first in enumerate(self.inputs) if self._same_input(w, first))
+            site.linears[i] = NbLinear(w.format, w.offset, w.n, w.group, w.groups, w.midpoint, chosen, w.multiplier,
+                                       pointer(w.data), pointer(w.scales), pointer(w.offsets), pointer(w.bias))
+        return site
+
+    def _input_groups(self, linear: Prepared) -> tuple[int, int]:
+        """(group of int8 codes, group of sums for bfloat16)."""
+        if linear.format not in (lib.U4, lib.U8):
+            return 0, 0
+        return (linear.group, 0) if self.int8 else (0, linear.group)
+
+    def _same_input(self, a: Prepared, b: Prepared) -> bool:
+        same_perm = (a.perm is None and b.perm is None) or (
+            a.perm is not None and b.perm is not None and torch.equal(a.perm, b.perm))
+        return same_perm and self._input_groups(a) == self._input_groups(b)
+
+    def __call__(self, pool: Pool, x: Tensor) -> Tensor:
+        """x float32 [rows, k] -> float32 [rows, outputs of all linears]. For tests and other single products."""
+        x = x.float().contiguous()
+        y = torch.empty(len(x), sum(w.n for w in self.linears))
+        pool.library.nb_linear(pool.handle, ctypes.byref(self.struct()), x.data_ptr(), len(x), y.data_ptr())
+        return y
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

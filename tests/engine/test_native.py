@@ -1,0 +1,111 @@
+"""The C++ decoder against the torch one on every architecture: logits, and tokens however the work is cut up."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from nibble.engine.batch import ScheduledBatch, ScheduledRequest
+from nibble.engine.config import EngineConfig
+from nibble.engine.models.native import NativeDecoder
+from nibble.engine.request import Request, SamplingParams
+from nibble.engine.runner import Runner
+from nibble.kernels.cpu import library
+from nibble.quant.errors import NibbleError
+
+_spec = importlib.util.spec_from_file_location("engine_models", Path(__file__).parent / "models.py")
+models = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(models)
+
+pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
+
+
+def make_runner(folder: Path, **more) -> Runner:
+    return Runner(EngineConfig(model=str(folder), kv_cache_memory=1 << 23, **{"dtype": "bfloat16", **more}))
+
+
+@pytest.fixture(scope="module", params=list(models.CONFIGS))
+def folder(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    models.build(request.param, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runner(folder: Path) -> Runner:
+    runner = make_runner(folder, num_threads=2)
+    assert isinstance(runner.model, NativeDecoder)
+    return runner
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make_request(ids: list[int], blocks: list[int]) -> Request:
+    return Request(f"r{blocks[0]}", ids, SamplingParams(temperature=0, max_tokens=64), frozenset(), seed=0,
+                   block_table=blocks)
+
+
+def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None:
+    """Drive the runner as a scheduler would: at most `chunk` tokens of each request a step."""
+    for _ in range(steps):
+        items = [ScheduledRequest(r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens))
+                 for r in requests]
+        result = runner.execute(ScheduledBatch(items))
+        for item in items:
+            item.request.num_computed_tokens = item.end
+            if item.samples:
+                item.request.token_ids.append(result.tokens[item.request.request_id])
+
+
+@pytest.mark.parametrize("isa", library.instruction_sets())
+def test_logits_err_no_more_than_torch_in_bfloat16(folder: Path, isa: str) -> None:
+    """Against float32, past the sliding window (24) and over several blocks and key steps."""
+    ids = prompt(150)
+    exact = make_runner(folder, dtype="float32").logits(ids)
+    torchs = (make_runner(folder, cpu_isa="none").logits(ids) - exact).norm()
+    ours = (make_runner(folder, cpu_isa=isa).logits(ids) - exact).norm()
+    assert ours <= torchs
+
+
+@pytest.mark.parametrize("chunk", [256, 7, 1])
+def test_tokens_do_not_depend_on_chunks_blocks_or_company(runner: Runner, chunk: int) -> None:
+    lengths = [1, 5, 29, 40, 70]
+    alone = [make_request(prompt(n, seed=n), list(range(10))) for n in lengths]
+    for request in alone:
+        run(runner, [request], 256, steps=12)
+    together = [make_request(prompt(n, seed=n), list(range(20 * i + 30, 20 * i, -3))) for i, n in enumerate(lengths)]
+    run(runner, together, chunk, steps=-(-70 // chunk) + 11)
+    for one, other in zip(alone, together, strict=True):
+        count = min(one.num_tokens, other.num_tokens)
+        assert one.token_ids[:count] == other.token_ids[:count]
+
+
+def test_logits_of_decoding_are_those_of_the_prompt(runner: Runner) -> None:
+    ids = prompt(60, seed=5)
+    request = make_request(ids, list(range(10)))
+    rows = [runner.model.logits(runner._forward([ScheduledRequest(request, i, 1)], runner.cache)) for i in range(60)]
+    assert torch.equal(torch.cat(rows), runner.logits(ids))
+
+
+def test_prompt_logprobs(runner: Runner) -> None:
+    ids = prompt(20, seed=3)
+    request = Request("r", ids, SamplingParams(temperature=0, prompt_logprobs=2), frozenset(), seed=0,
+                      block_table=[0, 1])
+    got = runner.execute(ScheduledBatch([ScheduledRequest(request, 0, 20)])).prompt_logprobs["r"]
+    want = torch.log_softmax(runner.logits(ids), -1)
+    assert [e.token_id for e in got] == ids[1:]
+    assert all(e.logprob == pytest.approx(float(want[i, ids[i + 1]])) for i, e in enumerate(got))
+
+
+def test_what_cannot_be_served_is_refused_in_words(tmp_path: Path) -> None:
+    models.build("llama", tmp_path)
+    assert not isinstance(make_runner(tmp_path, block_size=4).model, NativeDecoder)
+    with pytest.raises(NibbleError, match="avx9"):
+        make_runner(tmp_path, cpu_isa="avx9")
+    with pytest.raises(NibbleError, match="int9"):
+        make_runner(tmp_path, cpu_activations="int9")
+    with pytest.raises(NibbleError, match="--dtype bfloat16"):
+        make_runner(tmp_path, dtype="float32", lm_head_bits=8)
