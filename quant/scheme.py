@@ -254,8 +254,11 @@ def _read_modelopt(config: dict[str, Any]) -> dict[str, Any]:
     """hf_quant_config.json, whose keys lie under "quantization", or the same in config.json (TensorRT ModelOpt)."""
     keys = _get(config, dict, config, "quantization")
     algorithm = _get(keys, str, "", "quant_algo").upper()
-    layers = {"FP8": ("tensor", None, "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ("channel", None, "token"),
-              "FP8_PB_WO": ("block", [128, 128], "none")}  # fmt: skip
+    layers: dict[str, tuple[Strategy, Any, ActQuant]] = {
+        "FP8": ("tensor", None, "tensor"),
+        "FP8_PER_CHANNEL_PER_TOKEN": ("channel", None, "token"),
+        "FP8_PB_WO": ("block", [128, 128], "none"),
+    }
     if algorithm not in layers:
         raise _unsupported("quant_algo", algorithm, f" ({', '.join(layers)} are)")
     skipped = _get(keys, list, [], "exclude_modules", "ignore")
