@@ -11,6 +11,9 @@ VENV ?= .venv
 TORCH_BACKEND ?= auto
 TORCH ?= torch==2.13.0
 PORT ?= 8000
+PEERS ?= .cache/peers
+# FOLDER:GROUP_SIZE of the 16-bit models to quantize
+QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:128
 
 BIN := $(VENV)/bin
 
@@ -19,7 +22,7 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow check bench clean
+.PHONY: help demo serve test test-slow check bench interop-env bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -27,6 +30,7 @@ help:
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
+	@echo '  make interop-env, make bench-quality  other quantizers, and what quantizing costs with each'
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
 
 # Tests start many processes: OpenMP threads that wait must not spin while others need the cores.
@@ -52,6 +56,13 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/serving.py --demo-models
+
+# Other quantizers, each in an environment of its own (several gigabytes).
+interop-env: $(VENV)/.installed
+	$(BIN)/python bench/quantizers.py install $(PEERS)
+
+bench-quality: $(VENV)/.installed
+	$(BIN)/python bench/quality.py $(QUALITY_MODELS) --peers $(PEERS)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
