@@ -4,8 +4,13 @@ The pipeline calls this for one block after the other and writes down what it re
 a block is quantized is here and in `algorithms/`.
 """
 
+import os
+import tempfile
 from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +24,7 @@ from .weight import QuantizedWeight, split
 
 REPLAY_WINDOWS, REPLAY_TOKENS = 8, 64  # a few tokens of each kind of text, to judge AWQ's scales on
 MEAN_WINDOWS = 8  # for the mean magnitudes of activations
+ACTIVATION_BYTES = 2 << 30  # of hidden states in memory, and as much again inside a block
 
 
 @dataclass(slots=True)
@@ -33,9 +39,24 @@ class BlockResult:
 class Activations:
     """What enters the next block: hidden states [n, T, hidden], and each block's other arguments for them."""
 
-    def __init__(self, source: BlockSource, samples: Samples, state: dict[str, Tensor] | None = None):
-        """state: what `state()` gave before the block to go on with; None: before the first."""
-        self.hidden = source.embed(samples.token_ids) if state is None else state["hidden"].to(source.device)
+    def __init__(self, source: BlockSource, samples: Samples, state: dict[str, Tensor] | None = None,
+                 folder: Path | None = None, bound: int = ACTIVATION_BYTES):
+        """state: what `state()` gave before the block to go on with; None: before the first.
+
+        bound: bytes of activations in memory. Hidden states that are more lie in a file in `folder`, mapped; and inside
+        a block, only as many windows go at once as it allows.
+        """
+        self.at_once = windows_at_once(source, samples.token_ids.shape[1], bound)
+        nbytes = samples.token_ids.numel() * source.config.hidden_size * 4
+        if folder is not None and nbytes > bound and source.device.type == "cpu":
+            self.hidden = _on_disk((*samples.token_ids.shape, source.config.hidden_size), folder)
+            for first in range(0, len(self.hidden), self.at_once):
+                part = slice(first, first + self.at_once)
+                self.hidden[part] = source.embed(samples.token_ids[part]) if state is None else state["hidden"][part]
+        elif state is None:
+            self.hidden = source.embed(samples.token_ids)
+        else:
+            self.hidden = state["hidden"].clone().to(source.device)
         self.arguments = source.keyword_arguments(self.hidden[:1])
         self.replay_arguments = source.keyword_arguments(self.replay[:1])
 
@@ -47,6 +68,19 @@ class Activations:
     def replay(self) -> Tensor:
         """The small part of them on which AWQ's scales are judged."""
         return self.hidden[:REPLAY_WINDOWS, :REPLAY_TOKENS]
+
+
+def windows_at_once(source: BlockSource, length: int, bound: int) -> int:
+    """How many windows of `length` tokens may go through a block together for what is inside it to stay in bound."""
+    per_token = 4 * sum(max(shape) for shape in source.linear_shapes(0).values())
+    return max(1, bound // (length * per_token))
+
+
+def _on_disk(shape: tuple[int, ...], folder: Path) -> Tensor:
+    """A float32 tensor in a file without a name, which the system writes out as it needs memory."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, prod(shape) * 4)  # a full disk is an error here, not a signal later
+        return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 
 @torch.no_grad()
@@ -73,7 +107,7 @@ def quantize_block(source: BlockSource, index: int, block: nn.Module, activation
             linear.weight.copy_(weight.dequantize())
             result.weights[name] = weight
 
-    calibration.run_quantizing(block, activations.hidden, arguments, stages, quantize)
+    calibration.run_quantizing(block, activations.hidden, arguments, stages, quantize, activations.at_once)
     return result
 
 

@@ -8,7 +8,7 @@ SHA-256 of the text is recorded. Evaluation text is separate: no chapter, page o
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,18 @@ def mean_abs_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
 
 @torch.no_grad()
 def run_quantizing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
-                   quantize: Callable[[str, Tensor], None]) -> None:
+                   quantize: Callable[[str, Tensor], None], at_once: int | None = None) -> None:
     """Replace hidden states [n, T, hidden], in place, by a block's outputs, quantizing the block on the way.
 
     The moment the inputs x of a site arrive, `quantize(site, E[x x^T])` may replace the weights that will read them, so
     each sees exactly what the quantized weights before it produce, at the price of one pass. All windows go at once:
-    the activations inside the block set the peak of memory.
+    the activations inside the block set the peak of memory. Where that is too much, `at_once` windows go at a time,
+    and the block runs once more for each site.
     """
+    if at_once is not None and at_once < len(hidden):
+        _run_in_parts(block, hidden, kwargs, sites, quantize, at_once)
+        return
+
     def meet(site: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
         quantize(site, (x.t() @ x) / len(x))
@@ -141,6 +146,31 @@ def run_quantizing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sit
     with _watching(block, sites, meet):
         out = block(hidden, **kwargs)
     hidden.copy_(out[0] if isinstance(out, tuple) else out)
+
+
+class _Met(Exception):
+    """The block has run as far as it was wanted to."""
+
+
+def _run_in_parts(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
+                  quantize: Callable[[str, Tensor], None], at_once: int) -> None:
+    tokens = hidden.shape[:-1].numel()
+    for site in sites:
+        hessian: list[Tensor] = []
+
+        def meet(_site: str, x: Tensor, hessian: list[Tensor] = hessian) -> None:
+            x = x.flatten(0, -2)
+            hessian[:] = [hessian[0].addmm_(x.t(), x)] if hessian else [x.t() @ x]
+            raise _Met
+
+        with _watching(block, [site], meet):
+            for part in hidden.split(at_once):
+                with suppress(_Met):
+                    block(part, **kwargs)
+        quantize(site, hessian[0].div_(tokens))
+    for part in hidden.split(at_once):
+        out = block(part, **kwargs)
+        part.copy_(out[0] if isinstance(out, tuple) else out)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from .block_quantizer import ACTIVATION_BYTES
 from .blocks import BlockSource
 from .checkpoint import Checkpoint
 from .plan import Plan, Recipe
@@ -57,8 +58,8 @@ def _memory(block: list[tuple[int, int]], hidden: int, tokens: int, recipe: Reci
     if recipe.method == "fp8":
         return _PROCESS + 3 * weights
     widest = max(width for _, width in block)
-    inner = 4 * tokens * sum(max(shape) for shape in block) // 2  # what the block holds between its linears
-    return _PROCESS + 3 * weights + 2 * hidden + inner + 6 * 4 * widest**2
+    inner = min(ACTIVATION_BYTES, 4 * tokens * sum(max(shape) for shape in block))  # between the block's linears
+    return _PROCESS + 3 * weights + min(2 * hidden, ACTIVATION_BYTES) + inner + 6 * 4 * widest**2
 
 
 def _seconds(block: list[tuple[int, int]], blocks: int, tokens: int, recipe: Recipe) -> float:

@@ -65,11 +65,11 @@ class Journal:
             (self.writer.work / previous["file"]).unlink(missing_ok=True)
 
     def state(self) -> dict[str, Tensor] | None:
-        """The state given to the last `record` that had one, on the CPU."""
+        """The state given to the last `record` that had one, mapped from its file: not to be written to."""
         if self._state is None:
             return None
         with safe_open(self.writer.work / self._state["file"], "pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def _verify(self) -> None:
         joining = (self.writer.work / "layout.json").exists()  # parts go as the shards that hold them are done

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import __version__ as nibble_version
 from . import calibration, formats
-from .block_quantizer import Activations, BlockResult, quantize_block
+from .block_quantizer import ACTIVATION_BYTES, Activations, BlockResult, quantize_block, windows_at_once
 from .blocks import BlockSource
 from .calibration import Samples
 from .checkpoint import Checkpoint, open_checkpoint
@@ -122,12 +122,13 @@ def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq"
 def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *, calib: str | Path | None = None,
                         calib_samples: int = CALIB_SAMPLES, calib_seqlen: int = CALIB_SEQLEN, seed: int = 0,
                         device: str = "cpu", overwrite: bool = False, resume: bool = False,
+                        activation_memory: int = ACTIVATION_BYTES,
                         progress: Callable[[Progress], None] | None = None,
                         announce: Callable[[Plan], None] | None = None) -> Report:
     """As `convert`, from a checked recipe; returns what was done. `announce` is told the plan before work starts.
 
     resume: go on with what an interrupted run of the same conversion left in OUT.partial; the result is the same, byte
-    for byte.
+    for byte. activation_memory: bytes of activations beyond which they go to disk and through a block in parts.
     """
     output = Path(output)
     checkpoint, source, plan = _prepare(model, output, recipe, device, overwrite, resume)
@@ -141,9 +142,11 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
         report = Report(checkpoint.path, recipe, plan, samples, bytes_before=checkpoint.nbytes)
         writer = ShardWriter(partial)
         tokens = None if samples is None else samples.token_ids.tolist()
-        journal = Journal.open(writer, fingerprint(checkpoint, recipe, tokens, nibble_version))
+        run = fingerprint(checkpoint, recipe, tokens, windows_at_once(source, calib_seqlen, activation_memory),
+                          nibble_version)
+        journal = Journal.open(writer, run)
         _convert_outside(checkpoint, source, journal)
-        _convert_blocks(source, journal, report, progress)
+        _convert_blocks(source, journal, report, activation_memory, progress)
         files = writer.finish()
         report.bytes_after = sum(file.stat().st_size for file in files)
         write_json(partial / "config.json", _config(checkpoint, plan))
@@ -180,14 +183,14 @@ def _convert_outside(checkpoint: Checkpoint, source: BlockSource, journal: Journ
 
 
 @torch.no_grad()
-def _convert_blocks(source: BlockSource, journal: Journal, report: Report,
+def _convert_blocks(source: BlockSource, journal: Journal, report: Report, activation_memory: int,
                     progress: Callable[[Progress], None] | None) -> None:
     start = time.monotonic()
     done = [entry["report"] for entry in journal.entries if entry["report"]]
     for entry in done:
         report.add(BlockReport(**entry))
-    state = journal.state()
-    activations = None if report.samples is None else Activations(source, report.samples, state)
+    activations = None if report.samples is None else Activations(
+        source, report.samples, journal.state(), journal.writer.work, activation_memory)
     for index in range(len(done), len(source)):
         began = time.monotonic()
         block = source.load(index)

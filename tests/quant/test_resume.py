@@ -2,12 +2,17 @@
 
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from nibble.quant import output, pipeline, writer
+from nibble.quant import block_quantizer, calibration, output, pipeline, writer
+from nibble.quant.blocks import BlockSource
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.errors import CheckpointError, NibbleError
 from nibble.quant.journal import begun, lock
@@ -181,3 +186,103 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(dense, tmp_path, method):
     assert needs.disk > needs.output and needs.seconds > 0
     size = (convert(dense, tmp_path / "out", method, **FAST) / "model.safetensors").stat().st_size
     assert 0 <= size - needs.output < 20_000  # the header
+
+
+def convert_in_little_memory(dense, out, **options):
+    from nibble.quant.pipeline import convert_with_report
+
+    convert_with_report(dense, out, Recipe.of("gptq", None, 32), activation_memory=20_000, calib_samples=6,
+                        calib_seqlen=32, **options)
+    return out
+
+
+def test_activations_beyond_the_bound_go_to_disk(dense, tmp_path, monkeypatch):
+    mapped = []
+    on_disk = block_quantizer._on_disk
+    monkeypatch.setattr(block_quantizer, "_on_disk", lambda *a: mapped.append(a) or on_disk(*a))
+    convert(dense, tmp_path / "roomy", "gptq", **FAST)
+    assert not mapped
+    convert_in_little_memory(dense, tmp_path / "tight")
+    assert mapped and not list((tmp_path / "tight").glob("*.tmp*"))
+
+
+@torch.no_grad()
+def test_a_block_run_in_parts_sees_and_gives_what_it_does_at_once(dense):
+    source = BlockSource(open_checkpoint(dense), torch.device("cpu"))
+    sites = [stage[0] for stage in source.map.stages]
+    results = []
+    for at_once in (None, 3):
+        hidden, block, met = source.embed(torch.arange(3, 83).reshape(5, 16)), source.load(0), {}
+
+        def damage(site, hessian, block=block, met=met):
+            """Stands in for quantization: any change of the weights that the sites after it must see."""
+            met[site] = hessian
+            block.get_submodule(site).weight.mul_(0.7)
+
+        calibration.run_quantizing(block, hidden, source.keyword_arguments(hidden[:1])[0], sites, damage, at_once)
+        results.append((hidden, met))
+    (whole, want), (parts, got) = results
+    torch.testing.assert_close(parts, whole)
+    assert list(got) == sites
+    for site in sites:
+        torch.testing.assert_close(got[site], want[site])
+
+
+def test_what_was_on_disk_is_resumed_too(dense, tmp_path, monkeypatch):
+    whole = contents(convert_in_little_memory(dense, tmp_path / "whole"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(block_quantizer.BlockResult, "__init__", raise_on_second_call())
+        convert_in_little_memory(dense, tmp_path / "out")
+    assert contents(convert_in_little_memory(dense, tmp_path / "out", resume=True)) == whole
+
+
+def raise_on_second_call():
+    count, original = [0], block_quantizer.BlockResult.__init__
+
+    def init(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+        original(self, *args, **kwargs)
+
+    return init
+
+
+def peak_memory(arguments, log) -> int:
+    """Bytes that `nibble` with these arguments had resident at most."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "nibble", *map(str, arguments)], stdout=out, stderr=out,
+                                   env=environment, cwd=log.parent)
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, log.read_text()
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_peak_memory_is_one_block_and_the_activations_whatever_the_depth(make_gguf, tmp_path):
+    """Blocks as wide as those of a 1B Llama (2048 x 8192), two of them and six: 0.24 GB of float32 a block."""
+    dequantize_checkpoint(open_checkpoint(make_gguf("llama")), tmp_path / "tiny")
+    peaks = {}
+    for layers in (2, 6):
+        folder = tmp_path / f"wide{layers}"
+        shutil.copytree(tmp_path / "tiny", folder)
+        torch.manual_seed(0)
+        config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, vocab_size=272,
+                             num_attention_heads=32, num_key_value_heads=8, bos_token_id=1, eos_token_id=2)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).bfloat16()
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
+        model.save_pretrained(folder)
+        del model
+        _, needs = dry_run(folder, tmp_path / "x", Recipe.of("gptq"), calib_samples=8, calib_seqlen=128)
+        peaks[layers] = peak_memory(["convert", folder, "--gptq", "-o", tmp_path / f"out{layers}", "--no-eval",
+                                     "--calib-samples", 8, "--calib-seqlen", 128], tmp_path / "log")
+        print(f"{layers} blocks: peak {peaks[layers] / 1e9:.2f} GB, planned {needs.memory / 1e9:.2f} GB")
+        assert 0.4 * needs.memory < peaks[layers] < 1.1 * needs.memory
+        shutil.rmtree(folder)
+    block = 4 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192)
+    assert peaks[6] - peaks[2] < 0.5 * block  # the 16-bit model alone grew by 2 blocks of float32
