@@ -131,8 +131,8 @@ def command(tool: str, model: Path, output: Path, tokens: Path, group_size: int,
                 "--overwrite", "--group-size", str(group_size), "--sym" if symmetric else "--asym",
                 "--calib-samples", str(CALIBRATION[0]), "--calib-seqlen", str(CALIBRATION[1])]
     python = peers / tool.partition("-")[0] / "bin" / "python"
-    return [str(python.absolute()), str(QUANTIZERS), "run", tool, str(model), str(output), "--tokens", str(tokens),
-            "--group-size", str(group_size), *(["--sym"] if symmetric else [])]
+    return ["env", "GPTQMODEL_CPU_WORKERS=2", str(python.absolute()), str(QUANTIZERS), "run", tool, str(model),
+            str(output), "--tokens", str(tokens), "--group-size", str(group_size), *(["--sym"] if symmetric else [])]
 
 
 def quantize(arguments: list[str], output: Path) -> dict[str, Any] | None:

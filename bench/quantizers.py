@@ -13,7 +13,6 @@ compare with.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import venv
@@ -67,7 +66,6 @@ def run_autoawq(model: str, output: str, windows: list[list[int]], group_size: i
 
 
 def run_gptqmodel(model: str, output: str, windows: list[list[int]], group_size: int, symmetric: bool) -> None:
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
 
     quantizer = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=group_size, sym=symmetric))

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from nibble.cli import parse_bytes
+from nibble.quant.block_quantizer import ACTIVATION_BYTES
 from nibble.quant.card import Quality, summary, write_card
 from nibble.quant.errors import NibbleError
 from nibble.quant.estimate import Estimate
@@ -44,6 +46,8 @@ def convert_command(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion to OUT")] = False,
+    activation_memory: Annotated[int, typer.Option(parser=parse_bytes, metavar="SIZE", help="Activations beyond this "
+                                                   "go to disk, and through a block in parts")] = ACTIVATION_BYTES,
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and need, and do nothing")] = False,
 ) -> None:
     """Quantize a model to AWQ, GPTQ or FP8 weights and say what that cost."""
@@ -58,7 +62,8 @@ def convert_command(
     with _progress() as progress:
         report = convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples,
                                      calib_seqlen=calib_seqlen, seed=seed, device=device, overwrite=overwrite,
-                                     resume=resume, progress=progress, announce=_announce)
+                                     resume=resume, activation_memory=activation_memory, progress=progress,
+                                     announce=_announce)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
     quality: list[Quality] = [] if no_eval else _measure(model, output)
     write_card(output, report, quality, _base_model(model), peak)
