@@ -1,8 +1,8 @@
 """The two ways to use an engine: LLM, in this process, and AsyncEngine, in a process of its own.
 
-    AsyncEngine   one child process, one socket pair, one reader task; each open `generate` has a queue that the reader
-                  fills. Closing the iterator aborts the request. If the child dies, every open and later `generate`
-                  raises EngineDeadError and `dead` is set.
+    AsyncEngine   one child process, one socket pair. What a request brings is handed to its sink in the very callback
+                  that read it from the socket: no queue and no task stands between (`generate` adds them for whoever
+                  wants to iterate). If the child dies, every open request hears of it and `dead` is set.
     LLM           the same EngineCore, stepped by the caller. torch is imported when one is made, not before.
 """
 
@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from .messages import (
     EngineStats,
     Fatal,
     FrameReader,
+    FromEngine,
     Ready,
     RequestOutput,
     Shutdown,
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 # -P: a folder named like a library (kernels, tools) in the working directory must not be imported in its place.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "nibble.engine.process")
 
+Sink = Callable[[RequestOutput | None], None]
+
 
 class EngineDeadError(RuntimeError):
     """The engine process has ended; nothing can be generated any more."""
@@ -61,21 +64,41 @@ def child_params(params: SamplingParams, index: int) -> SamplingParams:
     return msgspec.structs.replace(params, seed=int.from_bytes(digest[:8], "little") >> 1)
 
 
+class _Link(asyncio.Protocol):
+    """This end of the socket pair. Whole messages go to `on_messages`, all that one read brought at once."""
+
+    def __init__(self) -> None:
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_messages: Callable[[list[FromEngine]], None] = self._first
+        self.first: asyncio.Future[FromEngine] = asyncio.get_running_loop().create_future()
+        self._frames = FrameReader()
+
+    def data_received(self, data: bytes) -> None:
+        messages = [decode_from_engine(body) for body in self._frames.feed(data)]
+        if messages:
+            self.on_messages(messages)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set_result(None)
+
+    def _first(self, messages: list[FromEngine]) -> None:
+        self.first.set_result(messages[0])
+
+
 class AsyncEngine:
     """An engine in its own process, used from one asyncio event loop. Made by `start`."""
 
-    def __init__(self, process: subprocess.Popen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    def __init__(self, process: subprocess.Popen, transport: asyncio.Transport, link: _Link):
         self.stats = EngineStats()
         self.dead = asyncio.Event()
         self.ready: Ready
         self._process = process
-        self._reader = reader
-        self._writer = writer
-        self._frames = FrameReader()
+        self._transport = transport
+        self._link = link
         self._names: dict[str, str] = {}  # request id -> its name in the engine, which is never used again
-        self._queues: dict[str, asyncio.Queue[RequestOutput | None]] = {}  # by that name
+        self._sinks: dict[str, Sink] = {}  # by that name
         self._serial = itertools.count()
-        self._reading: asyncio.Task | None = None
+        self._watching: asyncio.Task | None = None
 
     @classmethod
     async def start(cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND) -> "AsyncEngine":
@@ -85,21 +108,22 @@ class AsyncEngine:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            reader, writer = await asyncio.open_connection(sock=ours)
+            transport, link = await asyncio.get_running_loop().create_connection(_Link, sock=ours)
             process = subprocess.Popen(
                 [*command, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
-        engine = cls(process, reader, writer)
+        engine = cls(process, transport, link)
         try:
-            writer.write(frame(config))
+            engine._send(config)
             engine.ready = await engine._wait_until_ready()
         except BaseException:  # also when start is cancelled
             process.kill()
             process.wait()
-            writer.close()
+            transport.close()
             raise
         engine.stats.num_blocks = engine.stats.num_free_blocks = engine.ready.num_blocks
-        engine._reading = asyncio.create_task(engine._read(), name="engine-reader")
+        link.on_messages = engine._take
+        engine._watching = asyncio.create_task(engine._watch(), name="engine-watch")
         return engine
 
     @property
@@ -110,41 +134,50 @@ class AsyncEngine:
     def pid(self) -> int:
         return self._process.pid
 
-    async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, cache_salt: bytes = b""
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """The news of one request, the last with a finish_reason; where that is "error", `error` says why.
+    def submit(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, sink: Sink,
+               cache_salt: bytes = b"") -> None:
+        """Generate, and call `sink` with each news as soon as it is read from the engine, the last with a
+        finish_reason; where that is "error", `error` says why. None instead of news: the engine has died.
 
-        Leaving early (aclose, cancellation) aborts the request. EngineDeadError if the engine has died or dies.
+        `sink` must neither block nor raise. ValueError for an id in use; EngineDeadError if the engine is dead.
         """
         if request_id in self._names:
             raise ValueError(f"request id {request_id!r} is already in use")
-        self._check_alive()
+        if not self.is_alive:
+            raise self.death()
         name = self._names[request_id] = f"{request_id}#{next(self._serial)}"
-        queue = self._queues[name] = asyncio.Queue()
-        finished = False
+        self._sinks[name] = sink
+        self._send(AddRequest(name, prompt_token_ids, params, time.time(), cache_salt))
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, cache_salt: bytes = b""
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The news of one request as an iterator; see `submit`. Leaving early (aclose, cancellation) aborts the
+        request. EngineDeadError if the engine has died or dies."""
+        queue: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+        self.submit(request_id, prompt_token_ids, params, queue.put_nowait, cache_salt)
+        name = self._names[request_id]
         try:
-            self._send(AddRequest(name, prompt_token_ids, params, time.time(), cache_salt))
-            while not finished:
+            while True:
                 output = await queue.get()
                 if output is None:
-                    raise self._death()
-                finished = output.finish_reason is not None
+                    raise self.death()
                 output.request_id = request_id
                 yield output
+                if output.finish_reason is not None:
+                    return
         finally:
-            if name in self._queues:  # not if `abort` has been here
-                self._forget(request_id)
-            if not finished and self.is_alive:
-                self._send(AbortRequests([name]))
+            if self._names.get(request_id) == name:
+                self.abort(request_id)
 
     def abort(self, request_id: str) -> None:
-        """End a request from outside its `generate`, which then sees finish_reason "abort"."""
-        if request_id in self._names:
-            name, queue = self._forget(request_id)
-            queue.put_nowait(RequestOutput(name, finish_reason=FinishReason.ABORT))
-            if self.is_alive:
-                self._send(AbortRequests([name]))
+        """End a request, whose sink then hears finish_reason "abort". One that is unknown or finished is ignored."""
+        name = self._names.get(request_id)
+        if name is None:
+            return
+        if self.is_alive:
+            self._send(AbortRequests([name]))
+        self._hand_over(RequestOutput(name, finish_reason=FinishReason.ABORT))
 
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stop the engine process; open requests end with finish_reason "abort". It is killed after `timeout` s."""
@@ -153,61 +186,74 @@ class AsyncEngine:
         if self.is_alive:
             self._send(Shutdown())
         await asyncio.to_thread(_reap, self._process, timeout)
-        if self._reading is not None:
-            await self._reading
-        self._writer.close()
+        if self._watching is not None:
+            await self._watching
+        self._transport.close()
 
-    def _send(self, message: AddRequest | AbortRequests | Shutdown) -> None:
-        self._writer.write(frame(message))
-
-    def _forget(self, request_id: str) -> tuple[str, asyncio.Queue[RequestOutput | None]]:
-        name = self._names.pop(request_id)
-        return name, self._queues.pop(name)
-
-    def _check_alive(self) -> None:
-        if not self.is_alive:
-            raise self._death()
-
-    def _death(self) -> EngineDeadError:
+    def death(self) -> EngineDeadError:
+        """What to raise once `dead` is set."""
         code = self._process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return EngineDeadError(f"the engine process has ended ({how}); its log has the cause")
 
+    def _send(self, message: AddRequest | AbortRequests | Shutdown | EngineConfig) -> None:
+        self._transport.write(frame(message))
+
     async def _wait_until_ready(self) -> Ready:
-        bodies: list[bytes] = []
-        while not bodies:
-            data = await self._reader.read(1 << 16)
-            if not data:
-                code = await asyncio.to_thread(self._process.wait)
-                raise EngineDeadError(f"the engine process ended while it loaded the model (exit code {code})")
-            bodies = self._frames.feed(data)
-        message = decode_from_engine(bodies[0])
+        link = self._link
+        waited: set[asyncio.Future[Any]] = {link.first, link.closed}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not link.first.done():
+            code = await asyncio.to_thread(self._process.wait)
+            raise EngineDeadError(f"the engine process ended while it loaded the model (exit code {code})")
+        message = link.first.result()
         if isinstance(message, Fatal):
             raise NibbleError(message.message) if message.exit_code == 2 else EngineDeadError(message.message)
+        if not isinstance(message, Ready):
+            raise EngineDeadError(f"the engine process began with {type(message).__name__} instead of Ready")
         return message
 
-    async def _read(self) -> None:
-        try:
-            while data := await self._reader.read(1 << 18):
-                for body in self._frames.feed(data):
-                    self._take(decode_from_engine(body))
-        except Exception:
-            logger.exception("what the engine says cannot be read any more")
-            self._process.kill()
+    async def _watch(self) -> None:
+        """Wait for the end of the connection, which is the end of the engine."""
+        await self._link.closed
         await asyncio.to_thread(_reap, self._process, 5.0)
         self.dead.set()
-        for queue in self._queues.values():
-            queue.put_nowait(None)
+        for sink in list(self._sinks.values()):
+            sink(None)
 
-    def _take(self, message: StepOutputs | Fatal | Ready) -> None:
-        if isinstance(message, Fatal):
-            logger.error("%s", message.message)
-        elif isinstance(message, StepOutputs):
-            self.stats = message.stats
-            for output in message.outputs:
-                queue = self._queues.get(output.request_id)
-                if queue is not None:  # None: aborted while this was on its way
-                    queue.put_nowait(output)
+    def _take(self, messages: list[FromEngine]) -> None:
+        outputs: list[RequestOutput] = []
+        for message in messages:
+            if isinstance(message, Fatal):
+                logger.error("%s", message.message)
+            elif isinstance(message, StepOutputs):
+                self.stats = message.stats
+                outputs += message.outputs
+        for output in outputs if len(messages) == 1 else _gathered(outputs):
+            self._hand_over(output)
+
+    def _hand_over(self, output: RequestOutput) -> None:
+        sink = self._sinks.get(output.request_id)
+        if sink is None:  # aborted while this was on its way
+            return
+        if output.finish_reason is not None:
+            del self._sinks[output.request_id]
+            del self._names[output.request_id.rpartition("#")[0]]
+        sink(output)
+
+
+def _gathered(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """The news of several steps as one for each request: whoever cannot keep up has less to do."""
+    first: dict[str, RequestOutput] = {}
+    for output in outputs:
+        so_far = first.setdefault(output.request_id, output)
+        if so_far is output:
+            continue
+        so_far.token_ids += output.token_ids
+        if output.logprobs is not None:
+            so_far.logprobs = (so_far.logprobs or []) + output.logprobs
+        so_far.finish_reason, so_far.stop_reason, so_far.error = output.finish_reason, output.stop_reason, output.error
+    return list(first.values())
 
 
 def _reap(process: subprocess.Popen, timeout: float) -> None:

@@ -1,16 +1,17 @@
-"""One HTTP request's generations: every prompt n times, as one stream of Deltas.
+"""One HTTP request's generations: every prompt n times, as one series of Deltas.
 
-    prompts x n  ->  engine.generate  ->  Detokenizer  ->  Delta(index = prompt * n + sample)
+    prompts x n  ->  engine.submit  ->  Detokenizer  ->  Delta(index = prompt * n + sample)
 
-The generators are nested without a task in between where there is one sequence, and merged through one queue where
-there are more. Closing `deltas()` closes them all, and that aborts their engine requests.
+Everything from the engine's socket to `on_delta` is one plain call, without a task or a queue in between. `close`
+aborts what still runs; after it, nothing is called any more.
 """
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
@@ -20,6 +21,8 @@ from ..engine.messages import RequestOutput, TokenLogprobs
 from ..engine.request import FinishReason, SamplingParams
 from . import errors
 from .serving import Serving
+
+log = logging.getLogger(__name__)
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -35,13 +38,16 @@ class Delta(msgspec.Struct, gc=False):
 class Sequence:
     """One sample of one prompt, while it runs and after."""
 
-    __slots__ = ("index", "num_cached_tokens", "num_tokens", "params", "prompt_logprobs", "prompt_token_ids")
+    __slots__ = ("index", "is_done", "last_time", "num_cached_tokens", "num_tokens", "params", "prompt_logprobs",
+                 "prompt_token_ids")
 
     def __init__(self, index: int, prompt_token_ids: list[int], params: SamplingParams):
         self.index, self.prompt_token_ids, self.params = index, prompt_token_ids, params
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.last_time: float | None = None  # time.perf_counter() at the last token
+        self.is_done = False
 
 
 class Generation:
@@ -55,6 +61,8 @@ class Generation:
         self.id = uuid.uuid4().hex
         samples = [child_params(params, sample) for sample in range(n)]
         self.sequences = [Sequence(i * n + j, prompt, samples[j]) for i, prompt in enumerate(prompts) for j in range(n)]
+        self.num_open = len(self.sequences)
+        self.closed = False
         metrics = serving.metrics
         metrics.params_n.observe(n)
         metrics.params_max_tokens.observe(params.max_tokens)
@@ -64,52 +72,90 @@ class Generation:
         return usage(sum(map(len, self.prompts)), sum(s.num_tokens for s in self.sequences),
                      sum(s.num_cached_tokens for s in self.sequences[::self.n]))
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every sequence's deltas, interleaved as they come. Raises ApiError if a sequence fails or the engine dies."""
-        streams = [self._run(sequence) for sequence in self.sequences]
-        merged = streams[0] if len(streams) == 1 else _merge(streams)
-        try:
-            async with aclosing(merged) as deltas:
-                async for delta in deltas:
-                    yield delta
-        except EngineDeadError:
-            raise errors.engine_dead() from None
+    @property
+    def is_done(self) -> bool:
+        """Every sequence has had its last delta."""
+        return self.num_open == 0
+
+    def start(self, on_delta: Callable[[Delta], None], on_error: Callable[[errors.ApiError], None]) -> None:
+        """Generate: each sequence's deltas come in order, those of several interleaved, the last with a finish_reason.
+        If a sequence fails or the engine dies, `on_error` hears it once, and that is the end of all."""
+        self._on_delta, self._on_error = on_delta, on_error
+        for sequence in self.sequences:
+            detokenizer = Detokenizer(self.serving.tokenizer, sequence.params, sequence.prompt_token_ids)
+            try:
+                self.serving.engine.submit(f"{self.id}-{sequence.index}", sequence.prompt_token_ids, sequence.params,
+                                           partial(self._take, sequence, detokenizer), self.salt)
+            except EngineDeadError:
+                self._fail(errors.engine_dead())
+                return
+
+    def close(self) -> None:
+        """Abort the sequences that still run. Must be called at the end, however it came; more often does no harm."""
+        if not self.closed:
+            self.closed = True
+            for sequence in self.sequences:
+                self.serving.engine.abort(f"{self.id}-{sequence.index}")
 
     async def collect(self) -> list[Delta]:
-        """Every sequence whole, as one Delta each, in the order of their indices."""
+        """Every sequence whole, as one Delta each, in the order of their indices. Raises ApiError."""
         texts: list[list[str]] = [[] for _ in self.sequences]
         whole = [Delta(s.index, "", None, [], None) for s in self.sequences]
-        async with aclosing(self.deltas()) as deltas:
-            async for delta in deltas:
-                texts[delta.index].append(delta.text)
-                done = whole[delta.index]
-                if delta.logprobs:
-                    done.logprobs = (done.logprobs or []) + delta.logprobs
-                    done.offsets += delta.offsets
-                done.finish_reason = delta.finish_reason
+        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def take(delta: Delta) -> None:
+            texts[delta.index].append(delta.text)
+            done = whole[delta.index]
+            if delta.logprobs:
+                done.logprobs = (done.logprobs or []) + delta.logprobs
+                done.offsets += delta.offsets
+            done.finish_reason = delta.finish_reason
+            if self.is_done:
+                end.set_result(None)
+
+        try:
+            self.start(take, end.set_exception)
+            await end
+        finally:
+            self.close()
         for done, pieces in zip(whole, texts, strict=True):
             done.text = "".join(pieces)
         return whole
 
-    async def _run(self, sequence: Sequence) -> AsyncGenerator[Delta, None]:
-        serving, metrics = self.serving, self.serving.metrics
-        detokenizer = Detokenizer(serving.tokenizer, sequence.params, sequence.prompt_token_ids)
-        outputs = serving.engine.generate(f"{self.id}-{sequence.index}", sequence.prompt_token_ids, sequence.params,
-                                          self.salt)
-        last = self.arrival
-        async with aclosing(outputs):
-            async for output in outputs:
-                now = time.perf_counter()
-                if output.token_ids:
-                    (metrics.itl if sequence.num_tokens else metrics.ttft).observe(now - last)
-                    last = now
-                delta = _advance(sequence, detokenizer, output)
-                metrics.generation_tokens.inc(len(output.token_ids))
-                if delta.finish_reason is not None:
-                    self._record(sequence, delta.finish_reason, now)
-                    yield delta
-                    return
-                yield delta
+    def _take(self, sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput | None) -> None:
+        """The engine's news of one sequence; None: it has died."""
+        if self.closed or sequence.is_done:  # an abort of our own has its echo here
+            return
+        try:
+            if output is None:
+                raise errors.engine_dead()
+            delta = _advance(sequence, detokenizer, output)
+            self._measure(sequence, output, delta)
+            if delta.finish_reason is not None:
+                sequence.is_done = True
+                self.num_open -= 1
+                if output.finish_reason is None:  # a stop string: the engine would go on
+                    self.serving.engine.abort(f"{self.id}-{sequence.index}")
+            self._on_delta(delta)
+        except errors.ApiError as error:
+            self._fail(error)
+        except Exception:
+            log.exception("a generation failed")
+            self._fail(errors.internal())
+
+    def _fail(self, error: errors.ApiError) -> None:
+        self.close()
+        self._on_error(error)
+
+    def _measure(self, sequence: Sequence, output: RequestOutput, delta: Delta) -> None:
+        metrics, now = self.serving.metrics, time.perf_counter()
+        if output.token_ids:
+            (metrics.ttft if sequence.last_time is None else metrics.itl).observe(
+                now - (sequence.last_time or self.arrival))
+            sequence.last_time = now
+            metrics.generation_tokens.inc(len(output.token_ids))
+        if delta.finish_reason is not None:
+            self._record(sequence, delta.finish_reason, now)
 
     def _record(self, sequence: Sequence, finish_reason: str, now: float) -> None:
         metrics = self.serving.metrics
@@ -148,33 +194,3 @@ def _advance(sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput
         return Delta(sequence.index, text, None, [], reason)
     offsets = detokenizer.token_offsets[before:]
     return Delta(sequence.index, text, output.logprobs[:pushed], offsets, reason)
-
-
-async def _merge(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """All streams' deltas in order of arrival; the first exception of any of them ends all."""
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-
-    async def pump(stream: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for delta in stream:
-                    queue.put_nowait(delta)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

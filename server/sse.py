@@ -1,27 +1,38 @@
-"""Server-sent events: one task writes, one waits for the client to leave.
+"""Server-sent events.
 
-    deltas -> encode -> send        the pump, a task of its own
-    receive() == http.disconnect    cancels the pump: closing the generators aborts the engine requests within a step
-    15 s of silence                 ": ping" keeps proxies from closing
-    30 s blocked in one send        the reader is too slow and is cut
+    source -> push(bytes) -> the connection     in the caller's own call, while the reader keeps up
+                          -> pending -> send     through this response's task, once it does not
+    receive() == http.disconnect                 closes the source: the engine requests are aborted within a step
+    15 s of silence                              ": ping" keeps proxies from closing
+    30 s blocked in one send                     the reader is too slow and is cut
 
-Hot path: one `send` per event, bytes already joined; no pydantic, no intermediate dict.
+Hot path: bytes already joined and, where the server offers it (protocol.DIRECT_WRITE), no ASGI message and no task.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from .protocol import DIRECT_WRITE
+
 PING_SECONDS = 15.0
 SEND_TIMEOUT_SECONDS = 30.0
+PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
 Result = TypeVar("Result")
+Push: TypeAlias = Callable[[bytes, bool], None]  # whole events; True with the last
+
+
+class Source(Protocol):
+    """Where events come from. Both are called once, `close` however the stream ends."""
+
+    def start(self, push: Push) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ClientGone(Exception):
@@ -41,50 +52,82 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
 
 
 class EventStream(Response):
-    """Sends `events`, whole SSE frames as bytes. `on_close(disconnected)` runs exactly once, however it ends."""
+    """Sends what `source` pushes. `on_close(disconnected)` runs exactly once, however it ends."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], on_close: Callable[[bool], None]):
+    def __init__(self, source: Source, on_close: Callable[[bool], None]):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.on_close = events, on_close
-        self.last_sent = time.monotonic()
+        self.source, self.on_close = source, on_close
+        self.write: Callable[[bytes], bool] = _nowhere
+        self.pending: list[bytes] = []  # what could not be written at once
         self.sending = False
+        self.ended = False  # the last event has been pushed
+        self.silent = True  # nothing was pushed since the last look
+        self.wake = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.ensure_future(self._pump(send))
+        self.write = scope.get("extensions", {}).get(DIRECT_WRITE, _nowhere)
         gone = asyncio.ensure_future(_disconnected(receive))
+        gone.add_done_callback(lambda _: self.wake.set())
+        finished = False
         try:
-            while not pump.done() and not gone.done():
-                await asyncio.wait({pump, gone}, timeout=PING_SECONDS / 3, return_when=asyncio.FIRST_COMPLETED)
-                await self._tend(pump, send)
-            if pump.done() and not pump.cancelled():
-                pump.result()
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self.source.start(self._push)
+            finished = await self._relay(gone, send)
         finally:
-            finished = pump.done() and not pump.cancelled()
-            await _cancel(pump, gone)
+            self.source.close()
+            await _cancel(gone)
             self.on_close(not finished)
 
-    async def _pump(self, send: Send) -> None:
-        async with aclosing(self.events) as events:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in events:
-                self.sending = True
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-                self.sending = False
-                self.last_sent = time.monotonic()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def _push(self, data: bytes, last: bool) -> None:
+        self.silent = False
+        self.ended = last
+        if last or self.pending or self.sending or not self.write(data):
+            self.pending.append(data)
+            self.wake.set()
 
-    async def _tend(self, pump: "asyncio.Future[None]", send: Send) -> None:
-        """Ping a silent stream; cut one whose reader does not read."""
-        silent = time.monotonic() - self.last_sent
-        if self.sending and silent > SEND_TIMEOUT_SECONDS:
-            pump.cancel()
-            await asyncio.wait({pump})
-        elif not self.sending and not pump.done() and silent > PING_SECONDS:
-            self.last_sent = time.monotonic()
-            await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+    async def _relay(self, gone: "asyncio.Future[None]", send: Send) -> bool:
+        """Send what is pending, and pings, until the end. False: the client left, or was cut."""
+        while not gone.done():
+            self.wake.clear()
+            if self.pending or self.ended:
+                data, more = b"".join(self.pending), not self.ended
+                self.pending.clear()
+                if not await self._send(send, data, more, gone) or not more:
+                    return not more
+                continue
+            try:
+                async with asyncio.timeout(PING_SECONDS):
+                    await self.wake.wait()
+            except TimeoutError:
+                if self.silent and not self.pending:
+                    self.pending.append(PING)
+                self.silent = True
+        return False
+
+    async def _send(self, send: Send, data: bytes, more: bool, gone: "asyncio.Future[None]") -> bool:
+        """False if the reader did not take it in time, or left."""
+        self.sending = True
+        task = asyncio.ensure_future(_as_task(send({"type": "http.response.body", "body": data, "more_body": more})))
+        try:
+            await asyncio.wait({task, gone}, timeout=SEND_TIMEOUT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+                return True
+            return False
+        finally:
+            self.sending = False
+            await _cancel(task)
+
+
+def _nowhere(_: bytes) -> bool:
+    return False
+
+
+async def _as_task(sending: Any) -> None:
+    await sending
 
 
 async def _disconnected(receive: Receive) -> None:

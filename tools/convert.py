@@ -46,8 +46,9 @@ def convert_command(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the result")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion to OUT")] = False,
-    activation_memory: Annotated[int, typer.Option(parser=parse_bytes, metavar="SIZE", help="Activations beyond this "
-                                                   "go to disk, and through a block in parts")] = ACTIVATION_BYTES,
+    activation_memory: Annotated[int | None, typer.Option(
+        parser=parse_bytes, metavar="SIZE",
+        help="Activations beyond this go to disk, and through a block in parts [default: 2GiB]")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and need, and do nothing")] = False,
 ) -> None:
     """Quantize a model to AWQ, GPTQ or FP8 weights and say what that cost."""
@@ -62,8 +63,8 @@ def convert_command(
     with _progress() as progress:
         report = convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples,
                                      calib_seqlen=calib_seqlen, seed=seed, device=device, overwrite=overwrite,
-                                     resume=resume, activation_memory=activation_memory, progress=progress,
-                                     announce=_announce)
+                                     resume=resume, activation_memory=activation_memory or ACTIVATION_BYTES,
+                                     progress=progress, announce=_announce)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
     quality: list[Quality] = [] if no_eval else _measure(model, output)
     write_card(output, report, quality, _base_model(model), peak)

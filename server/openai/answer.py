@@ -4,25 +4,23 @@ Chunks are joined from bytes made once (the head: id, object, created, model) an
 text is the only thing that is encoded per token.
 """
 
-import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 
 import msgspec
 from fastapi import Request, Response
 
 from ...engine.request import SamplingParams
 from .. import errors, sse
-from ..errors import ApiError
 from ..generation import Delta, Generation, Sequence, usage
 from ..serving import Serving, cache_salt
 from .sampling import SamplingFields
 
-log = logging.getLogger(__name__)
+encode = msgspec.json.Encoder().encode
 
 
 class Answer:
-    """How one kind of answer is written. Subclasses give `choice` and `events`."""
+    """How one kind of answer is written. Subclasses give `choice` and `event`."""
 
     id_prefix: str
     object: str
@@ -37,13 +35,24 @@ class Answer:
     def begin(self, generation: Generation) -> None:
         self.id = self.id_prefix + generation.id
         fields = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model}
-        self.head = b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['
+        self.head = b"data: " + encode(fields)[:-1] + b',"choices":['
 
     def choice(self, whole: Delta, generation: Generation) -> dict:
         raise NotImplementedError
 
-    def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
+    def opening(self, generation: Generation) -> bytes:
+        """The events before any text."""
+        return b""
+
+    def event(self, delta: Delta, generation: Generation) -> bytes:
+        """The events of one delta; nothing where it holds nothing to tell yet."""
         raise NotImplementedError
+
+    def closing(self, generation: Generation) -> bytes:
+        """The events at the end: the usage, if it was asked for, without choices, and [DONE]."""
+        if not self.body.include_usage:
+            return sse.DONE
+        return self.head + b'],"usage":' + encode(self.usage(generation)) + b"}\n\n" + sse.DONE
 
     def usage(self, generation: Generation) -> dict:
         return generation.usage()
@@ -53,13 +62,7 @@ class Answer:
         if not self.body.continuous_usage:
             return self.head + choice + b"]" + self.tail
         so_far = usage(len(sequence.prompt_token_ids), sequence.num_tokens, sequence.num_cached_tokens)
-        return self.head + choice + b'],"usage":' + msgspec.json.encode(so_far) + b"}\n\n"
-
-    def usage_chunk(self, generation: Generation) -> bytes:
-        """The event before [DONE], with no choices; nothing where the usage was not asked for."""
-        if not self.body.include_usage:
-            return b""
-        return self.head + b'],"usage":' + msgspec.json.encode(self.usage(generation)) + b"}\n\n"
+        return self.head + choice + b'],"usage":' + encode(so_far) + b"}\n\n"
 
     def whole(self, deltas: list[Delta], generation: Generation) -> Response:
         choices = [self.choice(delta, generation) for delta in deltas]
@@ -68,7 +71,7 @@ class Answer:
 
 
 def json_response(body: object) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return Response(encode(body), media_type="application/json")
 
 
 async def run(request: Request, serving: Serving, answer: Answer, prompts: list[list[int]], params: SamplingParams,
@@ -83,7 +86,7 @@ async def run(request: Request, serving: Serving, answer: Answer, prompts: list[
         answer.begin(generation)
         if answer.body.stream:
             streamed = True
-            return sse.EventStream(_guarded(answer.events(generation)), _release_later(serving, sequences))
+            return sse.EventStream(AnswerEvents(answer, generation), _release_later(serving, sequences))
         try:
             deltas = await sse.until_disconnect(request.receive, generation.collect())
         except sse.ClientGone:
@@ -104,15 +107,27 @@ def _release_later(serving: Serving, sequences: int) -> Callable[[bool], None]:
     return on_close
 
 
-async def _guarded(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The events; an exception becomes an error event and [DONE], since the status 200 has been sent."""
-    try:
-        async for data in events:
-            yield data
-    except ApiError as error:
-        yield b"data: " + error.body() + b"\n\n" + sse.DONE
-    except Exception:
-        log.exception("a stream failed")
-        yield b"data: " + errors.internal().body() + b"\n\n" + sse.DONE
-    finally:
-        await events.aclose()
+class AnswerEvents:
+    """A Generation as the events of an Answer. An error becomes an event too, since the status 200 has been sent."""
+
+    def __init__(self, answer: Answer, generation: Generation):
+        self.answer, self.generation = answer, generation
+
+    def start(self, push: sse.Push) -> None:
+        self.push = push
+        if opening := self.answer.opening(self.generation):
+            push(opening, False)
+        self.generation.start(self._take, self._fail)
+
+    def close(self) -> None:
+        self.generation.close()
+
+    def _take(self, delta: Delta) -> None:
+        data = self.answer.event(delta, self.generation)
+        if self.generation.is_done:
+            self.push(data + self.answer.closing(self.generation), True)
+        elif data:
+            self.push(data, False)
+
+    def _fail(self, error: errors.ApiError) -> None:
+        self.push(b"data: " + error.body() + b"\n\n" + sse.DONE, True)

@@ -6,18 +6,16 @@ its text as it comes, an empty delta with the finish_reason; then the usage if a
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import Request, Response
 from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from ...engine.request import SamplingParams
-from .. import errors, limits, sse
+from .. import errors, limits
 from ..generation import Delta, Generation
 from ..serving import Serving
-from .answer import Answer, run
+from .answer import Answer, encode, run
 from .logprobs import chat_logprobs
 from .sampling import (
     Ignored,
@@ -172,24 +170,21 @@ class ChatAnswer(Answer):
         return {"index": whole.index, "message": {"role": "assistant", "content": whole.text, "refusal": None},
                 "logprobs": self._logprobs(whole), "finish_reason": whole.finish_reason}
 
-    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
-        encode = msgspec.json.encode
-        for sequence in generation.sequences:
-            yield self.chunk(b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-                             b'"finish_reason":null}' % sequence.index, sequence)
-        async for delta in generation.deltas():
-            sequence = generation.sequences[delta.index]
-            data = b""
-            if delta.text or delta.logprobs:
-                logprobs = encode(self._logprobs(delta)) if delta.logprobs else b"null"
-                data = self.chunk(b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null}' % (
-                    delta.index, encode(delta.text), logprobs), sequence)
-            if delta.finish_reason is not None:
-                data += self.chunk(b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%s}' % (
-                    delta.index, encode(delta.finish_reason)), sequence)
-            if data:
-                yield data
-        yield self.usage_chunk(generation) + sse.DONE
+    def opening(self, generation: Generation) -> bytes:
+        return b"".join(self.chunk(b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
+                                   b'"finish_reason":null}' % sequence.index, sequence)
+                        for sequence in generation.sequences)
+
+    def event(self, delta: Delta, generation: Generation) -> bytes:
+        sequence, data = generation.sequences[delta.index], b""
+        if delta.text or delta.logprobs:
+            logprobs = encode(self._logprobs(delta)) if delta.logprobs else b"null"
+            data = self.chunk(b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}' % (
+                delta.index, encode(delta.text), logprobs), sequence)
+        if delta.finish_reason is not None:
+            data += self.chunk(b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}' % (
+                delta.index, encode(delta.finish_reason)), sequence)
+        return data
 
     def _logprobs(self, delta: Delta) -> dict | None:
         return None if delta.logprobs is None else chat_logprobs(self.tokenizer, delta.logprobs, self.top_n)

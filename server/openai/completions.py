@@ -7,19 +7,17 @@ with its prompt, and with `logprobs` too its prompt's log-probabilities: what lm
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
 from typing import Annotated, Literal
 
-import msgspec
 from fastapi import Request, Response
 from pydantic import Field, model_validator
 
 from ...engine.detokenizer import Detokenizer
 from ...engine.request import FinishReason, SamplingParams
-from .. import errors, limits, sse
+from .. import errors, limits
 from ..generation import Delta, Generation, Sequence, usage
 from ..serving import Serving
-from .answer import Answer, json_response, run
+from .answer import Answer, encode, json_response, run
 from .logprobs import completion_logprobs
 from .sampling import SamplingFields, check_size, check_text_length, completion_room
 
@@ -116,6 +114,7 @@ class CompletionAnswer(Answer):
         self.num_prompt_tokens = sum(map(len, prompts))
         skip = body.skip_special_tokens is not False
         self.echoes = [_Echo(serving, prompt, skip) for prompt in prompts] if body.echo else []
+        self.started: set[int] = set()  # sequences that have had their first event
         self.prompt_only = body.max_tokens == 0
 
     def choice(self, whole: Delta, generation: Generation) -> dict:
@@ -126,20 +125,16 @@ class CompletionAnswer(Answer):
     def usage(self, generation: Generation) -> dict:
         return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else generation.usage()
 
-    async def events(self, generation: Generation) -> AsyncGenerator[bytes, None]:
-        encode = msgspec.json.encode
-        started: set[int] = set()
-        async for delta in generation.deltas():
-            first = bool(self.echoes) and delta.index not in started
-            if not (delta.text or delta.logprobs or delta.finish_reason or first):
-                continue
-            started.add(delta.index)
-            text, logprobs = self._content(delta, generation, first)
-            yield self.chunk(b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % (
-                delta.index, encode(text), b"null" if logprobs is None else encode(logprobs),
-                b"null" if delta.finish_reason is None else encode(delta.finish_reason),
-            ), generation.sequences[delta.index])
-        yield self.usage_chunk(generation) + sse.DONE
+    def event(self, delta: Delta, generation: Generation) -> bytes:
+        first = bool(self.echoes) and delta.index not in self.started
+        if not (delta.text or delta.logprobs or delta.finish_reason or first):
+            return b""
+        self.started.add(delta.index)
+        text, logprobs = self._content(delta, generation, first)
+        return self.chunk(b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            delta.index, encode(text), b"null" if logprobs is None else encode(logprobs),
+            b"null" if delta.finish_reason is None else encode(delta.finish_reason),
+        ), generation.sequences[delta.index])
 
     def echo_alone(self, n: int) -> Response:
         """max_tokens 0 without logprobs: nothing needs to be computed."""

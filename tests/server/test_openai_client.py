@@ -53,7 +53,8 @@ def test_chat_streamed_is_chat(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].object == "chat.completion.chunk"
     assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert len({c.id for c in chunks}) == 1
-    assert len(chunks) == 1 + 12 + 1  # role, one for each token, finish: nothing is gathered up
+    # Role, text, finish: one for each token, but for those that arrived together.
+    assert 1 + 2 + 1 <= len(chunks) <= 1 + 12 + 1
 
 
 def test_completion_streamed_is_completion(client: openai.OpenAI) -> None:
@@ -127,7 +128,8 @@ def test_stream_usage(client: openai.OpenAI) -> None:
 def test_continuous_usage(client: openai.OpenAI) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = list(complete(client, stream=True, stream_options=options))
-    assert [chunk.usage.completion_tokens for chunk in chunks] == [*range(1, 13), 12]
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-2:] == [12, 12]
 
 
 # Stopping

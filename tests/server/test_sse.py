@@ -33,19 +33,24 @@ class Source:
     def __init__(self, pause: float, count: int):
         self.pause, self.count, self.closed = pause, count, False
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        try:
-            for i in range(self.count):
-                yield b"data: %d\n\n" % i
-                await asyncio.sleep(self.pause)
-        finally:
-            self.closed = True
+    def start(self, push: sse.Push) -> None:
+        self.push = push
+        self.task = asyncio.ensure_future(self.events())
+
+    async def events(self) -> None:
+        for i in range(self.count):
+            self.push(b"data: %d\n\n" % i, i == self.count - 1)
+            await asyncio.sleep(self.pause)
+
+    def close(self) -> None:
+        self.closed = True
+        self.task.cancel()
 
 
 async def play(source: Source, client: Client, *, leave_after: float | None = None) -> list[bool]:
     """Run the stream to its end. Returns what on_close heard."""
     heard: list[bool] = []
-    stream = sse.EventStream(source.events(), heard.append)
+    stream = sse.EventStream(source, heard.append)
     if leave_after is not None:
         asyncio.get_running_loop().call_later(leave_after, client.leave.set)
     await asyncio.wait_for(stream({"type": "http"}, client.receive, client.send), 5)
@@ -95,16 +100,17 @@ def test_a_reader_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(run())
 
 
-def test_an_error_in_the_source_is_raised_after_closing() -> None:
-    async def events() -> AsyncGenerator[bytes, None]:
-        yield b"data: 0\n\n"
-        raise ValueError("broken")
+def test_a_source_that_cannot_start_is_closed() -> None:
+    class Broken(Source):
+        def start(self, push: sse.Push) -> None:
+            super().start(push)
+            raise ValueError("broken")
 
     async def run() -> None:
-        client, heard = Client(), []
+        client, heard, source = Client(), [], Broken(0, 1)
         with pytest.raises(ValueError, match="broken"):
-            await sse.EventStream(events(), heard.append)({"type": "http"}, client.receive, client.send)
-        assert len(heard) == 1
+            await sse.EventStream(source, heard.append)({"type": "http"}, client.receive, client.send)
+        assert len(heard) == 1 and source.closed
 
     asyncio.run(run())
 
@@ -161,5 +167,65 @@ def test_a_head_that_never_ends_is_cut_and_others_are_not(monkeypatch: pytest.Mo
             assert await asyncio.wait_for(good.read(), 2) == b""
             writer.close()
             good_writer.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("version", "chunked"), [("1.1", True), ("1.0", False)])
+def test_a_stream_on_a_real_connection_is_framed_as_http_has_it(version: str, chunked: bool) -> None:
+    heard: list[bool] = []
+
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        await sse.EventStream(Source(0.01, 3), heard.append)(scope, receive, send)
+
+    async def run() -> None:
+        async with listening(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(2 if chunked else 1):  # the connection can be used again
+                writer.write(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                assert (b"transfer-encoding: chunked" in head.lower()) == chunked
+                body = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n") if chunked else reader.read(), 5)
+                events = b"".join(_chunks(body)) if chunked else body
+                assert events == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
+            writer.close()
+
+    asyncio.run(run())
+    assert heard == [False, False] if chunked else [False]
+
+
+def _chunks(body: bytes) -> list[bytes]:
+    chunks = []
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        end = int(size, 16)
+        assert rest[end:end + 2] == b"\r\n"
+        chunks.append(rest[:end])
+        body = rest[end + 2:]
+    return chunks
+
+
+def test_a_reader_that_pauses_gets_everything_in_order() -> None:
+    count = 4000
+
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        class Flood(Source):
+            async def events(self) -> None:
+                for i in range(self.count):
+                    self.push(b"data: %0250d\n\n" % i, i == self.count - 1)
+                    if i % 100 == 0:
+                        await asyncio.sleep(0)
+
+        await sse.EventStream(Flood(0, count), lambda _: None)(scope, receive, send)
+
+    async def run() -> None:
+        async with listening(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            await asyncio.sleep(0.2)
+            body = (await asyncio.wait_for(reader.read(), 20)).partition(b"\r\n\r\n")[2]
+            events = b"".join(_chunks(body)).split(b"\n\n")[:-1]
+            assert [int(event.removeprefix(b"data: ")) for event in events] == list(range(count))
+            writer.close()
 
     asyncio.run(run())
