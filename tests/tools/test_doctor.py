@@ -1,0 +1,49 @@
+"""nibble doctor: the findings a user acts on."""
+
+import json
+
+import pytest
+
+from nibble.cli import main
+
+
+def findings(capsys, *arguments: str) -> tuple[int, dict[str, list[dict]]]:
+    code = main(["doctor", *arguments, "--json"])
+    found: dict[str, list[dict]] = {}
+    for finding in json.loads(capsys.readouterr().out):
+        found.setdefault(finding["subject"], []).append(finding)
+    return code, found
+
+
+def test_a_machine_is_described(capsys):
+    code, found = findings(capsys)
+    assert code == 0
+    assert {"python", "cpu", "c++ kernels", "memory"} <= found.keys()
+    assert "torch" in found["python"][0]["text"]
+
+
+def test_a_checkpoint_gets_its_kernels_and_its_memory(capsys, tiny_llama):
+    code, found = findings(capsys, str(tiny_llama), "--device", "cpu")
+    assert code == 0
+    assert found["kernel"] and found["decoder"] and found["fits"][0]["state"] == "ok"
+
+
+def test_missing_cpp_kernels_are_slow_and_say_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr("nibble.kernels.cpu.library.why_missing", lambda: "install a compiler")
+    code, found = findings(capsys)
+    assert code == 0
+    assert (found["c++ kernels"][0]["state"], found["c++ kernels"][0]["fix"]) == ("slow", "install a compiler")
+
+
+@pytest.mark.parametrize("change", [{"architectures": ["NoSuchForCausalLM"]}, None])
+def test_what_cannot_be_served_is_no(capsys, tiny_llama, tmp_path, change):
+    folder = tmp_path / "model"
+    if change is not None:
+        folder.mkdir()
+        for file in tiny_llama.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+    code, found = findings(capsys, str(folder))
+    assert code == 2
+    assert found["model"][0]["state"] == "no"

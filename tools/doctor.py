@@ -1,0 +1,165 @@
+"""`nibble doctor`: what this machine can do, and what a checkpoint would run on here, before anything large is loaded.
+
+Every line is ok, slow (it works; what would make it faster) or no (it does not; what to do). Kernels are not guessed:
+one layer of the checkpoint is loaded by the loader that would serve it.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nibble.quant.errors import NibbleError
+
+_STYLES = {"ok": "green", "slow": "yellow", "no": "red"}
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the diagnosis. `fix` is empty where there is nothing to do."""
+
+    subject: str
+    state: str  # ok, slow, no
+    text: str
+    fix: str = ""
+
+
+def doctor_command(
+    model: Annotated[str | None, typer.Argument(help="local folder, .gguf file or Hub id to look at")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on standard output")] = False,
+) -> int:
+    """Say what this machine can do and, given a model, whether and on what it would run. Exit code 2: it would not."""
+    findings = machine() + (checkpoint(model, device) if model else [])
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(_table(findings))
+    return 2 if any(finding.state == "no" for finding in findings) else 0
+
+
+def machine() -> list[Finding]:
+    """Versions, processor, C++ kernels, memory and GPUs."""
+    import torch
+
+    from nibble.engine.memory import available_bytes, gib
+
+    packages = ", ".join(filter(None, map(_version, _PACKAGES)))
+    found = [Finding("python", "ok", f"{platform.python_version()}, {packages}"),
+             Finding("cpu", "ok", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process, "
+                                  f"{torch.get_num_threads()} threads"),
+             _cpp_kernels(),
+             Finding("memory", "ok", f"{gib(available_bytes(torch.device('cpu')))} free")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, compute capability {properties.major}."
+                             f"{properties.minor}, {gib(torch.cuda.mem_get_info(index)[0])} free"))
+    if not torch.cuda.is_available():
+        found.append(Finding("gpu", "ok", "torch sees none: models run on the CPU"))
+    return found
+
+
+def checkpoint(model: str, device_name: str) -> list[Finding]:
+    """The format, the kernels of one layer, and whether it fits. Stops at the first thing that cannot be."""
+    from nibble.engine.models.registry import decoder_config
+    from nibble.engine.runner import resolve_device, resolve_dtype
+    from nibble.quant.checkpoint import open_checkpoint
+
+    found: list[Finding] = []
+    try:
+        opened = open_checkpoint(model)
+        scheme = opened.scheme.describe() if opened.scheme else "16-bit weights"
+        found.append(Finding("checkpoint", "ok", f"{opened.path}: {scheme}, {opened.nbytes / 1e9:.2f} GB"))
+        config = decoder_config(opened.config)
+        found.append(Finding("architecture", "ok", f"{config.num_layers} layers of {config.hidden_size}, "
+                             f"{config.num_heads} heads, {config.num_kv_heads} of them with keys and values"))
+        device = resolve_device(device_name)
+        dtype = resolve_dtype("auto", opened, device)
+        found += _kernels(opened, config, dtype, device)
+        found += _memory(opened, config, dtype, device)
+    except NibbleError as error:
+        found.append(Finding("model", "no", str(error)))
+    return found
+
+
+def _kernels(opened, config, dtype, device) -> list[Finding]:
+    """What each matrix of a layer runs on, and why not on something better."""
+    import torch
+
+    from nibble.engine.config import EngineConfig
+    from nibble.engine.models.native import why_not
+    from nibble.engine.runner import loader_for
+
+    one = dataclasses.replace(config, num_layers=1, layer_types=config.layer_types[:1])
+    settings = EngineConfig(model=str(opened.path))
+    loader = loader_for(settings, opened, one, dtype, device)
+    with torch.inference_mode():
+        loader.load()
+    found = []
+    if device.type == "cpu":
+        reason = why_not(config, settings.block_size, dtype, device)
+        found.append(Finding("decoder", "slow", "torch's operators", reason) if reason else
+                     Finding("decoder", "ok", "C++, one call a step"))
+    for name, count in loader.report.used.items():
+        found.append(Finding("kernel", "ok", f"{name}: {count} matrices (of one layer and the head)"))
+    found += [Finding("kernel", "ok", f"not {name}: {reason}") for name, reason in loader.report.refused.items()]
+    return found
+
+
+def _memory(opened, config, dtype, device) -> list[Finding]:
+    from nibble.engine import memory
+
+    free, weights = memory.available_bytes(device), opened.nbytes
+    token = memory.kv_bytes_per_token(config, dtype)
+    context = config.max_position_embeddings
+    if weights > free:
+        return [Finding("fits", "no", f"weights {memory.gib(weights)}, free {memory.gib(free)}",
+                        "a smaller or a quantized checkpoint (nibble convert), or serve --quantize int4")]
+    tokens = (free - weights) // token
+    text = f"weights {memory.gib(weights)} of {memory.gib(free)} free; {token / 1024:.0f} KiB a token of context"
+    if tokens < context:
+        return [Finding("fits", "slow", f"{text}: {tokens} tokens, the model could take {context}",
+                        "a shorter --max-model-len")]
+    return [Finding("fits", "ok", f"{text}: room for {tokens // context} requests of {context} tokens")]
+
+
+def _cpp_kernels() -> Finding:
+    from nibble.kernels.cpu import library
+
+    reason = library.why_missing()
+    if reason:
+        return Finding("c++ kernels", "slow", "none: torch's operators serve, several times slower", reason)
+    return Finding("c++ kernels", "ok", f"built; instruction sets {', '.join(library.instruction_sets())}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _table(findings: list[Finding]) -> Table:
+    table = Table("", "", "found", "to do", box=None)
+    for finding in findings:
+        table.add_row(finding.subject, f"[{_STYLES[finding.state]}]{finding.state}[/]", finding.text, finding.fix)
+    return table
