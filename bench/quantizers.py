@@ -23,7 +23,7 @@ from typing import Any
 TORCH = "torch==2.13.0"
 PACKAGES = {
     "autoawq": [["transformers==4.51.3", "accelerate", "datasets", "zstandard"], ["--no-deps", "autoawq==0.2.9"]],
-    "gptqmodel": [["setuptools", "wheel", "numpy"], ["gptqmodel==7.7.0"]],
+    "gptqmodel": [["setuptools", "wheel", "numpy"], ["gptqmodel==7.7.0", "optimum==2.3.0"]],
     "llmcompressor": [["llmcompressor==0.14.0.1"]],
 }
 ALIASED, COPIED = "k: v.cpu() for k, v in module2inspect.state_dict()", \

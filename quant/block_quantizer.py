@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import calibration
-from .algorithms import awq, fp8, gptq
+from . import calibration, float_quantizer
+from .algorithms import awq, gptq
 from .blocks import BlockSource
 from .calibration import Samples
+from .float_quantizer import KeyValueRange
 from .folding import fold_block
 from .plan import Plan, Recipe
 from .weight import QuantizedWeight, split
@@ -34,6 +35,7 @@ class BlockResult:
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)  # by name within the block
     layer_error: dict[str, float] = field(default_factory=dict)  # full name -> |(W - Q) x|^2 / |W x|^2 on calibration
     fallbacks: dict[str, str] = field(default_factory=dict)  # full name -> why round-to-nearest was used
+    scales: dict[str, Tensor] = field(default_factory=dict)  # of the KV cache, by name within the block
 
 
 class Activations:
@@ -90,9 +92,10 @@ def quantize_block(source: BlockSource, index: int, block: nn.Module, activation
     full = {name: f"{source.name(index)}.{name}" for stage in source.map.stages for name in stage}
     stages = {stage[0]: stage for stage in source.map.stages if full[stage[0]] in plan.group_sizes}
     result = BlockResult()
-    if activations is None:
-        result.weights = {name: fp8.quantize(block.get_submodule(name).weight)
-                          for stage in stages.values() for name in stage}
+    cache = KeyValueRange()
+    if recipe.method == "fp8":
+        _quantize_float(block, full, stages, activations, index, cache, plan, result)
+        result.scales = cache.scales() if recipe.kv_scales else {}
         return result
     arguments = activations.arguments[index]
     grids = {name: plan.grid(full[name], recipe) for stage in stages.values() for name in stage}
@@ -107,8 +110,29 @@ def quantize_block(source: BlockSource, index: int, block: nn.Module, activation
             linear.weight.copy_(weight.dequantize())
             result.weights[name] = weight
 
-    calibration.run_quantizing(block, activations.hidden, arguments, stages, quantize, activations.at_once)
+    calibration.run_quantizing(block, activations.hidden, arguments | {"past_key_values": cache}, stages, quantize,
+                               activations.at_once)
+    result.scales = cache.scales() if recipe.kv_scales else {}
     return result
+
+
+def _quantize_float(block: nn.Module, full: dict[str, str], stages: dict[str, tuple[str, ...]],
+                    activations: Activations | None, index: int, cache: KeyValueRange, plan: Plan,
+                    result: BlockResult) -> None:
+    """FP8: each stage by itself, its error that on inputs of no preferred direction."""
+    for stage in stages.values():
+        linears = [block.get_submodule(name) for name in stage]
+        weights = float_quantizer.quantize([linear.weight for linear in linears], plan.scheme.default)
+        for name, linear, weight in zip(stage, linears, weights, strict=True):
+            rounded = weight.dequantize()
+            error = (rounded - linear.weight).square().sum() / linear.weight.square().sum().clamp(min=1e-30)
+            result.layer_error[full[name]] = error.item()
+            linear.weight.copy_(rounded)
+            result.weights[name] = weight
+    if activations is not None:
+        arguments = activations.arguments[index] | {"past_key_values": cache}
+        result.weights = float_quantizer.with_static_scales(result.weights, stages, block, activations.hidden,
+                                                            arguments, activations.at_once)
 
 
 def _quantize_stage(weights: dict[str, Tensor], hessian: Tensor, plan: Plan, recipe: Recipe,
@@ -116,7 +140,7 @@ def _quantize_stage(weights: dict[str, Tensor], hessian: Tensor, plan: Plan, rec
     """Quantize linears {full name: [out_i, in]} that share their input, whose E[x x^T] is given."""
     matrices = list(weights.values())
     # GPTQ v1 stores zero - 1 and so cannot hold a zero point of 0
-    min_zero = 1 if recipe.method == "gptq" and not recipe.symmetric else 0
+    min_zero = 1 if recipe.target == "gptq" and not recipe.symmetric else 0
     result = gptq.quantize(torch.cat(matrices), hessian, *plan.grid(next(iter(weights)), recipe), min_zero)
     if result.fallback:
         report.fallbacks |= dict.fromkeys(weights, result.fallback)

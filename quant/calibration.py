@@ -148,6 +148,22 @@ def run_quantizing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sit
     hidden.copy_(out[0] if isinstance(out, tuple) else out)
 
 
+@torch.no_grad()
+def run_observing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
+                  at_once: int) -> dict[str, Tensor]:
+    """Replace hidden states [n, T, hidden], in place, by a block's outputs; max|x| [1] of the inputs of each site."""
+    absmax = {site: hidden.new_zeros(1) for site in sites}
+
+    def widen(site: str, x: Tensor) -> None:
+        absmax[site] = torch.maximum(absmax[site], x.abs().max())
+
+    with _watching(block, absmax, widen):
+        for part in hidden.split(at_once):
+            out = block(part, **kwargs)
+            part.copy_(out[0] if isinstance(out, tuple) else out)
+    return absmax
+
+
 class _Met(Exception):
     """The block has run as far as it was wanted to."""
 

@@ -38,7 +38,7 @@ def estimate(checkpoint: Checkpoint, source: BlockSource, plan: Plan, recipe: Re
     output = sum(_stored_bytes(shapes[m], *plan.grid(m, recipe)[:2], recipe) for m in plan.group_sizes)
     skipped = {name for m in plan.group_sizes for name in checkpoint.weight_names(m)}
     output += sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped) * plan.dtype.itemsize
-    hidden = 0 if recipe.method == "fp8" else tokens * source.config.hidden_size * 4
+    hidden = 0 if not recipe.calibrated else tokens * source.config.hidden_size * 4
     disk = output + min(output, MAX_SHARD_BYTES) + 2 * hidden
     block = [shape for name, shape in shapes.items() if name.startswith(source.name(0) + ".")]
     return Estimate(output, disk, _memory(block, hidden, tokens, recipe), _seconds(block, len(source), tokens, recipe))
@@ -47,7 +47,8 @@ def estimate(checkpoint: Checkpoint, source: BlockSource, plan: Plan, recipe: Re
 def _stored_bytes(shape: tuple[int, int], bits: int, group_size: int, recipe: Recipe) -> int:
     out_features, in_features = shape
     if recipe.method == "fp8":
-        return out_features * in_features + 4 * out_features
+        rows, cols = recipe.fp8_layer.block or ((1, in_features) if recipe.fp8_scheme == "channel" else shape)
+        return out_features * in_features + 4 * -(-out_features // rows) * -(-in_features // cols)
     groups = out_features * -(-in_features // group_size)
     g_idx = 4 * in_features if recipe.method == "gptq" else 0
     return out_features * in_features * bits // 8 + groups * 2 + groups * bits // 8 + g_idx
@@ -55,17 +56,19 @@ def _stored_bytes(shape: tuple[int, int], bits: int, group_size: int, recipe: Re
 
 def _memory(block: list[tuple[int, int]], hidden: int, tokens: int, recipe: Recipe) -> int:
     weights = 4 * sum(out * width for out, width in block)
-    if recipe.method == "fp8":
+    if not recipe.calibrated:
         return _PROCESS + 3 * weights
     widest = max(width for _, width in block)
     inner = min(ACTIVATION_BYTES, 4 * tokens * sum(max(shape) for shape in block))  # between the block's linears
-    return _PROCESS + 3 * weights + min(2 * hidden, ACTIVATION_BYTES) + inner + 6 * 4 * widest**2
+    hessians = 0 if recipe.method == "fp8" else 6 * 4 * widest**2
+    return _PROCESS + 3 * weights + min(2 * hidden, ACTIVATION_BYTES) + inner + hessians
 
 
 def _seconds(block: list[tuple[int, int]], blocks: int, tokens: int, recipe: Recipe) -> float:
     weights = sum(out * width for out, width in block)
     if recipe.method == "fp8":
-        return blocks * weights * 20e-9
+        passes = 2 * weights * tokens if recipe.calibrated else 0
+        return blocks * (weights * 20e-9 + 1.5 * passes / _flops())
     forward = 2 * weights * tokens * 2.5  # the pass itself, mean magnitudes, replays of the scale search
     hessians = sum(2 * tokens * width**2 for width in {width for _, width in block})
     compensation = sum(out * width**2 for out, width in block) + 3 * sum(width**3 for _, width in block)

@@ -32,9 +32,8 @@ from .errors import NibbleError
 from .estimate import Estimate, estimate
 from .journal import Journal, fingerprint
 from .output import check_disk, check_output, unpublish, writing
-from .plan import Plan, Recipe, make_plan
+from .plan import FP8Scheme, Plan, Recipe, Target, make_plan
 from .side_files import copy_side_files
-from .weight import QuantizedWeight
 from .writer import ShardWriter, write_json
 
 CALIB_SAMPLES = 24  # windows; more helps a little and costs in proportion
@@ -107,15 +106,18 @@ def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq"
             bits: int | None = None, group_size: int = 128, symmetric: bool | None = None,
             calib: str | Path | None = None, calib_samples: int = CALIB_SAMPLES,
             calib_seqlen: int = CALIB_SEQLEN, seed: int = 0, device: str = "cpu", overwrite: bool = False,
-            resume: bool = False, progress: Callable[[Progress], None] | None = None) -> Path:
+            resume: bool = False, progress: Callable[[Progress], None] | None = None, to: Target | None = None,
+            fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False) -> Path:
     """Quantize a checkpoint (HF folder, .gguf file or Hub id) into the folder `output` and return it.
 
     symmetric None: asymmetric for AWQ, symmetric for GPTQ. group_size: see plan.py for widths it does not divide.
-    calib: a UTF-8 text file instead of the bundled mix. Raises NibbleError on bad input; then there is no `output`.
+    calib: a UTF-8 text file instead of the bundled mix. to: the format that is written, where the method has more than
+    one ("gptq_v2", "compressed-tensors", "fp8"). fp8_scheme: "channel" (default), "tensor" or "block". kv_scales: also
+    scales for an FP8 KV cache. Raises NibbleError on bad input; then there is no `output`.
     """
-    convert_with_report(model, output, Recipe.of(method, bits, group_size, symmetric), calib=calib,
-                        calib_samples=calib_samples, calib_seqlen=calib_seqlen, seed=seed, device=device,
-                        overwrite=overwrite, resume=resume, progress=progress)
+    recipe = Recipe.of(method, bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme, kv_scales=kv_scales)
+    convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples, calib_seqlen=calib_seqlen,
+                        seed=seed, device=device, overwrite=overwrite, resume=resume, progress=progress)
     return Path(output)
 
 
@@ -138,7 +140,7 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
     check_disk(output, disk)
     with writing(output, disk, resume) as partial:
         copy_side_files(checkpoint, partial)
-        samples = None if recipe.method == "fp8" else _samples(partial, calib, calib_samples, calib_seqlen, seed)
+        samples = _samples(partial, calib, calib_samples, calib_seqlen, seed) if recipe.calibrated else None
         report = Report(checkpoint.path, recipe, plan, samples, bytes_before=checkpoint.nbytes)
         writer = ShardWriter(partial)
         tokens = None if samples is None else samples.token_ids.tolist()
@@ -195,7 +197,7 @@ def _convert_blocks(source: BlockSource, journal: Journal, report: Report, activ
         began = time.monotonic()
         block = source.load(index)
         result = quantize_block(source, index, block, activations, report.plan, report.recipe)
-        tensors = _block_tensors(source, index, block, result.weights, report.plan)
+        tensors = _block_tensors(source, index, block, result, report.plan)
         entry = BlockReport.of(result, time.monotonic() - began)
         last = activations is None or index + 1 == len(source)
         journal.record(*journal.writer.add(tensors), asdict(entry), None if last else activations.state())
@@ -206,14 +208,15 @@ def _convert_blocks(source: BlockSource, journal: Journal, report: Report, activ
             progress(Progress(index + 1, len(source), time.monotonic() - start, worst, len(done)))
 
 
-def _block_tensors(source: BlockSource, index: int, block: nn.Module, quantized: dict[str, QuantizedWeight],
+def _block_tensors(source: BlockSource, index: int, block: nn.Module, result: BlockResult,
                    plan: Plan) -> dict[str, Tensor]:
     """All tensors of a block by full name, quantized ones in the target format, others in the model's dtype."""
     prefix = source.name(index)
     write = formats.by_method(plan.scheme.method).write
     tensors = {f"{prefix}.{name}": value.to(plan.dtype) for name, value in block.state_dict().items()
-               if name.removesuffix(".weight") not in quantized}
-    for name, weight in quantized.items():
+               if name.removesuffix(".weight") not in result.weights}
+    tensors |= {f"{prefix}.{name}": scale for name, scale in result.scales.items()}
+    for name, weight in result.weights.items():
         for suffix, tensor in write(weight.to("cpu"), plan.scheme.format).items():
             tensors[f"{prefix}.{name}.{suffix}"] = tensor
     return tensors

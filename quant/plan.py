@@ -7,7 +7,7 @@ divides, or whose width the format cannot pack, stays dense and is listed as suc
 treated alike, because runtimes fuse them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,8 +18,21 @@ from .errors import UnsupportedError
 from .scheme import LayerScheme, QuantScheme, exactly
 
 Method = Literal["awq", "gptq", "fp8"]
+Target = Literal["awq", "gptq", "gptq_v2", "compressed-tensors", "fp8"]
+FP8Scheme = Literal["channel", "tensor", "block"]
 GROUP_MIN = 16
-BITS = {"awq": (4,), "gptq": (4, 2, 3, 8), "fp8": (8,)}  # the first is the default
+# The first of each is the default.
+BITS = {"awq": (4,), "gptq": (4, 2, 3, 8), "fp8": (8,)}
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "awq": ("awq", "compressed-tensors"),
+    "gptq": ("gptq", "gptq_v2", "compressed-tensors"),
+    "fp8": ("compressed-tensors", "fp8"),
+}
+FP8_LAYERS: dict[str, LayerScheme] = {
+    "channel": LayerScheme("fp8", 8, -1, True, strategy="channel", act_quant="token"),
+    "tensor": LayerScheme("fp8", 8, -1, True, strategy="tensor", act_quant="tensor"),
+    "block": LayerScheme("fp8", 8, 128, True, strategy="block", act_quant="group", block=(128, 128)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +43,13 @@ class Recipe:
     bits: int
     group_size: int
     symmetric: bool
+    target: Target  # the format that is written
+    fp8_scheme: FP8Scheme = "channel"
+    kv_scales: bool = False  # scales for an FP8 KV cache beside the weights
 
     @classmethod
-    def of(cls, method: Method, bits: int | None = None, group_size: int = 128,
-           symmetric: bool | None = None) -> "Recipe":
+    def of(cls, method: Method, bits: int | None = None, group_size: int = 128, symmetric: bool | None = None, *,
+           target: Target | None = None, fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False) -> "Recipe":
         """Fill in the method's defaults. Raises UnsupportedError for what the format cannot hold."""
         if method not in BITS:
             raise UnsupportedError(f"method {method!r} is not supported ({', '.join(BITS)} are)")
@@ -44,8 +60,38 @@ class Recipe:
                                    f"({', '.join(map(str, sorted(BITS[method])))} are)")
         if group_size != -1 and (group_size < GROUP_MIN or group_size % GROUP_MIN):
             raise UnsupportedError(f"--group-size {group_size} is not possible (a multiple of {GROUP_MIN}, or -1)")
-        default = method != "awq"
-        return cls(method, bits, -1 if method == "fp8" else group_size, default if symmetric is None else symmetric)
+        if fp8_scheme is not None and (method != "fp8" or fp8_scheme not in FP8_LAYERS):
+            raise UnsupportedError(f"--fp8-scheme {fp8_scheme} is not possible with --{method} (with --fp8: "
+                                   f"{', '.join(FP8_LAYERS)})")
+        symmetric = method != "awq" if symmetric is None else symmetric
+        if method == "fp8":
+            group_size, symmetric, fp8_scheme = -1, True, fp8_scheme or "channel"
+        target = target or ("fp8" if fp8_scheme == "block" else TARGETS[method][0])
+        recipe = cls(method, bits, group_size, symmetric, target, fp8_scheme or "channel", kv_scales)
+        if problem := recipe._misfit():
+            raise UnsupportedError(problem)
+        return recipe
+
+    @property
+    def fp8_layer(self) -> LayerScheme:
+        return FP8_LAYERS[self.fp8_scheme]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text has to run through the model."""
+        return self.method != "fp8" or self.fp8_scheme == "tensor" or self.kv_scales
+
+    def _misfit(self) -> str | None:
+        """Why the format cannot hold what was asked for, and what to ask for instead."""
+        if self.target not in TARGETS[self.method]:
+            return f"--to {self.target} is not possible with --{self.method} ({', '.join(TARGETS[self.method])} are)"
+        if self.target == "fp8" and self.fp8_scheme == "channel":
+            return "--to fp8 has no scale per channel: --fp8-scheme tensor or block, or --to compressed-tensors"
+        if self.target == "compressed-tensors" and self.bits not in (4, 8):
+            return f"--to compressed-tensors holds 4 and 8 bits, not {self.bits}: --to gptq"
+        if self.kv_scales and self.target != "compressed-tensors":
+            return f"--kv-scales needs --to compressed-tensors: {self.target} has no place for them"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +124,13 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
             sizes |= dict.fromkeys(stage, size)
     if not sizes:
         raise UnsupportedError(f"{checkpoint.path}: no layer can be quantized ({next(iter(dense.values()))})")
-    if recipe.method == "awq" and recipe.group_size != -1:
+    if recipe.target == "awq" and recipe.group_size != -1:
         sizes = dict.fromkeys(sizes, min(sizes.values()))
-    return Plan(_scheme(recipe, sizes, dense), source.dtype, sizes, dense, _notes(recipe, sizes, dense))
+    notes = _notes(recipe, sizes, dense)
+    if recipe.fp8_scheme == "block" and any(shapes[m][0] % 128 for stage in stages if len(stage) > 1 for m in stage):
+        notes += ("blocks of 128 rows do not divide every q, k, v, gate and up: vLLM, which fuses them, will refuse "
+                  "this checkpoint (--fp8-scheme channel suits any shape)",)
+    return Plan(_scheme(recipe, sizes, dense), source.dtype, sizes, dense, notes)
 
 
 def _group_size(shapes: list[tuple[int, int]], recipe: Recipe) -> tuple[int | None, str]:
@@ -101,16 +151,19 @@ def _group_size(shapes: list[tuple[int, int]], recipe: Recipe) -> tuple[int | No
 
 def _scheme(recipe: Recipe, sizes: dict[str, int], dense: dict[str, str]) -> QuantScheme:
     ignore = ("lm_head", *dense)
+    kv_cache: Literal["fp8"] | None = "fp8" if recipe.kv_scales else None
     if recipe.method == "fp8":
-        layer = LayerScheme("fp8", 8, -1, True, strategy="channel", act_quant="token")
-        return QuantScheme("compressed-tensors", "float-quantized", layer, ignore=ignore)
-    uniform = recipe.group_size if recipe.method == "gptq" or recipe.group_size == -1 else min(sizes.values())
-    layer = LayerScheme("int", recipe.bits, uniform, recipe.symmetric)
-    if recipe.method == "awq":
-        return QuantScheme("awq", "gemm", layer, ignore=ignore)
-    overrides = tuple((exactly(module), LayerScheme("int", recipe.bits, size, recipe.symmetric))
+        fmt = "fp8" if recipe.target == "fp8" else "float-quantized"
+        return QuantScheme(recipe.target, fmt, recipe.fp8_layer, ignore=ignore, kv_cache=kv_cache)
+    if recipe.target == "awq":
+        uniform = recipe.group_size if recipe.group_size == -1 else min(sizes.values())
+        return QuantScheme("awq", "gemm", LayerScheme("int", recipe.bits, uniform, recipe.symmetric), ignore=ignore)
+    layer = LayerScheme("int", recipe.bits, recipe.group_size, recipe.symmetric)
+    overrides = tuple((exactly(module), replace(layer, group_size=size))
                       for module, size in sizes.items() if recipe.group_size not in (-1, size))
-    return QuantScheme("gptq", "gptq", layer, overrides=overrides, ignore=tuple(dense))
+    if recipe.target == "compressed-tensors":
+        return QuantScheme("compressed-tensors", "pack-quantized", layer, overrides, ignore, kv_cache=kv_cache)
+    return QuantScheme("gptq", recipe.target, layer, overrides, ignore=tuple(dense))
 
 
 def _notes(recipe: Recipe, sizes: dict[str, int], dense: dict[str, str]) -> tuple[str, ...]:
@@ -120,7 +173,7 @@ def _notes(recipe: Recipe, sizes: dict[str, int], dense: dict[str, str]) -> tupl
             count = sum(s == size for s in sizes.values())
             notes.append(f"group size {size} instead of {recipe.group_size} in {count} of {len(sizes)} layers, because "
                          f"{recipe.group_size} does not divide a width"
-                         + (" and AWQ has one group size a checkpoint" if recipe.method == "awq" else ""))
+                         + (" and AWQ has one group size a checkpoint" if recipe.target == "awq" else ""))
     for why in sorted(set(dense.values())):
         notes.append(f"{sum(w == why for w in dense.values())} layers stay dense: {why}")
     return tuple(notes)

@@ -29,10 +29,17 @@ def convert_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make")],
     awq: Annotated[bool, typer.Option("--awq", help="4-bit AWQ (GEMM layout)")] = False,
     gptq: Annotated[bool, typer.Option("--gptq", help="GPTQ, 2, 3, 4 or 8 bits (v1 layout)")] = False,
-    to: Annotated[str | None, typer.Option(help="Only change the format, exactly: awq, gptq, gptq_v2, "
-                                                "compressed-tensors or fp8")] = None,
-    requantize: Annotated[bool, typer.Option("--requantize", help="With --to: round anew what does not fit")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="FP8 weights and activations (compressed-tensors)")] = False,
+    to: Annotated[str | None, typer.Option(
+        metavar="FORMAT", help="Write awq, gptq, gptq_v2, compressed-tensors or fp8. Alone, without --awq, --gptq or "
+                               "--fp8: change the format of a quantized model and not one value")] = None,
+    requantize: Annotated[bool, typer.Option(
+        "--requantize", help="With --to alone: round anew what that format cannot hold")] = False,
+    fp8_scheme: Annotated[str | None, typer.Option(
+        metavar="SCHEME", help="What shares a scale. channel: a row, activations by token; tensor: a matrix, "
+                               "activations fixed by calibration; block: 128 x 128 [default: channel]")] = None,
+    kv_scales: Annotated[bool, typer.Option(
+        "--kv-scales", help="Calibrate scales for an FP8 KV cache too (compressed-tensors only)")] = False,
     bits: Annotated[int | None, typer.Option(help="Bits per weight [default: 4]")] = None,
     group_size: Annotated[int, typer.Option(help="Input columns per scale; -1: whole rows. Halved where it does not "
                                                  "divide a width")] = 128,
@@ -52,10 +59,13 @@ def convert_command(
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and need, and do nothing")] = False,
 ) -> None:
     """Quantize a model to AWQ, GPTQ or FP8 weights and say what that cost."""
-    if to is not None:
+    if to is not None and not (awq or gptq or fp8):
         grid = Grid(bits or 4, group_size, bool(symmetric)) if requantize else None
         return _reformat(model, output, to, grid, overwrite=overwrite, resume=resume)
-    recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric)
+    if requantize:
+        raise NibbleError("--requantize goes with --to and none of --awq, --gptq and --fp8, which quantize anew anyway")
+    recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme,
+                       kv_scales=kv_scales)
     if dry:
         _dry_run(*dry_run(model, output, recipe, calib_samples=calib_samples, calib_seqlen=calib_seqlen, device=device,
                           overwrite=overwrite, resume=resume))

@@ -17,8 +17,9 @@ def by_transformers(model: str, prompts: list[list[int]]) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, device_map="cpu").eval()
+    loaded.generation_config.eos_token_id = None  # go on for all tokens, and let every token be chosen
     with torch.inference_mode():
-        return [loaded.generate(torch.tensor([ids]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        return [loaded.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
                 [0, len(ids):].tolist() for ids in prompts]
 
 

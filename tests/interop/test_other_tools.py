@@ -1,7 +1,12 @@
-"""What Nibble writes, loaded by others: transformers (with GPTQModel, with compressed-tensors) and vLLM's CPU build
-give the same greedy tokens. `make interop` builds their environments and runs this; without one its tests are skipped.
+"""What Nibble writes, loaded by others, and what others write, loaded by Nibble: the same greedy tokens.
 
-    NIBBLE_PEERS   folder with gptqmodel/ and llmcompressor/ (bench/quantizers.py install) and vllm/ (bench/peers.py)
+`make interop` builds the other tools' environments and runs this; a test without its environment is skipped.
+
+    NIBBLE_PEERS   folder with autoawq/, gptqmodel/, llmcompressor/ (bench/quantizers.py) and vllm/ (bench/peers.py)
+
+In float32 the tokens are the same, one for one. vLLM computes in bfloat16, and where the weights are FP8 others round
+the activations to FP8 too, which Nibble does not: there each of their tokens must be within a rounding of Nibble's
+likeliest, where a rounding is what the same change of precision does to Nibble's own logits, at that position or any.
 """
 
 import json
@@ -12,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nibble import LLM, SamplingParams, convert
 from nibble.quant import data_free
@@ -20,44 +25,63 @@ from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.formats import gptq
 from nibble.quant.reformat import reformat
 from nibble.quant.scheme import LayerScheme, QuantScheme
-from nibble.quant.writer import ShardWriter, write_json
+from nibble.quant.writer import ShardWriter, dequantize_checkpoint, write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-PEERS = Path(os.environ.get("NIBBLE_PEERS", Path(__file__).resolve().parents[2] / ".cache" / "peers"))
+HERE = Path(__file__).parent
+PEERS = Path(os.environ.get("NIBBLE_PEERS", HERE.parents[1] / ".cache" / "peers"))
 PROMPTS = [list(range(40, 60)), list(range(97, 121)), [72, 101, 108, 108, 111, 44, 32, 119], list(range(200, 232))]
 READS = {  # tool -> (environment, what it reads on a CPU)
-    "transformers with GPTQModel": ("gptqmodel", "transformers", ("awq", "gptq-sym", "gptq-asym", "gptq-act-order",
-                                                                  "gptq-8bit")),
-    "transformers with compressed-tensors": ("llmcompressor", "transformers", ("fp8", "ct-int4", "ct-int4-sym",
-                                                                               "ct-int8")),
-    "vLLM": ("vllm", "vllm", ("awq", "gptq-sym", "ct-int4", "ct-int4-sym")),
+    "transformers with GPTQModel": ("gptqmodel", ("awq", "gptq-sym", "gptq-asym", "gptq-v2", "gptq-act-order",
+                                                  "gptq-8bit")),
+    "transformers with compressed-tensors": ("llmcompressor", ("ct-awq", "ct-gptq", "ct-from-awq", "ct-from-8bit",
+                                                               "fp8", "fp8-tensor", "fp8-block-ct", "fp8-block")),
+    "vLLM": ("vllm", ("awq", "gptq-sym", "ct-awq", "ct-gptq")),
+}  # fmt: skip
+MAKES = {  # tool -> (what make.py makes with it, whose transformers reads that)
+    "autoawq": ("gptqmodel", ("autoawq",)),
+    "gptqmodel": ("gptqmodel", ("gptqmodel-sym", "gptqmodel-asym", "gptqmodel-act-order", "gptqmodel-8bit-v2")),
+    "llmcompressor": ("llmcompressor", ("llmcompressor-w4a16", "llmcompressor-w4a16-asym", "llmcompressor-fp8",
+                                        "llmcompressor-fp8-block")),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tiny_llama, tmp_path_factory):
-    """One small Llama in every format, by name."""
-    folder = tmp_path_factory.mktemp("interop")
-    shutil.copytree(tiny_llama, folder / "dense")
+def dense(tiny_llama, tmp_path_factory):
+    """A small Llama whose likeliest token is mostly far ahead, as wide as packed formats and blocks of 128 need."""
+    folder = tmp_path_factory.mktemp("interop") / "dense"
+    shutil.copytree(tiny_llama, folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=264, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257,
         tie_word_embeddings=False))
     for name, weight in model.named_parameters():
-        if weight.dim() == 2:  # wide enough that the likeliest token is far ahead
+        if weight.dim() == 2:
             weight.data.normal_(0, 1.0 if "embed" in name or "lm_head" in name else 0.08)
-    model.half().save_pretrained(folder / "dense")
+    model.half().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(dense):
+    """It in every format that Nibble writes, by name."""
+    folder = dense.parent
     fast = {"group_size": 32, "calib_samples": 4, "calib_seqlen": 64}
-    convert(folder / "dense", folder / "awq", "awq", **fast)
-    convert(folder / "dense", folder / "gptq-sym", "gptq", **fast)
-    convert(folder / "dense", folder / "gptq-asym", "gptq", symmetric=False, **fast)
-    convert(folder / "dense", folder / "gptq-8bit", "gptq", bits=8, **fast)
-    convert(folder / "dense", folder / "fp8", "fp8")
-    reformat(folder / "awq", folder / "ct-int4", "compressed-tensors")
-    reformat(folder / "gptq-sym", folder / "ct-int4-sym", "compressed-tensors")
-    reformat(folder / "gptq-8bit", folder / "ct-int8", "compressed-tensors")
-    with_act_order(folder / "dense", folder / "gptq-act-order")
+    convert(dense, folder / "awq", "awq", **fast)
+    convert(dense, folder / "gptq-sym", "gptq", **fast)
+    convert(dense, folder / "gptq-asym", "gptq", symmetric=False, **fast)
+    convert(dense, folder / "gptq-v2", "gptq", symmetric=False, to="gptq_v2", **fast)
+    convert(dense, folder / "gptq-8bit", "gptq", bits=8, **fast)
+    convert(dense, folder / "ct-awq", "awq", to="compressed-tensors", **fast)
+    convert(dense, folder / "ct-gptq", "gptq", to="compressed-tensors", **fast)
+    convert(dense, folder / "fp8", "fp8")
+    convert(dense, folder / "fp8-tensor", "fp8", fp8_scheme="tensor", kv_scales=True, **fast)
+    convert(dense, folder / "fp8-block", "fp8", fp8_scheme="block")
+    convert(dense, folder / "fp8-block-ct", "fp8", fp8_scheme="block", to="compressed-tensors")
+    reformat(folder / "awq", folder / "ct-from-awq", "compressed-tensors")
+    reformat(folder / "gptq-8bit", folder / "ct-from-8bit", "compressed-tensors")
+    with_act_order(dense, folder / "gptq-act-order")
     return folder
 
 
@@ -86,23 +110,93 @@ def with_act_order(source: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("tool", READS)
 def test_others_generate_what_nibble_does(checkpoints, tmp_path, tool):
-    environment, backend, names = READS[tool]
+    environment, names = READS[tool]
+    backend = "vllm" if environment == "vllm" else "transformers"
+    theirs = their_tokens(environment, backend, tmp_path, [checkpoints / name for name in names])
+    assert_the_same(checkpoints, theirs, "bfloat16" if backend == "vllm" else "float32", tmp_path)
+
+
+@pytest.mark.parametrize("tool", MAKES)
+def test_nibble_generates_what_others_do_from_what_they_made(dense, tmp_path, tool):
+    environment, names = MAKES[tool]
+    windows = tmp_path / "windows.json"
+    windows.write_text(json.dumps([[(7 * i + 3 * j * j) % 256 for j in range(128)] for i in range(16)]))
+    done = run_in(tool, HERE / "make.py", tool, dense, tmp_path, windows)
+    assert all((tmp_path / name / "config.json").exists() for name in names), done.stderr[-3000:]
+    theirs = their_tokens(environment, "transformers", tmp_path, [tmp_path / name for name in names])
+    assert_the_same(tmp_path, theirs, "float32", tmp_path)
+
+
+def run_in(environment: str, *command: object) -> subprocess.CompletedProcess[str]:
     python = PEERS / environment / "bin" / "python"
     if not python.exists():
         pytest.skip(f"no {python} (make interop builds it)")
-    prompts, out = tmp_path / "prompts.json", tmp_path / "out.json"
+    return subprocess.run([str(part) for part in (python, *command)], check=False, capture_output=True, text=True,
+                          timeout=1500, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
+
+
+def their_tokens(environment: str, backend: str, folder: Path, models: list[Path]) -> dict[str, list[list[int]]]:
+    """By model's name. An error that the tool gave fails the test here."""
+    prompts, out = folder / "prompts.json", folder / "out.json"
     prompts.write_text(json.dumps(PROMPTS))
-    models = [str(checkpoints / name) for name in names]
-    done = subprocess.run([python, Path(__file__).with_name("greedy.py"), backend, prompts, out, *models], check=False,
-                          capture_output=True, text=True, timeout=1500,
-                          env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
+    done = run_in(environment, HERE / "greedy.py", backend, prompts, out, *models)
     assert out.exists(), done.stderr[-3000:]
-    theirs = json.loads(out.read_text())
-    dtype = "bfloat16" if backend == "vllm" else "float32"
-    wrong = {}
-    for name, model in zip(names, models, strict=True):
-        llm = LLM(model, dtype=dtype, kv_cache_memory=1 << 24)
-        ours = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
-        if [list(o.token_ids) for o in ours] != theirs.get(model):
-            wrong[name] = (theirs.get(model, "not run"), [list(o.token_ids) for o in ours])
-    assert not wrong, wrong
+    theirs = {Path(model).name: tokens for model, tokens in json.loads(out.read_text()).items()}
+    failed = {name: tokens for name, tokens in theirs.items() if isinstance(tokens, str)}
+    assert not failed and len(theirs) == len(models), failed or done.stderr[-3000:]
+    return theirs
+
+
+def assert_the_same(folder: Path, theirs: dict[str, list[list[int]]], dtype: str, scratch: Path) -> None:
+    different = {}
+    for name, continuations in theirs.items():
+        exact = LLM(str(folder / name), dtype="float32", kv_cache_memory=1 << 24)
+        ours = exact.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+        if [list(o.token_ids) for o in ours] == continuations:
+            continue
+        scheme = open_checkpoint(folder / name).scheme
+        if dtype == "float32" and scheme.default.act_quant == "none":
+            different[name] = (continuations, [list(o.token_ids) for o in ours])
+            continue
+        if dtype == "bfloat16":
+            rounded = LLM(str(folder / name), dtype=dtype, kv_cache_memory=1 << 24).logits
+        else:
+            rounded = with_fp8_activations(folder / name, scratch / f"{name}-plain", scheme.default.act_quant)
+        behind, noise = furthest_behind(exact, rounded, continuations)
+        print(f"{name}: furthest behind {behind:.3f}, of logits that rounding moves by up to {noise:.3f}")
+        if behind > 2 * noise:
+            different[name] = (behind, noise)
+    assert not different, different
+
+
+def furthest_behind(exact: LLM, rounded, continuations: list[list[int]]) -> tuple[float, float]:
+    """By how much a token of theirs falls short of Nibble's likeliest; how far rounding moves a logit."""
+    behind = noise = 0.0
+    for prompt, tokens in zip(PROMPTS, continuations, strict=True):
+        logits = exact.logits(prompt + tokens)[len(prompt) - 1:-1]
+        noise = max(noise, (rounded(prompt + tokens)[len(prompt) - 1:-1] - logits).abs().max().item())
+        chosen = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+        behind = max(behind, (logits.max(-1).values - chosen).max().item())
+    return behind, noise
+
+
+def with_fp8_activations(checkpoint: Path, plain: Path, how: str):
+    """Logits by transformers from the checkpoint's dense weights, each linear's input rounded to FP8 as it says."""
+    opened = open_checkpoint(checkpoint)
+    dequantize_checkpoint(opened, plain, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+
+    def round_inputs(module: str):
+        static = opened.linear(module).input_scale
+
+        def hook(_module, inputs):
+            x = inputs[0]
+            groups = x.reshape(*x.shape[:-1], -1, 128 if how == "group" else x.shape[-1])
+            scale = groups.abs().amax(-1, keepdim=True) / 448 if static is None else static
+            return ((groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).reshape(x.shape)
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(round_inputs(name))
+    return lambda ids: model(torch.tensor([ids])).logits[0].detach()

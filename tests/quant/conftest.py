@@ -1,10 +1,23 @@
 """Tiny models on disk, made with other people's tools: transformers for folders, gguf-py for GGUF files."""
 
+import json
+import shutil
+
 import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from nibble.quant.checkpoint import open_checkpoint
+from nibble.quant.writer import dequantize_checkpoint
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 272, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -127,3 +140,27 @@ def write_tensor(writer, arch, name, array, qtype, config):
 
 def rest_is(name, *leaves):
     return name.split(".")[-2] in leaves
+
+
+@pytest.fixture
+def dense(make_gguf, tmp_path):
+    """A tiny Llama in bfloat16, as a folder with a tokenizer."""
+    dequantize_checkpoint(open_checkpoint(make_gguf("llama")), tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def make_checkpoint(dense, tmp_path):
+    """A copy of the dense folder with another shape or architecture and random weights."""
+    def make(name="variant", model_type="llama", **changes):
+        shutil.copytree(dense, tmp_path / name)
+        settings = json.loads((dense / "config.json").read_text()) | changes
+        settings.pop("model_type"), settings.pop("architectures")
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() == 1 else 0.15))
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make

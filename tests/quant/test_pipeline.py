@@ -1,11 +1,10 @@
 """Conversions of tiny models from end to end: what is on disk is what was computed, and nothing half-done stays."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nibble.quant import calibration
 from nibble.quant.blocks import BlockSource
@@ -25,12 +24,6 @@ FAST = {"calib_samples": 4, "calib_seqlen": 32}
 @pytest.fixture
 def gguf_file(make_gguf):
     return make_gguf("llama")
-
-
-@pytest.fixture
-def dense(gguf_file, tmp_path):
-    dequantize_checkpoint(open_checkpoint(gguf_file), tmp_path / "dense")
-    return tmp_path / "dense"
 
 
 def logits(folder, ids):
@@ -93,23 +86,6 @@ def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
         assert any("stay dense" in note for note in report.plan.notes)
         assert checkpoint.scheme.layer(down) is None and not checkpoint.is_quantized(down)
         assert isinstance(checkpoint.linear("model.layers.0.mlp.up_proj"), QuantizedWeight)
-
-
-@pytest.fixture
-def make_checkpoint(dense, tmp_path):
-    """A copy of the dense folder with another shape or architecture and random weights."""
-    def make(name="variant", model_type="llama", **changes):
-        shutil.copytree(dense, tmp_path / name)
-        settings = json.loads((dense / "config.json").read_text()) | changes
-        settings.pop("model_type"), settings.pop("architectures")
-        torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.bfloat16)
-        for parameter in model.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() == 1 else 0.15))
-        model.save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    return make
 
 
 VARIANTS = {
