@@ -6,12 +6,14 @@ output folder.
 
 import platform
 import re
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .pipeline import Report
+from .plan import Recipe
 from .writer import write_json, write_text
 
 PACKAGES = ("nibble-serve", "torch", "transformers")
@@ -48,6 +50,7 @@ def quality_record(report: Report, quality: list[Quality], base_model: str, peak
     return {
         "base_model": base_model,
         "scheme": report.plan.scheme.describe(),
+        "recipe": asdict(report.recipe),
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "bits_per_weight": round(report.bits_per_weight, 3),
@@ -95,6 +98,7 @@ def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
              f"{record['bits_per_weight']:.2f} bits per weight in the decoder blocks, scales and zero points included.",
              "", "## What it cost", ""]
     lines += _quality_table(record["evaluation"]) or ["Not measured (`nibble evaluate` does it).", ""]
+    lines += _layer_table(record["layer_error"], calibrated=report.samples is not None)
     lines += ["## Recipe", "", f"- Method: {record['scheme']}"]
     if record["calibration"]:
         c = record["calibration"]
@@ -104,8 +108,17 @@ def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
     lines += [f"- Round to nearest in {module}: {why}" for module, why in record["fallbacks"].items()]
     lines += [f"- {record['minutes']} minutes, peak memory {record['peak_rss_bytes'] / 1e9:.1f} GB",
               "- " + ", ".join(f"{package} {v}" for package, v in record["versions"].items()), "",
-              "Serve it with `nibble serve`, vLLM or transformers.", ""]
+              f"Serve it with {_readers(report.recipe)}.", ""]
     return "\n".join([*front, *lines])
+
+
+def _readers(recipe: Recipe) -> str:
+    """Which runtimes read what was written."""
+    if recipe.target in ("gptq", "gptq_v2") and (not recipe.symmetric or recipe.bits < 4):
+        return "`nibble serve` or transformers (vLLM reads symmetric GPTQ of 4 and 8 bits alone)"
+    if recipe.target == "fp8" and recipe.fp8_scheme == "tensor":
+        return "`nibble serve` or vLLM"
+    return "`nibble serve`, vLLM or transformers"
 
 
 def _quality_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -117,6 +130,22 @@ def _quality_table(rows: list[dict[str, Any]]) -> list[str]:
               f"| {r['kl_mean']:.4f} | {r['kl_median']:.4f} | {r['kl_p99']:.3f} | {r['top1_agreement']:.1%} |"
               for r in rows]
     return [*table, "", "KL divergence from the original in nats per token, on text held out from calibration.", ""]
+
+
+def _layer_table(errors: dict[str, float], calibrated: bool) -> list[str]:
+    """By kind of layer, over the blocks."""
+    if not errors:
+        return []
+    kinds: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, error in errors.items():
+        kinds[name.rpartition(".")[2]][name] = error
+    rows = []
+    for kind, blocks in kinds.items():
+        worst = max(blocks, key=blocks.__getitem__)
+        rows.append(f"| {kind} | {sum(blocks.values()) / len(blocks):.3%} | {blocks[worst]:.3%} | {worst} |")
+    inputs = "calibration inputs" if calibrated else "inputs of no preferred direction (nothing was calibrated)"
+    return ["| layer | mean output error | worst | where |", "|---|---|---|---|", *rows, "",
+            f"Output error: squared, relative to the output's square, on {inputs}.", ""]
 
 
 def _licence(source: Path, base_model: str) -> str | None:

@@ -5,9 +5,11 @@ their values are checked as they are read. What is on disk decides whether a mod
 to read it.
 """
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from torch import Tensor
 
 from . import formats
 from .errors import CheckpointError
-from .formats import gguf, gguf_model
+from .formats import bitsandbytes, gguf, gguf_model
 from .formats.base import BadTensor, check_finite
 from .formats.gguf_file import SPLIT_NAME, GgufFile, is_split
 from .safetensors_files import read_json, scan
 from .scheme import LayerScheme, QuantScheme
 from .weight import QuantizedWeight
 
+logger = logging.getLogger(__name__)
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*"]
 _HUB_OTHERS = ["*/*", "consolidated*"]  # the same weights once more, in other layouts
 _CHUNK = 1 << 24  # weights dequantized at a time
@@ -199,6 +202,60 @@ class FolderCheckpoint(Checkpoint):
         return QuantScheme.from_config(found)
 
 
+class BitsAndBytesCheckpoint(FolderCheckpoint):
+    """A folder that bitsandbytes quantized. Its weights come dense: a table of values has no canonical form."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._states = {name.removesuffix(suffix) + "weight": self._state(name, suffix)
+                        for name in self._entries for suffix in bitsandbytes.STATES if name.endswith(f".{suffix}")}
+        logger.warning("%s: bitsandbytes weights are dequantized as they are read: %.1f GB", path, self.nbytes / 1e9)
+
+    def names(self) -> set[str]:
+        sides = tuple(f".{suffix}" for suffix in bitsandbytes.SUFFIXES)
+        return {name for name in self._entries if not name.endswith(sides)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._states[name].shape if name in self._states else super().shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        if name in self._states:
+            return self._states[name].dtype
+        stored = super().dtype(name)
+        return torch.bfloat16 if stored == torch.int8 else stored
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        module = name.removesuffix(".weight")
+        if name not in self._states and not self.has(f"{module}.SCB"):
+            return super().tensor(name, dtype)
+        suffixes = ("weight", *bitsandbytes.SUFFIXES)
+        tensors = {s: self._raw(f"{module}.{s}") for s in suffixes if self.has(f"{module}.{s}")}
+        try:
+            if name in self._states:
+                weight = bitsandbytes.dequantize_4bit(tensors, self._states[name])
+            else:
+                weight = bitsandbytes.dequantize_8bit(tensors, self.dtype(name))
+        except BadTensor as error:
+            raise self._error(f"{module}.{error.suffix}", error.problem) from None
+        return weight if dtype is None else weight.to(dtype)
+
+    def is_quantized(self, module: str) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(prod(self.shape(name)) * self.dtype(name).itemsize for name in self.names())
+
+    def _state(self, name: str, suffix: str) -> bitsandbytes.State:
+        try:
+            return bitsandbytes.read_state(suffix, self._raw(name))
+        except BadTensor as error:
+            raise self._error(name, error.problem) from None
+
+    def _read_scheme(self) -> None:
+        return None
+
+
 class GgufCheckpoint(Checkpoint):
     """A GGUF file of a llama or gemma3 model."""
 
@@ -317,7 +374,12 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
         if len(gguf_files) > 1 and not is_split(gguf_files):
             raise CheckpointError(f"holds {len(gguf_files)} .gguf files", file=path, fix="name one of them")
         return GgufCheckpoint(gguf_files[0])
-    return FolderCheckpoint(path)
+    return (BitsAndBytesCheckpoint if _is_bitsandbytes(path / "config.json") else FolderCheckpoint)(path)
+
+
+def _is_bitsandbytes(config: Path) -> bool:
+    found = read_json(config).get("quantization_config") if config.is_file() else None
+    return isinstance(found, dict) and found.get("quant_method") == "bitsandbytes"
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -48,7 +48,7 @@ class QuantScheme:
     """How one checkpoint is quantized."""
 
     method: Method
-    format: str  # awq: "gemm"; gptq: "gptq" (v1) or "gptq_v2"; compressed-tensors: "pack-quantized", ...
+    format: str  # awq: "gemm", ...; gptq: "gptq" (v1), "gptq_v2", ...; compressed-tensors: "pack-quantized", ...
     default: LayerScheme | None
     overrides: tuple[tuple[str, LayerScheme | None], ...] = ()  # (regex on the module name, scheme); None: dense
     ignore: tuple[str, ...] = ()  # module names, or "re:..." patterns, that stay dense
@@ -157,8 +157,8 @@ def _checked_regex(pattern: str, key: str) -> str:
 
 def _read_awq(config: dict[str, Any]) -> dict[str, Any]:
     version = _get(config, str, "gemm", "version", "format").lower()
-    if version not in ("gemm", "gemv", "gemv_fast"):
-        raise _unsupported("version", version, " (gemm, gemv and gemv_fast are)")
+    if version not in ("gemm", "gemv", "gemv_fast", "marlin"):
+        raise _unsupported("version", version, " (gemm, gemv, gemv_fast and marlin are)")
     layer = LayerScheme(
         kind="int",
         bits=_bits(config, (4,), "bits", "w_bit"),
@@ -183,9 +183,10 @@ def _write_awq(scheme: QuantScheme) -> dict[str, Any]:
 
 
 def _read_gptq(config: dict[str, Any]) -> dict[str, Any]:
-    fmt = _get(config, str, "gptq", "checkpoint_format", "format").lower()
-    if fmt not in ("gptq", "gptq_v2"):
-        raise _unsupported("checkpoint_format", fmt, " (gptq and gptq_v2 are)")
+    old = "marlin" if config.get("is_marlin_format") else "gptq"  # AutoGPTQ 0.6 and 0.7
+    fmt = _get(config, str, old, "checkpoint_format", "format").lower()
+    if fmt not in ("gptq", "gptq_v2", "marlin"):
+        raise _unsupported("checkpoint_format", fmt, " (gptq, gptq_v2 and marlin are)")
     layer = _gptq_layer(config)
     overrides = []
     for key, changes in _get(config, dict, {}, "dynamic").items():
@@ -208,8 +209,8 @@ def _gptq_layer(config: dict[str, Any]) -> LayerScheme:
 
 def _write_gptq(scheme: QuantScheme) -> dict[str, Any]:
     layer = scheme.default
-    if layer is None:
-        raise ValueError("a gptq checkpoint states one scheme and its exceptions")
+    if layer is None or scheme.format == "marlin":
+        raise ValueError("a gptq checkpoint states one scheme and its exceptions, and is not written as marlin")
     dynamic: dict[str, Any] = {f"-:{_as_regex(name)}": {} for name in scheme.ignore if name != "lm_head"}
     for pattern, other in scheme.overrides:
         dynamic[f"{'-' if other is None else '+'}:{pattern}"] = {} if other is None else _gptq_keys(other)

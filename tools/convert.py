@@ -76,8 +76,10 @@ def convert_command(
                                      resume=resume, activation_memory=activation_memory or ACTIVATION_BYTES,
                                      progress=progress, announce=_announce)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
+    write_card(output, report, [], _base_model(model), peak)  # also where measuring is cut short
     quality: list[Quality] = [] if no_eval else _measure(model, output)
-    write_card(output, report, quality, _base_model(model), peak)
+    if quality:
+        write_card(output, report, quality, _base_model(model), peak)
     print(f"{output}: {report.plan.scheme.describe()}, {report.bytes_before / 1e6:.0f} MB -> "
           f"{report.bytes_after / 1e6:.0f} MB, {report.bits_per_weight:.2f} bits per quantized weight, "
           f"{report.seconds:.0f} s, peak memory {peak / 1e9:.1f} GB")

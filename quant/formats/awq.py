@@ -6,6 +6,7 @@
     gemv  qweight int32 [out, in/8]     natural order along `in`
           qzeros  int32 [out, W]        natural order; W words, at least ceil(in/g / 8), the rest is padding
           scales  fp16  [out, 8 W]
+    marlin     see marlin.py
     gemv_fast  qweight int16 [out/4, in]   see `_unpack_fast`
           qzeros  fp16  [8 W, out]        -s z, rounded: a minimum, no zero point (llm-awq: scaled_zeros)
           scales  fp16  [8 W, out]
@@ -19,13 +20,16 @@ from torch import Tensor
 from ..packing import AWQ_ORDER, pack_awq, unpack, unpack_awq
 from ..scheme import LayerScheme
 from ..weight import QuantizedWeight
+from . import marlin
 from .base import FLOATS, BadTensor, check_shape, columns_per_group, need, refuse, to_half
 
 SUFFIXES = ("qweight", "scales", "qzeros", "scaled_zeros")
 
 
 def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "gemm") -> QuantizedWeight:
-    """Tensors by suffix -> QuantizedWeight [out, in]. fmt: "gemm", "gemv" or "gemv_fast". Raises BadTensor."""
+    """Tensors by suffix -> QuantizedWeight [out, in]. fmt: "gemm", "gemv", "gemv_fast", "marlin". Raises BadTensor."""
+    if fmt == "marlin":
+        return marlin.read(tensors, layer, ("qweight", "scales"))
     return {"gemv": _read_gemv, "gemv_fast": _read_gemv_fast}.get(fmt, _read_gemm)(tensors, layer)
 
 

@@ -7,7 +7,7 @@
 
 w[o, k] = (q - z[g_idx[k]]) * s[g_idx[k]]. The last group may be partial. Where the config says `sym`, z is the midpoint
 and qzeros is not consulted (as in vLLM), so a v1/v2 mix-up cannot hurt. v1 cannot say z = 0: it would store -1, which
-readers decode differently, so it is never written.
+readers decode differently, so it is never written. "marlin" is another layout, see marlin.py.
 """
 
 import torch
@@ -16,13 +16,16 @@ from torch import Tensor
 from ..packing import pack, unpack
 from ..scheme import LayerScheme
 from ..weight import QuantizedWeight
+from . import marlin
 from .base import FLOATS, check_shape, columns_per_group, need, order_of_groups, refuse, to_half
 
-SUFFIXES = ("qweight", "scales", "qzeros", "g_idx")
+SUFFIXES = ("qweight", "scales", "qzeros", "g_idx", "B", "s", "workspace")  # the last three: marlin's
 
 
 def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "gptq") -> QuantizedWeight:
-    """Tensors by suffix -> QuantizedWeight [out, in]. fmt: "gptq" (v1) or "gptq_v2". Raises BadTensor."""
+    """Tensors by suffix -> QuantizedWeight [out, in]. fmt: "gptq" (v1), "gptq_v2" or "marlin". Raises BadTensor."""
+    if fmt == "marlin":
+        return marlin.read(tensors, layer, ("B", "s"))
     bits = layer.bits
     qweight = need(tensors, "qweight", torch.int32)
     words, out_features = qweight.shape

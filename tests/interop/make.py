@@ -21,6 +21,7 @@ def by_autoawq(model: str, out: Path, windows: list[list[int]]) -> None:
     quantizer.quantize(tokenizer, {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"},
                        calib_data=windows, max_calib_samples=len(windows), max_calib_seq_len=len(windows[0]))
     quantizer.save_quantized(str(out / "autoawq"))
+    tokenizer.save_pretrained(str(out / "autoawq"))
 
 
 def by_gptqmodel(model: str, out: Path, windows: list[list[int]]) -> None:

@@ -269,3 +269,14 @@ def test_card_says_what_was_done(dense, tmp_path):
     assert "base_model: org/tiny" in front and "base_model_relation: quantized" in front
     assert "license: apache-2.0" in front
     assert "0.0421" in card and "91.0%" in card and "group size 32 instead of 64" in card
+    worst = max((n for n in record["layer_error"] if n.endswith("down_proj")), key=record["layer_error"].get)
+    assert f"{record['layer_error'][worst]:.3%} | {worst} |" in card and "vLLM or transformers" in card
+    assert record["recipe"]["method"] == "gptq" and set(record["versions"]) >= {"python", "torch", "nibble-serve"}
+
+
+def test_card_names_only_runtimes_that_read_it(dense, tmp_path):
+    for options in ({"bits": 3}, {"symmetric": False}):
+        out = tmp_path / f"out{options}"
+        report = convert_with_report(dense, out, Recipe.of("gptq", group_size=32, **options), **FAST)
+        write_card(out, report, [], "org/tiny", 10**9)
+        assert "vLLM reads symmetric GPTQ of 4 and 8 bits alone" in (out / "README.md").read_text()

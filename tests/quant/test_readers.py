@@ -56,8 +56,8 @@ def test_awq_gemv_fast(name):
 def test_gemv_fast_is_known_by_its_version():
     scheme = QuantScheme.from_config({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv_fast"})
     assert scheme.format == "gemv_fast"
-    with pytest.raises(UnsupportedError, match="marlin"):
-        QuantScheme.from_config({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "marlin"})
+    with pytest.raises(UnsupportedError, match="exllama"):
+        QuantScheme.from_config({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "exllama"})
 
 
 def test_old_autogptq_file_names(dense, tmp_path):

@@ -116,7 +116,7 @@ def test_our_configs_come_back(scheme):
     ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
     ({}, "quant_method ''"),
     ({"quant_method": "awq", "bits": 3}, "bits 3"),
-    ({"quant_method": "awq", "bits": 4, "version": "marlin"}, "version 'marlin'"),
+    ({"quant_method": "awq", "bits": 4, "version": "exllama"}, "version 'exllama'"),
     ({"quant_method": "gptq", "bits": "4"}, "bits '4'"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size 0"),
     ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}}, r"dynamic '\('"),
