@@ -22,12 +22,13 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow check bench bench-cpu interop-env interop bench-quality clean
+.PHONY: help demo serve test test-slow test-robust check bench bench-cpu interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 	@echo '  make serve      keep the demo model up on port $(PORT) for a browser or a client'
 	@echo '  make test-slow  the tests that take minutes (real models)'
+	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
 	@echo '  make bench-cpu  Nibble, vLLM and llama.cpp side by side on this CPU'
@@ -36,7 +37,7 @@ help:
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
 
 # Tests start many processes: OpenMP threads that wait must not spin while others need the cores.
-test test-slow check: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-robust check: export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
@@ -49,6 +50,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# Conversions killed, interrupted, out of disk, and of a model of 1B parameters (3 GB of disk); part of test-slow.
+test-robust: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -s tests/quant/test_robustness.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -66,7 +71,8 @@ bench-cpu: $(VENV)/.installed
 interop-env: $(VENV)/.installed
 	$(BIN)/python bench/quantizers.py install $(PEERS)
 
-# What Nibble writes, loaded by transformers and by vLLM (installed beside them), must generate the same tokens.
+# What Nibble writes, loaded by transformers and by vLLM (installed beside them), and what other quantizers write, loaded
+# by Nibble, must generate the same tokens.
 interop: interop-env $(VENV)/.installed-dev
 	test -x $(PEERS)/vllm/bin/python || $(BIN)/python bench/peers.py install $(PEERS)/vllm
 	NIBBLE_PEERS=$(abspath $(PEERS)) $(BIN)/python -m pytest -q tests/interop/test_other_tools.py

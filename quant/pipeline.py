@@ -167,12 +167,29 @@ def dry_run(model: str | Path, output: str | Path, recipe: Recipe, *, calib_samp
 
 def _prepare(model: str | Path, output: Path, recipe: Recipe, device: str, overwrite: bool,
              resume: bool) -> tuple[Checkpoint, BlockSource, Plan]:
+    where = compute_device(device)
     checkpoint = open_checkpoint(model)
     if resume:
         unpublish(output)
     check_output(output, checkpoint, overwrite, resume)
-    source = BlockSource(checkpoint, torch.device(device))
+    source = BlockSource(checkpoint, where)
     return checkpoint, source, make_plan(checkpoint, source, recipe)
+
+
+def compute_device(name: str) -> torch.device:
+    """The device of that name. Raises NibbleError where torch has none such here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise NibbleError(f"--device {name}: is no device (give cpu, cuda or one of several such as cuda:1)") from None
+    if device.type not in ("cpu", "cuda"):
+        raise NibbleError(f"--device {name}: is not supported (cpu and cuda are)")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise NibbleError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU here (install a driver and a "
+                          "CUDA build of torch, or use --device cpu)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise NibbleError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    return device
 
 
 def _convert_outside(checkpoint: Checkpoint, source: BlockSource, journal: Journal) -> None:

@@ -28,6 +28,7 @@ from .writer import ShardWriter, block_of, write_json
 
 TARGETS = {"awq": ("awq", "gemm"), "gptq": ("gptq", "gptq"), "gptq_v2": ("gptq", "gptq_v2"),
            "compressed-tensors": ("compressed-tensors", ""), "fp8": ("fp8", "fp8")}  # fmt: skip
+_KV_SCALES = (".k_scale", ".v_scale")
 _DENSE_LEAVES = ("embed_tokens", "lm_head")
 
 
@@ -71,7 +72,7 @@ def reformat(model: str | Path, output: str | Path, target: str, requantize: Gri
     with writing(output, needed, resume) as partial:
         copy_side_files(checkpoint, partial)
         journal = Journal.open(ShardWriter(partial), fingerprint(checkpoint, target, requantize, nibble_version))
-        blocks = _by_block(checkpoint)
+        blocks = job.by_block()
         for index, names in list(enumerate(blocks))[len(journal.entries):]:
             tensors = {k: v for name in names for k, v in job.tensors(name).items()}
             journal.record(*journal.writer.add(tensors), {}, None)
@@ -149,7 +150,9 @@ class _Job:
         if method == "compressed-tensors":
             fmt = "float-quantized" if default.kind == "fp8" else "pack-quantized"
         ignore = tuple(dict.fromkeys(("lm_head", *dense)))
-        self.result.scheme = QuantScheme(method, fmt, default, overrides, ignore)
+        before = self.checkpoint.scheme
+        kv_cache = before.kv_cache if before is not None and method == "compressed-tensors" else None
+        self.result.scheme = QuantScheme(method, fmt, default, overrides, ignore, kv_cache=kv_cache)
         self.result.notes = self._notes()
         self.result.nbytes = self.checkpoint.nbytes + sum(
             2 * prod for m in self.modules if m not in layers and (prod := self._numel(m)))
@@ -173,6 +176,16 @@ class _Job:
             midpoint = torch.full(weight.scales.shape, 2 ** (weight.bits - 1), dtype=torch.uint8)
             weight = replace(weight, zeros=midpoint)
         return {f"{name}.{suffix}": tensor for suffix, tensor in self._write(weight).items()}
+
+    def by_block(self) -> list[list[str]]:
+        """Modules and tensors that belong to none, grouped by decoder block, in the order they are written."""
+        consumed = {name for m in self.modules for name in self.checkpoint.weight_names(m)}
+        if not self.result.scheme.kv_cache:
+            consumed |= {name for name in self.checkpoint.names() if name.endswith(_KV_SCALES)}
+        groups: dict[str, list[str]] = {}
+        for name in sorted(self.modules | (self.checkpoint.names() - consumed)):
+            groups.setdefault(block_of(name), []).append(name)
+        return list(groups.values())
 
     def config(self) -> dict[str, Any]:
         dropped = ("quantization_config", "compression_config", "torch_dtype")
@@ -229,6 +242,8 @@ class _Job:
         rounded = [m for m in sorted(self.modules)
                    if m.endswith(_DENSE_LEAVES) and self.checkpoint.is_quantized(m)]
         notes = [f"{' and '.join(rounded)}: dense in this format, rounded to 16 bits"] if rounded else []
+        if any(name.endswith(_KV_SCALES) for name in self.checkpoint.names()) and not self.result.scheme.kv_cache:
+            notes.append("the scales of the KV cache are left out: this format has no place for them")
         if self.target == "compressed-tensors" and self._dtype == torch.bfloat16:
             notes.append("scales keep their precision; a runtime that casts them to the model's bfloat16 rounds them")
         return tuple(notes)
@@ -255,13 +270,3 @@ def _refusal(checkpoint: Checkpoint, target: str, misfits: dict[str, str], total
     return UnsupportedError(f"{checkpoint.path}: {len(misfits)} of {total} layers have no exact form in {target}: "
                             f"{count} because {reason} ({first}){more} (--requantize to round them anew, which costs "
                             "accuracy, or convert the original)")
-
-
-def _by_block(checkpoint: Checkpoint) -> list[list[str]]:
-    """Modules and tensors that belong to none, grouped by decoder block, in the order they are written."""
-    modules = checkpoint.modules()
-    consumed = {name for m in modules for name in checkpoint.weight_names(m)}
-    groups: dict[str, list[str]] = {}
-    for name in sorted(modules | (checkpoint.names() - consumed)):
-        groups.setdefault(block_of(name), []).append(name)
-    return list(groups.values())

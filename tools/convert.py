@@ -17,6 +17,8 @@ from nibble.quant.block_quantizer import ACTIVATION_BYTES
 from nibble.quant.card import Quality, summary, write_card
 from nibble.quant.errors import NibbleError
 from nibble.quant.estimate import Estimate
+from nibble.quant.journal import begun
+from nibble.quant.output import partial_of
 from nibble.quant.pipeline import CALIB_SAMPLES, CALIB_SEQLEN, Progress, convert_with_report, dry_run
 from nibble.quant.plan import Method, Plan, Recipe
 from nibble.quant.reformat import Grid, reformat
@@ -70,7 +72,7 @@ def convert_command(
         _dry_run(*dry_run(model, output, recipe, calib_samples=calib_samples, calib_seqlen=calib_seqlen, device=device,
                           overwrite=overwrite, resume=resume))
         return
-    with _progress() as progress:
+    with _resumable(output), _progress() as progress:
         report = convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples,
                                      calib_seqlen=calib_seqlen, seed=seed, device=device, overwrite=overwrite,
                                      resume=resume, activation_memory=activation_memory or ACTIVATION_BYTES,
@@ -106,11 +108,23 @@ def _announce(plan: Plan) -> None:
 
 
 def _reformat(model: str, output: Path, to: str, grid: Grid | None, *, overwrite: bool, resume: bool) -> None:
-    done = reformat(model, output, to, grid, overwrite=overwrite, resume=resume)
+    with _resumable(output):
+        done = reformat(model, output, to, grid, overwrite=overwrite, resume=resume)
     for note in done.notes:
         console.print(f"note: {note}", highlight=False)
     print(f"{output}: {done.scheme.describe()}, {done.kept} layers exactly as they were, {len(done.requantized)} "
           "requantized")
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """Tell somebody who interrupts a conversion that it is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if parts := begun(partial_of(output)):
+            console.print(f"interrupted after {parts} parts: the same command with --resume goes on", highlight=False)
+        raise
 
 
 def _dry_run(plan: Plan, needs: Estimate) -> None:

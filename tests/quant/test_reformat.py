@@ -136,3 +136,14 @@ def test_resumed_it_ends_in_the_same_bytes(make_gguf, tmp_path):
     reformat(file, tmp_path / "out", "awq", resume=True)
     a, b = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("whole", "out"))
     assert a == b
+
+
+def test_scales_of_the_kv_cache_go_where_there_is_a_place_for_them(dense, tmp_path):
+    convert(dense, tmp_path / "a", "awq", group_size=32, to="compressed-tensors", kv_scales=True, **FAST)
+    scale = "model.layers.1.self_attn.k_scale"
+    reformat(tmp_path / "a", tmp_path / "again", "compressed-tensors")
+    again, original = same_values(tmp_path / "a", tmp_path / "again"), open_checkpoint(tmp_path / "a")
+    assert again.scheme.kv_cache == "fp8" and torch.equal(again.tensor(scale), original.tensor(scale))
+    done = reformat(tmp_path / "a", tmp_path / "awq", "awq")
+    assert any("KV cache are left out" in note for note in done.notes)
+    assert not same_values(tmp_path / "a", tmp_path / "awq").has(scale)

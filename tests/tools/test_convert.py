@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nibble.cli import main
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "convert.py"
 
 
@@ -46,3 +48,31 @@ def test_a_truncated_checkpoint_is_one_line(tiny_llama: Path, tmp_path: Path) ->
     assert done.returncode == 2
     assert "model.safetensors" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["{tiny}/nowhere"], "nowhere: does not exist (give a folder, a .gguf file or a Hub id owner/name)"),
+    (["{empty}"], "config.json: is missing"),
+    (["{file}"], "is neither a folder nor a .gguf file"),
+    (["{tiny}", "--bits", "3"], "--bits 3 is not possible with awq (4 are)"),
+    (["{tiny}", "--group-size", "7"], "--group-size 7 is not possible (a multiple of 16, or -1)"),
+    (["{tiny}", "--gptq"], "choose one of --awq, --gptq and --fp8, not 2"),
+    (["{tiny}", "--to", "gptq_v2"], "--to gptq_v2 is not possible with --awq (awq, compressed-tensors are)"),
+    (["{tiny}", "--fp8-scheme", "block"], "--fp8-scheme block is not possible with --awq"),
+    (["{tiny}", "--requantize"], "--requantize goes with --to"),
+    (["{tiny}", "--kv-scales"], "--kv-scales needs --to compressed-tensors"),
+    (["{tiny}", "--calib", "{empty}/none.txt"], "none.txt: cannot be read as UTF-8 text"),
+    (["{tiny}", "--calib-samples", "0"], "--calib-samples 0 x --calib-seqlen 512 is too little"),
+    (["{tiny}", "--device", "cuda:0,cuda:1"], "is no device (give cpu, cuda or one of several"),
+    (["{tiny}", "--device", "cuda:99"], "--device cuda:99: "),
+])  # fmt: skip
+def test_every_mistake_is_one_line_that_says_what_to_do(tiny_llama: Path, tmp_path: Path, capsys, arguments: list[str],
+                                                         message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    places = {"tiny": tiny_llama, "empty": tmp_path / "empty", "file": tmp_path / "weights.bin"}
+    code = main(["convert", *(a.format(**places) for a in arguments), "--awq", "-o", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and message in errors[0], said
+    assert not list(tmp_path.glob("out*")) and "Traceback" not in said
