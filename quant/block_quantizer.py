@@ -6,7 +6,7 @@ a block is quantized is here and in `algorithms/`.
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .algorithms import awq, gptq
 from .blocks import BlockSource
 from .calibration import Samples
 from .float_quantizer import KeyValueRange
-from .folding import fold_block
+from .folding import Grid, fold_block
 from .plan import Plan, Recipe
 from .weight import QuantizedWeight, split
 
@@ -141,7 +141,11 @@ def _quantize_stage(weights: dict[str, Tensor], hessian: Tensor, plan: Plan, rec
     matrices = list(weights.values())
     # GPTQ v1 stores zero - 1 and so cannot hold a zero point of 0
     min_zero = 1 if recipe.target == "gptq" and not recipe.symmetric else 0
-    result = gptq.quantize(torch.cat(matrices), hessian, *plan.grid(next(iter(weights)), recipe), min_zero)
+    grid = plan.grid(next(iter(weights)), recipe)
+    if recipe.desc_act:
+        result = _in_order_of_importance(torch.cat(matrices), hessian, grid, min_zero)
+    else:
+        result = gptq.quantize(torch.cat(matrices), hessian, *grid, min_zero)
     if result.fallback:
         report.fallbacks |= dict.fromkeys(weights, result.fallback)
     quantized = split(result.weight, [len(matrix) for matrix in matrices])
@@ -149,3 +153,10 @@ def _quantize_stage(weights: dict[str, Tensor], hessian: Tensor, plan: Plan, rec
         norm = awq.hessian_loss(matrix, hessian)
         report.layer_error[name] = awq.hessian_loss(q.dequantize() - matrix, hessian) / max(norm, 1e-30)
     return quantized
+
+
+def _in_order_of_importance(weight: Tensor, hessian: Tensor, grid: Grid, min_zero: int) -> gptq.Result:
+    """GPTQ with act-order: columns sorted by E[x^2] before groups are cut, so each holds columns that matter alike."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    result = gptq.quantize(weight[:, order], hessian[order][:, order], *grid, min_zero)
+    return replace(result, weight=replace(result.weight, perm=order))

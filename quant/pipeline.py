@@ -107,15 +107,17 @@ def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq"
             calib: str | Path | None = None, calib_samples: int = CALIB_SAMPLES,
             calib_seqlen: int = CALIB_SEQLEN, seed: int = 0, device: str = "cpu", overwrite: bool = False,
             resume: bool = False, progress: Callable[[Progress], None] | None = None, to: Target | None = None,
-            fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False) -> Path:
+            fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False, desc_act: bool = False) -> Path:
     """Quantize a checkpoint (HF folder, .gguf file or Hub id) into the folder `output` and return it.
 
     symmetric None: asymmetric for AWQ, symmetric for GPTQ. group_size: see plan.py for widths it does not divide.
     calib: a UTF-8 text file instead of the bundled mix. to: the format that is written, where the method has more than
     one ("gptq_v2", "compressed-tensors", "fp8"). fp8_scheme: "channel" (default), "tensor" or "block". kv_scales: also
-    scales for an FP8 KV cache. Raises NibbleError on bad input; then there is no `output`.
+    scales for an FP8 KV cache. desc_act: GPTQ's groups in order of importance. Raises NibbleError on bad input; then
+    there is no `output`.
     """
-    recipe = Recipe.of(method, bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme, kv_scales=kv_scales)
+    recipe = Recipe.of(method, bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme, kv_scales=kv_scales,
+                       desc_act=desc_act)
     convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples, calib_seqlen=calib_seqlen,
                         seed=seed, device=device, overwrite=overwrite, resume=resume, progress=progress)
     return Path(output)

@@ -46,10 +46,12 @@ class Recipe:
     target: Target  # the format that is written
     fp8_scheme: FP8Scheme = "channel"
     kv_scales: bool = False  # scales for an FP8 KV cache beside the weights
+    desc_act: bool = False  # groups of columns of like importance, wherever these are
 
     @classmethod
     def of(cls, method: Method, bits: int | None = None, group_size: int = 128, symmetric: bool | None = None, *,
-           target: Target | None = None, fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False) -> "Recipe":
+           target: Target | None = None, fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False,
+           desc_act: bool = False) -> "Recipe":
         """Fill in the method's defaults. Raises UnsupportedError for what the format cannot hold."""
         if method not in BITS:
             raise UnsupportedError(f"method {method!r} is not supported ({', '.join(BITS)} are)")
@@ -67,7 +69,7 @@ class Recipe:
         if method == "fp8":
             group_size, symmetric, fp8_scheme = -1, True, fp8_scheme or "channel"
         target = target or ("fp8" if fp8_scheme == "block" else TARGETS[method][0])
-        recipe = cls(method, bits, group_size, symmetric, target, fp8_scheme or "channel", kv_scales)
+        recipe = cls(method, bits, group_size, symmetric, target, fp8_scheme or "channel", kv_scales, desc_act)
         if problem := recipe._misfit():
             raise UnsupportedError(problem)
         return recipe
@@ -89,6 +91,8 @@ class Recipe:
             return "--to fp8 has no scale per channel: --fp8-scheme tensor or block, or --to compressed-tensors"
         if self.target == "compressed-tensors" and self.bits not in (4, 8):
             return f"--to compressed-tensors holds 4 and 8 bits, not {self.bits}: --to gptq"
+        if self.desc_act and (self.target not in ("gptq", "gptq_v2") or self.group_size == -1):
+            return "--desc-act needs --gptq in its own format, and groups: no other says which group a column is in"
         if self.kv_scales and self.target != "compressed-tensors":
             return f"--kv-scales needs --to compressed-tensors: {self.target} has no place for them"
         return None
@@ -158,7 +162,7 @@ def _scheme(recipe: Recipe, sizes: dict[str, int], dense: dict[str, str]) -> Qua
     if recipe.target == "awq":
         uniform = recipe.group_size if recipe.group_size == -1 else min(sizes.values())
         return QuantScheme("awq", "gemm", LayerScheme("int", recipe.bits, uniform, recipe.symmetric), ignore=ignore)
-    layer = LayerScheme("int", recipe.bits, recipe.group_size, recipe.symmetric)
+    layer = LayerScheme("int", recipe.bits, recipe.group_size, recipe.symmetric, desc_act=recipe.desc_act)
     overrides = tuple((exactly(module), replace(layer, group_size=size))
                       for module, size in sizes.items() if recipe.group_size not in (-1, size))
     if recipe.target == "compressed-tensors":

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,6 +40,8 @@ def convert_command(
     fp8_scheme: Annotated[str | None, typer.Option(
         metavar="SCHEME", help="What shares a scale. channel: a row, activations by token; tensor: a matrix, "
                                "activations fixed by calibration; block: 128 x 128 [default: channel]")] = None,
+    desc_act: Annotated[bool, typer.Option(
+        "--desc-act", help="With --gptq: groups in order of importance (act-order); slower to serve")] = False,
     kv_scales: Annotated[bool, typer.Option(
         "--kv-scales", help="Calibrate scales for an FP8 KV cache too (compressed-tensors only)")] = False,
     bits: Annotated[int | None, typer.Option(help="Bits per weight [default: 4]")] = None,
@@ -67,19 +69,22 @@ def convert_command(
     if requantize:
         raise NibbleError("--requantize goes with --to and none of --awq, --gptq and --fp8, which quantize anew anyway")
     recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme,
-                       kv_scales=kv_scales)
+                       kv_scales=kv_scales, desc_act=desc_act)
+    run: dict[str, Any] = {"calib_samples": calib_samples, "calib_seqlen": calib_seqlen, "device": device,
+                           "overwrite": overwrite, "resume": resume}
     if dry:
-        _dry_run(*dry_run(model, output, recipe, calib_samples=calib_samples, calib_seqlen=calib_seqlen, device=device,
-                          overwrite=overwrite, resume=resume))
-        return
+        _dry_run(*dry_run(model, output, recipe, **run))
+    else:
+        bound = activation_memory or ACTIVATION_BYTES
+        _quantize(model, output, recipe, not no_eval, run | {"calib": calib, "seed": seed, "activation_memory": bound})
+
+
+def _quantize(model: str, output: Path, recipe: Recipe, measure: bool, run: dict[str, Any]) -> None:
     with _resumable(output), _progress() as progress:
-        report = convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples,
-                                     calib_seqlen=calib_seqlen, seed=seed, device=device, overwrite=overwrite,
-                                     resume=resume, activation_memory=activation_memory or ACTIVATION_BYTES,
-                                     progress=progress, announce=_announce)
+        report = convert_with_report(model, output, recipe, progress=progress, announce=_announce, **run)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
     write_card(output, report, [], _base_model(model), peak)  # also where measuring is cut short
-    quality: list[Quality] = [] if no_eval else _measure(model, output)
+    quality = _measure(model, output) if measure else []
     if quality:
         write_card(output, report, quality, _base_model(model), peak)
     print(f"{output}: {report.plan.scheme.describe()}, {report.bytes_before / 1e6:.0f} MB -> "

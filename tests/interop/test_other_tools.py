@@ -21,12 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nibble import LLM, SamplingParams, convert
-from nibble.quant import data_free
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.formats import gptq
 from nibble.quant.reformat import reformat
-from nibble.quant.scheme import LayerScheme, QuantScheme
-from nibble.quant.writer import ShardWriter, dequantize_checkpoint, write_json
+from nibble.quant.writer import dequantize_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
@@ -83,31 +80,8 @@ def checkpoints(dense):
     convert(dense, folder / "fp8-block-ct", "fp8", fp8_scheme="block", to="compressed-tensors")
     reformat(folder / "awq", folder / "ct-from-awq", "compressed-tensors")
     reformat(folder / "gptq-8bit", folder / "ct-from-8bit", "compressed-tensors")
-    with_act_order(dense, folder / "gptq-act-order")
+    convert(dense, folder / "gptq-act-order", "gptq", desc_act=True, **fast)
     return folder
-
-
-def with_act_order(source: Path, out: Path) -> None:
-    """A GPTQ checkpoint whose groups hold columns from all over: q, k, v and gate, up in the same order."""
-    checkpoint, writer = open_checkpoint(source), ShardWriter(out)
-    tensors = {}
-    for name in sorted(checkpoint.names()):
-        module = name.removesuffix(".weight")
-        if not module.endswith("_proj"):
-            tensors[name] = checkpoint.tensor(name)
-            continue
-        weight = checkpoint.dense(module, torch.float32)
-        perm = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(weight.shape[1]))
-        quantized = data_free.quantize(weight[:, perm], 4, 32, True)
-        quantized.perm = perm
-        tensors |= {f"{module}.{suffix}": t for suffix, t in gptq.write(quantized).items()}
-    writer.add(tensors)
-    writer.finish()
-    writer.clean()
-    scheme = QuantScheme("gptq", "gptq", LayerScheme("int", 4, 32, True, desc_act=True))
-    for file in source.glob("*.json"):
-        shutil.copy(file, out)
-    write_json(out / "config.json", checkpoint.config | {"quantization_config": scheme.to_config()})
 
 
 @pytest.mark.parametrize("tool", READS)

@@ -119,7 +119,27 @@ def test_gptq_v2_stores_the_zero_points_themselves(dense, tmp_path):
     assert not torch.equal(v1.tensor(BLOCK0 + "mlp.up_proj.qzeros"), stored)
 
 
+def test_act_order_cuts_groups_by_importance(dense, tmp_path):
+    """q, k, v share one order, as runtimes that fuse them want; transformers' logits say what that costs."""
+    out = convert(dense, tmp_path / "out", "gptq", group_size=32, desc_act=True, **FAST)
+    checkpoint = open_checkpoint(out)
+    q, k, o = (checkpoint.linear(f"{BLOCK0}self_attn.{name}_proj") for name in "qko")
+    assert q.perm is not None and torch.equal(q.perm, k.perm) and not torch.equal(q.perm, o.perm)
+    g_idx = checkpoint.tensor(BLOCK0 + "self_attn.q_proj.g_idx")
+    assert g_idx.bincount().tolist() == [32, 32] and not torch.equal(g_idx.long(), torch.arange(64) // 32)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] is True
+    ids, logits = torch.arange(3, 35).unsqueeze(0), {}
+    for folder in (dense, out):
+        dequantize_checkpoint(open_checkpoint(folder), tmp_path / f"{folder.name}-plain", torch.float32)
+        with torch.no_grad():
+            logits[folder] = AutoModelForCausalLM.from_pretrained(tmp_path / f"{folder.name}-plain")(ids).logits[0]
+    p, q = (torch.log_softmax(x, -1) for x in logits.values())
+    assert (p.exp() * (p - q)).sum(-1).mean() < 0.02
+
+
 @pytest.mark.parametrize(("method", "options", "message"), [
+    ("awq", {"desc_act": True}, "--desc-act needs --gptq"),
+    ("gptq", {"desc_act": True, "target": "compressed-tensors"}, "--desc-act needs --gptq"),
     ("awq", {"target": "gptq_v2"}, "--to gptq_v2 is not possible with --awq"),
     ("fp8", {"target": "fp8"}, "no scale per channel"),
     ("gptq", {"target": "compressed-tensors", "bits": 3}, "4 and 8 bits, not 3"),
