@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .checkpoint import Checkpoint
+from .errors import CheckpointError
 from .layer_map import LayerMap, layer_map
 
 
@@ -22,13 +23,19 @@ class BlockSource:
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint = checkpoint
         self.device = device
-        self.map: LayerMap = layer_map(checkpoint.config["model_type"])
+        self.map: LayerMap = layer_map(checkpoint.config.get("model_type"))
         settings = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        self.config = AutoConfig.for_model(**settings)
-        with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        try:
+            self.config = AutoConfig.for_model(**settings)
+            with torch.device("meta"):
+                causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        except Exception as error:  # whatever transformers makes of a value that it did not expect
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"config.json describes no model: {reason}", file=checkpoint.path,
+                                  fix="download it again") from error
         self._model = causal_lm.model
         self._layers = list(self._model.layers)
+        self._check_shapes()
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -43,6 +50,17 @@ class BlockSource:
         """Names within block `index` -> [out, in], of all its linears."""
         linears = ((n, m) for n, m in self._layers[index].named_modules() if isinstance(m, nn.Linear))
         return {name: (module.out_features, module.in_features) for name, module in linears}
+
+    def _check_shapes(self) -> None:
+        """Raise CheckpointError for a tensor of the blocks that is missing or not shaped as config.json implies."""
+        for index, layer in enumerate(self._layers):
+            for name, parameter in layer.named_parameters():
+                full = f"{self.name(index)}.{name}"
+                if not full.endswith("_proj.weight") or not self.checkpoint.is_quantized(full.removesuffix(".weight")):
+                    there = tuple(self.checkpoint.shape(full))
+                    if there != tuple(parameter.shape):
+                        raise CheckpointError(f"has shape {list(there)}, config.json implies {list(parameter.shape)}",
+                                              file=self.checkpoint.path, tensor=full, fix="download it again")
 
     def name(self, index: int) -> str:
         """The module name of a block, e.g. model.layers.3"""

@@ -70,9 +70,9 @@ LAYER_MAPS: dict[str, LayerMap] = {
 }
 
 
-def layer_map(model_type: str) -> LayerMap:
-    """Raises UnsupportedError for an architecture that is not in the table."""
-    if model_type not in LAYER_MAPS:
+def layer_map(model_type: object) -> LayerMap:
+    """Of config.json's model_type. Raises UnsupportedError for an architecture that is not in the table."""
+    if not isinstance(model_type, str) or model_type not in LAYER_MAPS:
         raise UnsupportedError(f"model_type {model_type!r} cannot be converted yet (known: "
                                f"{', '.join(sorted(LAYER_MAPS))}; add a line to quant/layer_map.py)")
     return LAYER_MAPS[model_type]

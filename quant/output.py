@@ -57,8 +57,12 @@ def writing(output: Path, needed: int, resume: bool) -> Iterator[Path]:
     Raises NibbleError with needed and free bytes where the disk is full. A run that fails before any part is done
     leaves nothing.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(output)
+    try:
+        (partial / WORK).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot be made: {error.strerror}", file=partial,
+                              fix="give an output folder where you may write") from None
     with lock(partial):
         if not resume:
             _empty(partial)

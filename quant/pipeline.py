@@ -28,7 +28,7 @@ from .block_quantizer import ACTIVATION_BYTES, Activations, BlockResult, quantiz
 from .blocks import BlockSource
 from .calibration import Samples
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import NibbleError
+from .errors import CheckpointError, NibbleError
 from .estimate import Estimate, estimate
 from .journal import Journal, fingerprint
 from .output import check_disk, check_output, unpublish, writing
@@ -142,7 +142,7 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
     check_disk(output, disk)
     with writing(output, disk, resume) as partial:
         copy_side_files(checkpoint, partial)
-        samples = _samples(partial, calib, calib_samples, calib_seqlen, seed) if recipe.calibrated else None
+        samples = _samples(checkpoint, partial, calib, calib_samples, calib_seqlen, seed) if recipe.calibrated else None
         report = Report(checkpoint.path, recipe, plan, samples, bytes_before=checkpoint.nbytes)
         writer = ShardWriter(partial)
         tokens = None if samples is None else samples.token_ids.tolist()
@@ -250,12 +250,20 @@ def _outside_blocks(checkpoint: Checkpoint, source: BlockSource) -> dict[str, st
     return weights | {name: "" for name in sorted(checkpoint.names() - consumed) if not name.startswith(blocks)}
 
 
-def _samples(folder: Path, calib: str | Path | None, count: int, length: int, seed: int) -> Samples:
+def _samples(checkpoint: Checkpoint, folder: Path, calib: str | Path | None, count: int, length: int,
+             seed: int) -> Samples:
     if count < 1 or length < 8:
         raise NibbleError(f"--calib-samples {count} x --calib-seqlen {length} is too little (at least 1 x 8)")
+    context = checkpoint.config.get("max_position_embeddings")
+    if isinstance(context, int) and length > context:
+        raise NibbleError(f"--calib-seqlen {length} is more than the {context} positions that the model knows")
     from transformers import AutoTokenizer  # slow to import
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=1 << 40)  # the text is cut into windows later
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=1 << 40)  # text is cut into windows later
+    except Exception as error:  # whatever transformers and tokenizers make of a damaged file
+        raise CheckpointError("has no tokenizer that can be loaded, which calibration needs", file=checkpoint.path,
+                              fix="put tokenizer.json and tokenizer_config.json of the original beside it") from error
     if calib is not None:
         return calibration.file_samples(tokenizer, Path(calib), count, length, seed)
     return calibration.bundled_samples(tokenizer, count, length, seed)

@@ -1,6 +1,7 @@
 """`nibble convert` as a user runs it: conversion, evaluation through the engine, accuracy card, exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,8 @@ def test_a_truncated_checkpoint_is_one_line(tiny_llama: Path, tmp_path: Path) ->
     (["{tiny}", "--kv-scales"], "--kv-scales needs --to compressed-tensors"),
     (["{tiny}", "--calib", "{empty}/none.txt"], "none.txt: cannot be read as UTF-8 text"),
     (["{tiny}", "--calib-samples", "0"], "--calib-samples 0 x --calib-seqlen 512 is too little"),
+    (["{tiny}", "--calib-seqlen", "9000"], "more than the 8192 positions that the model knows"),
+    (["{tiny}", "-o", "{file}/out"], "cannot be made: Not a directory"),
     (["{tiny}", "--device", "cuda:0,cuda:1"], "is no device (give cpu, cuda or one of several"),
     (["{tiny}", "--device", "cuda:99"], "--device cuda:99: "),
 ])  # fmt: skip
@@ -71,8 +74,28 @@ def test_every_mistake_is_one_line_that_says_what_to_do(tiny_llama: Path, tmp_pa
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").write_bytes(b"x")
     places = {"tiny": tiny_llama, "empty": tmp_path / "empty", "file": tmp_path / "weights.bin"}
-    code = main(["convert", *(a.format(**places) for a in arguments), "--awq", "-o", str(tmp_path / "out")])
+    code = main(["convert", "-o", str(tmp_path / "out"), "--awq", *(a.format(**places) for a in arguments)])
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0], said
     assert not list(tmp_path.glob("out*")) and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("file", "change", "message"), [
+    ("config.json", {"model_type": "mixtral"}, "model_type 'mixtral' cannot be converted yet (known: "),
+    ("config.json", {"model_type": None}, "model_type None cannot be converted yet"),
+    ("config.json", {"hidden_size": "wide"}, "config.json describes no model"),
+    ("config.json", {"hidden_size": 96}, "'model.layers.0.self_attn.q_proj.weight': has shape [64, 64], config.json"),
+    ("config.json", {"num_hidden_layers": 3}, "'model.layers.2.self_attn.q_proj.weight': is missing"),
+    ("tokenizer.json", {}, "has no tokenizer that can be loaded"),
+])
+def test_a_folder_that_is_not_quite_a_model_is_named(tiny_llama: Path, tmp_path: Path, capsys, file: str, change: dict,
+                                                      message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    content = json.loads((folder / file).read_text()) | change if change else {}
+    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    code = main(["convert", str(folder), "--gptq", "-o", str(tmp_path / "out"), "--calib-seqlen", "32"])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and message in errors[0]
+    assert not list(tmp_path.glob("out*"))
