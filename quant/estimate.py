@@ -50,7 +50,7 @@ def _stored_bytes(shape: tuple[int, int], bits: int, group_size: int, recipe: Re
         rows, cols = recipe.fp8_layer.block or ((1, in_features) if recipe.fp8_scheme == "channel" else shape)
         return out_features * in_features + 4 * -(-out_features // rows) * -(-in_features // cols)
     groups = out_features * -(-in_features // group_size)
-    g_idx = 4 * in_features if recipe.method == "gptq" else 0
+    g_idx = 4 * in_features if recipe.target in ("gptq", "gptq_v2") else 0
     return out_features * in_features * bits // 8 + groups * 2 + groups * bits // 8 + g_idx
 
 
