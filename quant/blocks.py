@@ -86,6 +86,7 @@ class BlockSource:
         hidden = nn.functional.embedding(token_ids, table).float().to(self.device)
         if self.map.scaled_embedding:
             hidden *= torch.tensor(self.config.hidden_size**0.5, dtype=table.dtype).float()
+        self.checkpoint.release()  # a table may be larger than a block
         return hidden
 
     def keyword_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
