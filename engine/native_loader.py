@@ -4,11 +4,12 @@ Nothing is fused here: the linears of a site lie side by side in one call whatev
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..kernels.cpu.arena import Arena
 from ..kernels.cpu.library import Pool
 from ..kernels.cpu.prepared import Site, prepare, quantize_head
 from ..quant.weight import QuantizedWeight
@@ -24,6 +25,7 @@ class NativeLoader(Loader):
     int8: bool  # activations of integer weights
     block_size: int
     head_bits: int | None  # 8: a dense output head is quantized
+    arena: Arena = field(default_factory=Arena)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> Any:
         """As Loader.load, but a NativeDecoder."""
@@ -33,7 +35,7 @@ class NativeLoader(Loader):
         return NativeDecoder(self.config, self.pool, embedding, layers, norm, self._lm_head(embedding), self.block_size)
 
     def _build(self, weights: list[QuantizedWeight | Tensor], biases: list[Tensor | None]) -> Site:
-        site = Site([prepare(w, b) for w, b in zip(weights, biases, strict=True)], self.int8)
+        site = Site([prepare(w, b).move(self.arena) for w, b in zip(weights, biases, strict=True)], self.int8)
         for linear in site.linears:
             self.report.used[f"cpu-{self.pool.isa} {linear.describe(self.int8)}"] += 1
         return site

@@ -9,6 +9,8 @@
 // Few rows are multiplied with codes unpacked in registers; for more, a piece of a tile is unpacked into the first-level
 // cache once and meets all rows there.
 #pragma once
+#include <type_traits>
+
 #include "abi.h"
 #include "pool.h"
 
@@ -18,6 +20,7 @@ using nibble::Worker;
 
 constexpr int kMaxRows = 64;      // rows that meet one unpacked piece
 constexpr int kDirectRows = kRows;  // up to so many rows, nothing is unpacked into memory
+constexpr int kAhead = 2048;      // bytes between what is read and what is fetched
 constexpr int kPiece = 256;       // columns of a piece; a multiple of every group
 constexpr int kWidth = kTiles * 16;
 
@@ -29,6 +32,12 @@ struct Activations {
   int32_t k_padded, groups;
   bool is_int8;
 };
+
+// While one piece is multiplied, the memory that comes next is on its way: a tile is too short for the hardware to see
+// where it goes on, and while unpacked codes are multiplied nothing else is read.
+template <int Lines> inline void fetch(const uint8_t*& p) {
+  for (int i = 0; i < Lines; i++, p += 64) __builtin_prefetch(p, 0, 2);
+}
 
 inline int min_int(int a, int b) { return a < b ? a : b; }
 inline int columns_of(const NbLinear& w, int k_padded, int group) { return min_int(w.group, k_padded - group * w.group); }
@@ -56,12 +65,14 @@ inline int64_t column_bytes(int format) { return format == NB_U4 ? 8 : format ==
 // out: [R][kWidth], added to.
 template <int R, int T, class Source>
 inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile, int first, int last,
-                     const uint8_t* const* codes, float* out) {
+                     const uint8_t* const* codes, const uint8_t* const* ahead, float* out) {
   const int8_t* q[R];
+  const uint8_t* next[T];
   for (int r = 0; r < R; r++) q[r] = (const int8_t*)x.data + (int64_t)(row + r) * x.k_padded + first * w.group;
   const uint8_t* p[T];
   F32 total[R][T];
   for (int t = 0; t < T; t++) p[t] = codes[t];
+  for (int t = 0; t < T; t++) next[t] = ahead ? ahead[t] : nullptr;
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) total[r][t] = f_load(out + r * kWidth + t * 16);
   for (int g = first; g < last; g++) {
@@ -77,6 +88,8 @@ inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile,
     int columns = columns_of(w, x.k_padded, g);
     for (int k = 0; k < columns; k += 8) {
       Bytes a[T], b[T];
+      if (ahead)
+        for (int t = 0; t < T; t++) fetch<Source::Wide ? 2 : 1>(next[t]);
       for (int t = 0; t < T; t++) Source::load(p[t] + k * Source::kBytes, a[t], b[t]);
       for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) acc[r][t] = dot4<Source::Wide>(acc[r][t], a[t], q[r] + k);
@@ -116,12 +129,14 @@ inline F32 group_offset(const NbLinear& w, int64_t at, F32 scale) {
 // The same for bfloat16 activations; codes are pairs of bfloat16.
 template <int R, int T>
 inline void dot_bf16(const NbLinear& w, const Activations& x, int row, int tile, int first, int last,
-                     const uint8_t* const* codes, float* out) {
+                     const uint8_t* const* codes, const uint8_t* const* ahead, float* out) {
   const uint16_t* h[R];
+  const uint8_t* next[T];
   for (int r = 0; r < R; r++) h[r] = (const uint16_t*)x.data + (int64_t)(row + r) * x.k_padded + first * w.group;
   const uint8_t* p[T];
   F32 total[R][T];
   for (int t = 0; t < T; t++) p[t] = codes[t];
+  for (int t = 0; t < T; t++) next[t] = ahead ? ahead[t] : nullptr;
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) total[r][t] = f_load(out + r * kWidth + t * 16);
   bool has_offset = w.format == NB_U4 || w.format == NB_U8;
@@ -132,6 +147,8 @@ inline void dot_bf16(const NbLinear& w, const Activations& x, int row, int tile,
     int columns = columns_of(w, x.k_padded, g);
     for (int k = 0; k < columns; k += 2) {
       Pairs a[T];
+      if (ahead)
+        for (int t = 0; t < T; t++) fetch<1>(next[t]);
       for (int t = 0; t < T; t++) a[t] = p_load(p[t] + k * 32);
       for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) acc[r][t] = dot2(acc[r][t], a[t], h[r] + k);
@@ -189,28 +206,31 @@ inline void unpack_pairs(int format, const uint8_t* codes, int columns, uint8_t*
 
 template <int R, int T>
 inline void dot_rows(const NbLinear& w, const Activations& x, int row, int tile, int first, int last, bool unpacked,
-                     const uint8_t* const* codes, float* out) {
+                     const uint8_t* const* codes, const uint8_t* const* ahead, float* out) {
   if (!x.is_int8)
-    dot_bf16<R, T>(w, x, row, tile, first, last, codes, out);
+    dot_bf16<R, T>(w, x, row, tile, first, last, codes, ahead, out);
   else if (w.format == NB_U8)
-    dot_int8<R, T, FromBytes<true>>(w, x, row, tile, first, last, codes, out);
+    dot_int8<R, T, FromBytes<true>>(w, x, row, tile, first, last, codes, ahead, out);
   else if (unpacked)
-    dot_int8<R, T, FromBytes<false>>(w, x, row, tile, first, last, codes, out);
+    dot_int8<R, T, FromBytes<false>>(w, x, row, tile, first, last, codes, ahead, out);
   else
-    dot_int8<R, T, FromNibbles>(w, x, row, tile, first, last, codes, out);
+    dot_int8<R, T, FromNibbles>(w, x, row, tile, first, last, codes, ahead, out);
 }
 
 template <int T>
 inline void dot_block(const NbLinear& w, const Activations& x, int row, int rows, int tile, int first, int last,
-                      bool unpacked, const uint8_t* const* codes, float* out) {
+                      bool unpacked, const uint8_t* const* codes, const uint8_t* const* ahead, float* out) {
+  auto next = [&](auto count, int r) {
+    dot_rows<decltype(count)::value, T>(w, x, row + r, tile, first, last, unpacked, codes, r ? nullptr : ahead,
+                                        out + r * kWidth);
+  };
   int r = 0;
-  for (; r + kRows <= rows; r += kRows)
-    dot_rows<kRows, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
+  for (; r + kRows <= rows; r += kRows) next(std::integral_constant<int, kRows>{}, r);
   if constexpr (kRows > 3) {
-    if (rows - r == 3) dot_rows<3, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
+    if (rows - r == 3) next(std::integral_constant<int, 3>{}, r);
   }
-  if (rows - r == 2) dot_rows<2, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
-  if (rows - r == 1) dot_rows<1, T>(w, x, row + r, tile, first, last, unpacked, codes, out + r * kWidth);
+  if (rows - r == 2) next(std::integral_constant<int, 2>{}, r);
+  if (rows - r == 1) next(std::integral_constant<int, 1>{}, r);
 }
 
 // T tiles for up to kMaxRows rows: out [rows][kWidth] = sums, before multiplier and bias.
@@ -226,10 +246,11 @@ inline void multiply(const NbLinear& w, const Activations& x, int row, int rows,
   for (int g = 0; g < w.groups; g += step) {
     int last = min_int(g + step, w.groups);
     int columns = min_int(last * w.group, x.k_padded) - g * w.group;
-    const uint8_t* codes[T];
+    const uint8_t *codes[T], *ahead[T];
     for (int t = 0; t < T; t++) {
       const uint8_t* packed = w.data + ((int64_t)(tile + t) * x.k_padded + (int64_t)g * w.group) * width;
       codes[t] = packed;
+      ahead[t] = packed + (unpack ? columns * width : kAhead);
       if (unpack) {
         uint8_t* place = piece + t * kPiece * 32;
         if (pairs) unpack_pairs(w.format, packed, columns, place);
@@ -237,7 +258,8 @@ inline void multiply(const NbLinear& w, const Activations& x, int row, int rows,
         codes[t] = place;
       }
     }
-    dot_block<T>(w, x, row, rows, tile, g, last, unpack, codes, out);
+    // Pairs of bfloat16 take so long to unpack and multiply that the hardware keeps up by itself.
+    dot_block<T>(w, x, row, rows, tile, g, last, unpack, codes, pairs && unpack ? nullptr : ahead, out);
   }
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...quant.weight import QuantizedWeight
 from . import library as lib
+from .arena import Arena
 from .library import NbInput, NbLinear, NbSite, Pool
 
 _INT_GROUP, _WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
@@ -48,6 +49,13 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.scales, self.offsets) if t is not None)
+
+    def move(self, arena: Arena) -> "Prepared":
+        """Into memory that is fast to read."""
+        self.data = arena.copy(self.data)
+        self.scales = None if self.scales is None else arena.copy(self.scales)
+        self.offsets = None if self.offsets is None else arena.copy(self.offsets)
+        return self
 
     def describe(self, int8: bool) -> str:
         name = {lib.U4: "int4", lib.U8: "int8", lib.FP8: "fp8", lib.DENSE: "bf16"}[self.format]

@@ -48,7 +48,7 @@ async def collect(engine: AsyncEngine, request_id: str, prompt: list[int], param
     return tokens
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "condition not met in time"
@@ -117,7 +117,7 @@ def test_one_id_cannot_be_used_twice_at_a_time() -> None:
             await collect(engine, "a", [1], LONG)
         assert await first == solo([1], 60)
 
-    with_engine(test)
+    with_engine(test, "slow")
 
 
 def test_killing_the_engine_ends_every_stream() -> None:
@@ -142,7 +142,7 @@ def test_sigint_and_sigterm_are_left_to_the_parent() -> None:
         os.kill(engine.pid, signal.SIGTERM)
         assert await task == solo([1], 60)
 
-    with_engine(test)
+    with_engine(test, "slow")
 
 
 def test_shutdown_ends_open_streams_with_abort() -> None:
