@@ -42,8 +42,12 @@ def make_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, min_zero: i
     if symmetric:
         scales = round_scales(2 * torch.maximum(-low, high) / levels)
         return scales, torch.full_like(scales, 2 ** (bits - 1))
-    scales = round_scales((high - low) / (levels - min_zero))
-    return scales, (-low / scales).round().clamp(min_zero, levels)
+    scales = round_scales((high - low) / levels)
+    zeros = (-low / scales).round().clamp(0, levels)
+    if min_zero:  # only the groups with (almost) nothing below zero pay for it
+        scales = torch.where(zeros < min_zero, round_scales(high / (levels - min_zero)), scales)
+        zeros = zeros.clamp(min=min_zero)
+    return scales, zeros
 
 
 def round_scales(scales: Tensor) -> Tensor:
