@@ -138,14 +138,14 @@ def command(tool: str, model: Path, output: Path, tokens: Path, group_size: int,
 def quantize(arguments: list[str], output: Path) -> dict[str, Any] | None:
     """Run a tool unless its result is there; what that took, or None if the tool failed."""
     record = output.with_name(output.name + ".json")
-    if record.exists():
+    if record.exists() and output.exists():
         return json.loads(record.read_text())
     start = time.monotonic()
     with output.with_name(output.name + ".log").open("w") as log:
         process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        print(f"{output.name}: failed, see {log.name}", file=sys.stderr)
+    if status or not output.exists():  # llm-compressor exits with 0 whatever happened
+        print(f"{output.name}: failed, see {log.name}", file=sys.stderr, flush=True)
         return None
     took = {"seconds": time.monotonic() - start, "cpu_seconds": usage.ru_utime + usage.ru_stime,
             "peak_rss": usage.ru_maxrss * 1024}
