@@ -110,14 +110,25 @@ def _apportion(count: int) -> list[int]:
     return taken
 
 
-@torch.no_grad()
 def mean_abs_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
                     sites: Iterable[str]) -> dict[str, Tensor]:
     """Run a block on hidden states [n, T, hidden]; returns E|x| [in] of the inputs of some of its submodules."""
+    return _mean_inputs(block, hidden, kwargs, sites, torch.abs)
+
+
+def mean_square_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
+                       sites: Iterable[str]) -> dict[str, Tensor]:
+    """As `mean_abs_inputs`, but E[x^2] [in]."""
+    return _mean_inputs(block, hidden, kwargs, sites, torch.square)
+
+
+@torch.no_grad()
+def _mean_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
+                 of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     sums = dict.fromkeys(sites, 0.0)
 
     def add(site: str, x: Tensor) -> None:
-        sums[site] = sums[site] + x.abs().flatten(0, -2).sum(0)
+        sums[site] = sums[site] + of(x).flatten(0, -2).sum(0)
 
     with _watching(block, sums, add):
         for batch in hidden.split(MICRO_BATCH):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from .pipeline import Report
-from .plan import Recipe
 from .writer import write_json, write_text
 
 PACKAGES = ("nibble-serve", "torch", "transformers")
@@ -62,6 +61,7 @@ def quality_record(report: Report, quality: list[Quality], base_model: str, peak
         "evaluation": [q.as_dict() for q in quality],
         "layer_error": {name: round(error, 6) for name, error in report.layer_error.items()},
         "group_sizes": report.plan.group_sizes,
+        "bits": report.plan.bits,
         "dense": report.plan.dense,
         "fallbacks": report.fallbacks,
         "notes": list(report.plan.notes),
@@ -108,13 +108,15 @@ def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
     lines += [f"- Round to nearest in {module}: {why}" for module, why in record["fallbacks"].items()]
     lines += [f"- {record['minutes']} minutes, peak memory {record['peak_rss_bytes'] / 1e9:.1f} GB",
               "- " + ", ".join(f"{package} {v}" for package, v in record["versions"].items()), "",
-              f"Serve it with {_readers(report.recipe)}.", ""]
+              f"Serve it with {_readers(report)}.", ""]
     return "\n".join([*front, *lines])
 
 
-def _readers(recipe: Recipe) -> str:
+def _readers(report: Report) -> str:
     """Which runtimes read what was written."""
-    if recipe.target in ("gptq", "gptq_v2") and (not recipe.symmetric or recipe.bits < 4):
+    recipe = report.recipe
+    fewest = min(report.plan.bits.values(), default=recipe.bits)
+    if recipe.target in ("gptq", "gptq_v2") and (not recipe.symmetric or fewest < 4):
         return "`nibble serve` or transformers (vLLM reads symmetric GPTQ of 4 and 8 bits alone)"
     if recipe.target == "fp8" and recipe.fp8_scheme == "tensor":
         return "`nibble serve` or vLLM"

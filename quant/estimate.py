@@ -35,7 +35,8 @@ def estimate(checkpoint: Checkpoint, source: BlockSource, plan: Plan, recipe: Re
     """For a conversion calibrated on `tokens` tokens."""
     shapes = {f"{source.name(i)}.{name}": shape for i in range(len(source))
               for name, shape in source.linear_shapes(i).items()}
-    output = sum(_stored_bytes(shapes[m], *plan.grid(m, recipe)[:2], recipe) for m in plan.group_sizes)
+    output = sum(_stored_bytes(shapes[m], recipe.auto_bits or recipe.bits, size, recipe)
+                 for m, size in plan.group_sizes.items())
     skipped = {name for m in plan.group_sizes for name in checkpoint.weight_names(m)}
     output += sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped) * plan.dtype.itemsize
     hidden = 0 if not recipe.calibrated else tokens * source.config.hidden_size * 4
@@ -44,14 +45,14 @@ def estimate(checkpoint: Checkpoint, source: BlockSource, plan: Plan, recipe: Re
     return Estimate(output, disk, _memory(block, hidden, tokens, recipe), _seconds(block, len(source), tokens, recipe))
 
 
-def _stored_bytes(shape: tuple[int, int], bits: int, group_size: int, recipe: Recipe) -> int:
+def _stored_bytes(shape: tuple[int, int], bits: float, group_size: int, recipe: Recipe) -> int:
     out_features, in_features = shape
     if recipe.method == "fp8":
         rows, cols = recipe.fp8_layer.block or ((1, in_features) if recipe.fp8_scheme == "channel" else shape)
         return out_features * in_features + 4 * -(-out_features // rows) * -(-in_features // cols)
     groups = out_features * -(-in_features // group_size)
     g_idx = 4 * in_features if recipe.target in ("gptq", "gptq_v2") else 0
-    return out_features * in_features * bits // 8 + groups * 2 + groups * bits // 8 + g_idx
+    return int((out_features * in_features + groups) * bits // 8) + groups * 2 + g_idx
 
 
 def _memory(block: list[tuple[int, int]], hidden: int, tokens: int, recipe: Recipe) -> int:
@@ -70,9 +71,10 @@ def _seconds(block: list[tuple[int, int]], blocks: int, tokens: int, recipe: Rec
         passes = 2 * weights * tokens if recipe.calibrated else 0
         return blocks * (weights * 20e-9 + 1.5 * passes / _flops())
     forward = 2 * weights * tokens * 2.5  # the pass itself, mean magnitudes, replays of the scale search
+    searches = 1 if recipe.auto_bits is None else 1 + len(recipe.widths)
     hessians = sum(2 * tokens * width**2 for width in {width for _, width in block})
     compensation = sum(out * width**2 for out, width in block) + 3 * sum(width**3 for _, width in block)
-    return blocks * (1.5 * (forward + hessians + compensation) / _flops() + weights * 300e-9)
+    return blocks * (1.5 * (forward + hessians + compensation) / _flops() + weights * 300e-9 * searches)
 
 
 def _flops() -> float:

@@ -1,5 +1,6 @@
 """The conversion: one decoder block in memory at a time, calibrated through the blocks already quantized.
 
+    (--auto-bits: the bits of each layer are chosen first, see bit_allocation.py)
     for each block:  read lazily -> fold AWQ's scales -> run the activations through it, quantizing each linear with
                      error compensation (GPTQ) the moment its inputs arrive -> write its part -> journal it -> free
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import __version__ as nibble_version
 from . import calibration, formats
+from .bit_allocation import allocate
 from .block_quantizer import ACTIVATION_BYTES, Activations, BlockResult, quantize_block, windows_at_once
 from .blocks import BlockSource
 from .calibration import Samples
@@ -49,6 +51,7 @@ class Progress:
     seconds: float  # since this run began
     error: float | None  # relative output error of the worst layer of the block; None where nothing was calibrated
     blocks_before: int = 0  # done by the runs that this one resumes
+    doing: str = "Quantizing"
 
     @property
     def seconds_left(self) -> float:
@@ -107,17 +110,18 @@ def convert(model: str | Path, output: str | Path, method: Literal["awq", "gptq"
             calib: str | Path | None = None, calib_samples: int = CALIB_SAMPLES,
             calib_seqlen: int = CALIB_SEQLEN, seed: int = 0, device: str = "cpu", overwrite: bool = False,
             resume: bool = False, progress: Callable[[Progress], None] | None = None, to: Target | None = None,
-            fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False, desc_act: bool = False) -> Path:
+            fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False, desc_act: bool = False,
+            auto_bits: float | None = None) -> Path:
     """Quantize a checkpoint (HF folder, .gguf file or Hub id) into the folder `output` and return it.
 
     symmetric None: asymmetric for AWQ, symmetric for GPTQ. group_size: see plan.py for widths it does not divide.
     calib: a UTF-8 text file instead of the bundled mix. to: the format that is written, where the method has more than
     one ("gptq_v2", "compressed-tensors", "fp8"). fp8_scheme: "channel" (default), "tensor" or "block". kv_scales: also
-    scales for an FP8 KV cache. desc_act: GPTQ's groups in order of importance. Raises NibbleError on bad input; then
-    there is no `output`.
+    scales for an FP8 KV cache. desc_act: GPTQ's groups in order of importance. auto_bits: bits per weight on average,
+    chosen layer by layer. Raises NibbleError on bad input; then there is no `output`.
     """
     recipe = Recipe.of(method, bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme, kv_scales=kv_scales,
-                       desc_act=desc_act)
+                       desc_act=desc_act, auto_bits=auto_bits)
     convert_with_report(model, output, recipe, calib=calib, calib_samples=calib_samples, calib_seqlen=calib_seqlen,
                         seed=seed, device=device, overwrite=overwrite, resume=resume, progress=progress)
     return Path(output)
@@ -136,18 +140,20 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
     """
     output = Path(output)
     checkpoint, source, plan = _prepare(model, output, recipe, device, overwrite, resume)
-    if announce is not None:
-        announce(plan)
     disk = estimate(checkpoint, source, plan, recipe, calib_samples * calib_seqlen).disk
     check_disk(output, disk)
     with writing(output, disk, resume) as partial:
         copy_side_files(checkpoint, partial)
         samples = _samples(checkpoint, partial, calib, calib_samples, calib_seqlen, seed) if recipe.calibrated else None
+        if samples is not None and recipe.auto_bits is not None:
+            plan = allocate(source, samples, plan, recipe, _telling(progress, len(source)))
+        if announce is not None:
+            announce(plan)
         report = Report(checkpoint.path, recipe, plan, samples, bytes_before=checkpoint.nbytes)
         writer = ShardWriter(partial)
         tokens = None if samples is None else samples.token_ids.tolist()
-        run = fingerprint(checkpoint, recipe, tokens, windows_at_once(source, calib_seqlen, activation_memory),
-                          nibble_version)
+        run = fingerprint(checkpoint, recipe, plan.bits, tokens,
+                          windows_at_once(source, calib_seqlen, activation_memory), nibble_version)
         journal = Journal.open(writer, run)
         _convert_outside(checkpoint, source, journal)
         _convert_blocks(source, journal, report, activation_memory, progress)
@@ -155,6 +161,15 @@ def convert_with_report(model: str | Path, output: str | Path, recipe: Recipe, *
         report.bytes_after = sum(file.stat().st_size for file in files)
         write_json(partial / "config.json", _config(checkpoint, plan))
     return report
+
+
+def _telling(progress: Callable[[Progress], None] | None, blocks: int) -> Callable[[int, float], None]:
+    """Tell `progress` how far the choice of bits is."""
+    def tell(done: int, seconds: float) -> None:
+        if progress is not None:
+            progress(Progress(done, blocks, seconds, None, doing="Choosing bits"))
+
+    return tell
 
 
 def dry_run(model: str | Path, output: str | Path, recipe: Recipe, *, calib_samples: int = CALIB_SAMPLES,

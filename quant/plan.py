@@ -47,14 +47,17 @@ class Recipe:
     fp8_scheme: FP8Scheme = "channel"
     kv_scales: bool = False  # scales for an FP8 KV cache beside the weights
     desc_act: bool = False  # groups of columns of like importance, wherever these are
+    auto_bits: float | None = None  # bits per weight on average, chosen layer by layer; then `bits` is only the default
 
     @classmethod
     def of(cls, method: Method, bits: int | None = None, group_size: int = 128, symmetric: bool | None = None, *,
            target: Target | None = None, fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False,
-           desc_act: bool = False) -> "Recipe":
+           desc_act: bool = False, auto_bits: float | None = None) -> "Recipe":
         """Fill in the method's defaults. Raises UnsupportedError for what the format cannot hold."""
         if method not in BITS:
             raise UnsupportedError(f"method {method!r} is not supported ({', '.join(BITS)} are)")
+        if auto_bits is not None and bits is not None:
+            raise UnsupportedError("--auto-bits chooses the bits of each layer: give no --bits beside it")
         if bits is None:
             bits = BITS[method][0]
         if bits not in BITS[method]:
@@ -69,7 +72,8 @@ class Recipe:
         if method == "fp8":
             group_size, symmetric, fp8_scheme = -1, True, fp8_scheme or "channel"
         target = target or ("fp8" if fp8_scheme == "block" else TARGETS[method][0])
-        recipe = cls(method, bits, group_size, symmetric, target, fp8_scheme or "channel", kv_scales, desc_act)
+        recipe = cls(method, bits, group_size, symmetric, target, fp8_scheme or "channel", kv_scales, desc_act,
+                     auto_bits)
         if problem := recipe._misfit():
             raise UnsupportedError(problem)
         return recipe
@@ -83,6 +87,13 @@ class Recipe:
         """Whether text has to run through the model."""
         return self.method != "fp8" or self.fp8_scheme == "tensor" or self.kv_scales
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The bits that the format can give a layer, where it lets layers differ."""
+        if self.method != "gptq":
+            return (self.bits,)
+        return (4, 8) if self.target == "compressed-tensors" else tuple(sorted(BITS["gptq"]))
+
     def _misfit(self) -> str | None:
         """Why the format cannot hold what was asked for, and what to ask for instead."""
         if self.target not in TARGETS[self.method]:
@@ -93,6 +104,11 @@ class Recipe:
             return f"--to compressed-tensors holds 4 and 8 bits, not {self.bits}: --to gptq"
         if self.desc_act and (self.target not in ("gptq", "gptq_v2") or self.group_size == -1):
             return "--desc-act needs --gptq in its own format, and groups: no other says which group a column is in"
+        if self.auto_bits is not None and self.method != "gptq":
+            return f"--auto-bits needs --gptq: layers of {self.method} all have {self.bits} bits"
+        if self.auto_bits is not None and not self.widths[0] <= self.auto_bits <= self.widths[-1]:
+            return (f"--auto-bits {self.auto_bits:g} is not possible: {self.target} holds "
+                    f"{', '.join(map(str, self.widths))} bits")
         if self.kv_scales and self.target != "compressed-tensors":
             return f"--kv-scales needs --to compressed-tensors: {self.target} has no place for them"
         return None
@@ -107,10 +123,11 @@ class Plan:
     group_sizes: dict[str, int]  # quantized module -> columns per scale
     dense: dict[str, str] = field(default_factory=dict)  # module that stays dense -> why
     notes: tuple[str, ...] = ()  # for people: where the rule above had to step in
+    bits: dict[str, int] = field(default_factory=dict)  # quantized module -> bits, where not all have the recipe's
 
     def grid(self, module: str, recipe: Recipe) -> tuple[int, int, bool]:
         """(bits, group_size, symmetric) of a quantized module."""
-        return recipe.bits, self.group_sizes[module], recipe.symmetric
+        return self.bits.get(module, recipe.bits), self.group_sizes[module], recipe.symmetric
 
 
 def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Plan:
@@ -134,7 +151,21 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     if recipe.fp8_scheme == "block" and any(shapes[m][0] % 128 for stage in stages if len(stage) > 1 for m in stage):
         notes += ("blocks of 128 rows do not divide every q, k, v, gate and up: vLLM, which fuses them, will refuse "
                   "this checkpoint (--fp8-scheme channel suits any shape)",)
-    return Plan(_scheme(recipe, sizes, dense), source.dtype, sizes, dense, notes)
+    return Plan(_scheme(recipe, sizes, {}, dense), source.dtype, sizes, dense, notes)
+
+
+def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
+    """The plan with bits of its own for each quantized module."""
+    counts = {width: sum(b == width for b in bits.values()) for width in sorted(set(bits.values()))}
+    note = ", ".join(f"{width} bits in {count}" for width, count in counts.items())
+    return replace(plan, scheme=_scheme(recipe, plan.group_sizes, bits, plan.dense), bits=bits,
+                   notes=(*plan.notes, f"chosen by what rounding does to each layer: {note}"))
+
+
+def fits_words(shapes: list[tuple[int, int]], bits: int) -> bool:
+    """Whether linears [out, in] fill whole 32-bit words along both sides, as the integer formats need."""
+    per_word = 32 if bits == 3 else 32 // bits
+    return not any(out % per_word or width % per_word for out, width in shapes)
 
 
 def _group_size(shapes: list[tuple[int, int]], recipe: Recipe) -> tuple[int | None, str]:
@@ -142,8 +173,7 @@ def _group_size(shapes: list[tuple[int, int]], recipe: Recipe) -> tuple[int | No
     width = shapes[0][1]
     if recipe.method == "fp8":
         return width, ""
-    per_word = 32 if recipe.bits == 3 else 32 // recipe.bits
-    if any(out % per_word for out, _ in shapes) or width % per_word:
+    if not fits_words(shapes, recipe.bits):
         return None, f"{recipe.bits}-bit words cannot hold its shape"
     if recipe.group_size == -1:
         return width, ""
@@ -153,7 +183,7 @@ def _group_size(shapes: list[tuple[int, int]], recipe: Recipe) -> tuple[int | No
     return (size, "") if width % size == 0 else (None, f"no group of {recipe.group_size} or its halves divides {width}")
 
 
-def _scheme(recipe: Recipe, sizes: dict[str, int], dense: dict[str, str]) -> QuantScheme:
+def _scheme(recipe: Recipe, sizes: dict[str, int], bits: dict[str, int], dense: dict[str, str]) -> QuantScheme:
     ignore = ("lm_head", *dense)
     kv_cache: Literal["fp8"] | None = "fp8" if recipe.kv_scales else None
     if recipe.method == "fp8":
@@ -163,8 +193,9 @@ def _scheme(recipe: Recipe, sizes: dict[str, int], dense: dict[str, str]) -> Qua
         uniform = recipe.group_size if recipe.group_size == -1 else min(sizes.values())
         return QuantScheme("awq", "gemm", LayerScheme("int", recipe.bits, uniform, recipe.symmetric), ignore=ignore)
     layer = LayerScheme("int", recipe.bits, recipe.group_size, recipe.symmetric, desc_act=recipe.desc_act)
-    overrides = tuple((exactly(module), replace(layer, group_size=size))
-                      for module, size in sizes.items() if recipe.group_size not in (-1, size))
+    own = {module: replace(layer, bits=bits.get(module, recipe.bits),
+                           group_size=-1 if recipe.group_size == -1 else size) for module, size in sizes.items()}
+    overrides = tuple((exactly(module), other) for module, other in own.items() if other != layer)
     if recipe.target == "compressed-tensors":
         return QuantScheme("compressed-tensors", "pack-quantized", layer, overrides, ignore, kv_cache=kv_cache)
     return QuantScheme("gptq", recipe.target, layer, overrides, ignore=tuple(dense))

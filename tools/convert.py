@@ -45,6 +45,8 @@ def convert_command(
     kv_scales: Annotated[bool, typer.Option(
         "--kv-scales", help="Calibrate scales for an FP8 KV cache too (compressed-tensors only)")] = False,
     bits: Annotated[int | None, typer.Option(help="Bits per weight [default: 4]")] = None,
+    auto_bits: Annotated[float | None, typer.Option(
+        metavar="AVG", help="With --gptq: bits chosen for each layer, this many on average (such as 3.5)")] = None,
     group_size: Annotated[int, typer.Option(help="Input columns per scale; -1: whole rows. Halved where it does not "
                                                  "divide a width")] = 128,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Zero point in the middle, or fitted "
@@ -69,7 +71,7 @@ def convert_command(
     if requantize:
         raise NibbleError("--requantize goes with --to and none of --awq, --gptq and --fp8, which quantize anew anyway")
     recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme,
-                       kv_scales=kv_scales, desc_act=desc_act)
+                       kv_scales=kv_scales, desc_act=desc_act, auto_bits=auto_bits)
     run: dict[str, Any] = {"calib_samples": calib_samples, "calib_seqlen": calib_seqlen, "device": device,
                            "overwrite": overwrite, "resume": resume}
     if dry:
@@ -151,20 +153,22 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     if not console.is_terminal:
         yield _print_line
         return
-    columns = (TextColumn("Quantizing"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeElapsedColumn(),
-               TextColumn("{task.fields[rest]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"),
+               TimeElapsedColumn(), TextColumn("{task.fields[rest]}"))
     with Bar(*columns, console=console) as bar:
-        task = bar.add_task("", total=None, rest="calibrating")
+        task = bar.add_task("Quantizing", total=None, rest="calibrating")
 
         def show(progress: Progress) -> None:
-            bar.update(task, total=progress.blocks, completed=progress.block, rest=_rest(progress))
+            bar.update(task, description=progress.doing, total=progress.blocks, completed=progress.block,
+                       rest=_rest(progress))
 
         yield show
 
 
 def _print_line(progress: Progress) -> None:
     if progress.block * 10 // progress.blocks > (progress.block - 1) * 10 // progress.blocks:
-        print(f"block {progress.block}/{progress.blocks}, {_rest(progress)}", file=sys.stderr, flush=True)
+        print(f"{progress.doing}: block {progress.block}/{progress.blocks}, {_rest(progress)}", file=sys.stderr,
+              flush=True)
 
 
 def _rest(progress: Progress) -> str:
