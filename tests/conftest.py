@@ -1,9 +1,14 @@
 """Checkpoints that more than one room tests with."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+# Triton kernels run in the interpreter, on the CPU. Triton reads this when it is first imported, by whichever test, so
+# it is set here, before any; compiling happens in processes of their own without it. `make test-gpu` sets 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
