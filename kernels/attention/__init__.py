@@ -12,7 +12,7 @@ its two halves.
 
     value = code * scale.  INT8: scale = max|x| / 127, code = round(x / scale) in -127..127
                            FP8:  scale = max|x| / 448 (e4m3fn, finite: codes 0x7f and 0xff are never written)
-    A token of zeros has the scale 1. The writer stores codes and scales of a token together.
+    A token of zeros has a scale of (nearly) 0, not 1: the largest value scale sets the unit that weights are rounded in.
 
 Per-token-head scales are indexed [block, offset, kv head], as above, but `allocate_scales` lays them out in memory like the
 keys, a kv head's blocks after one another, so that the scales of a block of one head are one piece of memory:
