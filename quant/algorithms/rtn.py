@@ -50,9 +50,17 @@ def make_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, min_zero: i
     return scales, zeros
 
 
+def full_range_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The symmetric grid whose lowest code stands for whichever of low and high is farther from 0, as Q4_0 has it: its
+    scale is negative where that is high."""
+    farthest = torch.where(high > -low, high, low)
+    scales = round_scales(-farthest / 2 ** (bits - 1))
+    return scales, torch.full_like(scales, 2 ** (bits - 1))
+
+
 def round_scales(scales: Tensor) -> Tensor:
-    """To the nearest float16 that is neither zero nor infinite, as float32."""
-    return scales.clamp(SCALE_FLOOR, FLOAT16_MAX).half().float()
+    """To the nearest float16 that is neither zero nor infinite, as float32; the sign is kept."""
+    return scales.abs().clamp(SCALE_FLOOR, FLOAT16_MAX).copysign(scales).half().float()
 
 
 def encode(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:

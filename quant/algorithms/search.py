@@ -7,11 +7,13 @@ best; the winner's scale is then refitted in closed form to the codes it chose, 
 The same idea: AutoAWQ's clip search (`awq/quantize/quantizer.py`), llama.cpp's imatrix, llm-compressor's imatrix_mse.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..weight import QuantizedWeight
-from .rtn import encode, extent, make_grid, round_scales, to_groups, to_weight
+from .rtn import encode, extent, full_range_grid, make_grid, round_scales, to_groups, to_weight
 
 SHRINK_STEPS = 20
 SHRINK_LEAST = 0.4
@@ -43,9 +45,7 @@ def _fit_chunk(groups: Tensor, importance: Tensor, bits: int, symmetric: bool,
     low, high = extent(groups)
     best_scales, best_zeros = make_grid(low, high, bits, symmetric, min_zero)
     codes, best_error = _try(groups, importance, best_scales, best_zeros, bits)
-    for step in range(1, SHRINK_STEPS + 1):
-        ratio = 1 - (1 - SHRINK_LEAST) * step / SHRINK_STEPS
-        scales, zeros = make_grid(low * ratio, high * ratio, bits, symmetric, min_zero)
+    for scales, zeros in _candidates(low, high, bits, symmetric, min_zero):
         _, error = _try(groups, importance, scales, zeros, bits)
         best_scales, best_zeros, best_error = _keep_better(
             (scales, zeros, error), (best_scales, best_zeros, best_error))
@@ -56,6 +56,18 @@ def _fit_chunk(groups: Tensor, importance: Tensor, bits: int, symmetric: bool,
         best_scales, best_zeros, best_error = _keep_better(
             (scales, best_zeros, error), (best_scales, best_zeros, best_error))
     return best_scales, best_zeros
+
+
+def _candidates(low: Tensor, high: Tensor, bits: int, symmetric: bool,
+                min_zero: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Grids of shrunken ranges. A symmetric grid has one more code below its zero than above: the full-range one turns
+    that side, by the sign of its scale, to where the group reaches farthest."""
+    for step in range(SHRINK_STEPS + 1):
+        ratio = 1 - (1 - SHRINK_LEAST) * step / SHRINK_STEPS
+        if step:
+            yield make_grid(low * ratio, high * ratio, bits, symmetric, min_zero)
+        if symmetric:
+            yield full_range_grid(low * ratio, high * ratio, bits)
 
 
 def _try(groups: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -76,4 +88,4 @@ def _refit(groups: Tensor, importance: Tensor, steps: Tensor, scales: Tensor) ->
     weighted = steps * importance
     norm = (weighted * steps).sum(-1)
     fitted = (weighted * groups).sum(-1) / norm.clamp(min=1e-30)
-    return round_scales(torch.where((norm > 0) & (fitted > 0), fitted, scales))
+    return round_scales(torch.where((norm > 0) & (fitted * scales > 0), fitted, scales))

@@ -58,7 +58,18 @@ def test_extreme_weights_give_finite_scales(value):
     for quantize in (rtn.quantize, lambda *args: search.quantize(args[0], None, *args[1:])):
         for symmetric in (True, False):
             q = quantize(weight, 4, 32, symmetric)
-            assert torch.isfinite(q.dequantize()).all() and (q.scales > 0).all()
+            assert torch.isfinite(q.dequantize()).all() and (q.scales != 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_symmetric_grids_turn_to_the_side_that_reaches_farther(bits, sign):
+    """2**bits equally spaced values with one more on one side: only a grid of that many levels holds them all."""
+    middle = 2 ** (bits - 1)
+    values = sign * 0.25 * torch.arange(-middle, middle).float()
+    q = search.quantize(values.repeat(3, 256 // 2**bits), None, bits, 256, True)
+    assert torch.equal(q.dequantize(), values.repeat(3, 256 // 2**bits))
+    assert q.zeros is None and (q.scales.sign() == sign).all()
 
 
 def test_group_size_that_does_not_divide_is_refused():
