@@ -1,8 +1,8 @@
 """The two attention kernels: softmax(q K^T) V over paged keys and values, and the merging of splits.
 
-A program takes a tile of queries of one sequence for one kv head, and walks over the keys they see with a running maximum
-(Milakov and Gimelshein 2018; Dao et al. 2022). The query heads that share the kv head are rows of the same tile, so that
-the keys are read once for all of them and a decode step, too, is a product for the tensor cores:
+A program takes a tile of queries of one sequence for one kv head, and walks over the keys they see with a running
+maximum (Milakov and Gimelshein 2018; Dao et al. 2022). The query heads that share the kv head are rows of the same
+tile, so that the keys are read once for all of them and a decode step, too, is a product for the tensor cores:
 
     rows of a tile    token 0: head 0 .. GROUP-1 | token 1: head 0 .. GROUP-1 | ...      BLOCK_M // GROUP tokens
 
@@ -16,8 +16,8 @@ a captured graph serves every batch up to its size.
     many                              sequence s starts at tile query_starts[s] // BLOCK_Q + s, found by bisection, and
                                       the last tile of a sequence, which sees most, is started first
 
-With SPLITS > 1 the keys of a tile are shared out among programs z (flash decoding). Each leaves its own softmax's result
-and the logarithm of its mass, which `reduce_kernel` weighs. Results do not depend on the order programs run in.
+With SPLITS > 1 the keys of a tile are shared out among programs z (flash decoding). Each leaves its own softmax's
+result and the logarithm of its mass, which `reduce_kernel` weighs. Results do not depend on the order programs run in.
 
 All logarithms and exponentials have base 2. Positions may exceed 2^31 bytes from the cache's start: offsets are int64.
 """
@@ -93,7 +93,7 @@ def _walk(q, position, top, mass, acc, unit, begin, end, keys, values, key_scale
         if HEAD_DIM == DIM:
             k = tl.load(keys + token[None, :] + dims[:, None])
         else:
-            k = tl.load(keys + token[None, :] + dims[:, None], mask=dims[:, None] < HEAD_DIM, other=0)
+            k = tl.load(keys + token[None, :] + dims[:, None], mask=dims[:, None] < HEAD_DIM, other=0.0)
         products = tl.dot(q, decode(k, COMPUTE, ASM))
         if TOKEN_SCALES:
             scale_at = block * scale_stride_block + offset * scale_stride_offset
@@ -120,15 +120,17 @@ def _walk(q, position, top, mass, acc, unit, begin, end, keys, values, key_scale
         if HEAD_DIM == DIM and not MASKED:
             v = tl.load(values + token[:, None] + dims[None, :])
         elif HEAD_DIM == DIM:
-            v = tl.load(values + token[:, None] + dims[None, :], mask=live[:, None], other=0)
+            v = tl.load(values + token[:, None] + dims[None, :], mask=live[:, None], other=0.0)
         else:
             v = tl.load(values + token[:, None] + dims[None, :],
-                        mask=live[:, None] & (dims[None, :] < HEAD_DIM), other=0)
+                        mask=live[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
         acc = tl.dot(weights.to(COMPUTE), decode(v, COMPUTE, ASM), acc * shrink[:, None])
     return top, mass, acc, unit
 
 
-@triton.jit
+# One compilation whatever the batch is: sequences, and where in it the chunks start, change from step to step.
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"],
+            do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lengths"])
 def attend_kernel(
     q,  # [T, num_heads, HEAD_DIM]
     out,  # the same; float32 [T, num_heads, SPLITS, HEAD_DIM] where SPLITS > 1
@@ -245,7 +247,7 @@ def reduce_kernel(
     weights = tl.exp2(mass - tl.where(top == NONE, 0.0, top))
     total = tl.sum(weights, 0)
     parts = tl.load(split_out + (row + splits)[:, None] * HEAD_DIM + dims[None, :],
-                    mask=live[:, None] & (dims[None, :] < HEAD_DIM), other=0)
+                    mask=live[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
     result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + token * out_stride_token + head * out_stride_head + dims, result.to(out.dtype.element_ty),
              mask=dims < HEAD_DIM)

@@ -1,7 +1,7 @@
 """What lies in the cache, as numbers a tensor core takes.
 
-16-bit values are taken as they are, float8_e4m3fn by the card's own conversion (cc 8.9 and later). What has none, in two
-to four instructions for four codes that arrive in one register:
+16-bit values are taken as they are, float8_e4m3fn by the card's own conversion (cc 8.9 and later). What has none, in
+one to two instructions a code, four codes arriving in one register:
 
     int8    c + 128 in the low byte of 0x6400 is the float16 1024 + 128 + c; minus 1152 is c.
     uint8   the bits of an e4m3fn value: s eeee mmm moved to s 0eeee mmm0000000 is the float16 value / 256, subnormals
