@@ -22,7 +22,7 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow test-robust check bench bench-cpu interop-env interop bench-quality clean
+.PHONY: help demo serve test test-slow test-robust check bench bench-cpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -32,6 +32,7 @@ help:
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
 	@echo '  make bench-cpu  Nibble, vLLM and llama.cpp side by side on this CPU'
+	@echo '  make kernels-report  what the Triton kernels compile to, for every card'
 	@echo '  make interop    what Nibble writes, loaded by transformers and vLLM in environments of their own'
 	@echo '  make interop-env, make bench-quality  other quantizers, and what quantizing costs with each'
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
@@ -67,6 +68,10 @@ bench: $(VENV)/.installed
 # Other quantizers, each in an environment of its own (several gigabytes).
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python bench/cpu.py --peers $(PEERS)
+
+# Compiles every shipped Triton configuration for every card, without one; a table, and exit status 1 if one misses the gate.
+kernels-report: $(VENV)/.installed-dev
+	$(BIN)/python -W ignore bench/kernels_report.py --save .cache/kernels-report.txt
 
 interop-env: $(VENV)/.installed
 	$(BIN)/python bench/quantizers.py install $(PEERS)

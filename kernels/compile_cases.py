@@ -8,7 +8,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-ROOMS = ("gptq", "awq", "fp8", "attention", "fused")
+ROOMS = ("gptq", "fp8", "attention", "fused")
 
 
 @dataclass(frozen=True)

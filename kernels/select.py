@@ -5,12 +5,14 @@ them so that start-up can log which kernel was chosen and why each better one wa
 from dataclasses import dataclass
 
 from .cpu.torch_ops import Int4PackKernel, OneDnnDenseKernel
+from .gptq.linear import TritonIntKernel
 from .reference import DenseKernel, DequantizeOnceKernel, ReferenceKernel
 from .spec import Kernel, LinearSpec
 
 _ONEDNN, _DENSE = OneDnnDenseKernel(), DenseKernel()
 
 KERNELS: tuple[Kernel, ...] = (
+    TritonIntKernel(),
     _ONEDNN,
     Int4PackKernel(),
     DequantizeOnceKernel(_ONEDNN),
