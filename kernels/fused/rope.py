@@ -36,6 +36,7 @@ def _store_head(
     CODE: tl.constexpr, PER_HEAD: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):
     """[HEADS, PAIRS] halves of K or V to their page, quantized as the cache is."""
+    head = head.to(tl.int64)
     pages = pages_ptr + head[:, None] * stride_h + block * stride_b + offset * stride_o
     if CODE == "none":
         tl.store(pages + at_first, first.to(pages_ptr.dtype.element_ty), mask=inside)
@@ -93,9 +94,13 @@ def _rope_kernel(
 
     pair = tl.arange(0, PAIRS)
     pair_inside = pair < DIM // 2
-    rotated = pair < ROTARY // 2
-    at_first = tl.where(rotated, pair, pair + ROTARY // 2)
-    at_second = at_first + tl.where(rotated, ROTARY // 2, (DIM - ROTARY) // 2)
+    if ROTARY == DIM:  # said apart, so that loads are wide
+        at_first = pair
+        at_second = pair + DIM // 2
+    else:
+        rotated = pair < ROTARY // 2
+        at_first = tl.where(rotated, pair, pair + ROTARY // 2)
+        at_second = at_first + tl.where(rotated, ROTARY // 2, (DIM - ROTARY) // 2)
     inside = head_inside[:, None] & pair_inside[None, :]
 
     row = qkv_ptr + token * qkv_stride + (first_head + head)[:, None] * DIM
@@ -120,7 +125,6 @@ def _rope_kernel(
         if slot >= 0:
             block = slot // block_size
             offset = slot % block_size
-            head = head.to(tl.int64)
             if is_v:
                 _store_head(turned_first, turned_second, at_first[None, :], at_second[None, :], inside, values_ptr,
                             value_scales_ptr, head, block, offset, v_stride_h, v_stride_b, v_stride_o, vs_stride_b,

@@ -32,10 +32,17 @@ def to_code(x, CODE: tl.constexpr, NATIVE_FP8: tl.constexpr):
     """float32, already divided by its scale, to int8, or to the bits of e4m3 as uint8; nearest, ties to even."""
     if CODE == "int8":
         x = tl.minimum(tl.maximum(x, -127.0), 127.0)
-        return ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2**23: its unit in the last place is 1
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    if NATIVE_FP8:
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        code = ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2**23: its unit in the last place is 1
+    elif NATIVE_FP8:
+        code = tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        code = _e4m3_bits(tl.minimum(tl.maximum(x, -448.0), 448.0))
+    return code
+
+
+@triton.jit
+def _e4m3_bits(x):
+    """float32 within +-448 to e4m3 in integer operations, for cards that cannot (and for the interpreter)."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)  # bias 127 to bias 7

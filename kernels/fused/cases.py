@@ -1,0 +1,80 @@
+"""What `make kernels-report` compiles: each kernel as it is launched for small and large models, with every output."""
+
+import triton
+
+from ..compile_cases import CompileCase
+from .activation import PIECE, _gated_kernel
+from .norm import _rms_norm_kernel
+from .rope import PROGRAM, _rope_kernel
+from .rows import warps
+
+OUTPUTS = {"none": "*fp16", "int8": "*i8", "fp8": "*u8"}
+
+
+def compile_cases() -> list[CompileCase]:
+    """FP8 is compiled twice: with the conversion in integers, for any card, and with that of cards from 8.9 on."""
+    cases = []
+    for code, native in (("none", False), ("int8", False), ("fp8", False), ("fp8", True)):
+        cases += [_norm(width, code, native) for width in (576, 4096, 8192)]
+        cases += [_gated(width, activation, code, native) for width in (1536, 14336, 28672)
+                  for activation in ("silu", "gelu_tanh")]
+        cases += [_rope(code, native, code != "none", heads, dim, norm)
+                  for heads, dim, norm in ((9, 64, False), (32, 128, True), (4, 256, True), (32, 96, False))]
+    cases += [_norm(4096, "none", False, dtype="bf16", gemma=True), _norm(4096, "none", False, place=True),
+              _gated(14336, "silu", "none", False, dtype="bf16"),
+              _rope("fp8", True, False, 32, 128, True, dtype="bf16"),
+              _rope("none", False, False, 32, 128, True, dtype="bf16")]
+    return cases
+
+
+def _norm(width: int, code: str, native: bool, dtype: str = "fp16", gemma: bool = False,
+          place: bool = False) -> CompileCase:
+    block = triton.next_power_of_2(width)
+    pointers = {"x_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "weight_ptr": "*fp32" if gemma else f"*{dtype}",
+                "post_weight_ptr": "*fp32" if gemma else None, "place_ptr": "*i32" if place else None,
+                "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
+                "scale_ptr": "*fp32" if code != "none" else None}
+    numbers = {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
+    constants = {"WIDTH": width, "BLOCK": block, "OFFSET": 1.0 if gemma else 0.0, "CODE": code, "NATIVE_FP8": native}
+    extra = "-gemma" * gemma + "-place" * place
+    return _case(f"norm-{width}-{dtype}-{code}{extra}", _rms_norm_kernel, pointers, numbers, constants, warps(block))
+
+
+def _gated(width: int, activation: str, code: str, native: bool, dtype: str = "fp16") -> CompileCase:
+    block = triton.next_power_of_2(width)
+    block = block if code != "none" else min(block, PIECE)
+    pointers = {"gate_up_ptr": f"*{dtype}", "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
+                "scale_ptr": "*fp32" if code != "none" else None}
+    constants = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation, "CODE": code, "NATIVE_FP8": native}
+    return _case(f"gated-{width}-{activation}-{dtype}-{code}", _gated_kernel, pointers, {"gate_up_stride": "i32"},
+                 constants, warps(block))
+
+
+def _rope(code: str, native: bool, per_head: bool, heads: int, dim: int, norm: bool,
+          dtype: str = "fp16") -> CompileCase:
+    pairs = triton.next_power_of_2(dim // 2)
+    program_heads = min(triton.next_power_of_2(heads), PROGRAM // (2 * pairs))
+    page = f"*{dtype}" if code == "none" else OUTPUTS[code]
+    scale = "*fp32" if code != "none" else None
+    pointers = {"qkv_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64",
+                "slot_ptr": "*i64", "q_weight_ptr": f"*{dtype}" if norm else None,
+                "k_weight_ptr": f"*{dtype}" if norm else None, "keys_ptr": page, "values_ptr": page,
+                "key_scales_ptr": scale, "value_scales_ptr": scale}
+    numbers = dict.fromkeys(("qkv_stride", "table_stride", "block_size"), "i32") | {"eps": "fp32"}
+    numbers |= dict.fromkeys([f"{kind}_stride_{axis}" for kind in ("k", "v", "ks", "vs")
+                              for axis in (("h", "b", "o") if len(kind) == 1 else ("b", "o", "h"))], "i32")
+    constants = {"Q_HEADS": heads, "KV_HEADS": max(1, heads // 4), "DIM": dim, "ROTARY": dim, "HEADS": program_heads,
+                 "PAIRS": pairs, "OFFSET": 0.0, "CODE": code, "PER_HEAD": per_head, "NATIVE_FP8": native}
+    kind = "head" if per_head else "tensor" if code != "none" else "16bit"
+    return _case(f"rope-{heads}x{dim}-{dtype}-{code}-{kind}", _rope_kernel, pointers, numbers, constants,
+                 warps(2 * program_heads * pairs))
+
+
+def _case(name: str, kernel, pointers: dict[str, str | None], numbers: dict[str, str], constants: dict,
+          num_warps: int) -> CompileCase:
+    absent = {argument: None for argument, kind in pointers.items() if kind is None}
+    signature = {argument: kind or "constexpr" for argument, kind in pointers.items()} | numbers
+    native, bf16 = constants.get("NATIVE_FP8", False), "-bf16" in name
+    return CompileCase(f"fused-{name}" + "-native" * native, kernel, signature | dict.fromkeys(constants, "constexpr"),
+                       absent | constants, num_warps, num_stages=1, min_cc=89 if native else 80 if bf16 else 75,
+                       aligned=tuple(argument for argument in numbers if argument.endswith("stride")))
