@@ -21,21 +21,17 @@ def compile_cases() -> list[CompileCase]:
         for dtype in ("fp16", "bf16") if table.min_cc >= 80 else ("fp16",):
             for weight in WEIGHTS:
                 whole = weight == WEIGHTS[0]
-                rows, tiles = _powers(table.gemv_rows), table.gemm
-                made = [gemv(table, max_cc, dtype, weight, m) for m in (rows if whole else rows[:1])]
-                made += [gemm(table, max_cc, dtype, weight, tile) for tile in (tiles if whole else tiles[:1])]
-                cases += [*made, dequantize(table, max_cc, dtype, weight)]
+                tiles = table.gemm if whole else table.gemm[:1]
+                cases += [*([gemv(table, max_cc, dtype, weight)] if table.gemv_rows else []),
+                          *(gemm(table, max_cc, dtype, weight, tile) for tile in tiles),
+                          dequantize(table, max_cc, dtype, weight)]
     return cases
 
 
-def _powers(limit: int) -> list[int]:
-    return [1 << i for i in range(limit.bit_length())]
-
-
-def gemv(table: Table, max_cc: int, dtype: str, weight: tuple[int, int, bool], rows: int) -> CompileCase:
-    constants = {**_weight(weight), "HAS_BIAS": False, "EVEN_K": True, "ROWS": rows, "BLOCK_N": table.gemv_block_n,
+def gemv(table: Table, max_cc: int, dtype: str, weight: tuple[int, int, bool]) -> CompileCase:
+    constants = {**_weight(weight), "HAS_BIAS": False, "EVEN_K": True, "BLOCK_N": table.gemv_block_n,
                  "SPLIT_K": 4}
-    return _case(f"gemv m{rows}", products.gemv, dtype, weight, constants, table.gemv_warps, 1, table.min_cc, max_cc,
+    return _case("gemv", products.gemv, dtype, weight, constants, table.gemv_warps, 1, table.min_cc, max_cc,
                  table.gemv_block_n)
 
 

@@ -26,10 +26,10 @@ def _check(x: Tensor, weight: ShuffledWeight) -> None:
 def gemv(x: Tensor, weight: ShuffledWeight, bias: Tensor | None, table: Table, processors: int) -> Tensor:
     """x [M <= 8, K] -> [M, N], without tensor cores."""
     _check(x, weight)
-    programs = triton.cdiv(weight.out_features, table.gemv_block_n)
+    programs = triton.cdiv(weight.out_features, table.gemv_block_n) * x.shape[0]
     parts = split_k(programs, weight.words.shape[0], processors)
     return _launch(products.gemv, x, weight, bias, programs, parts, warps=table.gemv_warps, stages=1,
-                   ROWS=triton.next_power_of_2(x.shape[0]), BLOCK_N=table.gemv_block_n)
+                   BLOCK_N=table.gemv_block_n)
 
 
 def gemm(x: Tensor, weight: ShuffledWeight, bias: Tensor | None, tile: Tile, processors: int) -> Tensor:

@@ -173,42 +173,52 @@ def gemm(x,  # [M, K] float16 or bfloat16, contiguous
 
 
 @triton.jit
+def _pair(x, at, K, EVEN_K: tl.constexpr):
+    """x[2 at] and x[2 at + 1] as float32: one load where a row holds an even number of features."""
+    if EVEN_K:
+        pair = tl.load(x.to(tl.pointer_type(tl.int32), bitcast=True) + at)
+        if x.dtype.element_ty == tl.bfloat16:
+            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        return (pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+                (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
+    return (tl.load(x + 2 * at, mask=2 * at < K, other=0.0).to(tl.float32),
+            tl.load(x + 2 * at + 1, mask=2 * at + 1 < K, other=0.0).to(tl.float32))
+
+
+@triton.jit
 def gemv(x, words, scales, bias, y, partials, locks, M, N, K, stride, tiles, groups,
          BITS: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
-         HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-         SPLIT_K: tl.constexpr):
-    """Few rows without tensor cores: float32 FMA on whole words, one reduction over the words at the end. Arguments as
-    gemm's; ROWS (1, 2 or 4) >= M. A thread's loads are 128 bits of weights. Grid (N tiles, SPLIT_K)."""
+         HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Without tensor cores: float32 FMA on whole words, one reduction over the words at the end. Arguments as gemm's. A
+    thread's loads are 128 bits of weights. Grid (N tiles * M, SPLIT_K), M fastest: a row's weights are the next's."""
     PLANES: tl.constexpr = 16 // BITS
     PER_GROUP: tl.constexpr = _planes_per_group(PLANES, GROUP)
     tile, split = tl.program_id(0), tl.program_id(1)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tile % M
+    n = (tile // M) * BLOCK_N + tl.arange(0, BLOCK_N)
     word = tl.arange(0, 16)
-    even_feature = 8 * (word % 4) + 2 * (word // 4)
+    pair = 4 * (word % 4) + word // 4
     weight_at = words + n[:, None] * 16 + word[None, :]
-    rows = tl.arange(0, ROWS)
-    acc = tl.zeros((ROWS, BLOCK_N, 16), tl.float32)
+    acc = tl.zeros((BLOCK_N, 16), tl.float32)
     for trip in range(split, tiles, SPLIT_K):
         held = tl.load(weight_at + trip * stride * 16, eviction_policy="evict_first")
         for plane in tl.static_range(PLANES):
             first = trip * (32 * PLANES) + plane * 32
-            k = first + even_feature
+            at = (trip * (16 * PLANES) + plane * 16 + pair)[None, :]
             if plane % PER_GROUP == 0:
-                group = (k // 16)[None, :] if GROUP == 16 else 0 if GROUP == 0 else first // GROUP
+                group = at // 8 if GROUP == 16 else 0 if GROUP == 0 else first // GROUP
                 scale, zero, minimum = _group_scale(scales, group, n[:, None], groups, stride, MINS, BF16_SCALE)
                 part = tl.zeros_like(acc)
-            live = rows[:, None] < M
-            at = x + rows[:, None] * K + k[None, :]
-            x_even = tl.load(at, mask=live if EVEN_K else live & (k[None, :] < K), other=0.0).to(tl.float32)
-            x_odd = tl.load(at + 1, mask=live if EVEN_K else live & (k[None, :] + 1 < K), other=0.0).to(tl.float32)
+            x_even, x_odd = _pair(x + row * K, at, K, EVEN_K)
             even, odd = decode(held, zero, plane, BITS, False)  # float16 holds the integers of either dtype
-            part += x_even[:, None, :] * even.to(tl.float32)[None, :, :]
-            part += x_odd[:, None, :] * odd.to(tl.float32)[None, :, :]
+            part += x_even * even.to(tl.float32)
+            part += x_odd * odd.to(tl.float32)
             if (plane + 1) % PER_GROUP == 0:
-                acc += part * scale[None, :, :]
+                acc += part * scale
             if MINS:
-                acc += (x_even + x_odd)[:, None, :] * minimum[None, :, :]
-    finish(tl.sum(acc, 2), y, bias, partials, locks, rows, n, M, N, tile, split, SPLIT_K, HAS_BIAS)
+                acc += (x_even + x_odd) * minimum
+    finish(tl.sum(acc, 1)[None, :], y, bias, partials, locks, row + tl.arange(0, 1), n, M, N, tile, split, SPLIT_K,
+           HAS_BIAS)
 
 
 @triton.jit
