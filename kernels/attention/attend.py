@@ -37,7 +37,7 @@ HEADROOM = tl.constexpr(1.0 / 4096)
 def _sequence_of(tile, query_starts, num_seqs, BLOCK_Q: tl.constexpr):
     """The last sequence that starts at or before `tile`, and its first tile."""
     base = tl.load(query_starts)
-    low, high = 0, num_seqs
+    low, high = tile * 0, num_seqs
     while high - low > 1:
         middle = (low + high) // 2
         first = (tl.load(query_starts + middle) - base) // BLOCK_Q + middle
@@ -179,7 +179,7 @@ def attend_kernel(
     q_at = token * q_stride_token + head * q_stride_head
     q_tile = tl.load(q + q_at[:, None] + dims[None, :], mask=live, other=0).to(COMPUTE)
 
-    key_factor, value_factor = softmax_scale, 1.0
+    key_factor, value_factor = softmax_scale, tl.full([], 1.0, tl.float32)
     if SCALES == "tensor":
         key_factor, value_factor = softmax_scale * tl.load(key_scales), tl.load(value_scales)
     if keys.dtype.element_ty == tl.uint8:
@@ -213,12 +213,14 @@ def attend_kernel(
 
     if SCALES == "token":
         value_factor *= unit
-    result = acc * (value_factor / tl.where(mass > 0, mass, 1.0))[:, None]
+    safe_mass = tl.where(mass > 0, mass, 1.0)
+    result = acc * (value_factor / safe_mass)[:, None]
     out_at = token * out_stride_token + head * out_stride_head + split * HEAD_DIM
     tl.store(out + out_at[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=live)
     if SPLITS > 1:
         num_heads = tl.num_programs(1) * GROUP
-        tl.store(split_mass + (token * num_heads + head) * SPLITS + split, top + tl.log2(mass), mask=row_live)
+        log_mass = tl.where(mass > 0, top + tl.log2(safe_mass), NONE)
+        tl.store(split_mass + (token * num_heads + head) * SPLITS + split, log_mass, mask=row_live)
 
 
 @triton.jit
