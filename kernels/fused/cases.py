@@ -7,6 +7,9 @@ from .activation import PIECE, _gated_kernel
 from .norm import _rms_norm_kernel
 from .rope import PROGRAM, _rope_kernel
 from .rows import warps
+from .sample import BLOCK
+from .sample_kernels import PIECE as SAMPLE_PIECE
+from .sample_kernels import bias_kernel, choose_kernel, record_kernel, scan_kernel
 
 OUTPUTS = {"none": "*fp16", "int8": "*i8", "fp8": "*u8"}
 
@@ -24,7 +27,7 @@ def compile_cases() -> list[CompileCase]:
               _gated(14336, "silu", "none", False, dtype="bf16"),
               _rope("fp8", True, False, 32, 128, True, dtype="bf16"),
               _rope("none", False, False, 32, 128, True, dtype="bf16")]
-    return cases
+    return cases + _sample(False, False) + _sample(True, False) + _sample(True, True) + _state_cases()
 
 
 def _norm(width: int, code: str, native: bool, dtype: str = "fp16", gemma: bool = False,
@@ -70,6 +73,29 @@ def _rope(code: str, native: bool, per_head: bool, heads: int, dim: int, norm: b
                  warps(2 * program_heads * pairs))
 
 
+def _sample(sampled: bool, penalties: bool) -> list[CompileCase]:
+    """Both launches, for a vocabulary of 128256."""
+    parts = {"part_max_ptr": "*fp32", "part_sum_ptr": "*fp32", "part_best_ptr": "*fp32", "part_id_ptr": "*i32"}
+    rows = {"x_ptr": "*fp32", "filter_ptr": "*fp32", "key_ptr": "*i32"}
+    state = {"penalty_ptr": "*fp32", "state_row_ptr": "*i32", "state_ptr": "*i32"}
+    pointers = parts | (rows if sampled else dict.fromkeys(rows)) | (state if penalties else dict.fromkeys(state))
+    constants = {"SAMPLED": sampled, "PIECE": SAMPLE_PIECE}
+    kind = ("sample" if sampled else "greedy") + "-penalties" * penalties
+    choose = {name: pointer for name, pointer in pointers.items() if name != "penalty_ptr"} | {"token_ptr": "*i64"}
+    return [_case(f"scan-{kind}", scan_kernel, pointers | {"logits_ptr": "*fp32"},
+                  {"logits_stride": "i32", "vocab": "i32"}, constants, 4),
+            _case(f"choose-{kind}", choose_kernel, choose, {"vocab": "i32", "pieces": "i32"},
+                  constants | {"PARTS": 64}, 8)]
+
+
+def _state_cases() -> list[CompileCase]:
+    tokens = {"state_ptr": "*i32", "token_ptr": "*i64"}
+    biases = {"logits_ptr": "*fp32", "row_ptr": "*i64", "token_ptr": "*i64", "bias_ptr": "*fp32"}
+    return [_case("record-prompt", record_kernel, tokens, {"count": "i32"}, {"OUTPUT": False, "BLOCK": BLOCK}, 2),
+            _case("record-output", record_kernel, tokens, {"count": "i32"}, {"OUTPUT": True, "BLOCK": BLOCK}, 2),
+            _case("bias", bias_kernel, biases, {"count": "i32", "logits_stride": "i32"}, {"BLOCK": BLOCK}, 2)]
+
+
 def _case(name: str, kernel, pointers: dict[str, str | None], numbers: dict[str, str], constants: dict,
           num_warps: int) -> CompileCase:
     absent = {argument: None for argument, kind in pointers.items() if kind is None}
@@ -77,4 +103,4 @@ def _case(name: str, kernel, pointers: dict[str, str | None], numbers: dict[str,
     native, bf16 = constants.get("NATIVE_FP8", False), "-bf16" in name
     return CompileCase(f"fused-{name}" + "-native" * native, kernel, signature | dict.fromkeys(constants, "constexpr"),
                        absent | constants, num_warps, num_stages=1, min_cc=89 if native else 80 if bf16 else 75,
-                       aligned=tuple(argument for argument in numbers if argument.endswith("stride")))
+                       aligned=tuple(name for name in numbers if name.endswith("stride") or name == "vocab"))
