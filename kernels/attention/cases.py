@@ -1,4 +1,4 @@
-"""What `make kernels-report` compiles: the shipped configuration of every card, head size and cache type."""
+"""What `make kernels-report` compiles: each card's own configuration, for head sizes and cache types."""
 
 import triton.language as tl
 
@@ -10,6 +10,7 @@ from .paged import MIN_SPLIT
 CARDS = (75, 80, 86, 89, 90, 100, 120)
 COMPUTE = {"fp16": tl.float16, "bf16": tl.bfloat16}
 GROUP, BLOCK_SIZE, SPLITS = 4, 16, 16
+POINTERS = ("q", "out", "split_mass", "split_out", "keys", "values", "key_scales", "value_scales", "sinks")
 STRIDES = ("q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head", "kv_stride_head",
            "kv_stride_block", "kv_stride_offset")
 
@@ -67,4 +68,4 @@ def _case(name: str, kernel, cc: int, signature: dict[str, str | None], constexp
     types = {argument: kind or "constexpr" for argument, kind in signature.items()}
     return CompileCase(f"attention-{name}", kernel, types | dict.fromkeys(constexprs, "constexpr"), absent | constexprs,
                        config.num_warps, config.num_stages, min_cc=cc, max_cc=cc,
-                       aligned=tuple(a for a in (*STRIDES,) if a in signature))
+                       aligned=tuple(a for a in (*POINTERS, *STRIDES) if signature.get(a)))
