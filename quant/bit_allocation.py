@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from . import calibration
 from .algorithms import search
-from .block_quantizer import REPLAY_TOKENS, REPLAY_WINDOWS
 from .blocks import BlockSource
 from .calibration import Samples
 from .plan import Plan, Recipe, fits_words, with_bits
 
+REPLAY_WINDOWS, REPLAY_TOKENS = 8, 64  # a few tokens of each kind of text
 Stage = tuple[str, ...]  # full names of its linears
 Damage = dict[int, float]  # by bits
 
@@ -47,14 +47,14 @@ def allocate(source: BlockSource, samples: Samples, plan: Plan, recipe: Recipe,
         block, shapes = source.load(index), source.linear_shapes(index)
         full = {stage: tuple(f"{source.name(index)}.{name}" for name in stage) for stage in source.map.stages}
         stages = [stage for stage in source.map.stages if full[stage][0] in plan.group_sizes]
-        importance = calibration.mean_square_inputs(block, hidden, arguments[index], [stage[0] for stage in stages])
+        inputs = calibration.input_statistics(block, hidden, arguments[index], [stage[0] for stage in stages])
         output = _run(block, hidden, arguments[index])
         for stage in stages:
             sizes[full[stage]] = sum(prod(shapes[name]) for name in stage)
             damage[full[stage]] = {}
             for bits in recipe.widths:
                 if fits_words([shapes[name] for name in stage], bits):
-                    noisy = _rounded_run(block, stage, hidden, arguments[index], importance[stage[0]],
+                    noisy = _rounded_run(block, stage, hidden, arguments[index], inputs[stage[0]].products.diagonal(),
                                          (bits, plan.group_sizes[full[stage][0]], recipe.symmetric))
                     damage[full[stage]][bits] = _relative(noisy - output, output)
         hidden = output

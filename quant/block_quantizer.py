@@ -23,8 +23,7 @@ from .folding import Grid, fold_block
 from .plan import Plan, Recipe
 from .weight import QuantizedWeight, split
 
-REPLAY_WINDOWS, REPLAY_TOKENS = 8, 64  # a few tokens of each kind of text, to judge AWQ's scales on
-MEAN_WINDOWS = 8  # for the mean magnitudes of activations
+FOLD_WINDOWS = 8  # to find AWQ's scales on
 ACTIVATION_BYTES = 2 << 30  # of hidden states in memory, and as much again inside a block
 
 
@@ -60,16 +59,10 @@ class Activations:
         else:
             self.hidden = state["hidden"].clone().to(source.device)
         self.arguments = source.keyword_arguments(self.hidden[:1])
-        self.replay_arguments = source.keyword_arguments(self.replay[:1])
 
     def state(self) -> dict[str, Tensor]:
         """All that is needed to go on with the next block in another process, exactly."""
         return {"hidden": self.hidden}
-
-    @property
-    def replay(self) -> Tensor:
-        """The small part of them on which AWQ's scales are judged."""
-        return self.hidden[:REPLAY_WINDOWS, :REPLAY_TOKENS]
 
 
 def windows_at_once(source: BlockSource, length: int, bound: int) -> int:
@@ -99,8 +92,8 @@ def quantize_block(source: BlockSource, index: int, block: nn.Module, activation
         return result
     arguments = activations.arguments[index]
     grids = {name: plan.grid(full[name], recipe) for stage in stages.values() for name in stage}
-    mean_abs = calibration.mean_abs_inputs(block, activations.hidden[:MEAN_WINDOWS], arguments, stages)
-    fold_block(block, source.map, mean_abs, activations.replay, activations.replay_arguments[index], grids, plan.dtype)
+    inputs = calibration.input_statistics(block, activations.hidden[:FOLD_WINDOWS], arguments, stages)
+    fold_block(block, source.map, inputs, grids, plan.dtype)
 
     def quantize(site: str, hessian: Tensor) -> None:
         linears = {full[name]: block.get_submodule(name) for name in stages[site]}

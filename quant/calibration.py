@@ -110,30 +110,31 @@ def _apportion(count: int) -> list[int]:
     return taken
 
 
-def mean_abs_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
-                    sites: Iterable[str]) -> dict[str, Tensor]:
-    """Run a block on hidden states [n, T, hidden]; returns E|x| [in] of the inputs of some of its submodules."""
-    return _mean_inputs(block, hidden, kwargs, sites, torch.abs)
+@dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """What is known of the inputs x of a linear."""
 
-
-def mean_square_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
-                       sites: Iterable[str]) -> dict[str, Tensor]:
-    """As `mean_abs_inputs`, but E[x^2] [in]."""
-    return _mean_inputs(block, hidden, kwargs, sites, torch.square)
+    mean_abs: Tensor  # E|x| [in]
+    products: Tensor  # E[x x^T] [in, in]
 
 
 @torch.no_grad()
-def _mean_inputs(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
-                 of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    sums = dict.fromkeys(sites, 0.0)
+def input_statistics(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
+                     sites: Iterable[str]) -> dict[str, InputStatistics]:
+    """Run a block on hidden states [n, T, hidden]; returns what the inputs of some of its submodules are like."""
+    tokens = hidden.shape[:-1].numel()
+    sums = {site: InputStatistics(torch.zeros(()), torch.zeros(())) for site in sites}
 
     def add(site: str, x: Tensor) -> None:
-        sums[site] = sums[site] + of(x).flatten(0, -2).sum(0)
+        x = x.flatten(0, -2)
+        old = sums[site]
+        sums[site] = InputStatistics(old.mean_abs.to(x) + x.abs().sum(0) / tokens,
+                                     old.products.to(x) + x.t() @ x / tokens)
 
     with _watching(block, sums, add):
         for batch in hidden.split(MICRO_BATCH):
             block(batch, **kwargs)
-    return {site: total / hidden.shape[:-1].numel() for site, total in sums.items()}
+    return sums
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def _seconds(block: list[tuple[int, int]], blocks: int, tokens: int, recipe: Rec
     if recipe.method == "fp8":
         passes = 2 * weights * tokens if recipe.calibrated else 0
         return blocks * (weights * 20e-9 + 1.5 * passes / _flops())
-    forward = 2 * weights * tokens * 2.5  # the pass itself, mean magnitudes, replays of the scale search
+    forward = 2 * weights * tokens * 1.5  # the pass itself, and some windows for the scale search
     searches = 1 if recipe.auto_bits is None else 1 + len(recipe.widths)
     hessians = sum(2 * tokens * width**2 for width in {width for _, width in block})
     compensation = sum(out * width**2 for out, width in block) + 3 * sum(width**3 for _, width in block)

@@ -30,7 +30,6 @@ class Fold:
     kind: Literal["norm", "rows", "heads"]
     source: str
     consumers: tuple[str, ...]
-    inspect: str  # the submodule whose output says how good a scale is
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +42,10 @@ class LayerMap:
     norm_offset: float = 0.0  # norms multiply by weight + norm_offset
     stages: tuple[tuple[str, ...], ...] = (QKV, OUT, GATE_UP, DOWN)
     folds: tuple[Fold, ...] = (
-        Fold("norm", "input_layernorm", QKV, "self_attn"),
-        Fold("heads", "self_attn.v_proj", OUT, "self_attn.o_proj"),
-        Fold("norm", "post_attention_layernorm", GATE_UP, "mlp"),
-        Fold("rows", "mlp.up_proj", DOWN, "mlp.down_proj"),
+        Fold("norm", "input_layernorm", QKV),
+        Fold("heads", "self_attn.v_proj", OUT),
+        Fold("norm", "post_attention_layernorm", GATE_UP),
+        Fold("rows", "mlp.up_proj", DOWN),
     )
 
 
@@ -54,10 +53,10 @@ GEMMA3 = LayerMap(
     scaled_embedding=True,
     norm_offset=1.0,
     folds=(
-        Fold("norm", "input_layernorm", QKV, "self_attn"),
-        Fold("heads", "self_attn.v_proj", OUT, "self_attn.o_proj"),
-        Fold("norm", "pre_feedforward_layernorm", GATE_UP, "mlp"),
-        Fold("rows", "mlp.up_proj", DOWN, "mlp.down_proj"),
+        Fold("norm", "input_layernorm", QKV),
+        Fold("heads", "self_attn.v_proj", OUT),
+        Fold("norm", "pre_feedforward_layernorm", GATE_UP),
+        Fold("rows", "mlp.up_proj", DOWN),
     ),
 )
 

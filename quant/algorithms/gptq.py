@@ -58,6 +58,12 @@ def quantize(weight: Tensor, hessian: Tensor, bits: int, group_size: int, symmet
     return Result(packed, damping, None)
 
 
+def unexplained_variance(hessian: Tensor) -> Tensor:
+    """The part of each input's E[x^2] [in] that the inputs after it cannot make up for: 1 / U[j, j]^2."""
+    factor, _, _ = _factorise(hessian, torch.arange(len(hessian), device=hessian.device))
+    return hessian.diagonal() if factor is None else factor.diagonal().square().reciprocal()
+
+
 def group_order(importance: Tensor, group_size: int) -> Tensor:
     """A permutation of columns: groups by falling total importance, columns by falling importance within each."""
     groups = importance.reshape(-1, group_size)
@@ -100,7 +106,7 @@ def _sweep(weight: Tensor, factor: Tensor, size: int, bits: int, symmetric: bool
     scales = weight.new_empty(out_features, in_features // size)
     zeros = torch.empty_like(scales)
     # The damage of an error in column j, compensation included, is its square over U[j, j]^2.
-    importance = factor.diagonal().square().reciprocal()
+    importance = factor.diagonal().square().reciprocal()  # as unexplained_variance, in this order
     block = size * max(1, BLOCK // size) if size <= BLOCK else _largest_divisor(size, BLOCK)
     for start in range(0, in_features, block):
         stop = min(start + block, in_features)

@@ -156,12 +156,15 @@ def test_awq_scales_lower_the_output_error_and_identity_is_a_candidate():
     weight, x = weight_of(), correlated()
     hessian = x.T @ x / len(x)
 
-    def loss(scales):
-        return awq.hessian_loss(awq.scaled_round_trip(weight, scales, 4, 64, False) - weight, hessian)
+    def error(scales):
+        rounded = gptq.quantize(weight * scales, hessian / scales / scales[:, None], 4, 64, False).weight.dequantize()
+        return awq.hessian_loss(rounded / scales - weight, hessian)
 
+    loss = awq.expected_loss(weight, gptq.unexplained_variance(hessian), 4, 64, False)
     found = awq.search_scales(x.abs().mean(0), awq.relative_magnitude([weight], 64), loss)
-    assert found.loss < 0.8 * found.identity_loss
+    assert found.loss < 0.95 * found.identity_loss
     assert found.loss == pytest.approx(loss(found.scales))
+    assert error(found.scales) < 0.95 * error(torch.ones(128))
     useless = awq.search_scales(x.abs().mean(0), awq.relative_magnitude([weight], 64), lambda s: s.std().item())
     assert torch.equal(useless.scales, torch.ones(128))
 

@@ -119,10 +119,10 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(make
 def _check_folds(source, block, hidden, kwargs, want):
     """Folding leaves the block's function alone, and makes every rounded linear no worse."""
     sites = [stage[0] for stage in source.map.stages]
-    mean_abs = calibration.mean_abs_inputs(block, hidden, kwargs, sites)
+    inputs = calibration.input_statistics(block, hidden, kwargs, sites)
     grids = {name: (4, 32, False) for stage in source.map.stages for name in stage}
     before = {name: p.clone() for name, p in block.named_parameters()}
-    gains = fold_block(block, source.map, mean_abs, hidden, kwargs, grids, torch.bfloat16)
+    gains = fold_block(block, source.map, inputs, grids, torch.bfloat16)
     assert len(gains) == 4 and all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
     assert any(not torch.equal(p, before[name]) for name, p in block.named_parameters())
     torch.testing.assert_close(run(block, hidden, kwargs), want, rtol=1e-3, atol=1e-3)
@@ -161,17 +161,20 @@ def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_produce(d
         torch.testing.assert_close(met[site], x.T @ x / len(x))
 
 
-def test_mean_magnitudes_are_those_of_all_tokens_however_they_are_batched(dense, monkeypatch):
+def test_input_statistics_are_those_of_all_tokens_however_they_are_batched(dense, monkeypatch):
     source = BlockSource(open_checkpoint(dense), torch.device("cpu"))
     hidden = source.embed(torch.arange(3, 67).reshape(4, 16))
     kwargs = source.keyword_arguments(hidden[:1])[0]
     block = source.load(0)
-    whole = calibration.mean_abs_inputs(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
-    torch.testing.assert_close(whole["self_attn.q_proj"], block.input_layernorm(hidden).abs().mean((0, 1)))
+    whole = calibration.input_statistics(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
+    x = block.input_layernorm(hidden).flatten(0, 1)
+    torch.testing.assert_close(whole["self_attn.q_proj"].mean_abs, x.abs().mean(0))
+    torch.testing.assert_close(whole["self_attn.q_proj"].products, x.T @ x / len(x))
     monkeypatch.setattr(calibration, "MICRO_BATCH", 3)
-    parts = calibration.mean_abs_inputs(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
+    parts = calibration.input_statistics(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
     for site, value in whole.items():
-        torch.testing.assert_close(parts[site], value)
+        torch.testing.assert_close(parts[site].mean_abs, value.mean_abs)
+        torch.testing.assert_close(parts[site].products, value.products)
 
 
 def test_output_in_use_is_refused_unless_told_to_overwrite(dense, tmp_path):
