@@ -23,8 +23,7 @@ from .rtn import encode, to_weight
 
 BLOCK = 128
 # (damping as a fraction of mean(diag H), dtype of the factorisation), tried in turn
-ATTEMPTS = ((0.01, torch.float32), (0.01, torch.float64), (0.05, torch.float64), (0.1, torch.float64),
-            (1.0, torch.float64))
+ATTEMPTS = ((0.05, torch.float32), (0.05, torch.float64), (0.2, torch.float64), (1.0, torch.float64))
 
 
 @dataclass(frozen=True, slots=True)
