@@ -1,8 +1,8 @@
 """Which tiles a card gets, from its compute capability: what fits its shared memory and registers without spills.
 
 Shared memory a program may have: cc 7.5 64 KB, 8.0 163 KB, 8.6 and 8.9 99 KB, 9.0 and 10.0 227 KB, 12.0 99 KB. With
-n stages n - 2 tiles of keys and of values are on their way (the first stage reads the block table); a tile of queries
-is needed beside them while it is turned into fragments.
+3 stages one tile of keys and one of values are on their way (the first stage reads the block table); decode on cc 8.0
+and 9.0 takes the same memory with 4. A tile of queries is needed beside them while it is turned into fragments.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ def padded_dim(head_dim: int) -> int:
 def decode_config(cc: int, head_dim: int, rows: int, cache_bytes: int) -> TileConfig:
     """For tiles of one sequence's newest tokens. rows: tokens times heads of one kv head; cache_bytes: of one value.
 
-    Bound by memory: few rows, and one or two tiles of keys and values on their way.
+    Bound by memory: few rows, and a tile of keys and values on its way.
     """
     dim, block_m = padded_dim(head_dim), max(16, 1 << (rows - 1).bit_length())
     if cc < 80:
-        return TileConfig(block_m, 32, 4, 1)
+        return TileConfig(block_m, 32, 4 if dim < 256 else 8, 1)
     if cc in LARGE_SHARED:
-        return TileConfig(block_m, 64 if dim < 256 or cache_bytes == 1 else 32, 4, 4)
+        return TileConfig(block_m, 64 if dim < 256 or cache_bytes == 1 else 32, 4, 3)
     return TileConfig(block_m, 64 if dim <= 64 or (cache_bytes == 1 and dim <= 128) else 32, 4, 3 if dim < 256 else 2)
 
 
