@@ -5,6 +5,7 @@ them so that start-up can log which kernel was chosen and why each better one wa
 from dataclasses import dataclass
 
 from .cpu.torch_ops import Int4PackKernel, OneDnnDenseKernel
+from .fp8.linear import TritonFp8Kernel
 from .gptq.linear import TritonIntKernel
 from .reference import DenseKernel, DequantizeOnceKernel, ReferenceKernel
 from .spec import Kernel, LinearSpec
@@ -13,6 +14,7 @@ _ONEDNN, _DENSE = OneDnnDenseKernel(), DenseKernel()
 
 KERNELS: tuple[Kernel, ...] = (
     TritonIntKernel(),
+    TritonFp8Kernel(),
     _ONEDNN,
     Int4PackKernel(),
     DequantizeOnceKernel(_ONEDNN),

@@ -10,7 +10,8 @@ from .tuning import Table, Tile, split_k
 
 
 def _constants(weight: ShuffledWeight) -> dict:
-    return {"BITS": weight.bits, "GROUP": weight.group, "MINS": weight.packed_scale is None,
+    return {"BITS": weight.bits, "FP8": weight.fp8, "GROUP": weight.group,
+            "MINS": weight.packed_scale is None and not weight.fp8,
             "BF16_SCALE": weight.packed_scale == torch.bfloat16}
 
 

@@ -1,4 +1,4 @@
-"""ShuffledWeight: the one layout of integer weights that the Triton products read, made once at load.
+"""ShuffledWeight: the one layout of integer and FP8 weights that the Triton products read, made once at load.
 
 A *tile* is `16 // bits` planes of 32 input features, for one output feature, in 16 words of 32 bits. With 4 bits:
 
@@ -15,6 +15,7 @@ operand, so that a thread's four words of a tile are one 128-bit load and a warp
 3-bit codes leave bits 15 and 31 of a word empty: 3.2 bits a weight. Scales are one of
     int32  [groups, padded_out]     the scale's 16 bits (float16 or bfloat16) above, the zero point below
     float32 [2, groups, padded_out] scales, then minima: w = q * scale + minimum; for scales that 16 bits do not hold
+    float32 [groups, padded_out]    FP8: w = code * scale. A code is a byte, as with 8-bit integers
 Padded features have code 0 and scale 0. Groups are what the kernels can step by: 16 features or a multiple of 32; a
 format's own group that is larger is repeated.
 """
@@ -40,6 +41,7 @@ class ShuffledWeight:
     group: int  # features that share a scale; 0: all
     in_features: int
     out_features: int
+    fp8: bool  # codes are e4m3 floats, not integers
     locks: Tensor  # int32, zero between launches: how many parts of a split product have arrived, per output tile
 
     @property
@@ -65,8 +67,8 @@ def shuffle(weight: QuantizedWeight) -> ShuffledWeight:
         raise ValueError(f"no layout for groups of {weight.group_size}; the kernel's can_implement says so")
     padded_out = -(-out_features // PAD_OUT) * PAD_OUT
     tiles = -(-in_features // (PLANE * planes))
-    codes = weight.codes.new_zeros(padded_out, tiles * PLANE * planes)
-    codes[:out_features, :in_features] = weight.codes
+    codes = torch.zeros(padded_out, tiles * PLANE * planes, dtype=torch.uint8, device=weight.codes.device)
+    codes[:out_features, :in_features] = weight.codes.view(torch.uint8)
     # [n, tile, plane, j, t, half]: feature 8j + 2t + half of the plane
     halves = codes.view(padded_out, tiles, planes, 4, 4, 2).int()
     words = halves.new_zeros(padded_out, tiles, 4, 4)
@@ -77,11 +79,14 @@ def shuffle(weight: QuantizedWeight) -> ShuffledWeight:
     groups = 1 if group == 0 else -(-tiles * PLANE * planes // group)
     scales, packed_scale = _scales(weight, group, groups, padded_out)
     locks = torch.zeros(8 * padded_out // PAD_OUT, dtype=torch.int32, device=codes.device)
-    return ShuffledWeight(words, scales, packed_scale, weight.perm, bits, group, in_features, out_features, locks)
+    return ShuffledWeight(words, scales, packed_scale, weight.perm, bits, group, in_features, out_features,
+                          weight.kind == "fp8", locks)
 
 
 def _scales(weight: QuantizedWeight, group: int, groups: int, padded_out: int) -> tuple[Tensor, torch.dtype | None]:
     scales = weight.scales.float()
+    if weight.kind == "fp8":
+        return _spread(scales, weight, group, groups, padded_out), None
     kept = next((t for t in (torch.float16, torch.bfloat16) if torch.equal(scales.to(t).float(), scales)), None)
     if weight.mins is None and kept is not None:
         zeros = weight.zeros if weight.zeros is not None else torch.full_like(scales, 2 ** (weight.bits - 1))

@@ -1,4 +1,5 @@
-"""The Triton kernels that read `ShuffledWeight`: GEMV, GEMM and dequantization. y [M, N] = x [M, K] W^T (+ bias).
+"""The Triton kernels that read `ShuffledWeight`: GEMV, GEMM and dequantization. y [M, N] = x [M, K] W^T (+ bias), with
+integer codes or (FP8) e4m3 ones.
 
 Every product may be split along K (`SPLIT_K`): each part writes float32 partial sums to a workspace, and the part that
 arrives last adds them up in order. There are no atomic additions of values, so a result does not depend on timing.
@@ -14,6 +15,8 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _FP16 = tl.constexpr("{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xEA; fma.rn.f16x2 t, t, $5, $6; mov.b32 {$0, $1}, t; }")
 _BF16 = tl.constexpr("{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xEA; fma.rn.bf16x2 t, t, $5, $6; mov.b32 {$0, $1}, t; }")
+_FP16_E4M3 = tl.constexpr("{ .reg .b32 t; fma.rn.f16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
+_BF16_E4M3 = tl.constexpr("{ .reg .b32 t; fma.rn.bf16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
 _PAIR = tl.constexpr("=h,=h,r,r,r,r,r")
 
 
@@ -26,14 +29,22 @@ def _planes_per_group(planes, group):
 
 
 @triton.jit
-def decode(words, zero, PLANE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
+def decode(words, zero, PLANE: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr):
     """Plane PLANE of int32 `words`, minus `zero` (float32, broadcast): (even features, odd features), exact.
 
     A mantissa holds 10 bits (float16) or 7 (bfloat16) under the magic exponent, so as many planes need no shift of
     their own; a plane that lies higher in the mantissa is brought down by the multiplication.
     """
-    if BF16 and BITS == 8:
+    if FP8:
+        return _decode_e4m3(words, PLANE, BF16)
+    elif BF16 and BITS == 8:
         return _decode_bytes(words, zero, PLANE)
+    else:
+        return _decode_packed(words, zero, PLANE, BITS, BF16)
+
+
+@triton.jit
+def _decode_packed(words, zero, PLANE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
     FIT: tl.constexpr = (7 if BF16 else 10) // BITS
     LOW: tl.constexpr = (PLANE % FIT) * BITS
     MASK: tl.constexpr = (((1 << BITS) - 1) << LOW) * 0x10001
@@ -68,18 +79,43 @@ def _decode_bytes(words, zero, PLANE: tl.constexpr):
 
 
 @triton.jit
-def _group_scale(scales, group, n, groups, stride, MINS: tl.constexpr, BF16_SCALE: tl.constexpr):
-    """(scale, zero, minimum) of `group` for outputs n, float32."""
-    if MINS:
-        scale = tl.load(scales + group * stride + n)
-        minimum = tl.load(scales + (groups + group) * stride + n)
-        return scale, tl.zeros_like(scale), minimum
-    packed = tl.load(scales + group * stride + n)
-    if BF16_SCALE:
-        scale = (packed & -65536).to(tl.float32, bitcast=True)
+def _decode_e4m3(words, PLANE: tl.constexpr, BF16: tl.constexpr):
+    """Sign, exponent and mantissa moved to where a 16-bit float has them; a power of two makes up for the bias. Exact,
+    subnormals too; the code for NaN becomes 480."""
+    high = words << (8 - 8 * PLANE)
+    moved = (high >> 4) & 0x07F007F0 if BF16 else (high >> 1) & 0x3F803F80
+    pair = (high & -2147450880) | moved  # the signs, 0x80008000
+    if INTERPRETED:
+        DTYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+        FACTOR: tl.constexpr = 2.0**120 if BF16 else 256.0
+        even = pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) * FACTOR
+        odd = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) * FACTOR
+        return even.to(DTYPE), odd.to(DTYPE)
+    if BF16:
+        even, odd = tl.inline_asm_elementwise(_BF16_E4M3, "=h,=h,r,r,r", [pair, 0x7B807B80, -2147450880],
+                                              (tl.bfloat16, tl.bfloat16), True, 1)
     else:
-        scale = (packed >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, (packed & 0xFF).to(tl.float32), tl.zeros_like(scale)
+        even, odd = tl.inline_asm_elementwise(_FP16_E4M3, "=h,=h,r,r,r", [pair, 0x5C005C00, -2147450880],
+                                              (tl.float16, tl.float16), True, 1)
+    return even, odd
+
+
+@triton.jit
+def _group_scale(scales, group, n, groups, stride, FP8: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr):
+    """(scale, zero, minimum) of `group` for outputs n, float32."""
+    if FP8:
+        scale = tl.load(scales + group * stride + n)
+        return scale, tl.zeros_like(scale), tl.zeros_like(scale)
+    elif MINS:
+        scale = tl.load(scales + group * stride + n)
+        return scale, tl.zeros_like(scale), tl.load(scales + (groups + group) * stride + n)
+    else:
+        packed = tl.load(scales + group * stride + n)
+        if BF16_SCALE:
+            scale = (packed & -65536).to(tl.float32, bitcast=True)
+        else:
+            scale = (packed >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return scale, (packed & 0xFF).to(tl.float32), tl.zeros_like(scale)
 
 
 @triton.jit
@@ -119,7 +155,7 @@ def gemm(x,  # [M, K] float16 or bfloat16, contiguous
          y,  # [M, N] like x
          partials,  # float32 [SPLIT_K, M, N]
          locks, M, N, K, stride, tiles, groups,
-         BITS: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
+         BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
          HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
          SPLIT_K: tl.constexpr, SWAP: tl.constexpr):
     """Tensor-core product, one tile of K a trip. SWAP computes y^T = W x^T: on cc 90 the decoded weight is then the
@@ -149,13 +185,13 @@ def gemm(x,  # [M, K] float16 or bfloat16, contiguous
             for half in tl.static_range(HALVES):
                 if plane % PER_GROUP == 0:
                     group = 0 if GROUP == 0 else (first + 16 * half) // GROUP
-                    scale, zero, minimum = _group_scale(scales, group, n, groups, stride, MINS, BF16_SCALE)
+                    scale, zero, minimum = _group_scale(scales, group, n, groups, stride, FP8, MINS, BF16_SCALE)
                     part = tl.zeros_like(acc)
                     total = tl.zeros((BLOCK_M,), tl.float32)
                 used = a if HALVES == 1 else tl.where((feature // 16 == half)[None, :], a, 0.0).to(a.dtype)
                 if MINS:
                     total += tl.sum(used.to(tl.float32), 1)
-                even, odd = decode(held, zero[None, :], plane, BITS, BF16)
+                even, odd = decode(held, zero[None, :], plane, BITS, FP8, BF16)
                 b = tl.join(even, odd).permute(0, 2, 1).reshape(32, BLOCK_N)
                 part = mma(tl.trans(b), tl.trans(used), part) if SWAP else mma(used, b, part)
                 if (plane + 1) % PER_GROUP == 0:
@@ -181,13 +217,14 @@ def _pair(x, at, K, EVEN_K: tl.constexpr):
             return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
         return (pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
                 (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
-    return (tl.load(x + 2 * at, mask=2 * at < K, other=0.0).to(tl.float32),
-            tl.load(x + 2 * at + 1, mask=2 * at + 1 < K, other=0.0).to(tl.float32))
+    else:
+        return (tl.load(x + 2 * at, mask=2 * at < K, other=0.0).to(tl.float32),
+                tl.load(x + 2 * at + 1, mask=2 * at + 1 < K, other=0.0).to(tl.float32))
 
 
 @triton.jit
 def gemv(x, words, scales, bias, y, partials, locks, M, N, K, stride, tiles, groups,
-         BITS: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
+         BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
          HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
     """Without tensor cores: float32 FMA on whole words, one reduction over the words at the end. Arguments as gemm's. A
     thread's loads are 128 bits of weights. Grid (N tiles * M, SPLIT_K), M fastest: a row's weights are the next's."""
@@ -207,10 +244,10 @@ def gemv(x, words, scales, bias, y, partials, locks, M, N, K, stride, tiles, gro
             at = (trip * (16 * PLANES) + plane * 16 + pair)[None, :]
             if plane % PER_GROUP == 0:
                 group = at // 8 if GROUP == 16 else 0 if GROUP == 0 else first // GROUP
-                scale, zero, minimum = _group_scale(scales, group, n[:, None], groups, stride, MINS, BF16_SCALE)
+                scale, zero, minimum = _group_scale(scales, group, n[:, None], groups, stride, FP8, MINS, BF16_SCALE)
                 part = tl.zeros_like(acc)
             x_even, x_odd = _pair(x + row * K, at, K, EVEN_K)
-            even, odd = decode(held, zero, plane, BITS, False)  # float16 holds the integers of either dtype
+            even, odd = decode(held, zero, plane, BITS, FP8, False)  # float16 holds the integers of either dtype
             part += x_even * even.to(tl.float32)
             part += x_odd * odd.to(tl.float32)
             if (plane + 1) % PER_GROUP == 0:
@@ -224,7 +261,7 @@ def gemv(x, words, scales, bias, y, partials, locks, M, N, K, stride, tiles, gro
 @triton.jit
 def dequantize(words, scales, dense,  # [N, K] float16 or bfloat16
                N, K, stride, groups,
-               BITS: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
+               BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
                BLOCK_N: tl.constexpr):
     """The dense weight, columns in canonical order. Grid (N tiles, tiles of K)."""
     PLANES: tl.constexpr = 16 // BITS
@@ -238,8 +275,8 @@ def dequantize(words, scales, dense,  # [N, K] float16 or bfloat16
     for plane in tl.static_range(PLANES):
         k = trip * (32 * PLANES) + plane * 32 + feature
         group = tl.zeros_like(k) if GROUP == 0 else k // GROUP
-        scale, zero, minimum = _group_scale(scales, group[None, :], n[:, None], groups, stride, MINS, BF16_SCALE)
-        even, odd = decode(held, tl.zeros((1, 1), tl.float32), plane, BITS, False)
+        scale, zero, minimum = _group_scale(scales, group[None, :], n[:, None], groups, stride, FP8, MINS, BF16_SCALE)
+        even, odd = decode(held, tl.zeros((1, 1), tl.float32), plane, BITS, FP8, False)
         q = tl.join(even, odd).reshape(BLOCK_N, 32).to(tl.float32)
         value = (q - zero) * scale + minimum
         tl.store(dense + n[:, None].to(tl.int64) * K + k[None, :], value.to(DTYPE),

@@ -35,7 +35,7 @@ def activations(rows: int, inner: int, dtype: torch.dtype) -> torch.Tensor:
 def check(y: torch.Tensor, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
     dense = weight.dequantize(torch.float32).double()
     want = x.double() @ dense.T + (0 if bias is None else bias.double())
-    bound = x.double().abs() @ dense.abs().T * 2**-20 + want.abs() * HALF[x.dtype] + 1e-6
+    bound = x.double().abs() @ dense.abs().T * x.shape[1] * 2**-24 + want.abs() * HALF[x.dtype] + 1e-6
     assert y.dtype == x.dtype and y.shape == want.shape
     assert ((y.double() - want).abs() <= bound).all(), (y.double() - want).abs().max()
 
@@ -114,6 +114,22 @@ def test_activations_are_checked() -> None:
         launch.gemv(torch.zeros(1, 64).half(), shuffled, None, TABLE, 1)
     with pytest.raises(ValueError, match="float16 or bfloat16"):
         launch.gemv(torch.zeros(1, 128), shuffled, None, TABLE, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inner", "block"), [(70, 192, (70, 192)), (64, 130, (1, 130)), (130, 256, (64, 128))])
+def test_fp8_weights(out: int, inner: int, block: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(out)
+    codes = torch.randint(0, 256, (out, inner), dtype=torch.uint8, generator=generator)
+    codes[codes & 0x7F == 0x7F] = 0x7E  # NaN; all other codes stand, subnormals too
+    scales = torch.rand(-(-out // block[0]), -(-inner // block[1]), generator=generator) / 100
+    weight = QuantizedWeight(codes.view(torch.float8_e4m3fn), scales, kind="fp8", bits=8, block=block)
+    shuffled = shuffle(weight)
+    x = activations(5, inner, dtype)
+    check(launch.gemm(x, shuffled, None, Tile(64, 16, 64, 4, 2, swap=True), 1), x, weight)
+    check(launch.gemv(x[:1], shuffled, None, TABLE, 1), x[:1], weight)
+    dense = launch.dequantize(shuffled, dtype)
+    assert torch.allclose(dense.double(), weight.dequantize(torch.float32).double(), rtol=HALF[dtype], atol=1e-6)
 
 
 def cuda_spec(**changes) -> LinearSpec:

@@ -1,0 +1,1 @@
+"""Triton products with FP8 (e4m3) weights."""
