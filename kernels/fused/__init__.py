@@ -1,8 +1,8 @@
 """The small kernels between the products, in Triton: norms, rotary embedding and KV write, activation functions, the
 choice of tokens.
 
-They are bound by memory and by launches, so each fuses all that touches the same row. A layer is nine launches; those
-marked * are this room's:
+They are bound by memory and by launches, so each fuses all that touches the same row. A layer is nine launches, ten
+where attention is split; those marked * are this room's:
 
     *norm.rms_norm         h = norm(residual += x)  (+ quantization, + Gemma's second norm, + a permutation)
      qkv product

@@ -101,7 +101,8 @@ def _case(name: str, kernel, pointers: dict[str, str | None], numbers: dict[str,
     absent = {argument: None for argument, kind in pointers.items() if kind is None}
     kinds = {argument: kind or "constexpr" for argument, kind in pointers.items()} | numbers
     kinds |= dict.fromkeys(constants, "constexpr")
-    aligned = [name for name, kind in kinds.items() if kind.startswith("*") or name.endswith("stride") or name == "vocab"]
+    aligned = [name for name, kind in kinds.items()
+               if kind.startswith("*") or name.endswith("stride") or name == "vocab"]
     native, bf16 = constants.get("NATIVE_FP8", False), "-bf16" in name
     return CompileCase(f"fused-{name}" + "-native" * native, kernel, {name: kinds[name] for name in kernel.arg_names},
                        absent | constants, num_warps, num_stages=1, min_cc=89 if native else 80 if bf16 else 75,
