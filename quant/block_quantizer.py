@@ -103,7 +103,7 @@ def quantize_block(source: BlockSource, index: int, block: nn.Module, activation
             linear.weight.copy_(weight.dequantize())
             result.weights[name] = weight
 
-    calibration.run_quantizing(block, activations.hidden, arguments | {"past_key_values": cache}, stages, quantize,
+    calibration.run_quantizing(block, activations.hidden, cache.put_into(arguments), stages, quantize,
                                activations.at_once)
     result.scales = cache.scales() if recipe.kv_scales else {}
     return result
@@ -123,7 +123,7 @@ def _quantize_float(block: nn.Module, full: dict[str, str], stages: dict[str, tu
             linear.weight.copy_(rounded)
             result.weights[name] = weight
     if activations is not None:
-        arguments = activations.arguments[index] | {"past_key_values": cache}
+        arguments = cache.put_into(activations.arguments[index])
         result.weights = float_quantizer.with_static_scales(result.weights, stages, block, activations.hidden,
                                                             arguments, activations.at_once)
 

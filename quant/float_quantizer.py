@@ -30,6 +30,10 @@ class KeyValueRange:
             self.absmax[name] = torch.maximum(self.absmax[name], states.abs().max().float().cpu().reshape(1))
         return keys, values
 
+    def put_into(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A block's arguments with this as its cache, by the name it has there (transformers 5.24 changed it)."""
+        return arguments | {"cache" if "cache" in arguments else "past_key_values": self}
+
     def scales(self) -> dict[str, Tensor]:
         """float32 [1] each, by the names that compressed-tensors gives them within a block."""
         return {f"self_attn.{name}_scale": fp8.to_scale(absmax) for name, absmax in self.absmax.items()}
