@@ -30,6 +30,7 @@ class Quality:
     kl_median: float
     kl_p99: float
     top1_agreement: float  # fraction of positions where both would pick the same token
+    kl_mean_int8: float | None = None  # as a CPU serves it by default, activations rounded to int8; None: it does not
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -84,7 +85,8 @@ def summary(quality: list[Quality]) -> str:
     """One line a domain, for the terminal."""
     return "\n".join(
         f"  {q.domain:<6} perplexity {q.perplexity_reference:.2f} -> {q.perplexity:.2f}   KL {q.kl_mean:.3f} "
-        f"(median {q.kl_median:.3f}, p99 {q.kl_p99:.2f})   same top token {q.top1_agreement:.1%}" for q in quality)
+        f"(median {q.kl_median:.3f}, p99 {q.kl_p99:.2f})   same top token {q.top1_agreement:.1%}"
+        + (f"   with int8 activations KL {q.kl_mean_int8:.3f}" if q.kl_mean_int8 is not None else "") for q in quality)
 
 
 def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
@@ -131,7 +133,11 @@ def _quality_table(rows: list[dict[str, Any]]) -> list[str]:
     table += [f"| {r['domain']} | {r['tokens']} | {r['perplexity_reference']:.3f} | {r['perplexity']:.3f} "
               f"| {r['kl_mean']:.4f} | {r['kl_median']:.4f} | {r['kl_p99']:.3f} | {r['top1_agreement']:.1%} |"
               for r in rows]
-    return [*table, "", "KL divergence from the original in nats per token, on text held out from calibration.", ""]
+    table += ["", "KL divergence from the original in nats per token, on text held out from calibration."]
+    if all(r["kl_mean_int8"] is not None for r in rows):
+        table[-1] += (" Served on a CPU, which rounds activations to int8 (not with `--cpu-activations bf16`), its mean "
+                      "is " + ", ".join(f"{r['kl_mean_int8']:.4f}" for r in rows) + ".")
+    return [*table, ""]
 
 
 def _layer_table(errors: dict[str, float], calibrated: bool) -> list[str]:

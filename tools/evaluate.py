@@ -1,7 +1,8 @@
 """`nibble evaluate REF QUANT`: what quantization cost, measured on what is really served.
 
-Both checkpoints run through the engine on the same held-out windows; the original's log-probabilities are the reference
-for perplexity, KL divergence and top-1 agreement at every position.
+Both checkpoints run through the engine in float32 on the same held-out windows; the original's log-probabilities are
+the reference for perplexity, KL divergence and top-1 agreement at every position. Where this machine would serve the
+quantized one with activations rounded to int8 (C++ kernels, integer weights), that is measured beside it.
 """
 
 import itertools
@@ -36,6 +37,7 @@ def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str]
     """
     texts = texts or bundled_texts()
     original, candidate = LLM(str(reference), dtype="float32"), LLM(str(quantized), dtype="float32")
+    served = _with_int8_activations(quantized)
     ids = {name: evaluation_windows(original.tokenizer, text, windows, length) for name, text in texts.items()}
     if short := [name for name, text in ids.items() if not text]:
         raise NibbleError(f"{short[0]}: too short to evaluate on (one window is {length} tokens)")
@@ -45,7 +47,14 @@ def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str]
         if progress is not None:
             progress(next(done), total)
 
-    return [_compare(name, text, original, candidate, tell) for name, text in ids.items()]
+    return [_compare(name, text, original, candidate, served, tell) for name, text in ids.items()]
+
+
+def _with_int8_activations(quantized: str | Path) -> LLM | None:
+    """The checkpoint as a CPU serves it by default, if it then rounds activations."""
+    served = LLM(str(quantized))
+    rounds = any(name.endswith("x int8") for name in served.core.runner.kernels.used)
+    return served if rounds else None
 
 
 def bundled_texts() -> dict[str, str]:
@@ -53,26 +62,41 @@ def bundled_texts() -> dict[str, str]:
     return {name: (DATA / f"eval_{name}.txt").read_text(encoding="utf-8") for name in EVALUATION}
 
 
-def _compare(name: str, windows: list[list[int]], original: LLM, candidate: LLM, tell: Callable[[], None]) -> Quality:
+def _compare(name: str, windows: list[list[int]], original: LLM, candidate: LLM, served: LLM | None,
+             tell: Callable[[], None]) -> Quality:
     parts = []
-    for part in _divergences(windows, original, candidate):
+    for part in _divergences(windows, original, candidate, served):
         parts.append(part)
         tell()
-    nll_p, nll_q, kl, same = (torch.cat(column).double() for column in zip(*parts, strict=True))
+    nll_p, nll_q, kl, same, kl_served = (torch.cat(column).double() for column in zip(*parts, strict=True))
     return Quality(domain=name, tokens=len(kl), perplexity=nll_q.mean().exp().item(),
                    perplexity_reference=nll_p.mean().exp().item(), kl_mean=kl.mean().item(),
-                   kl_median=kl.median().item(), kl_p99=kl.quantile(0.99).item(), top1_agreement=same.mean().item())
+                   kl_median=kl.median().item(), kl_p99=kl.quantile(0.99).item(), top1_agreement=same.mean().item(),
+                   kl_mean_int8=kl_served.mean().item() if served else None)
 
 
-def _divergences(windows: list[list[int]], original: LLM, candidate: LLM) -> Iterator[tuple[Tensor, ...]]:
-    """Per window and position: both negative log-likelihoods of the next token, KL in nats, whether the tops agree."""
+def _divergences(windows: list[list[int]], original: LLM, candidate: LLM,
+                 served: LLM | None) -> Iterator[tuple[Tensor, ...]]:
+    """Per window and position: both negative log-likelihoods of the next token, KL in nats, whether the tops agree, KL
+    as served (if it is)."""
     for ids in windows:
-        p, q = (torch.log_softmax(model.logits(ids)[:-1].float(), -1) for model in (original, candidate))
+        p, q = (_log_probabilities(model, ids) for model in (original, candidate))
         if p.shape != q.shape:
             raise NibbleError(f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens cannot be compared")
         following = torch.tensor(ids[1:]).unsqueeze(1)
         yield (-p.gather(1, following).squeeze(1), -q.gather(1, following).squeeze(1),
-               (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).float())
+               _kl(p, q), (p.argmax(-1) == q.argmax(-1)).float(),
+               _kl(p, _log_probabilities(served, ids)) if served else torch.empty(0))
+
+
+def _log_probabilities(model: LLM, ids: list[int]) -> Tensor:
+    """float32 [T - 1, vocab], of each token but the first."""
+    return torch.log_softmax(model.logits(ids)[:-1].float(), -1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """float32 [T] of log-probabilities [T, vocab]."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 @contextmanager
