@@ -135,8 +135,8 @@ def _quality_table(rows: list[dict[str, Any]]) -> list[str]:
               for r in rows]
     table += ["", "KL divergence from the original in nats per token, on text held out from calibration."]
     if all(r["kl_mean_int8"] is not None for r in rows):
-        table[-1] += (" Served on a CPU, which rounds activations to int8 (not with `--cpu-activations bf16`), its mean "
-                      "is " + ", ".join(f"{r['kl_mean_int8']:.4f}" for r in rows) + ".")
+        table[-1] += (" Served on a CPU, which rounds activations to int8 (not with `--cpu-activations bf16`), its "
+                      "mean is " + ", ".join(f"{r['kl_mean_int8']:.4f}" for r in rows) + ".")
     return [*table, ""]
 
 
