@@ -124,6 +124,9 @@ def serve(
         help="what integer weights are multiplied with on a CPU: int8 (by group) or bf16")] = "int8",
     lm_head_bits: Annotated[int | None, typer.Option(
         help="8: quantize a 16-bit output head at load (CPU) [default: keep it]")] = None,
+    prepared_cache: Annotated[str, typer.Option(
+        metavar="DIR", help="keeps weights in the CPU kernels' layout for the next start; none: nothing is kept")
+    ] = "~/.cache/nibble/prepared",
     seed: Annotated[int, typer.Option(help="for requests that bring none")] = 0,
     max_queued_requests: Annotated[int, typer.Option(
         help="sequences admitted beyond --max-num-seqs; more get a 503", min=0)] = 1024,
@@ -143,7 +146,8 @@ def serve(
         device=device, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory=kv_cache_memory,
         enable_prefix_caching=not no_prefix_caching, num_threads=num_threads, cpu_isa=cpu_isa,
-        cpu_activations=cpu_activations, lm_head_bits=lm_head_bits, seed=seed)
+        cpu_activations=cpu_activations, lm_head_bits=lm_head_bits,
+        prepared_cache=None if prepared_cache == "none" else prepared_cache, seed=seed)
     options = ServeOptions(
         host=host, port=port, model_names=tuple(served_model_name or [_model_name(model)]),
         api_keys=tuple(api_key or ()), shutdown_timeout=shutdown_timeout, max_queued_requests=max_queued_requests)

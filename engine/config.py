@@ -25,4 +25,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     cpu_isa: str = "auto"  # C++ kernels: auto, avx512bf16, avx512vnni, avxvnni, avx2, or none (torch's operators)
     cpu_activations: str = "int8"  # what integer weights are multiplied with on a CPU: int8 (by group) or bf16
     lm_head_bits: int | None = None  # 8: a 16-bit output head is quantized at load; None: it stays (CPU only)
+    prepared_cache: str | None = "~/.cache/nibble/prepared"  # weights in the CPU kernels' layout; None: nothing is kept
     seed: int = 0  # for requests that bring none

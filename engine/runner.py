@@ -27,6 +27,7 @@ from .models.decoder import DecoderConfig
 from .models.native import NativeDecoder, why_not
 from .models.registry import decoder_config
 from .native_loader import NativeLoader
+from .prepared_cache import PreparedCache
 from .request import Request, SamplingParams
 from .sampler import sample, token_logprobs
 
@@ -159,9 +160,11 @@ def loader_for(config: EngineConfig, checkpoint: Checkpoint, model: DecoderConfi
     reason = "--cpu-isa none" if config.cpu_isa == "none" else why_not(model, config.block_size, dtype, device)
     if reason is None:
         pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
+        keep = config.prepared_cache if config.quantize is None else None  # what is quantized at load has no path
+        cache = PreparedCache.of(checkpoint, keep, f"head {config.lm_head_bits}") if keep else None
         return NativeLoader(checkpoint, model, dtype, device, pool=pool,
                             int8=config.cpu_activations == "int8", block_size=config.block_size,
-                            head_bits=config.lm_head_bits)
+                            head_bits=config.lm_head_bits, cache=cache)
     if config.lm_head_bits:
         raise NibbleError(f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {reason}")
     if device.type == "cpu":

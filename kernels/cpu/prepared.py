@@ -17,6 +17,7 @@ from . import library as lib
 from .arena import Arena
 from .library import NbInput, NbLinear, NbSite, Pool
 
+LAYOUT = 1  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
 _INT_GROUP, _WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
 _HEAD_GROUP = 64
 
