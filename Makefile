@@ -22,13 +22,14 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow test-robust check bench bench-cpu kernels-report interop-env interop bench-quality clean
+.PHONY: help demo serve test test-slow test-robust sanitize check bench bench-cpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 	@echo '  make serve      keep the demo model up on port $(PORT) for a browser or a client'
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
+	@echo '  make sanitize   the C++ kernels under AddressSanitizer and ThreadSanitizer'
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
 	@echo '  make bench-cpu  Nibble, vLLM and llama.cpp side by side on this CPU'
@@ -55,6 +56,10 @@ test-slow: $(VENV)/.installed-dev
 # Conversions killed, interrupted, out of disk, and of a model of 1B parameters (3 GB of disk); part of test-slow.
 test-robust: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s tests/quant/test_robustness.py
+
+# The C++ kernels' tests under AddressSanitizer and ThreadSanitizer (needs their runtimes, which come with g++).
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/python tests/sanitize.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

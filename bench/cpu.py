@@ -39,7 +39,7 @@ PARTS = ["http", "offline", "large"]
 BATCHES = [1, 8, 32]
 CONVERSIONS = {"awq": ["--awq"], "gptq": ["--gptq"], "gptq-asym": ["--gptq", "--asym"], "fp8": ["--fp8"]}
 GGUF_TYPES = ["Q4_0", "Q4_K_M", "Q8_0"]
-LLAMA_SERVER = "-np 32 -c 16384 --no-webui"  # 32 slots of 512 tokens
+LLAMA_SERVER = "-np 32 -c 32768 --no-webui"  # 32 slots of 1024 tokens
 
 console = Console(stderr=True)
 

@@ -92,8 +92,8 @@ def quantize_block(source: BlockSource, index: int, block: nn.Module, activation
         return result
     arguments = activations.arguments[index]
     grids = {name: plan.grid(full[name], recipe) for stage in stages.values() for name in stage}
-    inputs = calibration.input_statistics(block, activations.hidden[:FOLD_WINDOWS], arguments, stages)
-    fold_block(block, source.map, inputs, grids, plan.dtype)
+    first = activations.hidden[:FOLD_WINDOWS]  # their statistics are as large as all Hessians: they must not live on
+    fold_block(block, source.map, calibration.input_statistics(block, first, arguments, stages), grids, plan.dtype)
 
     def quantize(site: str, hessian: Tensor) -> None:
         linears = {full[name]: block.get_submodule(name) for name in stages[site]}

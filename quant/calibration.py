@@ -123,15 +123,16 @@ def input_statistics(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
                      sites: Iterable[str]) -> dict[str, InputStatistics]:
     """Run a block on hidden states [n, T, hidden]; returns what the inputs of some of its submodules are like."""
     tokens = hidden.shape[:-1].numel()
-    sums = {site: InputStatistics(torch.zeros(()), torch.zeros(())) for site in sites}
+    sums: dict[str, InputStatistics] = {}
 
     def add(site: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
-        old = sums[site]
-        sums[site] = InputStatistics(old.mean_abs.to(x) + x.abs().sum(0) / tokens,
-                                     old.products.to(x) + x.t() @ x / tokens)
+        if site not in sums:
+            sums[site] = InputStatistics(x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
+        sums[site].mean_abs.add_(x.abs().sum(0), alpha=1 / tokens)
+        sums[site].products.addmm_(x.t(), x, alpha=1 / tokens)
 
-    with _watching(block, sums, add):
+    with _watching(block, sites, add):
         for batch in hidden.split(MICRO_BATCH):
             block(batch, **kwargs)
     return sums

@@ -10,6 +10,11 @@ import pytest
 # it is set here, before any; compiling happens in processes of their own without it. `make test-gpu` sets 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "NIBBLE_TEST_CPU_LIBRARY" in os.environ:  # tests/sanitize.py: another build of the C++ kernels
+    from nibble.kernels.cpu import library
+
+    library.LIBRARY = Path(os.environ["NIBBLE_TEST_CPU_LIBRARY"])
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

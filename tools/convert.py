@@ -1,6 +1,7 @@
 """`nibble convert MODEL --awq|--gptq|--fp8 -o OUT`: quantize, measure, write the accuracy card."""
 
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,7 +83,11 @@ def convert_command(
 
 
 def _quantize(model: str, output: Path, recipe: Recipe, measure: bool, run: dict[str, Any]) -> None:
-    with _resumable(output), _progress() as progress:
+    with _resumable(output) as check_interrupt, _progress() as show:
+        def progress(state: Progress) -> None:
+            check_interrupt()
+            show(state)
+
         report = convert_with_report(model, output, recipe, progress=progress, announce=_announce, **run)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
     write_card(output, report, [], _base_model(model), peak)  # also where measuring is cut short
@@ -124,14 +129,31 @@ def _reformat(model: str, output: Path, to: str, grid: Grid | None, *, overwrite
 
 
 @contextmanager
-def _resumable(output: Path) -> Iterator[None]:
-    """Tell somebody who interrupts a conversion that it is not lost."""
+def _resumable(output: Path) -> Iterator[Callable[[], None]]:
+    """Tell somebody who interrupts a conversion that it is not lost.
+
+    Gives a function to call now and then: Python swallows an interrupt that comes while it runs a destructor or the
+    callback of a library, and that function raises it again.
+    """
+    interrupted: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield check
     except KeyboardInterrupt:
         if parts := begun(partial_of(output)):
             console.print(f"interrupted after {parts} parts: the same command with --resume goes on", highlight=False)
         raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _dry_run(plan: Plan, needs: Estimate) -> None:

@@ -59,8 +59,8 @@ def quantize(weight: Tensor, hessian: Tensor, bits: int, group_size: int, symmet
 
 def unexplained_variance(hessian: Tensor) -> Tensor:
     """The part of each input's E[x^2] [in] that the inputs after it cannot make up for: 1 / U[j, j]^2."""
-    factor, _, _ = _factorise(hessian, torch.arange(len(hessian), device=hessian.device))
-    return hessian.diagonal() if factor is None else factor.diagonal().square().reciprocal()
+    lower, _, _ = _cholesky(hessian.flip(0, 1))
+    return hessian.diagonal() if lower is None else lower.diagonal().flip(0).float().square()
 
 
 def group_order(importance: Tensor, group_size: int) -> Tensor:
@@ -76,23 +76,32 @@ def _factorise(hessian: Tensor, order: Tensor) -> tuple[Tensor | None, float | N
 
     With J the reversal, chol(J H J) = L gives H^-1 = (J L^-1 J)^T (J L^-1 J): one factorisation, no explicit inverse.
     """
+    backwards = order.flip(0)
+    lower, damping, problem = _cholesky(hessian[backwards][:, backwards])
+    if lower is None:
+        return None, None, problem
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    factor = torch.linalg.solve_triangular(lower, eye, upper=False, out=eye).flip(0, 1).float()
+    if not torch.isfinite(factor).all():
+        return None, None, "the Hessian's inverse overflows; use more samples"
+    return factor, damping, None
+
+
+def _cholesky(hessian: Tensor) -> tuple[Tensor | None, float | None, str | None]:
+    """The lower factor of the hessian, which is overwritten, with as little damping as it takes; the damping, or why
+    there is none."""
     if not torch.isfinite(hessian).all():
         return None, None, "activations are not finite"
-    mean = hessian.diagonal().mean().item()
+    diagonal = hessian.diagonal().clone()
+    mean = diagonal.mean().item()
     if mean <= 0:
         return None, None, "no activations reached the layer"
-    backwards = order.flip(0)
-    flipped = hessian[backwards][:, backwards]
     for damping, dtype in ATTEMPTS:
-        damped = flipped.to(dtype)
-        damped.diagonal().add_(damping * mean)
+        damped = hessian.to(dtype)
+        damped.diagonal().copy_(diagonal + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed.item():
-            continue
-        eye = torch.eye(len(lower), dtype=dtype, device=lower.device)
-        factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float()
-        if torch.isfinite(factor).all():
-            return factor, damping, None
+        if not failed.item():
+            return lower, damping, None
     return None, None, f"Hessian not positive definite even with damping {ATTEMPTS[-1][0]}; use more samples"
 
 

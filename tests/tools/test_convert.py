@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from nibble.cli import main
 from nibble.kernels.cpu.library import why_missing
+from nibble.tools.convert import _resumable
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "convert.py"
 
@@ -105,3 +108,13 @@ def test_a_folder_that_is_not_quite_a_model_is_named(tiny_llama: Path, tmp_path:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0]
     assert not list(tmp_path.glob("out*"))
+
+
+def test_an_interrupt_that_other_code_swallows_is_not_lost(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), _resumable(tmp_path / "out") as check_interrupt:
+        check_interrupt()
+        with suppress(KeyboardInterrupt):  # as Python does while it runs a destructor
+            signal.raise_signal(signal.SIGINT)
+        check_interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
