@@ -41,6 +41,11 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def peak_memory(pid: int) -> int:
+    """The most bytes that a process has held so far; 0 where it is gone or the system does not say."""
+    return int((_first_value(f"/proc/{pid}/status", "VmHWM") or "0").split()[0]) * 1024
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

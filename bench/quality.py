@@ -143,14 +143,25 @@ def quantize(arguments: list[str], output: Path) -> dict[str, Any] | None:
     start = time.monotonic()
     with output.with_name(output.name + ".log").open("w") as log:
         process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
+        peak = _watch(process)
         _, status, usage = os.wait4(process.pid, 0)
     if status or not output.exists():  # llm-compressor exits with 0 whatever happened
         print(f"{output.name}: failed, see {log.name}", file=sys.stderr, flush=True)
         return None
     took = {"seconds": time.monotonic() - start, "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "peak_rss": usage.ru_maxrss * 1024}
+            "peak_rss": peak}
     record.write_text(json.dumps(took))
     return took
+
+
+def _watch(process: subprocess.Popen[bytes]) -> int:
+    """Wait until a process has ended, without reaping it; its peak memory in bytes. The usage that wait4 tells of begins
+    with what this process held when it started the other one."""
+    peak = 0
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        peak = max(peak, machine.peak_memory(process.pid))
+        time.sleep(0.1)
+    return peak
 
 
 def measure_model(model: Path, group_size: int, args: argparse.Namespace,

@@ -89,7 +89,7 @@ def _quantize(model: str, output: Path, recipe: Recipe, measure: bool, run: dict
             show(state)
 
         report = convert_with_report(model, output, recipe, progress=progress, announce=_announce, **run)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the evaluation adds to it
+    peak = _peak_memory()  # before the evaluation adds to it
     write_card(output, report, [], _base_model(model), peak)  # also where measuring is cut short
     quality = _measure(model, output) if measure else []
     if quality:
@@ -99,6 +99,15 @@ def _quantize(model: str, output: Path, recipe: Recipe, measure: bool, run: dict
           f"{report.seconds:.0f} s, peak memory {peak / 1e9:.1f} GB")
     if quality:
         print(summary(quality))
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held. getrusage's figure begins with what the parent process held."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _method(awq: bool, gptq: bool, fp8: bool) -> Method:
