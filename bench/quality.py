@@ -155,8 +155,8 @@ def quantize(arguments: list[str], output: Path) -> dict[str, Any] | None:
 
 
 def _watch(process: subprocess.Popen[bytes]) -> int:
-    """Wait until a process has ended, without reaping it; its peak memory in bytes. The usage that wait4 tells of begins
-    with what this process held when it started the other one."""
+    """Wait until a process has ended, without reaping it; its peak memory in bytes. The usage that wait4 tells of
+    begins with what this process held when it started the other one."""
     peak = 0
     while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         peak = max(peak, machine.peak_memory(process.pid))
