@@ -123,7 +123,7 @@ def serve(
     cpu_activations: Annotated[str, typer.Option(
         help="what integer weights are multiplied with on a CPU: int8 (by group) or bf16")] = "int8",
     lm_head_bits: Annotated[int | None, typer.Option(
-        help="8: quantize a 16-bit output head at load (CPU) [default: keep it]")] = None,
+        help="of a 16-bit output head (CPU): 8, or 16 to keep it [default: 8 in a quantized model]")] = None,
     prepared_cache: Annotated[str, typer.Option(
         metavar="DIR", help="keeps weights in the CPU kernels' layout for the next start; none: nothing is kept")
     ] = "~/.cache/nibble/prepared",

@@ -24,6 +24,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     num_threads: int | None = None  # CPU threads; None: torch's choice
     cpu_isa: str = "auto"  # C++ kernels: auto, avx512bf16, avx512vnni, avxvnni, avx2, or none (torch's operators)
     cpu_activations: str = "int8"  # what integer weights are multiplied with on a CPU: int8 (by group) or bf16
-    lm_head_bits: int | None = None  # 8: a 16-bit output head is quantized at load; None: it stays (CPU only)
+    lm_head_bits: int | None = None  # of a 16-bit output head in the CPU kernels: 8, 16; None: 8 in a quantized model
     prepared_cache: str | None = "~/.cache/nibble/prepared"  # weights in the CPU kernels' layout; None: nothing is kept
     seed: int = 0  # for requests that bring none

@@ -155,17 +155,18 @@ def loader_for(config: EngineConfig, checkpoint: Checkpoint, model: DecoderConfi
     """The loader of the C++ decoder where it can serve this model, else of the torch one."""
     if config.cpu_activations not in ("int8", "bf16"):
         raise NibbleError(f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16")
-    if config.lm_head_bits not in (None, 8):
-        raise NibbleError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, or leave it out")
+    if config.lm_head_bits not in (None, 8, 16):
+        raise NibbleError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, 16, or leave it out")
     reason = "--cpu-isa none" if config.cpu_isa == "none" else why_not(model, config.block_size, dtype, device)
     if reason is None:
         pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
         keep = config.prepared_cache if config.quantize is None else None  # what is quantized at load has no path
-        cache = PreparedCache.of(checkpoint, keep, f"head {config.lm_head_bits}") if keep else None
-        return NativeLoader(checkpoint, model, dtype, device, pool=pool,
-                            int8=config.cpu_activations == "int8", block_size=config.block_size,
-                            head_bits=config.lm_head_bits, cache=cache)
-    if config.lm_head_bits:
+        int8 = config.cpu_activations == "int8"
+        head_bits = config.lm_head_bits or (8 if int8 and checkpoint.scheme is not None else 16)
+        cache = PreparedCache.of(checkpoint, keep, f"head {head_bits}") if keep else None
+        return NativeLoader(checkpoint, model, dtype, device, pool=pool, int8=int8, block_size=config.block_size,
+                            head_bits=head_bits, cache=cache)
+    if config.lm_head_bits == 8:
         raise NibbleError(f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {reason}")
     if device.type == "cpu":
         level = logging.WARNING if cpu.why_missing() else logging.INFO

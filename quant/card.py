@@ -30,7 +30,7 @@ class Quality:
     kl_median: float
     kl_p99: float
     top1_agreement: float  # fraction of positions where both would pick the same token
-    kl_mean_int8: float | None = None  # as a CPU serves it by default, activations rounded to int8; None: it does not
+    kl_mean_int8: float | None = None  # as a CPU serves it, activations and head rounded to int8; None: it does not
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -86,7 +86,7 @@ def summary(quality: list[Quality]) -> str:
     return "\n".join(
         f"  {q.domain:<6} perplexity {q.perplexity_reference:.2f} -> {q.perplexity:.2f}   KL {q.kl_mean:.3f} "
         f"(median {q.kl_median:.3f}, p99 {q.kl_p99:.2f})   same top token {q.top1_agreement:.1%}"
-        + (f"   with int8 activations KL {q.kl_mean_int8:.3f}" if q.kl_mean_int8 is not None else "") for q in quality)
+        + (f"   as a CPU serves it KL {q.kl_mean_int8:.3f}" if q.kl_mean_int8 is not None else "") for q in quality)
 
 
 def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
@@ -135,8 +135,9 @@ def _quality_table(rows: list[dict[str, Any]]) -> list[str]:
               for r in rows]
     table += ["", "KL divergence from the original in nats per token, on text held out from calibration."]
     if all(r["kl_mean_int8"] is not None for r in rows):
-        table[-1] += (" Served on a CPU, which rounds activations to int8 (not with `--cpu-activations bf16`), its "
-                      "mean is " + ", ".join(f"{r['kl_mean_int8']:.4f}" for r in rows) + ".")
+        table[-1] += (" Served on a CPU, which rounds activations and the output head to int8 (not with "
+                      "`--cpu-activations bf16`), its mean is "
+                      + ", ".join(f"{r['kl_mean_int8']:.4f}" for r in rows) + ".")
     return [*table, ""]
 
 

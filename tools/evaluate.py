@@ -2,7 +2,7 @@
 
 Both checkpoints run through the engine in float32 on the same held-out windows; the original's log-probabilities are
 the reference for perplexity, KL divergence and top-1 agreement at every position. Where this machine would serve the
-quantized one with activations rounded to int8 (C++ kernels, integer weights), that is measured beside it.
+quantized one with activations and output head rounded to int8 (C++ kernels), that is measured beside it.
 """
 
 import itertools

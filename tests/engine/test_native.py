@@ -13,6 +13,7 @@ from nibble.engine.request import Request, SamplingParams
 from nibble.engine.runner import Runner
 from nibble.kernels.cpu import library
 from nibble.quant.errors import NibbleError
+from nibble.quant.pipeline import convert
 
 _spec = importlib.util.spec_from_file_location("engine_models", Path(__file__).parent / "models.py")
 models = importlib.util.module_from_spec(_spec)
@@ -88,6 +89,16 @@ def test_logits_of_decoding_are_those_of_the_prompt(runner: Runner) -> None:
     request = make_request(ids, list(range(10)))
     rows = [runner.model.logits(runner._forward([ScheduledRequest(request, i, 1)], runner.cache)) for i in range(60)]
     assert torch.equal(torch.cat(rows), runner.logits(ids))
+
+
+def test_the_head_of_a_quantized_model_has_8_bits_unless_told_otherwise(tiny_llama: Path, tmp_path: Path) -> None:
+    quantized = convert(tiny_llama, tmp_path / "q", "gptq", group_size=32, calib_samples=2, calib_seqlen=32)
+    heads = {bits: make_runner(quantized, lm_head_bits=bits, prepared_cache=None).model.head.linears[0].format
+             for bits in (None, 8, 16)}
+    assert heads == {None: library.U8, 8: library.U8, 16: library.DENSE}
+    assert make_runner(tiny_llama).model.head.linears[0].format == library.DENSE
+    strict = make_runner(quantized, cpu_activations="bf16", prepared_cache=None)
+    assert strict.model.head.linears[0].format == library.DENSE
 
 
 def test_prompt_logprobs(runner: Runner) -> None:

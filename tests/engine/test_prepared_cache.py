@@ -77,6 +77,6 @@ def test_a_short_disk_keeps_nothing(model, tmp_path, monkeypatch):
 
 def test_options_that_change_what_is_prepared_have_entries_of_their_own(model, tmp_path):
     plain = start(model, tmp_path / "cache")
-    assert not torch.equal(start(model, tmp_path / "cache", lm_head_bits=8), plain)
+    assert not torch.equal(start(model, tmp_path / "cache", lm_head_bits=16), plain)
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert torch.equal(start(model, tmp_path / "cache"), plain)
