@@ -116,6 +116,7 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="tokens in one step", min=1)] = 2048,
     kv_cache_memory: Annotated[int | None, typer.Option(
         parser=parse_bytes, metavar="SIZE", help="2GiB, 512M [default: planned from free memory]")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto: the activations' dtype; int8: half of it (CPU)")] = "auto",
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="share no prompt prefixes")] = False,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine", min=1)] = None,
     cpu_isa: Annotated[str, typer.Option(
@@ -123,7 +124,7 @@ def serve(
     cpu_activations: Annotated[str, typer.Option(
         help="what integer weights are multiplied with on a CPU: int8 (by group) or bf16")] = "int8",
     lm_head_bits: Annotated[int | None, typer.Option(
-        help="of a 16-bit output head (CPU): 8, or 16 to keep it [default: 8 in a quantized model]")] = None,
+        help="of a 16-bit output head (CPU): 8, or 16 to keep it [default: 8 beside 4-bit weights]")] = None,
     prepared_cache: Annotated[str, typer.Option(
         metavar="DIR", help="keeps weights in the CPU kernels' layout for the next start; none: nothing is kept")
     ] = "~/.cache/nibble/prepared",
@@ -145,6 +146,7 @@ def serve(
         model=model, revision=revision, quantize=quantize, save_quantized=save_quantized, dtype=dtype,
         device=device, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory=kv_cache_memory,
+        kv_cache_dtype=kv_cache_dtype,
         enable_prefix_caching=not no_prefix_caching, num_threads=num_threads, cpu_isa=cpu_isa,
         cpu_activations=cpu_activations, lm_head_bits=lm_head_bits,
         prepared_cache=None if prepared_cache == "none" else prepared_cache, seed=seed)

@@ -58,6 +58,7 @@ class Runner:
         self.kernels = loader.report
         self.weight_bytes = max(0, before - memory.available_bytes(self.device))
         self.plan = memory.plan(config, self.model_config, self.dtype, self.device)
+        self.int8_cache = config.kv_cache_dtype == "int8"
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
         self.max_model_len, self.vocab_size = self.plan.max_model_len, self.model_config.vocab_size
         self.eos_token_ids = _eos_token_ids(checkpoint)
@@ -128,7 +129,7 @@ class Runner:
     def _new_cache(self, num_blocks: int) -> Any:
         model = self.model_config
         if isinstance(self.model, NativeDecoder):
-            return self.model.new_cache(num_blocks)
+            return self.model.new_cache(num_blocks, self.int8_cache)
         return KVCache.allocate(model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim,
                                 self.dtype, self.device)
 
@@ -157,21 +158,33 @@ def loader_for(config: EngineConfig, checkpoint: Checkpoint, model: DecoderConfi
         raise NibbleError(f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16")
     if config.lm_head_bits not in (None, 8, 16):
         raise NibbleError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, 16, or leave it out")
+    if config.kv_cache_dtype not in ("auto", "int8"):
+        raise NibbleError(f"--kv-cache-dtype {config.kv_cache_dtype!r} is unknown; use auto or int8")
     reason = "--cpu-isa none" if config.cpu_isa == "none" else why_not(model, config.block_size, dtype, device)
     if reason is None:
         pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
         keep = config.prepared_cache if config.quantize is None else None  # what is quantized at load has no path
-        int8 = config.cpu_activations == "int8"
-        head_bits = config.lm_head_bits or (8 if int8 and checkpoint.scheme is not None else 16)
+        head_bits = config.lm_head_bits or _head_bits(config, checkpoint)
         cache = PreparedCache.of(checkpoint, keep, f"head {head_bits}") if keep else None
-        return NativeLoader(checkpoint, model, dtype, device, pool=pool, int8=int8, block_size=config.block_size,
+        return NativeLoader(checkpoint, model, dtype, device, pool=pool,
+                            int8=config.cpu_activations == "int8", block_size=config.block_size,
                             head_bits=head_bits, cache=cache)
-    if config.lm_head_bits == 8:
-        raise NibbleError(f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {reason}")
+    for flag, given in (("--lm-head-bits 8", config.lm_head_bits == 8),
+                        ("--kv-cache-dtype int8", config.kv_cache_dtype == "int8")):
+        if given:
+            raise NibbleError(f"{flag} needs the C++ decoder, but it cannot serve this model: {reason}")
     if device.type == "cpu":
         level = logging.WARNING if cpu.why_missing() else logging.INFO
         logger.log(level, "torch's operators serve instead of the C++ decoder: %s", reason)
     return Loader(checkpoint, model, dtype, device)
+
+
+def _head_bits(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    """Of a 16-bit output head: 8 beside weights of at most 4 bits and int8 activations, whose own
+    error is far larger."""
+    weights = checkpoint.scheme.default if checkpoint.scheme else None
+    few = weights is not None and weights.kind == "int" and weights.bits <= 4
+    return 8 if few and config.cpu_activations == "int8" else 16
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,13 +1,14 @@
 """The decoder of `decoder.py` as one call into the C++ kernels: token ids in, hidden states out.
 
 The weights, norms and tables are handed over once, as plain arrays (kernels/cpu/abi.h); a step hands over its tokens,
-what each request computes and its block table. The KV cache has the kernels' own layout (kernels/cpu/attention.h):
+what each request computes and its block table. The KV cache has the kernels' own layout (kernels/cpu/kv_cache.h):
 
-    [num_layers, num_blocks, num_kv_heads, 2 * block_size * head_dim]   bfloat16
+    [num_layers, num_blocks, num_kv_heads, bytes]   keys and values of block_size tokens in bfloat16; or in int8, scales
 """
 
 import ctypes
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -69,13 +70,14 @@ class NativeLayer:
 class NativeCache:
     """Anonymous pages, so a block costs memory from its first use on."""
 
-    blocks: Tensor  # bfloat16, shape as in the module's docstring
+    blocks: Tensor  # uint8, shape as in the module's docstring
+    int8: bool
 
     @classmethod
-    def allocate(cls, config: DecoderConfig, num_blocks: int, block_size: int) -> "NativeCache":
-        shape = (config.num_layers, num_blocks, config.num_kv_heads, 2 * block_size * config.head_dim)
-        nbytes = 2 * shape[0] * shape[1] * shape[2] * shape[3]
-        return cls(torch.frombuffer(zero_pages(nbytes), dtype=torch.bfloat16).view(shape))
+    def allocate(cls, config: DecoderConfig, num_blocks: int, block_size: int, int8: bool) -> "NativeCache":
+        vector = config.head_dim + 4 if int8 else 2 * config.head_dim
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, 2 * block_size * vector)
+        return cls(torch.frombuffer(zero_pages(math.prod(shape)), dtype=torch.uint8).view(shape), int8)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that a failed request may have left NaN in."""
@@ -111,8 +113,8 @@ class NativeDecoder:
             self.head.struct())
         self._kept = [frequencies, layers]
 
-    def new_cache(self, num_blocks: int) -> NativeCache:
-        return NativeCache.allocate(self.config, num_blocks, self.block_size)
+    def new_cache(self, num_blocks: int, int8: bool = False) -> NativeCache:
+        return NativeCache.allocate(self.config, num_blocks, self.block_size, int8)
 
     def forward(self, items: list[ScheduledRequest], cache: NativeCache) -> Tensor:
         """Compute the items' tokens, writing their keys and values to the cache. Returns the hidden states of all,
@@ -124,7 +126,7 @@ class NativeDecoder:
         blocks = _int32([block for table in tables for block in table])
         hidden = torch.empty(len(tokens), self.config.hidden_size)
         batch = NbBatch(len(tokens), len(items), ctypes.addressof(tokens), ctypes.addressof(flat),
-                        ctypes.addressof(blocks), cache.blocks.data_ptr(), cache.blocks.shape[1])
+                        ctypes.addressof(blocks), cache.blocks.data_ptr(), cache.blocks.shape[1], cache.int8)
         self.pool.library.nb_forward(self.pool.handle, self._model, batch, hidden.data_ptr())
         return hidden
 

@@ -17,7 +17,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 1
+#define NB_ABI_VERSION 2
 
 enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
@@ -90,8 +90,9 @@ struct NbBatch {
   const int32_t* tokens;             // [num_tokens]
   const NbItem* items;
   const int32_t* tables;
-  uint16_t* cache;                   // [layers][blocks][kv_heads][keys, values], see attention.h
+  uint8_t* cache;                    // [layers][blocks][kv_heads][keys, values, scales], see kv_cache.h
   int64_t num_blocks;
+  int32_t cache_int8;                // else bfloat16
 };
 
 struct NbPool;

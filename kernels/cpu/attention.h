@@ -1,41 +1,15 @@
 // Attention over the paged cache: softmax(q K^T) V, block by block, with a running maximum (Milakov and Gimelshein 2018;
 // Dao et al. 2022).
 //
-// The cache holds bfloat16, per layer, block and key-value head the keys and then the values of block_size tokens:
-//
-//   keys    [head_dim / 2][block_size][2]   16 tokens lie side by side, so that their scores need no sum across lanes
-//   values  [block_size / 2][head_dim][2]   two tokens lie side by side, as the product of bfloat16 pairs wants them
-//
 // A query tile is some tokens of one request with all query heads of one key-value head. Keys are taken kKeys at a time,
 // at multiples of kKeys, so a row's result does not depend on what it is computed with.
 #pragma once
-#include "glue.h"
+#include "kv_cache.h"
 
 namespace NB_ISA {
 
-constexpr int kKeys = 64;         // positions a step looks at
 constexpr int kQueryRows = 32;    // rows (token, head) of a query tile, at most (one token's heads at least)
 constexpr int kMaxHeads = 32;     // query heads of one key-value head, at most: checked by the caller
-
-struct Cache {
-  uint16_t* layer;       // of one layer
-  int block_size, head_dim, kv_heads;
-  int64_t head_size() const { return (int64_t)2 * block_size * head_dim; }
-  uint16_t* keys(int block, int head) const { return layer + ((int64_t)block * kv_heads + head) * head_size(); }
-  uint16_t* values(int block, int head) const { return keys(block, head) + (int64_t)block_size * head_dim; }
-};
-
-inline void write_cache(const Cache& cache, int block, int offset, int head, const float* key, const float* value) {
-  uint16_t lanes[16];
-  uint16_t* k = cache.keys(block, head);
-  uint16_t* v = cache.values(block, head) + (int64_t)(offset / 2) * cache.head_dim * 2 + (offset & 1);
-  for (int d = 0; d < cache.head_dim; d += 16) {
-    f_store_bf16(lanes, f_load(key + d));
-    for (int j = 0; j < 16; j++) k[(int64_t)(d + j) / 2 * cache.block_size * 2 + offset * 2 + (j & 1)] = lanes[j];
-    f_store_bf16(lanes, f_load(value + d));
-    for (int j = 0; j < 16; j++) v[(d + j) * 2] = lanes[j];
-  }
-}
 
 // The rows of a query tile, and what is kept of each between steps.
 struct QueryTile {
@@ -52,13 +26,13 @@ struct QueryTile {
 
 // scores[r][0 .. 16 * L) = q K^T for L times 16 positions.
 template <int R, int L>
-inline void score(const uint16_t* q, int dim, const uint16_t* const* keys, int block_size, float* scores) {
+inline void score(const uint16_t* q, int dim, const uint16_t* const* keys, int stride, float* scores) {
   F32 acc[R][L];
   for (int r = 0; r < R; r++)
     for (int l = 0; l < L; l++) acc[r][l] = f_zero();
   for (int d = 0; d < dim; d += 2) {
     Pairs k[L];
-    for (int l = 0; l < L; l++) k[l] = p_load(keys[l] + (int64_t)d * block_size);
+    for (int l = 0; l < L; l++) k[l] = p_load(keys[l] + (int64_t)d * stride);
     for (int r = 0; r < R; r++)
       for (int l = 0; l < L; l++) acc[r][l] = dot2(acc[r][l], k[l], q + r * dim + d);
   }
@@ -84,12 +58,12 @@ inline void weigh(const uint16_t* weights, int keys, const uint16_t* const* valu
 }
 
 template <int R>
-inline void score_rows(const QueryTile& tile, int row, int dim, const uint16_t* const* keys, int lanes, int block_size) {
+inline void score_rows(const QueryTile& tile, int row, int dim, const KeyTile& from, int lanes) {
   const uint16_t* q = tile.q + (int64_t)row * dim;
   float* scores = tile.scores + row * kKeys;
   int l = 0;
-  for (; l + 2 <= lanes; l += 2) score<R, 2>(q, dim, keys + l, block_size, scores + l * 16);
-  if (l < lanes) score<R, 1>(q, dim, keys + l, block_size, scores + l * 16);
+  for (; l + 2 <= lanes; l += 2) score<R, 2>(q, dim, from.keys + l, from.stride, scores + l * 16);
+  if (l < lanes) score<R, 1>(q, dim, from.keys + l, from.stride, scores + l * 16);
 }
 
 template <int R>
@@ -106,13 +80,15 @@ inline void weigh_rows(const QueryTile& tile, int row, int dim, int keys, const 
 }
 
 // Turns a row's scores of `keys` positions from `position` on into weights, and scales what it has so far.
-inline void soften(const QueryTile& tile, int row, int position, int keys, int dim) {
+inline void soften(const QueryTile& tile, int row, const KeyTile& seen, int position, int keys, int dim) {
   float* scores = tile.scores + row * kKeys;
   int from = tile.first[row] - position, end = tile.last[row] + 1 - position;
   constexpr float kNone = -1e30f;
   F32 largest = f_set(tile.top[row]);
   for (int i = 0; i < keys; i += 16) {
-    F32 s = f_first(f_load(scores + i), end - i, kNone);
+    F32 s = f_load(scores + i);
+    if (seen.scaled) s = f_mul(s, f_load(seen.key_scales + i));
+    s = f_first(s, end - i, kNone);
     if (from > i) s = f_add(f_first(f_set(kNone), from - i, 0.0f), s);
     f_store(scores + i, s);
     largest = f_max(largest, s);
@@ -124,6 +100,7 @@ inline void soften(const QueryTile& tile, int row, int position, int keys, int d
     p = f_first(p, end - i, 0.0f);
     if (from > i) p = f_mul(p, f_first(f_zero(), from - i, 1.0f));
     total = f_add(total, p);
+    if (seen.scaled) p = f_first(f_mul(p, f_load(seen.value_scales + i)), end - i, 0.0f);
     f_store_bf16(tile.weights + row * kKeys + i, p);
   }
   if (top != tile.top[row]) {
@@ -136,27 +113,23 @@ inline void soften(const QueryTile& tile, int row, int position, int keys, int d
   tile.mass[row] += f_sum(total);
 }
 
-// The whole of a query tile. table: the request's blocks.
-inline void attend(const QueryTile& tile, const Cache& cache, int head, const int32_t* table) {
-  int dim = cache.head_dim, size = cache.block_size, begin = tile.first[0], end = tile.last[0] + 1;
+// The whole of a query tile. table: the request's blocks; unpacked: room for kUnpacked numbers.
+inline void attend(const QueryTile& tile, const Cache& cache, int head, const int32_t* table, uint16_t* unpacked) {
+  int dim = cache.head_dim, begin = tile.first[0], end = tile.last[0] + 1;
   for (int r = 1; r < tile.rows; r++) {
     if (tile.first[r] < begin) begin = tile.first[r];
     if (tile.last[r] >= end) end = tile.last[r] + 1;
   }
   for (int position = begin / kKeys * kKeys; position < end; position += kKeys) {
-    const uint16_t *keys[kKeys / 16], *values[kKeys / 16];
     int lanes = (min_int(kKeys, end - position) + 15) / 16;
-    for (int l = 0; l < lanes; l++) {
-      int token = position + l * 16, block = table[token / size], offset = token % size;
-      keys[l] = cache.keys(block, head) + offset * 2;
-      values[l] = cache.values(block, head) + (int64_t)offset * dim;
-    }
+    KeyTile seen;
+    read_cache(cache, head, table, position, lanes, unpacked, seen);
     int r = 0;
-    for (; r + 4 <= tile.rows; r += 4) score_rows<4>(tile, r, dim, keys, lanes, size);
-    for (; r < tile.rows; r++) score_rows<1>(tile, r, dim, keys, lanes, size);
-    for (r = 0; r < tile.rows; r++) soften(tile, r, position, lanes * 16, dim);
-    for (r = 0; r + 4 <= tile.rows; r += 4) weigh_rows<4>(tile, r, dim, lanes * 16, values);
-    for (; r < tile.rows; r++) weigh_rows<1>(tile, r, dim, lanes * 16, values);
+    for (; r + 4 <= tile.rows; r += 4) score_rows<4>(tile, r, dim, seen, lanes);
+    for (; r < tile.rows; r++) score_rows<1>(tile, r, dim, seen, lanes);
+    for (r = 0; r < tile.rows; r++) soften(tile, r, seen, position, lanes * 16, dim);
+    for (r = 0; r + 4 <= tile.rows; r += 4) weigh_rows<4>(tile, r, dim, lanes * 16, seen.values);
+    for (; r < tile.rows; r++) weigh_rows<1>(tile, r, dim, lanes * 16, seen.values);
   }
   for (int r = 0; r < tile.rows; r++) {
     F32 factor = f_set(1.0f / tile.mass[r]);

@@ -38,8 +38,9 @@ struct Step {
   int heads_dim() const { return m.num_heads * m.head_dim; }
   int qkv_dim() const { return (m.num_heads + 2 * m.num_kv_heads) * m.head_dim; }
   Cache cache(int layer) const {
-    int64_t block = (int64_t)2 * m.block_size * m.head_dim * m.num_kv_heads;
-    return {batch.cache + layer * batch.num_blocks * block, m.block_size, m.head_dim, m.num_kv_heads};
+    Cache first{batch.cache, m.block_size, m.head_dim, m.num_kv_heads, batch.cache_int8 != 0};
+    first.layer += layer * batch.num_blocks * m.num_kv_heads * first.head_bytes();
+    return first;
   }
 
   void site(Worker& worker, const NbSite& site, float* out, int stride, bool add) const {
@@ -126,8 +127,10 @@ struct Step {
       uint16_t weights[kQueryRows * kKeys];
       float top[kQueryRows], mass[kQueryRows];
       int first[kQueryRows], last[kQueryRows];
-      float out[kQueryRows * 1024];
+      float out[kQueryRows * kMaxHeadDim];
+      uint16_t unpacked[kUnpacked];
     };
+    static_assert(sizeof(Scratch) <= nibble::kScratch, "more than a thread has");
     Scratch& s = *(Scratch*)worker.scratch;
     const NbItem& item = batch.items[unit.item];
     int row = b.item_rows[unit.item] + unit.first, rows = unit.count * shared;
@@ -141,7 +144,7 @@ struct Step {
     memset(s.out, 0, sizeof(float) * rows * dim);
     const uint16_t* q = b.queries + ((int64_t)head * batch.num_tokens + row) * shared * dim;
     attend({q, rows, s.first, s.last, s.out, s.top, s.mass, s.scores, s.weights}, from, head,
-           batch.tables + item.table);
+           batch.tables + item.table, s.unpacked);
     for (int r = 0; r < rows; r++)
       memcpy(b.attended + (int64_t)(row + r / shared) * heads_dim() + (head * shared + r % shared) * dim, s.out + r * dim,
              sizeof(float) * dim);

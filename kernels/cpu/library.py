@@ -8,7 +8,7 @@ from functools import cache
 from ...quant.errors import NibbleError
 from .build import LIBRARY, source_hash
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _HOW_TO_BUILD = "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
 
 U4, U8, FP8, DENSE = range(4)  # NbFormat
@@ -46,7 +46,7 @@ class NbModel(ctypes.Structure):
 
 class NbBatch(ctypes.Structure):
     _fields_ = [("num_tokens", c_int32), ("num_items", c_int32), ("tokens", c_void_p), ("items", c_void_p),
-                ("tables", c_void_p), ("cache", c_void_p), ("num_blocks", c_int64)]
+                ("tables", c_void_p), ("cache", c_void_p), ("num_blocks", c_int64), ("cache_int8", c_int32)]
 
 
 _FUNCTIONS = {

@@ -144,6 +144,14 @@ inline __m256i join_half(__m256 even, __m256 odd) {
 }
 // Two float32 vectors whose values bfloat16 can hold, lane by lane into pairs.
 inline Pairs p_join(F32 even, F32 odd) { return {join_half(even.a, odd.a), join_half(even.b, odd.b)}; }
+inline __m256i load_s8_half(const int8_t* p) {
+  __m256i wide = _mm256_cvtepi8_epi16(load128(p));
+  __m256 even = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(wide, 16), 16));
+  return join_half(even, _mm256_cvtepi32_ps(_mm256_srai_epi32(wide, 16)));
+}
+// 32 signed bytes, as pairs.
+inline Pairs p_load_s8(const int8_t* p) { return {load_s8_half(p), load_s8_half(p + 16)}; }
+
 // 16 FP8 (E4M3) values times 2^-8, exactly: 0eeeemmm shifted to a half's exponent and mantissa.
 inline F32 f_load_fp8(const uint8_t* p) {
   __m256i wide = _mm256_cvtepi8_epi16(load128(p));

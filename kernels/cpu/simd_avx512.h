@@ -79,6 +79,13 @@ inline Pairs p_join(F32 even, F32 odd) {
   return _mm512_or_si512(low, _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(0xFFFF0000)));
 }
 
+// 32 signed bytes, as pairs.
+inline Pairs p_load_s8(const int8_t* p) {
+  __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  F32 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(wide, 16), 16));
+  return p_join(even, _mm512_cvtepi32_ps(_mm512_srai_epi32(wide, 16)));
+}
+
 // 16 FP8 (E4M3) values times 2^-8, exactly: 0eeeemmm shifted to a half's exponent and mantissa.
 inline F32 f_load_fp8(const uint8_t* p) {
   __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));

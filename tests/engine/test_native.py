@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nibble.engine.attention import paged_attention
 from nibble.engine.batch import ScheduledBatch, ScheduledRequest
 from nibble.engine.config import EngineConfig
+from nibble.engine.models import decoder
 from nibble.engine.models.native import NativeDecoder
 from nibble.engine.request import Request, SamplingParams
 from nibble.engine.runner import Runner
@@ -33,9 +35,9 @@ def folder(request, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def runner(folder: Path) -> Runner:
-    runner = make_runner(folder, num_threads=2)
+@pytest.fixture(scope="module", params=["auto", "int8"])
+def runner(request, folder: Path) -> Runner:
+    runner = make_runner(folder, num_threads=2, kv_cache_dtype=request.param)
     assert isinstance(runner.model, NativeDecoder)
     return runner
 
@@ -91,12 +93,39 @@ def test_logits_of_decoding_are_those_of_the_prompt(runner: Runner) -> None:
     assert torch.equal(torch.cat(rows), runner.logits(ids))
 
 
-def test_the_head_of_a_quantized_model_has_8_bits_unless_told_otherwise(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("isa", library.instruction_sets())
+def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(folder: Path, isa: str, monkeypatch) -> None:
+    """Against torch in float32 with keys and values rounded before they are attended to: errs no more than torch in
+    bfloat16 does."""
+    ids = prompt(150)
+
+    def attend(qkv: torch.Tensor, num_heads: int, *rest: object) -> torch.Tensor:
+        kv = qkv[:, num_heads:].float()
+        scale = kv.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        return paged_attention(torch.cat([qkv[:, :num_heads], (kv / scale).round().mul(scale).to(qkv.dtype)], 1),
+                               num_heads, *rest)
+
+    monkeypatch.setattr(decoder, "paged_attention", attend)
+    exact = make_runner(folder, dtype="float32").logits(ids)
+    torchs = (make_runner(folder, cpu_isa="none").logits(ids) - exact).norm()
+    ours = make_runner(folder, cpu_isa=isa, kv_cache_dtype="int8").logits(ids)
+    assert (ours - exact).norm() <= torchs
+
+
+def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
+    dim = make_runner(folder).model_config.head_dim
+    tokens = {kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")}
+    assert tokens["int8"] / tokens["auto"] == pytest.approx(2 * dim / (dim + 4), rel=0.02)
+
+
+def test_the_head_beside_4_bit_weights_has_8_bits_unless_told_otherwise(tiny_llama: Path, tmp_path: Path) -> None:
     quantized = convert(tiny_llama, tmp_path / "q", "gptq", group_size=32, calib_samples=2, calib_seqlen=32)
     heads = {bits: make_runner(quantized, lm_head_bits=bits, prepared_cache=None).model.head.linears[0].format
              for bits in (None, 8, 16)}
     assert heads == {None: library.U8, 8: library.U8, 16: library.DENSE}
     assert make_runner(tiny_llama).model.head.linears[0].format == library.DENSE
+    fp8 = convert(tiny_llama, tmp_path / "fp8", "fp8", calib_samples=2, calib_seqlen=32)
+    assert make_runner(fp8, prepared_cache=None).model.head.linears[0].format == library.DENSE
     strict = make_runner(quantized, cpu_activations="bf16", prepared_cache=None)
     assert strict.model.head.linears[0].format == library.DENSE
 
@@ -118,5 +147,8 @@ def test_what_cannot_be_served_is_refused_in_words(tmp_path: Path) -> None:
         make_runner(tmp_path, cpu_isa="avx9")
     with pytest.raises(NibbleError, match="int9"):
         make_runner(tmp_path, cpu_activations="int9")
-    with pytest.raises(NibbleError, match="--dtype bfloat16"):
-        make_runner(tmp_path, dtype="float32", lm_head_bits=8)
+    with pytest.raises(NibbleError, match="int4"):
+        make_runner(tmp_path, kv_cache_dtype="int4")
+    for option in ({"lm_head_bits": 8}, {"kv_cache_dtype": "int8"}):
+        with pytest.raises(NibbleError, match="--dtype bfloat16"):
+            make_runner(tmp_path, dtype="float32", **option)
