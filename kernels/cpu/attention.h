@@ -113,6 +113,15 @@ inline void soften(const QueryTile& tile, int row, const KeyTile& seen, int posi
   tile.mass[row] += f_sum(total);
 }
 
+// Calls f(count, first row) for all rows, four at a time and then what is left: a head's keys are read once for them.
+template <class F> inline void by_fours(int rows, F f) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
+  if (rows - r == 3) f(std::integral_constant<int, 3>{}, r);
+  if (rows - r == 2) f(std::integral_constant<int, 2>{}, r);
+  if (rows - r == 1) f(std::integral_constant<int, 1>{}, r);
+}
+
 // The whole of a query tile. table: the request's blocks; unpacked: room for kUnpacked numbers.
 inline void attend(const QueryTile& tile, const Cache& cache, int head, const int32_t* table, uint16_t* unpacked) {
   int dim = cache.head_dim, begin = tile.first[0], end = tile.last[0] + 1;
@@ -124,12 +133,11 @@ inline void attend(const QueryTile& tile, const Cache& cache, int head, const in
     int lanes = (min_int(kKeys, end - position) + 15) / 16;
     KeyTile seen;
     read_cache(cache, head, table, position, lanes, unpacked, seen);
-    int r = 0;
-    for (; r + 4 <= tile.rows; r += 4) score_rows<4>(tile, r, dim, seen, lanes);
-    for (; r < tile.rows; r++) score_rows<1>(tile, r, dim, seen, lanes);
-    for (r = 0; r < tile.rows; r++) soften(tile, r, seen, position, lanes * 16, dim);
-    for (r = 0; r + 4 <= tile.rows; r += 4) weigh_rows<4>(tile, r, dim, lanes * 16, seen.values);
-    for (; r < tile.rows; r++) weigh_rows<1>(tile, r, dim, lanes * 16, seen.values);
+    by_fours(tile.rows, [&](auto rows, int r) { score_rows<decltype(rows)::value>(tile, r, dim, seen, lanes); });
+    for (int r = 0; r < tile.rows; r++) soften(tile, r, seen, position, lanes * 16, dim);
+    by_fours(tile.rows, [&](auto rows, int r) {
+      weigh_rows<decltype(rows)::value>(tile, r, dim, lanes * 16, seen.values);
+    });
   }
   for (int r = 0; r < tile.rows; r++) {
     F32 factor = f_set(1.0f / tile.mass[r]);
