@@ -5,6 +5,8 @@
     http      servers with streaming clients (bench/serving.py): SmolLM2-135M-Instruct in every format Nibble serves,
               vLLM in bfloat16, llama.cpp in Q4_0
     offline   without a server (bench/offline.py, llama-bench, llama-batched-bench): prefill, and decode of 1, 8 and 32
+              also as a share of the products that torch's int8 matrix product (oneDNN) reaches here, the ceiling
+              of large batches
     large     the same for a Llama of 1.1 billion random weights in Q4_0, one file for all; its decode also as a share
               of the bandwidth with which this machine reads memory, measured just before
 
@@ -97,6 +99,12 @@ def offline(models: dict[str, Path], peer: Path) -> list[dict[str, Any]]:
     for isa in _instruction_sets():
         rows.append(_nibble(models["awq"], f"Nibble awq, {isa}", f"cpu_isa={isa}"))
     rows.append(_nibble(models["awq"], "Nibble awq, 16-bit activations", "cpu_activations=bf16"))
+    rows.append(_nibble(models["awq"], "Nibble awq, int8 KV cache", "kv_cache_dtype=int8"))
+    ceiling = int8_products()
+    for row in rows[1:]:
+        row["int8_products_per_second"] = round(ceiling / 1e9) * 10**9
+        busy = row["decode_tokens_per_second"][BATCHES[-1]] * row["products_per_token"]
+        row["products_share"] = round(busy / ceiling, 3)
     return rows
 
 
@@ -108,6 +116,17 @@ def large(model: Path, peer: Path) -> list[dict[str, Any]]:
         row["read_bandwidth_gb_s"] = round(bandwidth / 1e9, 1)
         row["bandwidth_share"] = round(row["decode_tokens_per_second"][1] * model.stat().st_size / bandwidth, 3)
     return rows
+
+
+def int8_products(size: int = 2048) -> float:
+    """Products of int8 numbers that torch adds up in a second, in its best of 8 square matrix products."""
+    a, b = torch.randint(-127, 128, (2, size, size), dtype=torch.int8)
+    best = float("inf")
+    for _ in range(8):
+        begin = time.perf_counter()
+        torch._int_mm(a, b)
+        best = min(best, time.perf_counter() - begin)
+    return size**3 / best
 
 
 def read_bandwidth(size: int = 1 << 30) -> float:
@@ -159,11 +178,12 @@ def _run(command: list[Any]) -> str:
 
 
 def offline_table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("", "prefill, tok/s", *(f"decode of {batch}, tok/s" for batch in BATCHES), "share of bandwidth")
+    shown = Table("", "prefill, tok/s", *(f"decode of {batch}, tok/s" for batch in BATCHES), "share of bandwidth",
+                  f"share of int8 products, {BATCHES[-1]}")
     for row in rows:
         decode = row["decode_tokens_per_second"]
         shown.add_row(row["name"], str(row["prefill_tokens_per_second"]), *(str(decode.get(b, "")) for b in BATCHES),
-                      f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else "")
+                      *(f"{row[share]:.0%}" if share in row else "" for share in ("bandwidth_share", "products_share")))
     return shown
 
 
@@ -179,11 +199,11 @@ def main() -> None:
     result: dict[str, Any] = {"what": "a CPU: servers, engines, a larger model", **machine.describe()}
     if "http" in args.parts:
         result["http"] = http(models, args.peers)
-        Console().print(http_table(result["http"]))
+        Console(width=120).print(http_table(result["http"]))
     for part, run in (("offline", offline), ("large", lambda m, p: large(m["large"], p))):
         if part in args.parts:
             result[part] = run(models, args.peers)
-            Console().print(offline_table(result[part]))
+            Console(width=120).print(offline_table(result[part]))
     print(f"written to {machine.save('cpu', result).relative_to(machine.ROOT)}")
 
 

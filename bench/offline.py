@@ -17,6 +17,7 @@ from typing import Any
 from load import random_prompts
 
 from nibble import LLM, SamplingParams
+from nibble.engine.models.decoder import DecoderConfig
 
 REPEATS, DECODE_PROMPT = 3, 64
 
@@ -45,11 +46,19 @@ def decode_rate(llm: LLM, batch: int, tokens: int) -> float:
     return max(rates)
 
 
+def products_per_token(model: DecoderConfig) -> int:
+    """Multiplications by weights that one decoded token needs: what bounds large batches."""
+    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    return model.num_layers * (attention + mlp) + model.vocab_size * model.hidden_size
+
+
 def measure(model: str, batches: list[int], prompt: int, tokens: int, flags: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(model, max_model_len=max(prompt, DECODE_PROMPT + tokens) + 1, enable_prefix_caching=False, **flags)
     seconds(llm, random_prompts(1, DECODE_PROMPT, 0), 8)  # warm-up: threads, allocator, caches
     return {
         "prefill_tokens_per_second": round(prefill_rate(llm, prompt), 1),
+        "products_per_token": products_per_token(llm.core.runner.model_config),
         "decode_tokens_per_second": {batch: round(decode_rate(llm, batch, tokens), 1) for batch in batches},
     }
 

@@ -162,7 +162,7 @@ def main() -> None:
     result["results"] = [measure(target, loads, starts) for target in _targets(args)]
     if not result["results"]:
         parser.error("nothing to measure: name a model, or --demo-models")
-    Console().print(table(result["results"]))
+    Console(width=120).print(table(result["results"]))
     if not args.quick:
         print(f"written to {machine.save(args.name, result).relative_to(machine.ROOT)}")
 
