@@ -1,21 +1,20 @@
 """QuantScheme: how a checkpoint is quantized, the only reader and writer of `quantization_config`.
 
 A scheme is frozen and complete: a LayerScheme for a typical layer, overrides by module name, and the modules that stay
-dense. `from_config` understands every spelling on disk (`quant_method` awq, gptq, fp8, compressed-tensors, modelopt,
-and the side files quantize_config.json, quant_config.json and hf_quant_config.json, passed in as the same dict);
-`to_config` writes the spelling that transformers and vLLM read.
+dense. `from_config` understands every spelling on disk (`quant_method` awq, gptq, fp8, compressed-tensors, hqq,
+modelopt, and the side files quantize_config.json, quant_config.json and hf_quant_config.json, passed in as the same
+dict); `to_config` writes the spelling that transformers and vLLM read.
 """
 
 import fnmatch
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import UnsupportedError
+from . import config_fields as fields
 
 _KV_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "gguf"]
+Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "hqq", "gguf"]
 ActQuant = Literal["none", "token", "group", "tensor"]
 Strategy = Literal["tensor", "channel", "group", "block"]
 
@@ -64,9 +63,9 @@ class QuantScheme:
         """
         method = str(config.get("quant_method", "")).lower()
         readers = {"awq": _read_awq, "gptq": _read_gptq, "fp8": _read_fp8, "compressed-tensors": _read_ct,
-                   "modelopt": _read_modelopt}
+                   "modelopt": _read_modelopt, "hqq": _read_hqq}
         if method not in readers:
-            raise _unsupported("quant_method", method, f" ({', '.join(readers)} are)")
+            raise fields.unsupported("quant_method", method, f" ({', '.join(readers)} are)")
         return cls(**{"method": method, "raw": config} | readers[method](config))
 
     def to_config(self) -> dict[str, Any]:
@@ -110,63 +109,19 @@ def _names(pattern: str, module: str) -> bool:
     return f".{pattern}." in f".{module}."
 
 
-def _unsupported(key: str, value: Any, hint: str = "") -> UnsupportedError:
-    return UnsupportedError(f"quantization_config.{key} {value!r} is not supported{hint}")
-
-
-def _get(config: dict[str, Any], kind: type, default: Any, *keys: str) -> Any:
-    """The first of the keys that is set, if it has the type."""
-    for key in keys:
-        if (value := config.get(key)) is not None:
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise _unsupported(key, value, f" (want {kind.__name__})")
-            return value
-    return default
-
-
-def _bits(config: dict[str, Any], allowed: Iterable[int], *keys: str) -> int:
-    bits = _get(config, int, None, *keys)
-    if bits not in allowed:
-        raise _unsupported(keys[0], bits, f" ({', '.join(map(str, allowed))} are)")
-    return bits
-
-
-def _group_size(config: dict[str, Any], default: int, *keys: str) -> int:
-    size = _get(config, int, default, *keys)
-    if size != -1 and size <= 0:
-        raise _unsupported(keys[0], size)
-    return size
-
-
-def _strings(config: dict[str, Any], *keys: str) -> tuple[str, ...]:
-    items = tuple(_get(config, list, [], *keys))
-    for item in items:
-        if not isinstance(item, str):
-            raise _unsupported(keys[0], item)
-        _checked_regex(item.removeprefix("re:") if item.startswith("re:") else "", keys[0])
-    return items
-
-
-def _checked_regex(pattern: str, key: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error:
-        raise _unsupported(key, pattern, " (no valid regular expression)") from None
-    return pattern
-
-
 def _read_awq(config: dict[str, Any]) -> dict[str, Any]:
-    version = _get(config, str, "gemm", "version", "format").lower()
+    version = fields.get(config, str, "gemm", "version", "format").lower()
     if version not in ("gemm", "gemv", "gemv_fast", "marlin"):
-        raise _unsupported("version", version, " (gemm, gemv, gemv_fast and marlin are)")
+        raise fields.unsupported("version", version, " (gemm, gemv, gemv_fast and marlin are)")
     layer = LayerScheme(
         kind="int",
-        bits=_bits(config, (4,), "bits", "w_bit"),
-        group_size=_group_size(config, 128, "group_size", "q_group_size"),
-        symmetric=not _get(config, bool, True, "zero_point"),
+        bits=fields.bits(config, (4,), "bits", "w_bit"),
+        group_size=fields.group_size(config, 128, "group_size", "q_group_size"),
+        symmetric=not fields.get(config, bool, True, "zero_point"),
     )
-    ignore = _strings(config, "modules_to_not_convert")
-    return {"format": version, "default": layer, "ignore": ignore, "lm_head": _get(config, bool, False, "lm_head")}
+    ignore = fields.strings(config, "modules_to_not_convert")
+    lm_head = fields.get(config, bool, False, "lm_head")
+    return {"format": version, "default": layer, "ignore": ignore, "lm_head": lm_head}
 
 
 def _write_awq(scheme: QuantScheme) -> dict[str, Any]:
@@ -182,28 +137,47 @@ def _write_awq(scheme: QuantScheme) -> dict[str, Any]:
     return config | ({"lm_head": True} if scheme.lm_head else {})
 
 
+def _read_hqq(config: dict[str, Any]) -> dict[str, Any]:
+    """One set of parameters, or one for each kind of linear ("self_attn.q_proj")."""
+    params = fields.get(config, dict, {}, "quant_config")
+    if "weight_quant_params" in params:
+        return {"format": "hqq", "default": _hqq_layer(params), "ignore": fields.strings(config, "skip_modules")}
+    overrides = tuple((rf".*\.{re.escape(name)}$", _hqq_layer(each)) for name, each in params.items())
+    return {"format": "hqq", "default": None, "overrides": overrides, "ignore": fields.strings(config, "skip_modules")}
+
+
+def _hqq_layer(params: Any) -> LayerScheme:
+    if not isinstance(params, dict) or not isinstance(weights := params.get("weight_quant_params"), dict):
+        raise fields.unsupported("quant_config", params)
+    for nested in ("scale_quant_params", "zero_quant_params"):
+        if params.get(nested):
+            raise fields.unsupported(nested, params[nested], " (scales and zero points must be floats)")
+    bits = fields.bits(weights, (1, 2, 3, 4, 5, 6, 8), "nbits")
+    return LayerScheme("int", bits, fields.group_size(weights, -1, "group_size"), symmetric=False)
+
+
 def _read_gptq(config: dict[str, Any]) -> dict[str, Any]:
     old = "marlin" if config.get("is_marlin_format") else "gptq"  # AutoGPTQ 0.6 and 0.7
-    fmt = _get(config, str, old, "checkpoint_format", "format").lower()
+    fmt = fields.get(config, str, old, "checkpoint_format", "format").lower()
     if fmt not in ("gptq", "gptq_v2", "marlin"):
-        raise _unsupported("checkpoint_format", fmt, " (gptq, gptq_v2 and marlin are)")
+        raise fields.unsupported("checkpoint_format", fmt, " (gptq, gptq_v2 and marlin are)")
     layer = _gptq_layer(config)
     overrides = []
-    for key, changes in _get(config, dict, {}, "dynamic").items():
+    for key, changes in fields.get(config, dict, {}, "dynamic").items():
         skip = key.startswith("-:")
-        pattern = _checked_regex(key.removeprefix("-:").removeprefix("+:"), "dynamic")
+        pattern = fields.checked_regex(key.removeprefix("-:").removeprefix("+:"), "dynamic")
         overrides.append((pattern, None if skip else _gptq_layer(config | (changes or {}))))
     return {"format": fmt, "default": layer, "overrides": tuple(overrides),
-            "lm_head": _get(config, bool, False, "lm_head")}
+            "lm_head": fields.get(config, bool, False, "lm_head")}
 
 
 def _gptq_layer(config: dict[str, Any]) -> LayerScheme:
     return LayerScheme(
         kind="int",
-        bits=_bits(config, (2, 3, 4, 8), "bits"),
-        group_size=_group_size(config, 128, "group_size"),
-        symmetric=_get(config, bool, True, "sym"),
-        desc_act=_get(config, bool, False, "desc_act"),
+        bits=fields.bits(config, (2, 3, 4, 8), "bits"),
+        group_size=fields.group_size(config, 128, "group_size"),
+        symmetric=fields.get(config, bool, True, "sym"),
+        desc_act=fields.get(config, bool, False, "desc_act"),
     )
 
 
@@ -232,39 +206,40 @@ def _gptq_keys(layer: LayerScheme) -> dict[str, Any]:
 
 
 def _read_fp8(config: dict[str, Any]) -> dict[str, Any]:
-    block = _get(config, list, None, "weight_block_size")
-    activations = _get(config, str, "dynamic", "activation_scheme")
+    block = fields.get(config, list, None, "weight_block_size")
+    activations = fields.get(config, str, "dynamic", "activation_scheme")
     if activations not in ("dynamic", "static"):
-        raise _unsupported("activation_scheme", activations, " (dynamic and static are)")
+        raise fields.unsupported("activation_scheme", activations, " (dynamic and static are)")
     if activations == "static":
         act_quant: ActQuant = "tensor"
     else:
         act_quant = "group" if block else "token"
     layer = _fp8_layer("block" if block else "tensor", block, act_quant)
-    return {"format": "fp8", "default": layer, "ignore": _strings(config, "modules_to_not_convert", "ignored_layers")}
+    ignore = fields.strings(config, "modules_to_not_convert", "ignored_layers")
+    return {"format": "fp8", "default": layer, "ignore": ignore}
 
 
 def _fp8_layer(strategy: Strategy, block: Any, act_quant: ActQuant) -> LayerScheme:
     if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
-        raise _unsupported("weight_block_size", block, " (want two positive integers)")
+        raise fields.unsupported("weight_block_size", block, " (want two positive integers)")
     return LayerScheme("fp8", 8, block[1] if block else -1, True, strategy=strategy, act_quant=act_quant,
                        block=tuple(block) if block else None)
 
 
 def _read_modelopt(config: dict[str, Any]) -> dict[str, Any]:
     """hf_quant_config.json, whose keys lie under "quantization", or the same in config.json (TensorRT ModelOpt)."""
-    keys = _get(config, dict, config, "quantization")
-    algorithm = _get(keys, str, "", "quant_algo").upper()
+    keys = fields.get(config, dict, config, "quantization")
+    algorithm = fields.get(keys, str, "", "quant_algo").upper()
     layers: dict[str, tuple[Strategy, Any, ActQuant]] = {
         "FP8": ("tensor", None, "tensor"),
         "FP8_PER_CHANNEL_PER_TOKEN": ("channel", None, "token"),
         "FP8_PB_WO": ("block", [128, 128], "none"),
     }
     if algorithm not in layers:
-        raise _unsupported("quant_algo", algorithm, f" ({', '.join(layers)} are)")
-    skipped = _get(keys, list, [], "exclude_modules", "ignore")
+        raise fields.unsupported("quant_algo", algorithm, f" ({', '.join(layers)} are)")
+    skipped = fields.get(keys, list, [], "exclude_modules", "ignore")
     ignore = tuple(f"re:{fnmatch.translate(str(item))}" for item in skipped)
-    cache = _get(keys, str, None, "kv_cache_quant_algo")
+    cache = fields.get(keys, str, None, "kv_cache_quant_algo")
     fp8_cache = str(cache).upper() == "FP8" or _kv_cache(keys) == "fp8"
     return {"method": "fp8", "format": "modelopt", "default": _fp8_layer(*layers[algorithm]), "ignore": ignore,
             "kv_cache": "fp8" if fp8_cache else None}
@@ -272,7 +247,7 @@ def _read_modelopt(config: dict[str, Any]) -> dict[str, Any]:
 
 def _kv_cache(config: dict[str, Any]) -> Literal["fp8"] | None:
     """kv_cache_scheme: FP8 with a scale per layer, or nothing; other schemes are left to the cache's own precision."""
-    scheme = _get(config, dict, {}, "kv_cache_scheme")
+    scheme = fields.get(config, dict, {}, "kv_cache_scheme")
     return "fp8" if scheme.get("type") == "float" and scheme.get("num_bits") == 8 else None
 
 
@@ -287,43 +262,43 @@ def _write_fp8(scheme: QuantScheme) -> dict[str, Any]:
 
 
 def _read_ct(config: dict[str, Any]) -> dict[str, Any]:
-    sparsity = _get(config, dict, {}, "sparsity_config").get("format", "dense")
+    sparsity = fields.get(config, dict, {}, "sparsity_config").get("format", "dense")
     if sparsity != "dense":
-        raise _unsupported("sparsity_config.format", sparsity)
+        raise fields.unsupported("sparsity_config.format", sparsity)
     default, overrides = None, []
-    for name, group in _get(config, dict, {}, "config_groups").items():
+    for name, group in fields.get(config, dict, {}, "config_groups").items():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-            raise _unsupported(f"config_groups.{name}", group, " (want weights)")
+            raise fields.unsupported(f"config_groups.{name}", group, " (want weights)")
         layer = _ct_layer(group["weights"], group.get("input_activations"))
-        for target in _strings(group, "targets"):
+        for target in fields.strings(group, "targets"):
             if target in ("Linear", "torch.nn.Linear"):
                 default = layer
             else:
                 overrides.append((_as_regex(target), layer))
     if default is None and not overrides:
-        raise _unsupported("config_groups", config.get("config_groups"), " (no group of weights)")
-    return {"format": _get(config, str, "pack-quantized", "format"), "default": default, "lm_head": True,
-            "overrides": tuple(overrides), "ignore": _strings(config, "ignore"), "kv_cache": _kv_cache(config)}
+        raise fields.unsupported("config_groups", config.get("config_groups"), " (no group of weights)")
+    return {"format": fields.get(config, str, "pack-quantized", "format"), "default": default, "lm_head": True,
+            "overrides": tuple(overrides), "ignore": fields.strings(config, "ignore"), "kv_cache": _kv_cache(config)}
 
 
 def _ct_layer(weights: dict[str, Any], inputs: dict[str, Any] | None) -> LayerScheme:
-    strategy = _get(weights, str, "tensor", "strategy")
+    strategy = fields.get(weights, str, "tensor", "strategy")
     if strategy not in ("tensor", "channel", "group", "block"):
-        raise _unsupported("weights.strategy", strategy)
-    act_quant: Any = "none" if inputs is None else _get(inputs, str, "tensor", "strategy")
+        raise fields.unsupported("weights.strategy", strategy)
+    act_quant: Any = "none" if inputs is None else fields.get(inputs, str, "tensor", "strategy")
     if act_quant not in ("none", "token", "group", "tensor"):
-        raise _unsupported("input_activations.strategy", act_quant)
-    kind = _get(weights, str, "int", "type")
-    if kind == "float" and _bits(weights, (8,), "num_bits"):
-        block = _get(weights, list, None, "block_structure") if strategy == "block" else None
+        raise fields.unsupported("input_activations.strategy", act_quant)
+    kind = fields.get(weights, str, "int", "type")
+    if kind == "float" and fields.bits(weights, (8,), "num_bits"):
+        block = fields.get(weights, list, None, "block_structure") if strategy == "block" else None
         return _fp8_layer(strategy, block, act_quant)
     if kind != "int":
-        raise _unsupported("weights.type", kind)
+        raise fields.unsupported("weights.type", kind)
     return LayerScheme(
         kind="int",
-        bits=_bits(weights, (4, 8), "num_bits"),
-        group_size=_group_size(weights, -1, "group_size") if strategy == "group" else -1,
-        symmetric=_get(weights, bool, True, "symmetric"),
+        bits=fields.bits(weights, (4, 8), "num_bits"),
+        group_size=fields.group_size(weights, -1, "group_size") if strategy == "group" else -1,
+        symmetric=fields.get(weights, bool, True, "symmetric"),
         strategy=strategy,
         act_quant=act_quant,
     )

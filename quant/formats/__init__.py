@@ -1,7 +1,8 @@
 """On-disk formats: pure functions between the tensors of one module and its QuantizedWeight.
 
 Each safetensors format is a module with `SUFFIXES` (the tensor names it may have under a module),
-`read(tensors, layer, fmt) -> QuantizedWeight` and `write(weight, fmt) -> tensors`; fmt is the scheme's `format`.
+`read(tensors, layer, fmt) -> QuantizedWeight` and, but for HQQ, `write(weight, fmt) -> tensors`; fmt is the scheme's
+`format`.
 A tensor that does not fit raises BadTensor, which the checkpoint turns into an error that names the file; a weight that
 a format cannot hold exactly is a ValueError.
 """
@@ -11,10 +12,11 @@ from types import ModuleType
 
 import torch
 
-from . import awq, compressed_tensors, fp8, gptq
+from . import awq, compressed_tensors, fp8, gptq, hqq
 from .base import BadTensor
 
-_BY_METHOD = {"awq": awq, "gptq": gptq, "fp8": fp8, "compressed-tensors": compressed_tensors}
+_BY_METHOD = {"awq": awq, "gptq": gptq, "fp8": fp8, "compressed-tensors": compressed_tensors,
+              "hqq": hqq}
 _DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -238,8 +238,8 @@ def test_a_missing_module_is_named(llama_folder):
 
 
 def test_unsupported_quantization_is_named(llama_folder):
-    edit_json(llama_folder / "config.json", quantization_config={"quant_method": "hqq"})
-    fails(llama_folder, "hqq", error=UnsupportedError)
+    edit_json(llama_folder / "config.json", quantization_config={"quant_method": "quip"})
+    fails(llama_folder, "quip", error=UnsupportedError)
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):

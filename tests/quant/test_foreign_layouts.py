@@ -1,4 +1,4 @@
-"""Marlin and bitsandbytes, against decoders that go one element at a time as the formats are described."""
+"""Marlin, bitsandbytes and HQQ, against decoders that go one element at a time as the formats are described."""
 
 import json
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.errors import CheckpointError, UnsupportedError
-from nibble.quant.formats import awq, bitsandbytes, gptq
+from nibble.quant.formats import awq, bitsandbytes, gptq, hqq
 from nibble.quant.formats.base import BadTensor
 from nibble.quant.pipeline import convert
 from nibble.quant.scheme import LayerScheme, QuantScheme
@@ -143,6 +143,86 @@ def test_damaged_bitsandbytes(dense, change, problem):
         open_checkpoint(dense).linear(BLOCK0 + "mlp.up_proj")
 
 
-def test_hqq_is_refused_by_name():
-    with pytest.raises(UnsupportedError, match="hqq"):
-        QuantScheme.from_config({"quant_method": "hqq", "quant_config": {}})
+HQQ_PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+HQQ_CONFIG = {"quant_method": "hqq", "skip_modules": ["lm_head"],
+              "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1},
+                               "scale_quant_params": None, "zero_quant_params": None}}
+
+
+def to_hqq(codes, scales, zeros, bits, axis):
+    """HQQ's tensors for codes [out, in] in groups of consecutive elements, and the weight that they stand for."""
+    out_features, in_features = codes.shape
+    flat, groups = codes.flatten().tolist(), len(scales)
+    group = len(flat) // groups
+    rows, columns = (groups, group) if axis == 1 else (group, groups)
+    per = 10 if bits == 3 else 8 // bits
+    packed = [[0] * columns for _ in range(-(-rows // per))]
+    dense = torch.empty(len(flat))
+    for i, code in enumerate(flat):
+        row, column = i // columns, i % columns
+        packed[row % len(packed)][column] |= code << bits * (per - 1 - row // len(packed))
+        at = row if axis == 1 else column
+        dense[i] = (code - float(zeros[at])) * float(scales[at])
+    shape = (groups, 1) if axis == 1 else (1, groups)
+    tensors = {"W_q": torch.tensor(packed).to(torch.int32 if bits == 3 else torch.uint8),
+               "scale": scales.view(shape), "zero": zeros.view(shape), "axis": torch.tensor(axis, dtype=torch.int32),
+               "shape": torch.tensor([out_features, in_features]),
+               "packing": torch.tensor([ord(c) for c in HQQ_PACKING[bits]], dtype=torch.uint8),
+               "nbits": torch.tensor(bits, dtype=torch.int32)}
+    return tensors, dense.view(out_features, in_features)
+
+
+def hqq_weight(bits, axis, groups, out_features=24, in_features=64):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), generator=generator)
+    scales = torch.rand(groups, generator=generator) + 0.5
+    return to_hqq(codes, scales, torch.rand(groups, generator=generator) * 2**bits, bits, axis)
+
+
+@pytest.mark.parametrize("bits", HQQ_PACKING)
+@pytest.mark.parametrize(("axis", "groups"), [(1, 48), (1, 24), (0, 48), (1, 16)])
+def test_hqq(bits, axis, groups):
+    tensors, want = hqq_weight(bits, axis, groups)
+    weight = hqq.read(tensors, LayerScheme("int", bits, 24 * 64 // groups, False))
+    if axis == 1 and groups != 16 and bits > 1:
+        assert weight.block == (1, 24 * 64 // groups)
+        weight = weight.dequantize()
+    torch.testing.assert_close(weight, want, rtol=1e-5, atol=1e-4)
+
+
+def test_hqq_checkpoint(dense):
+    original = open_checkpoint(dense)
+    tensors, want = hqq_weight(4, 1, 96, 96, 64)
+    quantized_by_bitsandbytes(dense, {BLOCK0 + "mlp.up_proj": tensors})
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"quantization_config": HQQ_CONFIG}))
+    checkpoint = open_checkpoint(dense)
+    assert checkpoint.scheme.method == "hqq" and checkpoint.modules() == original.modules()
+    torch.testing.assert_close(checkpoint.linear(BLOCK0 + "mlp.up_proj").dequantize(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_hqq_scheme():
+    scheme = QuantScheme.from_config(HQQ_CONFIG)
+    assert scheme.layer("model.layers.0.mlp.up_proj") == LayerScheme("int", 4, 64, False)
+    assert scheme.layer("lm_head") is None
+    mixed = {"self_attn.q_proj": HQQ_CONFIG["quant_config"],
+             "mlp.up_proj": {"weight_quant_params": {"nbits": 2, "group_size": None, "axis": 1}}}
+    scheme = QuantScheme.from_config(HQQ_CONFIG | {"quant_config": mixed})
+    assert scheme.layer("model.layers.3.self_attn.q_proj").bits == 4
+    assert scheme.layer("model.layers.3.mlp.up_proj") == LayerScheme("int", 2, -1, False)
+    assert scheme.layer("model.layers.3.mlp.down_proj") is None
+    with pytest.raises(UnsupportedError, match="scale_quant_params"):
+        QuantScheme.from_config(HQQ_CONFIG | {"quant_config": HQQ_CONFIG["quant_config"] |
+                                              {"scale_quant_params": {"nbits": 8}}})  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"packing": torch.tensor(list(b"9bit_u8"), dtype=torch.uint8)}, "packing.*is '9bit_u8'"),
+    ({"shape": torch.tensor([24, 65])}, "scale.*not that of groups along axis 1"),
+    ({"shape": torch.tensor([24, 64, 1])}, "shape.*want 2 integers"),
+    ({"zero": torch.zeros(47, 1)}, r"zero.*has shape \[47, 1\]"),
+    ({"W_q": torch.zeros(23, 32, dtype=torch.uint8)}, r"W_q.*has shape \[23, 32\], want \[24, 32\]"),
+    ({"axis": torch.tensor(2)}, "axis 2"), ({"shape": torch.tensor([0, 0])}, "shape")])  # fmt: skip
+def test_damaged_hqq(change, problem):
+    with pytest.raises(BadTensor, match=problem):
+        hqq.read(hqq_weight(4, 1, 48)[0] | change, LayerScheme("int", 4, 32, False))
