@@ -6,25 +6,25 @@ single decode token and a recomputation after preemption are all this same thing
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from .messages import TokenLogprobs
 from .request import Request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRequest:
     request: Request
     start: int  # = request.num_computed_tokens when scheduled
     num_tokens: int
+    samples: bool = field(init=False)  # whether this step produces a new token for the request
+
+    def __post_init__(self) -> None:
+        self.samples = self.end == self.request.num_tokens
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether this step produces a new token for the request."""
-        return self.end == self.request.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,12 @@ class StepResult:
     # One entry per computed prompt position p in the chunk, scoring token p + 1; the scheduler strings chunks together.
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)  # this request failed (NaN logits); its batch-mates did not
+
+
+@runtime_checkable
+class PendingStep(Protocol):
+    """A step that the device still computes. The next one may be launched before its result is asked for."""
+
+    def result(self) -> StepResult:
+        """Wait for it. Raises what the step raised on the device."""
+        ...

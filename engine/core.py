@@ -2,6 +2,12 @@
 
     add / abort  ->  Scheduler  -- ScheduledBatch -->  Runner  -- StepResult -->  Scheduler  ->  RequestOutputs
 
+Where the runner only launches work (a GPU), the loop is one step ahead: while the device computes step n, step n + 1 is
+scheduled and launched, its newest tokens still UNKNOWN to the host, and only then n's result is taken in.
+
+    device   [ step n           ][ step n + 1       ][ ...
+    host     schedule, launch n+1 | take in n, send | schedule, launch n+2 | ...
+
 A step that fails takes down the requests that were in it and nobody else, provided that the device still computes:
 one token is run as a probe, and only if that fails too is the engine given up. Whenever no request is left, all blocks
 are free and `check_idle` says so.
@@ -12,7 +18,7 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from .batch import ScheduledBatch, ScheduledRequest, StepResult
+from .batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 from .block_pool import BlockPool
 from .config import EngineConfig
 from .messages import AddRequest, EngineStats, Ready, RequestOutput
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+_Launched = tuple[ScheduledBatch, StepResult | PendingStep]
 
 
 class RunnerProtocol(Protocol):
@@ -36,7 +44,7 @@ class RunnerProtocol(Protocol):
 
     def ready(self) -> Ready: ...
 
-    def execute(self, batch: ScheduledBatch) -> StepResult: ...
+    def execute(self, batch: ScheduledBatch) -> StepResult | PendingStep: ...
 
     def logits(self, token_ids: list[int]) -> "Tensor": ...
 
@@ -56,12 +64,13 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
         )
+        self._open: _Launched | None = None  # the step whose result has not been taken in
         self._eos = frozenset(self.runner.eos_token_ids)
         self._random = random.Random(config.seed)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._open is not None
 
     def ready(self) -> Ready:
         ready = self.runner.ready()
@@ -93,27 +102,44 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch, if there is any; the news of its requests. Raises only if the engine cannot go on."""
+        """Compute one batch, if there is any; the news of its requests, or of those of the step before. Raises only if
+        the engine cannot go on."""
         batch = self.scheduler.schedule()
         if batch is None:
-            if self.has_work:
+            if self._open is None and self.has_work:
                 raise RuntimeError("requests are waiting, but none can be scheduled")
-            return []
+            return self._advance(None)
         try:
-            result = self.runner.execute(batch)
+            launched = batch, self.runner.execute(batch)
         except Exception:
-            return self._fail(batch)
-        return self.scheduler.update(batch, result)
+            return self._advance(None) + self._fail(batch)
+        self.scheduler.launched(batch)
+        outputs = self._advance(launched)
+        return outputs if isinstance(launched[1], PendingStep) else outputs + self._advance(None)
 
     def check_idle(self) -> None:
         """RuntimeError if a block is still held although no request is left, or any other invariant is broken."""
         self.scheduler.check_integrity()
 
+    def _advance(self, launched: _Launched | None) -> list[RequestOutput]:
+        """`launched` is the open step now. Returns the news of the one that was, if one was."""
+        before, self._open = self._open, launched
+        if before is None:
+            return []
+        batch, result = before
+        if isinstance(result, PendingStep):
+            try:
+                result = result.result()
+            except Exception:
+                return self._fail(batch)
+        return self.scheduler.update(batch, result)
+
     def _fail(self, batch: ScheduledBatch) -> list[RequestOutput]:
         logger.exception("a step of %d requests failed", len(batch.items))
         error = "the engine failed while computing this request; its log has the cause"
         outputs = self.scheduler.update(batch, StepResult(errors={i.request.request_id: error for i in batch.items}))
-        self._probe()
+        if self._open is None:  # else that step is the probe
+            self._probe()
         return outputs
 
     def _probe(self) -> None:
@@ -124,7 +150,9 @@ class EngineCore:
         probe = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0.0), self._eos, seed=0)
         probe.block_table = pool.allocate(1)
         try:
-            self.runner.execute(ScheduledBatch([ScheduledRequest(probe, 0, 1)]))
+            result = self.runner.execute(ScheduledBatch([ScheduledRequest(probe, 0, 1)]))
+            if isinstance(result, PendingStep):
+                result.result()
         finally:
             pool.free(probe.block_table)
 

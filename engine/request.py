@@ -6,12 +6,16 @@ are no phases: the scheduler's one job is to let the second number catch up with
     token_ids   [ p p p p p p | o o o ]          p prompt, o output
     computed    [ x x x x x x | x x   ]          one more step computes the last o and samples the next
     block_table [  7  |  2  | 11  ]              KV blocks of block_size tokens each, owned by the BlockPool
+
+Where steps overlap, the last token may be UNKNOWN: the device computes the step that samples it.
 """
 
 import enum
 from dataclasses import dataclass, field
 
 import msgspec
+
+UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

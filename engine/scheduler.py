@@ -9,6 +9,10 @@ first, under a budget of tokens and a pool of blocks. A request that catches up 
 `running + waiting` is always in order of arrival: a request is admitted from the left of `waiting`, and preempted from
 the right of `running` back to the left of `waiting`. So the oldest request is never preempted, and since no request
 may have more tokens than the pool can hold, it always finishes: there is no deadlock and no livelock.
+
+A step is `schedule`, `launched`, `update`. The next `schedule` may come before this step's `update`, then with tokens
+that are UNKNOWN; at most one step is open so. Meanwhile a request may have been finished or preempted: `update` leaves
+the first alone, and gives the second its token and no more.
 """
 
 import logging
@@ -19,7 +23,7 @@ import msgspec
 from .batch import ScheduledBatch, ScheduledRequest, StepResult
 from .block_pool import BlockPool
 from .messages import EngineStats, RequestOutput, TokenLogprobs
-from .request import FinishReason, Request, Status
+from .request import UNKNOWN, FinishReason, Request, Status
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +75,29 @@ class Scheduler:
         self._stats.step_tokens = sum(item.num_tokens for item in items)
         return ScheduledBatch(items) if items else None
 
+    def launched(self, batch: ScheduledBatch) -> None:
+        """The runner has `batch`: its tokens count as computed, and whoever samples has one more, still UNKNOWN."""
+        for item in batch.items:
+            item.request.num_computed_tokens = item.end
+            if item.samples:
+                item.request.token_ids.append(UNKNOWN)
+
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[RequestOutput]:
         """Take in what the runner computed for `batch`; finish requests that are done. The news, one per request."""
         outputs = []
         for item in batch.items:
             request = item.request
+            if request.is_finished:
+                continue
             error = result.errors.get(request.request_id)
             if error is not None:
                 self._finish(request, FinishReason.ERROR)
                 outputs.append(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error))
                 continue
-            self._advance(item, result)
+            if request.status is Status.RUNNING:
+                self._commit(item, result)
             if item.samples:
-                outputs.append(self._append_token(request, result))
+                outputs.append(self._take_token(item, result))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -101,9 +115,12 @@ class Scheduler:
 
     def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], int, bool]:
         items: list[ScheduledRequest] = []
-        preempted = False
-        while len(items) < len(self.running) and budget > 0:
-            request = self.running[len(items)]
+        preempted, index = False, 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            if self._is_full(request, request.num_tokens):  # its last token is on its way
+                index += 1
+                continue
             missing = self.pool.blocks_for(request.num_tokens) - len(request.block_table)
             if missing > self.pool.num_free:
                 self._preempt_youngest()
@@ -113,6 +130,7 @@ class Scheduler:
                 request.block_table += self.pool.allocate(missing)
             items.append(_next_chunk(request, budget))
             budget -= items[-1].num_tokens
+            index += 1
         return items, budget, preempted
 
     def _admit_waiting(self, budget: int) -> list[ScheduledRequest]:
@@ -159,40 +177,43 @@ class Scheduler:
             logger.warning("the KV cache is full: a request was set back and will be computed again. If this happens "
                            "often, raise --kv-cache-memory or lower --max-num-seqs")
 
-    def _advance(self, item: ScheduledRequest, result: StepResult) -> None:
+    def _commit(self, item: ScheduledRequest, result: StepResult) -> None:
+        """Full blocks may be shared from now on."""
         request, size = item.request, self.pool.block_size
-        request.num_computed_tokens = item.end
         for index in range(item.start // size, item.end // size):
             tokens = request.token_ids[index * size:(index + 1) * size]
             self.pool.commit(request.block_table, index, tokens, request.cache_salt)
         if request.request_id in self._prompt_logprobs:
             self._prompt_logprobs[request.request_id] += result.prompt_logprobs.get(request.request_id, [])
 
-    def _append_token(self, request: Request, result: StepResult) -> RequestOutput:
-        token = result.tokens[request.request_id]
-        request.token_ids.append(token)
+    def _take_token(self, item: ScheduledRequest, result: StepResult) -> RequestOutput:
+        request = item.request
+        request.token_ids[item.end] = token = result.tokens[request.request_id]
         output = RequestOutput(request.request_id, [token], num_cached_tokens=request.num_cached_tokens)
         if request.params.logprobs is not None:
             output.logprobs = [result.logprobs[request.request_id]]
         if request.request_id in self._prompt_logprobs:
             output.prompt_logprobs = [None, *self._prompt_logprobs.pop(request.request_id)]
-        reason = self._finish_reason(request, token)
+        reason = self._finish_reason(request, token, item.end + 1)
         if reason is not None:
+            del request.token_ids[item.end + 1:]
             self._finish(request, reason)
             output.finish_reason, output.stop_reason = reason, request.stop_reason
         return output
 
-    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
+    def _finish_reason(self, request: Request, token: int, num_tokens: int) -> FinishReason | None:
+        """num_tokens: up to `token`, the last that is known."""
         params = request.params
-        if request.num_output_tokens >= params.min_tokens:
+        if num_tokens - request.num_prompt_tokens >= params.min_tokens:
             if token in request.eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP
             if token in params.stop_token_ids:
                 request.stop_reason = token
                 return FinishReason.STOP
-        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(request, num_tokens) else None
+
+    def _is_full(self, request: Request, num_tokens: int) -> bool:
+        return num_tokens - request.num_prompt_tokens >= request.params.max_tokens or num_tokens >= self.max_model_len
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is Status.RUNNING:

@@ -10,11 +10,13 @@ while in use changes the tokens that come out, just as it would with a real mode
 import hashlib
 import sys
 import time
+from dataclasses import dataclass
 
 from nibble.engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import Ready, TokenLogprobs
+from nibble.engine.request import UNKNOWN
 from nibble.quant.errors import NibbleError
 
 VOCAB_SIZE = 512
@@ -68,6 +70,38 @@ class FakeRunner:
             token = next_token(history, self.vocab_size)
             result.tokens[request.request_id] = token
             result.logprobs[request.request_id] = TokenLogprobs(token, -0.5, 1, [], [])
+
+
+@dataclass
+class FakePending:
+    step: StepResult
+    fails: bool
+
+    def result(self) -> StepResult:
+        if self.fails:
+            raise RuntimeError("the device is on fire")
+        return self.step
+
+
+class OverlappingRunner(FakeRunner):
+    """Hands results out late, as a GPU does: what the last step sampled, it knows itself, and the host does not yet.
+    It fails late, too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sampled: dict[str, int] = {}
+
+    def execute(self, batch: ScheduledBatch) -> FakePending:
+        fails, self.fail_next = self.fail_next > 0, max(0, self.fail_next - 1)
+        unknown = [(item.request, self.sampled.get(item.request.request_id, 0)) for item in batch.items
+                   if item.request.token_ids[-1] == UNKNOWN]
+        for request, token in unknown:
+            request.token_ids[-1] = token
+        result = super().execute(batch)
+        for request, _ in unknown:
+            request.token_ids[-1] = UNKNOWN
+        self.sampled = dict(result.tokens)
+        return FakePending(result, fails)
 
 
 def make_core(config: EngineConfig) -> EngineCore:

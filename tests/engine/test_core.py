@@ -7,7 +7,7 @@ from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest, RequestOutput
 from nibble.engine.request import SamplingParams
 
-from .fakes import EOS, VOCAB_SIZE, FakeRunner
+from .fakes import EOS, VOCAB_SIZE, FakeRunner, OverlappingRunner
 from .test_scheduler import solo
 
 
@@ -65,6 +65,31 @@ def test_a_failing_step_fails_its_requests_and_the_engine_lives_on() -> None:
     core.check_idle()
     add(core, "c", [3])
     assert [t for o in run(core)["c"] for t in o.token_ids] == solo([3], 4)
+
+
+def test_an_overlapping_engine_is_one_step_ahead() -> None:
+    core = EngineCore(EngineConfig(model="fake"), OverlappingRunner())
+    add(core, "a", [1, 2, 3])
+    add(core, "b", [4], max_tokens=2)
+    assert core.step() == []  # launched, and nothing to take in
+    assert [output.request_id for output in core.step()] == ["a", "b"]
+    outputs = run(core)
+    assert core.runner.batches == [[("a", 0, 3), ("b", 0, 1)], [("a", 3, 4), ("b", 1, 2)], [("a", 4, 5)], [("a", 5, 6)]]
+    tokens = [token for output in outputs["a"] for token in output.token_ids]
+    assert tokens == solo([1, 2, 3], 4)[1:]
+    assert core.stats().num_free_blocks == core.stats().num_blocks
+
+
+def test_a_step_that_fails_late_takes_its_requests_and_the_engine_lives_on() -> None:
+    core = EngineCore(EngineConfig(model="fake"), OverlappingRunner())
+    add(core, "a", [1])
+    core.step()
+    core.runner.fail_next = 1
+    core.step()  # this one will fail, and one more is launched before that is known
+    add(core, "b", [2])
+    failed = core.step()
+    assert [(output.request_id, output.finish_reason) for output in failed] == [("a", "error")]
+    assert [t for o in run(core)["b"] for t in o.token_ids] == solo([2], 4)
 
 
 def test_an_engine_that_cannot_even_compute_one_token_gives_up() -> None:

@@ -10,15 +10,16 @@ from nibble.engine.messages import RequestOutput
 from nibble.engine.request import Request, SamplingParams, Status
 from nibble.engine.scheduler import Scheduler
 
-from .fakes import EOS, FakeRunner, next_token
+from .fakes import EOS, FakeRunner, OverlappingRunner, next_token
 
 
 class Bench:
     """A scheduler, a runner, and everything that came out."""
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, caching: bool = True, max_num_seqs: int = 8,
-                 max_num_batched_tokens: int = 16, max_model_len: int = 64):
-        self.runner = FakeRunner(num_blocks, block_size, max_model_len)
+                 max_num_batched_tokens: int = 16, max_model_len: int = 64, overlap: bool = False):
+        self.runner = (OverlappingRunner if overlap else FakeRunner)(num_blocks, block_size, max_model_len)
+        self.pending = None  # with overlap: the batch before, and its result
         self.pool = BlockPool(num_blocks, block_size, caching)
         self.scheduler = Scheduler(self.pool, max_num_seqs=max_num_seqs,
                                    max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len)
@@ -33,12 +34,20 @@ class Bench:
         return request
 
     def step(self) -> bool:
-        batch = self.scheduler.schedule()
-        if batch is None:
+        batch, before = self.scheduler.schedule(), self.pending
+        if batch is None and before is None:
             return False
-        assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
-        for output in self.scheduler.update(batch, self.runner.execute(batch)):
+        self.pending = None
+        if batch is not None:
+            assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
+            assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+            result = self.runner.execute(batch)
+            self.scheduler.launched(batch)
+            if isinstance(self.runner, OverlappingRunner):
+                self.pending = batch, result.result()
+            else:
+                before = batch, result
+        for output in self.scheduler.update(*before) if before else []:
             self.outputs.setdefault(output.request_id, []).append(output)
         self.scheduler.check_integrity()
         return True
@@ -159,7 +168,8 @@ def prompt_that_ends_in_eos(after: int) -> list[int]:
                 run.index(EOS) == after - 1)
 
 
-def test_eos_stop_ids_and_min_tokens() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_eos_stop_ids_and_min_tokens(overlap: bool) -> None:
     prompt = prompt_that_ends_in_eos(3)
     run = solo(prompt, 6)
     cases = {
@@ -168,13 +178,14 @@ def test_eos_stop_ids_and_min_tokens() -> None:
         "min": ({"ignore_eos": False, "min_tokens": 4}, run, "length", None),
         "stop id": ({"stop_token_ids": (run[1],)}, run[:2], "stop", run[1]),
     }
-    bench = Bench()
+    bench = Bench(overlap=overlap)
     for name, (params, *_) in cases.items():
         bench.add(name, prompt, max_tokens=6, **params)
     bench.run()
     for name, (_, tokens, reason, stop_reason) in cases.items():
         assert (bench.tokens(name), bench.finish_reason(name)) == (tokens, reason), name
         assert bench.outputs[name][-1].stop_reason == stop_reason
+        assert bench.requests[name].output_token_ids == tokens
 
 
 def test_abort_frees_at_once_wherever_the_request_is() -> None:
@@ -191,8 +202,9 @@ def test_abort_frees_at_once_wherever_the_request_is() -> None:
     assert bench.scheduler.schedule() is None
 
 
-def test_a_failed_request_does_not_touch_its_batch_mates() -> None:
-    bench = Bench()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failed_request_does_not_touch_its_batch_mates(overlap: bool) -> None:
+    bench = Bench(overlap=overlap)
     bench.add("bad", [1, 2], max_tokens=5)
     bench.add("good", [3, 4], max_tokens=5)
     bench.step()
@@ -212,6 +224,7 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
         "max_num_seqs": draw(st.integers(1, 6)),
         "max_num_batched_tokens": draw(st.integers(1, 20)),
         "max_model_len": 40,
+        "overlap": draw(st.booleans()),
     }
     capacity = min(40, options["num_blocks"] * options["block_size"])
     prompt = st.lists(st.integers(0, 1), min_size=1, max_size=capacity - 1)  # two tokens: prefixes collide
@@ -219,7 +232,7 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
     return options, draw(st.lists(request, min_size=1, max_size=8))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(workloads())
 def test_any_workload_gives_the_tokens_of_solo_runs(workload) -> None:
     options, arrivals = workload
