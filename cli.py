@@ -116,7 +116,7 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="tokens in one step", min=1)] = 2048,
     kv_cache_memory: Annotated[int | None, typer.Option(
         parser=parse_bytes, metavar="SIZE", help="2GiB, 512M [default: planned from free memory]")] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto: the activations' dtype; int8: half of it (CPU)")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto: as activations; int8, fp8 (CUDA): half of it")] = "auto",
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="share no prompt prefixes")] = False,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine", min=1)] = None,
     cpu_isa: Annotated[str, typer.Option(

@@ -19,7 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_num_seqs: int = 64  # requests in one step
     max_num_batched_tokens: int = 2048  # tokens in one step; longer prompts are computed in chunks
     kv_cache_memory: int | None = None  # bytes; None: planned from free memory
-    kv_cache_dtype: str = "auto"  # auto: the activations'; int8: with a scale for each token and head (CPU only)
+    kv_cache_dtype: str = "auto"  # auto: the activations'; int8, fp8 (CUDA): a scale for each token and head
     block_size: int = 16  # tokens a KV block
     enable_prefix_caching: bool = True
     num_threads: int | None = None  # CPU threads; None: torch's choice

@@ -30,8 +30,8 @@ class MemoryPlan:
     activations: int
 
 
-def kv_bytes_per_token(model: DecoderConfig, dtype: torch.dtype, int8: bool = False) -> int:
-    vector = model.head_dim + 4 if int8 else model.head_dim * dtype.itemsize
+def kv_bytes_per_token(model: DecoderConfig, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
+    vector = model.head_dim * dtype.itemsize if cache_dtype == "auto" else model.head_dim + 4  # 8 bits and a scale
     return 2 * model.num_layers * model.num_kv_heads * vector
 
 
@@ -53,7 +53,7 @@ def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
 def plan(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
     """Size the KV cache, after the weights are loaded. Raises NibbleError if not one useful request fits."""
     activations = activation_bytes(config, model, dtype)
-    block = kv_bytes_per_token(model, dtype, config.kv_cache_dtype == "int8") * config.block_size
+    block = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * config.block_size
     wanted_len = config.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
         raise NibbleError(f"--max-model-len {wanted_len} is more than the {model.max_position_embeddings} positions "

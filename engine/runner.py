@@ -12,22 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.cpu import library as cpu
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.errors import NibbleError
 from ..quant.safetensors_files import read_json
 from . import memory
-from .attention import AttentionMetadata, KVCache
-from .batch import ScheduledBatch, ScheduledRequest, StepResult
+from .backend import load_decoder
+from .batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 from .config import EngineConfig
-from .loader import Loader
+from .device_batch import to_device
+from .graphs import CudaRecorder, DecodeGraphs, Record
 from .messages import Ready, TokenLogprobs
-from .models.decoder import DecoderConfig
-from .models.native import NativeDecoder, why_not
+from .models.decoder import Decoder
 from .models.registry import decoder_config
-from .native_loader import NativeLoader
-from .prepared_cache import PreparedCache
 from .request import Request, SamplingParams
 from .sampler import sample, token_logprobs
 
@@ -42,6 +39,8 @@ class Runner:
 
     def __init__(self, config: EngineConfig, progress: Callable[[str], None] | None = None):
         started = time.perf_counter()
+        self.config = config
+        self.sampler: Any = None  # a DeviceSampler, where the decoder runs on a device of its own
         tell = progress or (lambda line: None)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
@@ -52,19 +51,20 @@ class Runner:
         before = memory.available_bytes(self.device)
         with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as checkpoint:
             memory.check_weights_fit(checkpoint.nbytes, self.device)
-            loader = loader_for(config, checkpoint, self.model_config, self.dtype, self.device)
             with torch.inference_mode():
-                self.model = loader.load(lambda done, total: tell(f"loading layer {done}/{total}"))
-        self.kernels = loader.report
+                self.model, self.kernels = load_decoder(
+                    config, checkpoint, self.model_config, self.dtype, self.device,
+                    lambda done, total: tell(f"loading layer {done}/{total}"))
         self.weight_bytes = max(0, before - memory.available_bytes(self.device))
         self.plan = memory.plan(config, self.model_config, self.dtype, self.device)
-        self.int8_cache = config.kv_cache_dtype == "int8"
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
         self.max_model_len, self.vocab_size = self.plan.max_model_len, self.model_config.vocab_size
         self.eos_token_ids = _eos_token_ids(checkpoint)
         self.quantization = checkpoint.scheme.describe() if checkpoint.scheme else "none"
-        self.cache = self._new_cache(self.num_blocks)
+        self.cache = self.model.new_cache(self.num_blocks, config)
         self._check_sanity()
+        if self.device.type == "cuda" and not isinstance(self.model, Decoder):
+            self._overlap(CudaRecorder(self.device))
         self.load_seconds = time.perf_counter() - started
 
     def ready(self) -> Ready:
@@ -75,26 +75,47 @@ class Runner:
                      ledger=ledger, load_seconds=self.load_seconds)
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Compute the scheduled tokens and sample for every item that catches up with its request."""
+    def execute(self, batch: ScheduledBatch) -> StepResult | PendingStep:
+        """Compute the scheduled tokens and sample for every item that catches up with its request. Where the device
+        samples for all of them, the host does not wait for it."""
         items = sorted(batch.items, key=lambda item: item.num_tokens > 1)  # decodes first; stable
         hidden = self._forward(items, self.cache)
         result = StepResult()
-        ends, sampling, offset = [], [], 0
+        ends: list[int] = []
+        sampling: list[ScheduledRequest] = []
+        offset = 0
         for item in items:
             if item.request.params.prompt_logprobs is not None:
                 self._score_prompt(item, hidden[offset:offset + item.num_tokens], result)
             offset += item.num_tokens
             if item.samples:
                 ends.append(offset - 1)
-                sampling.append(item.request)
-        if sampling:
-            rows = hidden if len(ends) == len(hidden) else hidden[torch.tensor(ends, device=self.device)]
-            sample(self.model.logits(rows), sampling, result)
-            for request in sampling:
-                if request.request_id in result.errors:
-                    self.cache.clear(request.block_table)
-        return result
+                sampling.append(item)
+        if not sampling:
+            return result
+        rows = hidden if len(ends) == len(hidden) else hidden[to_device(ends, torch.int64, self.device)]
+        return self._sample(self.model.logits(rows), sampling, result)
+
+    def _sample(self, logits: Tensor, items: list[ScheduledRequest], result: StepResult) -> StepResult | PendingStep:
+        """On the device whatever it can; a step with a request that it cannot serve is waited for."""
+        requests = [item.request for item in items]
+        if self.sampler is None:
+            self._sample_here(logits, items, result)
+            return result
+        waits = [request.params.logprobs is not None or request.params.prompt_logprobs is not None
+                 for request in requests]
+        if not any(waits):
+            return self.sampler.launch(logits, requests, result)
+        here = [row for row, wait in enumerate(waits) if wait]
+        there = [row for row, wait in enumerate(waits) if not wait]
+        self._sample_here(logits[here], [items[row] for row in here], result)
+        return self.sampler.launch(logits[there], [requests[row] for row in there], result).result()
+
+    def _sample_here(self, logits: Tensor, items: list[ScheduledRequest], result: StepResult) -> None:
+        sample(logits, [item.request for item in items], result)
+        for item in items:
+            if item.request.request_id in result.errors:  # this step's blocks: those before may be shared
+                self.cache.clear(item.request.block_table[item.start // self.block_size:])
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -104,14 +125,10 @@ class Runner:
         return torch.cat([self.model.logits(rows) for rows in hidden.split(_LOGITS_ROWS)])
 
     def _forward(self, items: list[ScheduledRequest], cache: Any) -> Tensor:
-        """Hidden states [T, hidden] of all tokens, items side by side. cache: what `_new_cache` made."""
-        if isinstance(self.model, NativeDecoder):
-            return self.model.forward(items, cache)
-        token_ids = [token for item in items for token in item.request.token_ids[item.start:item.end]]
-        positions = [position for item in items for position in range(item.start, item.end)]
-        meta = AttentionMetadata.build(items, self.block_size, self.dtype, self.device)
-        return self.model.forward(torch.tensor(token_ids, device=self.device),
-                                  torch.tensor(positions, device=self.device), cache, meta)
+        """Hidden states [T, hidden] of all tokens, items side by side. cache: one that the model made."""
+        if self.sampler is not None:
+            return self.model.forward(items, cache, self.sampler.previous)
+        return self.model.forward(items, cache)
 
     def _score_prompt(self, item: ScheduledRequest, hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens start+1 .. end, as far as they are prompt."""
@@ -126,18 +143,19 @@ class Runner:
         if scored:
             result.prompt_logprobs[request.request_id] = entries
 
-    def _new_cache(self, num_blocks: int) -> Any:
-        model = self.model_config
-        if isinstance(self.model, NativeDecoder):
-            return self.model.new_cache(num_blocks, self.int8_cache)
-        return KVCache.allocate(model.num_layers, num_blocks, self.block_size, model.num_kv_heads, model.head_dim,
-                                self.dtype, self.device)
-
     def _scratch(self, token_ids: list[int]) -> tuple[ScheduledRequest, Any]:
         blocks = -(-len(token_ids) // self.block_size)
         request = Request("scratch", token_ids, SamplingParams(), frozenset(), seed=0,
                           block_table=list(range(blocks)))
-        return ScheduledRequest(request, 0, len(token_ids)), self._new_cache(blocks)
+        return ScheduledRequest(request, 0, len(token_ids)), self.model.new_cache(blocks, self.config)
+
+    def _overlap(self, record: Record) -> None:
+        """Replay decode steps from graphs and sample on the device: the host need not wait for a step any more."""
+        from .device_sampler import DeviceSampler  # imports Triton
+
+        with torch.inference_mode():
+            self.model.use_graphs(DecodeGraphs(self.config.max_num_seqs, record), self.cache, self.max_model_len)
+        self.sampler = DeviceSampler(self.vocab_size, self.config.max_num_seqs, self.device)
 
     def _check_sanity(self) -> None:
         """One measured pass, prefill and decode: kernels warm up, and broken weights are found now, not by a user."""
@@ -149,42 +167,6 @@ class Runner:
         if not torch.isfinite(logits).all():
             raise NibbleError(f"the model's logits are not finite in {self.dtype}; try --dtype float32, or check the "
                               "checkpoint")
-
-
-def loader_for(config: EngineConfig, checkpoint: Checkpoint, model: DecoderConfig, dtype: torch.dtype,
-               device: torch.device) -> Loader:
-    """The loader of the C++ decoder where it can serve this model, else of the torch one."""
-    if config.cpu_activations not in ("int8", "bf16"):
-        raise NibbleError(f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16")
-    if config.lm_head_bits not in (None, 8, 16):
-        raise NibbleError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, 16, or leave it out")
-    if config.kv_cache_dtype not in ("auto", "int8"):
-        raise NibbleError(f"--kv-cache-dtype {config.kv_cache_dtype!r} is unknown; use auto or int8")
-    reason = "--cpu-isa none" if config.cpu_isa == "none" else why_not(model, config.block_size, dtype, device)
-    if reason is None:
-        pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
-        keep = config.prepared_cache if config.quantize is None else None  # what is quantized at load has no path
-        head_bits = config.lm_head_bits or _head_bits(config, checkpoint)
-        cache = PreparedCache.of(checkpoint, keep, f"head {head_bits}") if keep else None
-        return NativeLoader(checkpoint, model, dtype, device, pool=pool,
-                            int8=config.cpu_activations == "int8", block_size=config.block_size,
-                            head_bits=head_bits, cache=cache)
-    for flag, given in (("--lm-head-bits 8", config.lm_head_bits == 8),
-                        ("--kv-cache-dtype int8", config.kv_cache_dtype == "int8")):
-        if given:
-            raise NibbleError(f"{flag} needs the C++ decoder, but it cannot serve this model: {reason}")
-    if device.type == "cpu":
-        level = logging.WARNING if cpu.why_missing() else logging.INFO
-        logger.log(level, "torch's operators serve instead of the C++ decoder: %s", reason)
-    return Loader(checkpoint, model, dtype, device)
-
-
-def _head_bits(config: EngineConfig, checkpoint: Checkpoint) -> int:
-    """Of a 16-bit output head: 8 beside weights of at most 4 bits and int8 activations, whose own
-    error is far larger."""
-    weights = checkpoint.scheme.default if checkpoint.scheme else None
-    few = weights is not None and weights.kind == "int" and weights.bits <= 4
-    return 8 if few and config.cpu_activations == "int8" else 16
 
 
 def resolve_device(name: str) -> torch.device:

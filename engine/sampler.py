@@ -21,6 +21,7 @@ from .batch import StepResult
 from .messages import TokenLogprobs
 from .request import Request, SamplingParams
 
+NOT_FINITE = "the model produced logits that are not numbers for this request"
 _FIRST_CANDIDATES = 256
 
 
@@ -32,14 +33,13 @@ def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
     raw_logprobs = {row: torch.log_softmax(logits[row], -1) for row, request in enumerate(requests)
                     if request.params.logprobs is not None}
     for row, request in enumerate(requests):
-        if _is_adjusted(request):
-            _adjust(logits[row], request)
+        _adjust(logits[row], request)
     best_logits, best = logits.max(dim=-1)
     finite = torch.isfinite(best_logits).tolist()
     greedy = best.tolist()
     for row, request in enumerate(requests):
         if not finite[row]:
-            result.errors[request.request_id] = "the model produced logits that are not numbers for this request"
+            result.errors[request.request_id] = NOT_FINITE
             continue
         token = greedy[row] if request.params.temperature == 0 else _draw(logits[row], request)
         result.tokens[request.request_id] = token
@@ -55,10 +55,18 @@ def token_logprobs(logprobs: Tensor, token: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(token, chosen.item(), rank, ids.tolist(), values.tolist())
 
 
-def _is_adjusted(request: Request) -> bool:
+def is_penalized(request: Request) -> bool:
+    """Whether what it has said changes what it says next."""
     params = request.params
-    return bool(params.logit_bias or params.repetition_penalty != 1.0 or params.presence_penalty
-                or params.frequency_penalty or request.num_output_tokens < params.min_tokens)
+    return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+
+
+def stop_ids_forbidden(request: Request) -> set[int]:
+    """The tokens that would end it before min_tokens."""
+    params = request.params
+    if request.num_output_tokens >= params.min_tokens:
+        return set()
+    return set(params.stop_token_ids) | (set() if params.ignore_eos else set(request.eos_token_ids))
 
 
 def _adjust(logits: Tensor, request: Request) -> None:
@@ -67,10 +75,8 @@ def _adjust(logits: Tensor, request: Request) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if request.num_output_tokens < params.min_tokens:
-        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(request.eos_token_ids))
-        if stops:
-            logits[torch.tensor(sorted(stops), device=logits.device)] = float("-inf")
+    if stops := stop_ids_forbidden(request):
+        logits[torch.tensor(sorted(stops), device=logits.device)] = float("-inf")
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
         values = logits[seen]

@@ -96,23 +96,19 @@ def _kernels(opened, config, dtype, device) -> list[Finding]:
     """What each matrix of a layer runs on, and why not on something better."""
     import torch
 
+    from nibble.engine.backend import load_decoder, why_torch
     from nibble.engine.config import EngineConfig
-    from nibble.engine.models.native import why_not
-    from nibble.engine.runner import loader_for
 
     one = dataclasses.replace(config, num_layers=1, layer_types=config.layer_types[:1])
     settings = EngineConfig(model=str(opened.path))
-    loader = loader_for(settings, opened, one, dtype, device)
     with torch.inference_mode():
-        loader.load()
-    found = []
-    if device.type == "cpu":
-        reason = why_not(config, settings.block_size, dtype, device)
-        found.append(Finding("decoder", "slow", "torch's operators", reason) if reason else
-                     Finding("decoder", "ok", "C++, one call a step"))
-    for name, count in loader.report.used.items():
+        _, report = load_decoder(settings, opened, one, dtype, device)
+    reason = why_torch(settings, config, dtype, device)
+    best = "C++, one call a step" if device.type == "cpu" else "Triton kernels, CUDA graphs"
+    found = [Finding("decoder", "slow", "torch's operators", reason) if reason else Finding("decoder", "ok", best)]
+    for name, count in report.used.items():
         found.append(Finding("kernel", "ok", f"{name}: {count} matrices (of one layer and the head)"))
-    found += [Finding("kernel", "ok", f"not {name}: {reason}") for name, reason in loader.report.refused.items()]
+    found += [Finding("kernel", "ok", f"not {name}: {reason}") for name, reason in report.refused.items()]
     return found
 
 

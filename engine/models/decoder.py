@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import AttentionMetadata, KVCache, paged_attention
+from ..batch import ScheduledRequest
+from ..config import EngineConfig
 from ..layers import RMSNorm, RopeTable, apply_rope
 from ..linear import Linear
 
@@ -78,9 +80,22 @@ class Decoder:
     lm_head: Linear
     rope: dict[str, RopeTable]
 
-    def forward(self, token_ids: Tensor, positions: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
-        """token_ids, positions int64 [T] -> hidden states [T, hidden] before the final norm. Writes the tokens' keys
-        and values to the cache."""
+    def new_cache(self, num_blocks: int, config: EngineConfig) -> KVCache:
+        model = self.config
+        return KVCache.allocate(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim,
+                                self.embedding.dtype, self.embedding.device)
+
+    def forward(self, items: list[ScheduledRequest], cache: KVCache) -> Tensor:
+        """Compute the items' tokens (decodes first), writing their keys and values to the cache. Returns the hidden
+        states of all [T, hidden], before the final norm."""
+        device = self.embedding.device
+        token_ids = [token for item in items for token in item.request.token_ids[item.start:item.end]]
+        positions = [position for item in items for position in range(item.start, item.end)]
+        meta = AttentionMetadata.build(items, cache.block_size, self.embedding.dtype, device)
+        return self._hidden_states(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device),
+                                   cache, meta)
+
+    def _hidden_states(self, token_ids: Tensor, positions: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
         config = self.config
         x = F.embedding(token_ids, self.embedding)
         if config.embedding_scale != 1.0:

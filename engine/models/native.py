@@ -19,6 +19,7 @@ from ...kernels.cpu.library import NbBatch, NbLayer, NbModel, Pool
 from ...kernels.cpu.prepared import Site, pointer
 from ..attention import zero_pages
 from ..batch import ScheduledRequest
+from ..config import EngineConfig
 from ..layers import inverse_frequencies
 from .decoder import DecoderConfig
 
@@ -113,8 +114,8 @@ class NativeDecoder:
             self.head.struct())
         self._kept = [frequencies, layers]
 
-    def new_cache(self, num_blocks: int, int8: bool = False) -> NativeCache:
-        return NativeCache.allocate(self.config, num_blocks, self.block_size, int8)
+    def new_cache(self, num_blocks: int, config: EngineConfig) -> NativeCache:
+        return NativeCache.allocate(self.config, num_blocks, self.block_size, config.kv_cache_dtype == "int8")
 
     def forward(self, items: list[ScheduledRequest], cache: NativeCache) -> Tensor:
         """Compute the items' tokens, writing their keys and values to the cache. Returns the hidden states of all,

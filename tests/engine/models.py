@@ -32,10 +32,11 @@ CONFIGS = {
 }
 
 
-def build(name: str, folder: Path) -> PreTrainedModel:
-    """A float32 model with weights large enough that mistakes show, saved into `folder`."""
+def build(name: str, folder: Path, **changes) -> PreTrainedModel:
+    """A float32 model with weights large enough that mistakes show, saved into `folder`. changes: to its config."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    config = CONFIGS[name].from_dict(CONFIGS[name].to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.15))

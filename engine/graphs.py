@@ -1,0 +1,80 @@
+"""CUDA graphs of decode steps: one for each of a few batch sizes, the next larger one serving what lies between.
+
+The largest is captured when the engine starts, so that the memory which all of them share is known then; the others
+when a step first needs them. A size that cannot be captured is launched as it comes, and the log says why.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]  # makes a replay of a call, and the tensor it fills
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, then multiples of 8 up to 64, of 16 up to 256, of 32 on: few rows are padding."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    """`replay(size)` computes what `compute(size)` would, in one launch."""
+
+    def __init__(self, max_num_seqs: int, record: Record):
+        self.sizes = graph_sizes(max_num_seqs)
+        self.max_size = self.sizes[-1]
+        self._record = record
+        self._recorded: dict[int, tuple[Replay, Tensor]] = {}
+        self._compute: Callable[[int], Tensor] | None = None
+
+    def capture(self, compute: Callable[[int], Tensor]) -> None:
+        """Take `compute` for what is to be replayed, and capture the largest size."""
+        self._compute = compute
+        self._graph(self.max_size)
+
+    def size_for(self, rows: int) -> int | None:
+        """The graph for so many rows; None: there is none."""
+        return next((size for size in self.sizes if rows <= size), None)
+
+    def replay(self, size: int) -> Tensor | None:
+        """What the graph of this size gives now; overwritten by its next replay. None: it could not be captured."""
+        graph = self._graph(size)
+        if graph is None:
+            return None
+        replay, output = graph
+        replay()
+        return output
+
+    def _graph(self, size: int) -> tuple[Replay, Tensor] | None:
+        compute = self._compute
+        if compute is None:
+            raise RuntimeError("there is nothing to capture yet")
+        if size not in self._recorded:
+            try:
+                self._recorded[size] = self._record(lambda: compute(size))
+            except RuntimeError as error:  # memory, or an operator that cannot be captured
+                logger.warning("no CUDA graph for decode steps of %d requests: %s", size, error)
+                self.sizes.remove(size)
+                return None
+        return self._recorded[size]
+
+
+class CudaRecorder:
+    """Captures calls into graphs that share one pool of memory: one at a time is replayed."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        call()  # compiles what has not been compiled, which a capture may not
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = call()
+        return graph.replay, output
