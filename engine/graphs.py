@@ -33,9 +33,12 @@ class DecodeGraphs:
         self._compute: Callable[[int], Tensor] | None = None
 
     def capture(self, compute: Callable[[int], Tensor]) -> None:
-        """Take `compute` for what is to be replayed, and capture the largest size."""
+        """Take `compute` for what is to be replayed, and capture the largest size. The others are computed once, as far
+        as the kernels differ: each power of two has its own number of attention splits."""
         self._compute = compute
         self._graph(self.max_size)
+        for size in (2**power for power in range(self.max_size.bit_length()) if 2**power < self.max_size):
+            compute(size)
 
     def size_for(self, rows: int) -> int | None:
         """The graph for so many rows; None: there is none."""

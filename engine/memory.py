@@ -35,11 +35,20 @@ def kv_bytes_per_token(model: DecoderConfig, dtype: torch.dtype, cache_dtype: st
     return 2 * model.num_layers * model.num_kv_heads * vector
 
 
-def activation_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype) -> int:
-    """An upper bound for one step: the widest intermediate of a full batch, and float32 logits twice over."""
+def activation_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """An upper bound for one step: the widest intermediate of a full batch, float32 logits twice over, and on a GPU the
+    widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
     per_token = 4 * model.hidden_size + 3 * model.intermediate_size
     per_token += 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    return config.max_num_batched_tokens * per_token * dtype.itemsize + 2 * 4 * config.max_num_seqs * model.vocab_size
+    matrix = 2 * model.intermediate_size * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
+    logits = 2 * 4 * config.max_num_seqs * model.vocab_size
+    return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back what loading needed for a moment, so that it is seen as free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
@@ -52,7 +61,7 @@ def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
 
 def plan(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
     """Size the KV cache, after the weights are loaded. Raises NibbleError if not one useful request fits."""
-    activations = activation_bytes(config, model, dtype)
+    activations = activation_bytes(config, model, dtype, device)
     block = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * config.block_size
     wanted_len = config.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:

@@ -31,6 +31,7 @@ from .sampler import sample, token_logprobs
 logger = logging.getLogger(__name__)
 
 _LOGITS_ROWS = 256  # rows of prompt logits at a time: a vocabulary is wide
+_WARM_UP_TOKENS = (16, 32, 64, 128, 512)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -55,6 +56,7 @@ class Runner:
                 self.model, self.kernels = load_decoder(
                     config, checkpoint, self.model_config, self.dtype, self.device,
                     lambda done, total: tell(f"loading layer {done}/{total}"))
+        memory.release_cached(self.device)
         self.weight_bytes = max(0, before - memory.available_bytes(self.device))
         self.plan = memory.plan(config, self.model_config, self.dtype, self.device)
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
@@ -64,6 +66,7 @@ class Runner:
         self.cache = self.model.new_cache(self.num_blocks, config)
         self._check_sanity()
         if self.device.type == "cuda" and not isinstance(self.model, Decoder):
+            self._warm_up()
             self._overlap(CudaRecorder(self.device))
         self.load_seconds = time.perf_counter() - started
 
@@ -148,6 +151,14 @@ class Runner:
         request = Request("scratch", token_ids, SamplingParams(), frozenset(), seed=0,
                           block_table=list(range(blocks)))
         return ScheduledRequest(request, 0, len(token_ids)), self.model.new_cache(blocks, self.config)
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Prompts of each size that the products have a path of their own for: what is compiled now stalls no request.
+        Compiled kernels stay on disk, so this takes seconds once and milliseconds from then on."""
+        for tokens in _WARM_UP_TOKENS:
+            item, cache = self._scratch([1] * min(tokens, self.config.max_num_batched_tokens, self.max_model_len))
+            self._forward([item], cache)
 
     def _overlap(self, record: Record) -> None:
         """Replay decode steps from graphs and sample on the device: the host need not wait for a step any more."""
