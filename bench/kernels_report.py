@@ -1,10 +1,11 @@
 """What the Triton kernels compile to, on a machine without a GPU: `make kernels-report`.
 
     python bench/kernels_report.py [--room gptq] [--cc 80 90] [--match 'gemm 16'] [--save bench/results/FILE.txt]
+    python bench/kernels_report.py --first     one configuration of each kernel of each room: what CI has time for
 
 Each configuration that `cases.py` of a room lists is compiled for each compute capability, disassembled, and held to
-the gate: it compiles, spills nothing, fits the card's shared memory, multiplies on tensor cores where it has a tl.dot,
-and its products read weights 128 bits at a time. The last column counts integer instructions (logic, shifts, byte
+the gate: it compiles, spills nothing, fits the card's shared memory, multiplies on tensor cores where it has a tl.dot
+(not on cc 75, where Triton has no tensor cores), and its products read weights 128 bits at a time. The last column counts integer instructions (logic, shifts, byte
 permutes) of the longest loop per weight it decodes: a memory-bound product on an H100 has room for 2.3.
 """
 
@@ -22,6 +23,7 @@ SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # 
 TENSOR = re.compile(r"(HMMA|HGMMA|QGMMA|QMMA|UTCHMMA|UTCQMMA|UTC\w*MMA|IMMA)")
 INTEGER = re.compile(r"(LOP3|SHF|PRMT)")
 INT_OPS_LIMIT = 2.3
+KIND = re.compile(r"[a-z]+(-[a-z]+)?")  # of a name: gemm, attention-prefill, fused-norm
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def failures(case, done: Compiled, cc: int) -> list[str]:
         missed.append(f"spills ({spilled} accesses)")
     if done.shared > SHARED_LIMIT[cc] * 1024:
         missed.append(f"shared memory {done.shared} B above {SHARED_LIMIT[cc]} KiB")
-    if done.has_dot and not total(done.opcodes, TENSOR):
+    if done.has_dot and cc >= 80 and not total(done.opcodes, TENSOR):
         missed.append("no tensor-core instruction")
     if case.weights_per_program:
         if not wide_loads(done):
@@ -117,7 +119,15 @@ def line(case, cc: int, done: Compiled) -> str:
             f"{total(done.opcodes, TENSOR):>4} {wide_loads(done):>4}  {'' if ops is None else format(ops, '.2f')}")
 
 
-def report(cases: list, cards: tuple[int, ...], write=print) -> int:
+def chosen(rooms: list[list], cc: int, first: bool) -> list:
+    """Of the rooms' configurations those for this card; first: only the first of each kind in a room."""
+    fitting = [[case for case in cases if case.min_cc <= cc <= case.max_cc] for cases in rooms]
+    if first:
+        fitting = [list({KIND.match(case.name)[0]: case for case in reversed(cases)}.values()) for cases in fitting]
+    return [case for cases in fitting for case in cases]
+
+
+def report(rooms: list[list], cards: tuple[int, ...], first: bool, write=print) -> int:
     """Print the table; the number of configurations that miss the gate."""
     import triton
 
@@ -126,9 +136,7 @@ def report(cases: list, cards: tuple[int, ...], write=print) -> int:
     write(f"{'cc':>4} {'kernel':<58} {'regs':>4} {'stack':>5} {'shared':>7} {'mma':>4} {'wide':>4}  int/w")
     bad = built = 0
     for cc in cards:
-        for case in cases:
-            if not case.min_cc <= cc <= case.max_cc:
-                continue
+        for case in chosen(rooms, cc, first):
             built += 1
             try:
                 done = compile_case(case, cc)
@@ -152,6 +160,7 @@ def main() -> int:
     parser.add_argument("--room", nargs="+", default=ROOMS, choices=ROOMS)
     parser.add_argument("--cc", nargs="+", type=int, default=CARDS, choices=CARDS)
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
+    parser.add_argument("--first", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--save", type=Path, help="write the table here too")
     args = parser.parse_args()
     rows: list[str] = []
@@ -160,8 +169,8 @@ def main() -> int:
         print(text, flush=True)
         rows.append(text)
 
-    cases = [case for case in compile_cases(tuple(args.room)) if args.match in case.name]
-    bad = report(cases, tuple(args.cc), write)
+    matching = [[case for case in compile_cases((room,)) if args.match in case.name] for room in args.room]
+    bad = report(matching, tuple(args.cc), args.first, write)
     if args.save:
         args.save.write_text("\n".join(rows) + "\n")
     return 1 if bad else 0

@@ -1,4 +1,4 @@
-"""The compile gate on a representative few; `make kernels-report` holds every configuration on every card to it."""
+"""The compile gate on one configuration of each kernel for each card; `make kernels-report` holds all to it."""
 
 import os
 import subprocess
@@ -12,13 +12,11 @@ pytest.importorskip("triton")
 REPORT = Path(__file__).parents[2] / "bench" / "kernels_report.py"
 
 
-@pytest.mark.parametrize(("cc", "room", "kernel"), [
-    (80, "gptq", "gemm 16x64 w4 s4 swap int4 g128 bf16"), (89, "gptq", "gemv int4 g128 fp16"),
-    (90, "gptq", "gemm 16x64 w4 s4 swap int4 g128 fp16"), (75, "gptq", "dequantize int4 g128 fp16")])
-def test_compiles_within_the_gate(cc: int, room: str, kernel: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("room", ["gptq", "fp8", "attention", "fused"])
+def test_compiles_within_the_gate(room: str, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-W", "ignore", str(REPORT), "--room", room, "--cc", str(cc),
-                           "--match", kernel], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200,
-                          check=False)
+    done = subprocess.run([sys.executable, "-W", "ignore", str(REPORT), "--room", room, "--first"], env=env,
+                          cwd=tmp_path, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "\n0 configurations" not in done.stdout
