@@ -5,8 +5,9 @@
 
 Each configuration that `cases.py` of a room lists is compiled for each compute capability, disassembled, and held to
 the gate: it compiles, spills nothing, fits the card's shared memory, multiplies on tensor cores where it has a tl.dot
-(not on cc 75, where Triton has no tensor cores), and its products read weights 128 bits at a time. The last column counts integer instructions (logic, shifts, byte
-permutes) of the longest loop per weight it decodes: a memory-bound product on an H100 has room for 2.3.
+(not on cc 75, where Triton knows none), and its products read weights 128 bits at a time. The last column counts
+integer instructions (logic, shifts, byte permutes) of the longest loop per weight it decodes: a memory-bound product on
+an H100 has room for 2.3.
 """
 
 import argparse

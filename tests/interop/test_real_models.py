@@ -52,6 +52,18 @@ def test_bfloat16_errs_no_more_than_transformers(real_model: Path) -> None:
     assert ours <= 1.1 * theirs
 
 
+def test_triton_decoder_errs_no_more_than_torch(real_model: Path) -> None:
+    """In Triton's interpreter, which computes float16 as a GPU does; root mean square against float32 logits."""
+    triton = pytest.importorskip("nibble.engine.models.triton")
+    ids = AutoTokenizer.from_pretrained(real_model)(passages(1)[0]).input_ids[:24]
+    exact = reference_logits(real_model, ids, torch.float32)
+    llm = LLM(str(real_model), dtype="float16", kv_cache_memory=1 << 26, cpu_isa="none", max_model_len=256)
+    theirs = (llm.logits(ids) - exact).norm()
+    runner = llm.core.runner
+    runner.model = triton.TritonDecoder(runner.model, runner.config)
+    assert (llm.logits(ids) - exact).norm() <= 1.2 * theirs
+
+
 @pytest.mark.parametrize("arguments", [
     {"method": "awq", "group_size": 64}, {"method": "gptq", "group_size": 128}, {"method": "fp8"},
     {"method": "gptq", "group_size": 64, "symmetric": False}], ids=str)
