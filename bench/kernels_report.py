@@ -5,9 +5,9 @@
 
 Each configuration that `cases.py` of a room lists is compiled for each compute capability, disassembled, and held to
 the gate: it compiles, spills nothing, fits the card's shared memory, multiplies on tensor cores where it has a tl.dot
-(not on cc 75, where Triton knows none), and its products read weights 128 bits at a time. The last column counts
-integer instructions (logic, shifts, byte permutes) of the longest loop per weight it decodes: a memory-bound product on
-an H100 has room for 2.3.
+(FP8 by FP8 on those for FP8; on cc 75 Triton knows none), and its products read weights 128 bits at a time. The last
+column counts integer instructions (logic, shifts, byte permutes) of the longest loop per weight it decodes: a
+memory-bound product on an H100 has room for 2.3.
 """
 
 import argparse
@@ -22,9 +22,10 @@ from pathlib import Path
 CARDS = (75, 80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 TENSOR = re.compile(r"(HMMA|HGMMA|QGMMA|QMMA|UTCHMMA|UTCQMMA|UTC\w*MMA|IMMA)")
+FP8_TENSOR = re.compile(r"(QGMMA|QMMA|UTCQMMA)")
 INTEGER = re.compile(r"(LOP3|SHF|PRMT)")
 INT_OPS_LIMIT = 2.3
-KIND = re.compile(r"[a-z]+(-[a-z]+)?")  # of a name: gemm, attention-prefill, fused-norm
+KIND = re.compile(r"[a-z]\w*(-[a-z]+)?")  # of a name: gemm, attention-prefill, fused-norm
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ def _usage(text: str, field: str) -> int:
 
 
 def count_opcodes(sass: str) -> tuple[Counter, Counter]:
-    """Opcodes of a whole kernel, and of its longest loop that has no loop of its own with as many instructions."""
+    """Opcodes of a whole kernel, and of its longest loop. What stands after the last EXIT are waits moved out of the
+    way, whose jumps back are no loops."""
     code = [(int(at, 16), op, target) for at, op, target in re.findall(
         r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)[^;]*?(?:(0x[0-9a-f]+)\s*)?;", sass)]
+    end = max((at for at, op, _ in code if op == "EXIT"), default=0)
     loops = [(int(target, 16), at) for at, op, target in code if op.startswith("BRA") and target and
-             int(target, 16) < at]
+             int(target, 16) < at < end]
     first, last = max(loops, key=lambda span: span[1] - span[0], default=(0, -1))
     return Counter(op for _, op, _ in code), Counter(op for at, op, _ in code if first <= at <= last)
 
@@ -104,6 +107,8 @@ def failures(case, done: Compiled, cc: int) -> list[str]:
         missed.append(f"shared memory {done.shared} B above {SHARED_LIMIT[cc]} KiB")
     if done.has_dot and cc >= 80 and not total(done.opcodes, TENSOR):
         missed.append("no tensor-core instruction")
+    if case.fp8_dot and not total(done.opcodes, FP8_TENSOR):
+        missed.append("no FP8 tensor-core instruction")
     if case.weights_per_program:
         if not wide_loads(done):
             missed.append("no 128-bit load")

@@ -26,6 +26,7 @@ class CompileCase:
     max_cc: int = 1000
     aligned: tuple[str, ...] = ()
     weights_per_program: int = 0  # quantized weights one trip of the main loop decodes; 0: not a product
+    fp8_dot: bool = False  # its products must be those of FP8 tensor cores
 
 
 def compile_cases(rooms: tuple[str, ...] = ROOMS) -> list[CompileCase]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .cpu.torch_ops import Int4PackKernel, OneDnnDenseKernel
 from .fp8.linear import TritonFp8Kernel
+from .fp8.w8a8 import TritonFp8ActivationsKernel
 from .gptq.linear import TritonIntKernel
 from .reference import DenseKernel, DequantizeOnceKernel, ReferenceKernel
 from .spec import Kernel, LinearSpec
@@ -14,6 +15,7 @@ _ONEDNN, _DENSE = OneDnnDenseKernel(), DenseKernel()
 
 KERNELS: tuple[Kernel, ...] = (
     TritonIntKernel(),
+    TritonFp8ActivationsKernel(),
     TritonFp8Kernel(),
     _ONEDNN,
     Int4PackKernel(),

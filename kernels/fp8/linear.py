@@ -1,8 +1,8 @@
 """FP8 weights with 16-bit activations (W8A16) on a CUDA device, scales per tensor, output channel or block.
 
 The codes lie in the layout of 8-bit integers (kernels/gptq/layout.py) and are decoded to float16 or bfloat16 by moving
-their bits, so that it runs on cards without FP8, and few rows cost what reading a byte a weight costs. Activations stay
-as they are, whatever the format asks: more exact than quantizing them, and slower for many rows on a card with FP8.
+their bits, so that it runs on cards without FP8, and few rows cost what reading a byte a weight costs. It serves cards
+that w8a8.py refuses, and formats that quantize weights alone. Activations stay as they are, whatever the format asks.
 """
 
 from ..gptq.layout import kernel_group

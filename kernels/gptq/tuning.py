@@ -34,16 +34,26 @@ class Table:
 
     def tile(self, rows: int) -> Tile:
         """The tile for `rows` rows of activations."""
-        return next((tile for tile in self.gemm if rows <= tile.rows), self.gemm[-1])
+        return tile_for(self.gemm, rows)
+
+
+def tile_for(tiles, rows: int):
+    """The first tile for that many rows, else the last."""
+    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
 @cache
 def table(device_name: str, cc: int) -> Table:
     """The table of a card, or of its compute capability (75, 80, ...)."""
-    own = FOLDER / f"{device_name.replace(' ', '_')}.json"
+    return table_of(FOLDER, tables, device_name, cc)
+
+
+def table_of(folder: Path, read, device_name: str, cc: int):
+    """The table of the card's own file in `folder`, else the heuristic's for `cc`; `read` lists a file's tables."""
+    own = folder / f"{device_name.replace(' ', '_')}.json"
     if own.exists():
-        return tables(own)[0]
-    return max((t for t in tables(FOLDER / "heuristic.json") if t.min_cc <= cc), key=lambda t: t.min_cc)
+        return read(own)[0]
+    return max((t for t in read(folder / "heuristic.json") if t.min_cc <= cc), key=lambda t: t.min_cc)
 
 
 def tables(file: Path) -> list[Table]:

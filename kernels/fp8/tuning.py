@@ -1,0 +1,45 @@
+"""Tiles of the W8A8 products: a table per card in `configs/`, by the rules of kernels/gptq/tuning.py."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..gptq.tuning import table_of, tile_for
+
+FOLDER = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    rows: int  # M up to here
+    block_m: int
+    block_n: int
+    block_k: int  # at most; a weight's groups may ask for less
+    warps: int
+    stages: int
+    swap: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    min_cc: int
+    quantize_rows: int  # up to here the product quantizes its rows itself, which saves a launch
+    promote: bool  # the tensor cores' sums have fewer bits than float32: add them up outside, trip by trip
+    gemm: tuple[Tile, ...]
+
+    def tile(self, rows: int) -> Tile:
+        """The tile for `rows` rows of activations."""
+        return tile_for(self.gemm, rows)
+
+
+@cache
+def table(device_name: str, cc: int) -> Table:
+    """The table of a card, or of its compute capability (89, 90, ...)."""
+    return table_of(FOLDER, tables, device_name, cc)
+
+
+def tables(file: Path) -> list[Table]:
+    """Every table of a file."""
+    return [Table(**{**entry, "gemm": tuple(Tile(**tile) for tile in entry["gemm"])})
+            for entry in json.loads(file.read_text())]
