@@ -1,6 +1,6 @@
 """Every shipped configuration of the FP8 products, for `make kernels-report`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -47,6 +47,7 @@ def _w8a8_cases() -> list[CompileCase]:
         cases += [_gemm(table, cards, tile, scales, quantize) for tile in own
                   for scales, quantize in ((CHANNEL, "group"), (BLOCK, "group"), (CHANNEL, "static"))]
         cases += [_gemm(table, cards, table.gemm[0], CHANNEL, "group", "fp16"),
+                  _one_row(_gemm(table, cards, table.gemm[0], CHANNEL, "group")),
                   *(_gemm(table, cards, tile, OTHER) for tile in (table.gemm[0], table.gemm[-1])),
                   *(_gemm(table, cards, tile, CHANNEL, even=False) for tile in (table.gemm[0], table.gemm[-1]))]
     return cases
@@ -70,6 +71,12 @@ def _gemm(table: Table, cards: tuple[int, int], tile: Tile, scales: Scales, quan
     return CompileCase(f"w8a8 {form} {dtype} cc{table.min_cc}", products.gemm,
                        {**signature, **dict.fromkeys(constants, "constexpr")}, constants, tile.warps, tile.stages,
                        *cards, aligned=aligned, weights_per_program=width * step, fp8_dot=True)
+
+
+def _one_row(case: CompileCase) -> CompileCase:
+    """As Triton compiles it for M = 1, which it takes for a constant: what decoding alone runs."""
+    return replace(case, name=f"{case.name} M=1", signature={**case.signature, "M": "constexpr"},
+                   constexprs={**case.constexprs, "M": 1})
 
 
 def _quantize_cases() -> list[CompileCase]:

@@ -42,8 +42,8 @@ def gemm(x: Tensor, x_scales: Tensor | None, weight: Fp8Weight, bias: Tensor | N
     step, block_n = min(tile.block_k, weight.step), tile_width(tile, weight)
     trips = triton.cdiv(weight.in_features, step)
     programs = triton.cdiv(rows, tile.block_m) * triton.cdiv(weight.out_features, block_n)
-    # A large tile's partial sums cost more than idle multiprocessors do: one program on each is enough there.
-    parts = split_k(programs, trips, processors if tile.block_m <= 64 else processors // 2)
+    # Many rows have many partial sums to write and read: one program on each multiprocessor is enough there.
+    parts = split_k(programs, trips, processors if tile.block_m <= 32 else processors // 2)
     if programs > weight.locks.numel():
         parts = 1
     y = torch.empty(rows, weight.out_features, dtype=dtype, device=x.device)

@@ -77,13 +77,14 @@ def gemm(x,  # [M, K] e4m3, or 16 bits where the product quantizes
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    row, column = tl.minimum(m, M - 1), tl.minimum(n, N - 1)  # past the end: any value, never written
+    row, column = tl.minimum(m, M - 1), tl.minimum(n, N - 1)  # scales and weights past the end: any, never written
+    live = (m < M)[:, None]  # rows past the end are not read: a tile of one row would read it sixteen times
     x_at = x + row[:, None].to(tl.int64) * x_stride + k[None, :]
     w_at = weight + column[:, None].to(tl.int64) * weight_stride + k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for trip in range(split, trips, SPLIT_K):
         first = trip * BLOCK_K
-        a = tl.load(x_at + first) if EVEN_K else tl.load(x_at + first, mask=(first + k < K)[None, :], other=0.0)
+        a = tl.load(x_at + first, mask=live if EVEN_K else live & (first + k < K)[None, :], other=0.0)
         b = tl.load(w_at + first, eviction_policy=POLICY)
         x_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
         w_scale = tl.full((BLOCK_N,), 1.0, tl.float32)
