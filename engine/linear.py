@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.select import choose
 from ..kernels.spec import Kernel, LinearSpec
-from ..quant.weight import QuantizedWeight, can_fuse, fuse
+from ..quant.weight import QuantizedWeight, can_fuse, fuse, scaled_by_row
 
 Weight = QuantizedWeight | Tensor
 
@@ -58,7 +58,7 @@ class Linear:
 def _fused(weights: list[Weight], biases: list[Tensor | None]) -> list[tuple[Weight, Tensor | None]]:
     if len(weights) > 1:
         dense = [w for w in weights if isinstance(w, Tensor)]
-        quantized = [w for w in weights if isinstance(w, QuantizedWeight)]
+        quantized = [scaled_by_row(w) for w in weights if isinstance(w, QuantizedWeight)]
         if len(dense) == len(weights):
             return [(torch.cat(dense), _stack_biases(weights, biases))]
         if len(quantized) == len(weights) and can_fuse(quantized):

@@ -139,6 +139,13 @@ def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
                    scales=torch.cat([w.scales for w in weights]), zeros=cat("zeros"), mins=cat("mins"))
 
 
+def scaled_by_row(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight; where one scale holds for all of it, with that scale for each row, so that it can be fused."""
+    if weight.kind != "fp8" or weight.block != (weight.out_features, weight.in_features):
+        return weight
+    return replace(weight, block=(1, weight.in_features), scales=weight.scales.expand(weight.out_features, 1).clone())
+
+
 def split(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
     """Cut a weight with a scale per row along the output axis into parts of `rows` rows: the inverse of `fuse`."""
     if weight.block[0] != 1:
