@@ -44,7 +44,7 @@ def test_four_bit_words_are_the_layout_drawn() -> None:
     """Bit by bit from the docstring, independently of `shuffle`."""
     weight = make(4, "mid", 3, 200, 32)
     words = shuffle(weight).words
-    assert words.shape == (2, 64, 16)
+    assert words.shape == (2, 128, 16)
     for tile, row, position, nibble in ((0, 0, 0, 0), (0, 2, 7, 5), (1, 1, 13, 1), (1, 2, 4, 6)):
         t, j = divmod(position, 4)
         plane, half = nibble % 4, nibble // 4
