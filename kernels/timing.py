@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import torch
 
-CALLS = 64  # in one graph, at least, so that its start weighs little
+CALLS = 64  # in one graph, so that its start weighs little,
+GRAPH_MICROSECONDS = 4000.0  # or as many as take that long
 REPLAYS = 9
 
 
@@ -33,9 +34,9 @@ def rotations(nbytes: int, l2_bytes: int) -> int:
     return 2 * l2_bytes // max(nbytes, 1) + 1
 
 
-def repeats(calls: int) -> int:
-    """How often one graph goes through that many calls."""
-    return -(-CALLS // calls)
+def repeats(calls: int, estimate: float) -> int:
+    """How often one graph goes through that many calls, each of `estimate` microseconds."""
+    return max(1, min(-(-CALLS // calls), round(GRAPH_MICROSECONDS / (calls * max(estimate, 0.1)))))
 
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
@@ -46,8 +47,7 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) 
     """
     for call in calls:  # compiles, and lets libraries choose, outside of the graph
         call()
-    torch.cuda.synchronize()
-    graph, rounds = torch.cuda.CUDAGraph(), repeats(len(calls))
+    graph, rounds = torch.cuda.CUDAGraph(), repeats(len(calls), _estimate(calls))
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
@@ -59,6 +59,18 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) 
     torch.cuda.synchronize()
     times = [first.elapsed_time(second) for first, second in pairwise(events[1:])]  # replay 0 warms up
     return statistics.median(times) * 1000 / (rounds * len(calls))
+
+
+def _estimate(calls: Sequence[Callable[[], object]]) -> float:
+    """Microseconds of a call, roughly: the host's launches are in it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for call in calls:
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1000 / len(calls)
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 29) -> float:

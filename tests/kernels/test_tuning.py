@@ -22,7 +22,8 @@ def test_rotated_operands_pass_twice_the_cache(nbytes: int) -> None:
 
 def test_a_graph_holds_enough_calls_of_each_copy() -> None:
     for calls in (1, 5, 64, 100):
-        assert repeats(calls) * calls >= CALLS and (repeats(calls) - 1) * calls < CALLS
+        assert repeats(calls, 2.0) * calls >= CALLS and (repeats(calls, 2.0) - 1) * calls < CALLS
+    assert repeats(1, 1000.0) == 4 and repeats(3, 10_000.0) == 1 and repeats(1, 0.0) == CALLS
 
 
 @pytest.mark.parametrize("cc", [80, 86, 89, 90, 100, 120])
