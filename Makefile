@@ -75,9 +75,10 @@ bench: $(VENV)/.installed
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python bench/cpu.py --peers $(PEERS)
 
-# On a machine with an NVIDIA GPU. Triton compiles here, so its interpreter, which other tests use, is off.
+# On a machine with an NVIDIA GPU. Triton compiles here: the interpreter's tests run once more, without it.
 test-gpu: $(VENV)/.installed-dev
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu tests/gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/gpu tests/kernels/test_triton_products.py \
+	  tests/kernels/test_triton_attention.py tests/kernels/test_triton_fused.py tests/kernels/test_triton_sample.py $(ARGS)
 
 # Arguments go through: make bench-gpu ARGS='--quick --sections products attention --minutes 9'
 bench-gpu: $(VENV)/.installed-dev
