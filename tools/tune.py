@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 WEIGHTS = {"int4": ("int", 4, 128, ("int2", "int3", "int4")), "int8": ("int", 8, 128, ("int8",)),
            "fp8": ("fp8", 8, 0, ("fp8",))}
 NARROW = 32  # 4-bit weights with scales for so few features have tiles of their own: they need more registers
-WORKER_BYTES = 4 << 30  # of GPU memory that a process needs at most, for the largest projections
+WORKER_BYTES = 8 << 30  # of GPU memory that a process needs at most, for the largest projections
 
 
 def tune_command(
@@ -57,8 +57,10 @@ def tune_command(
         raise NibbleError(f"--weights {unknown[0]!r} is unknown; use {', '.join(WEIGHTS)}")
     name = torch.cuda.get_device_name(card)
     target = out or MEASURED.expanduser() / file_name(name)
-    with _progress() as tell:
-        tuner = Tuner(shapes, card, workers or _workers(card), tell)
+    # Not forked: a process that has initialized CUDA cannot be.
+    pool = ProcessPoolExecutor(workers or _workers(card), multiprocessing.get_context("spawn"))
+    with pool, _progress() as tell:
+        tuner = Tuner(shapes, card, pool, tell)
         found = [tuner.measure(kind) for kind in names]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, as_json(search.merge(measured_tables(target), found)))
@@ -104,11 +106,11 @@ def weights_of(model: str) -> list[str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Tuner:
-    """Where and on what shapes to measure, and how to show it: `tell(text, done, total)`."""
+    """Where and on what shapes to measure, who compiles, and how to show it: `tell(text, done, total)`."""
 
     shapes: tuple[Shape, ...]
     card: torch.device
-    workers: int
+    pool: Executor
     tell: Callable[[str, int, int], None]
 
     def measure(self, name: str) -> Table:
@@ -139,12 +141,10 @@ class Tuner:
         trials = sorted(trials, key=lambda t: (t.shape, t.rows))
         batches = [list(batch) for _, batch in groupby(trials, key=lambda t: (t.shape, t.rows))]
         why: dict[Trial, str] = {}
-        # Not forked: a process that has initialized CUDA cannot be.
-        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn")) as pool:
-            running = {pool.submit(reasons, kind, self.card.index, batch): batch for batch in batches}
-            for future in as_completed(running):
-                why |= dict(zip(running[future], future.result(), strict=True))
-                self.tell(f"{label}: compiling and checking", len(why), len(trials))
+        running = {self.pool.submit(reasons, kind, self.card.index, batch): batch for batch in batches}
+        for future in as_completed(running):
+            why |= dict(zip(running[future], future.result(), strict=True))
+            self.tell(f"{label}: compiling and checking", len(why), len(trials))
         done = []
         for trial in trials:
             reason = why[trial]

@@ -1,6 +1,7 @@
 """`nibble tune` where there is no GPU, and what it would measure where there is one."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,46 @@ def test_what_is_printed_is_what_serves() -> None:
     assert "s3 swap p2" in text and "w8" not in text
 
 
-def test_a_product_that_cannot_be_computed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self, label, kind, trials):
-        return [Measurement(Trial((64, 64), 1, DEQUANTIZE), reason="is wrong by 1")]
+SHAPES = ((64, 64), (128, 64))
 
-    monkeypatch.setattr(tune.Tuner, "_run", broken)
+
+@pytest.fixture
+def tuner(monkeypatch: pytest.MonkeyPatch) -> tune.Tuner:
+    """Of an invented card, whose processes are threads."""
     monkeypatch.setattr(tune.Card, "of", lambda device: tune.Card("card", 90, 132, 50 << 20))
-    tuner = tune.Tuner(((64, 64),), torch.device("cuda", 0), 1, lambda *told: None)
+    monkeypatch.setattr(tune, "_origin", lambda card, shapes: "invented")
+    with ThreadPoolExecutor(2) as pool:
+        yield tune.Tuner(SHAPES, torch.device("cuda", 0), pool, lambda *told: None)
+
+
+class Subject:
+    """More rows take longer; what swaps is fastest, and dequantization from 128 rows on."""
+
+    def measure(self, trial: Trial) -> Measurement:
+        tile = trial.candidate.tile
+        return Measurement(trial, 100.0 if tile is None else trial.rows * (1.0 - 0.5 * tile.swap + 0.1 * tile.stages))
+
+
+def test_every_kind_of_weights_gets_its_table(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = pytest.importorskip("nibble.kernels.gptq.trial")
+    asked = []
+
+    def reasons(kind, index, trials):
+        asked.append((kind.group, trials[0].shape))
+        return ["spills 4 registers" if kind.group == 32 and t.candidate.tile and t.candidate.tile.stages == 3 else ""
+                for t in trials]
+
+    monkeypatch.setattr(trial, "reasons", reasons)
+    monkeypatch.setattr(trial, "subject", lambda kind, shape, index: Subject())
+    table = tuner.measure("int4")
+    assert set(asked) == {(group, shape) for group in (128, 32) for shape in SHAPES}
+    assert table.weights == ("int2", "int3", "int4") and table.origin == "invented"
+    assert table.tile(16).stages == 3 and table.tile(16).swap and table.tile(16, 32).stages == 4
+    assert table.dequantize_rows == 256 and tuner.measure("fp8").weights == ("fp8",)
+
+
+def test_a_product_that_cannot_be_computed_is_an_error(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = [Measurement(Trial((64, 64), 1, DEQUANTIZE), reason="is wrong by 1")]
+    monkeypatch.setattr(tune.Tuner, "_run", lambda self, label, kind, trials: broken)
     with pytest.raises(tune.NibbleError, match=r"int8: dequantization of \(64, 64\) is wrong by 1"):
         tuner.measure("int8")
