@@ -11,6 +11,7 @@ VENV ?= .venv
 TORCH_BACKEND ?= auto
 TORCH ?= torch==2.13.0
 PORT ?= 8000
+GPU_TESTERS ?= 4
 PEERS ?= .cache/peers
 # FOLDER:GROUP_SIZE of the 16-bit models to quantize
 QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:128
@@ -75,10 +76,11 @@ bench: $(VENV)/.installed
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python bench/cpu.py --peers $(PEERS)
 
-# On a machine with an NVIDIA GPU. Triton compiles here: the interpreter's tests run once more, without it.
+# On a machine with an NVIDIA GPU. Triton compiles here: the interpreter's tests run once more, without it. Compiling takes
+# longest, so several processes test; each needs some 4 GB of the card.
 test-gpu: $(VENV)/.installed-dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/gpu tests/kernels/test_triton_products.py \
-	  tests/kernels/test_triton_attention.py tests/kernels/test_triton_fused.py tests/kernels/test_triton_sample.py $(ARGS)
+	  tests/kernels/test_triton_attention.py tests/kernels/test_triton_fused.py tests/kernels/test_triton_sample.py -n $(GPU_TESTERS) $(ARGS)
 
 # Arguments go through: make bench-gpu ARGS='--quick --sections products attention --minutes 9'
 bench-gpu: $(VENV)/.installed-dev

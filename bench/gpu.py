@@ -10,8 +10,8 @@
 Each section runs in a process of its own, so that a kernel that breaks the device costs one cell: the next process goes
 on behind it. First, several processes compile what will be timed. Weights and caches are rotated past the L2 cache;
 times are medians over captured graphs. Results: tables on the terminal, everything in
-bench/results/DATE-gpu-CARD.json, which is written again after each row. What does not run says why. --minutes ends the
-run in time with what there is.
+bench/results/DATE-gpu-CARD.json (with the sections' names where not all are measured), written again after each row.
+What does not run says why. --minutes ends the run in time with what there is.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def _child_rows(command: list[str], deadline: float) -> Iterator[dict[str, Any]]
             if line.startswith("{"):
                 yield json.loads(line)
     except queue.Empty:
-        console.print(f"{command[3]}: nothing heard for {left:.0f} s", style="red")
+        console.print(f"{command[3]}: nothing heard for {left:.0f} s", style="yellow")
     finally:
         process.kill()
         process.wait()
@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="Llama-3-8B, few rows and contexts: minutes in all")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--minutes", type=float, default=120.0, help="end after so many, with what there is")
-    parser.add_argument("--out", type=Path, help="write here [default: bench/results/DATE-gpu-CARD.json]")
+    parser.add_argument("--out", type=Path, help="write here, not to bench/results")
     parser.add_argument("--child", choices=("card", *SECTIONS), help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--warm", default="", help=argparse.SUPPRESS)
@@ -143,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
     bandwidth = result["card"]["copy_bytes_per_second"]
     console.print(f"{result['card']['name']}: copies at {bandwidth / 1e12:.2f} TB/s")
     warm(args.sections, args.quick, deadline)
-    name = "gpu-" + re.sub(r"\W+", "-", result["card"]["name"])
+    some = [] if len(args.sections) == len(SECTIONS) else args.sections
+    name = "-".join(["gpu", re.sub(r"\W+", "-", result["card"]["name"]), *some])
     measured: list[dict[str, Any]] = []
     path = args.out
     for section in args.sections:

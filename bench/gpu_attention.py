@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from gpu_cells import Cell, Lab, Row
+from gpu_report import FLASHINFER, FLEX, SDPA
 from torch import Tensor
 
 from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, PagedCache, allocate_scales, paged_attention
@@ -18,7 +19,6 @@ SCALE = DIM**-0.5
 CONTEXTS, BATCHES, PROMPTS = (1024, 4096, 16384, 32768), (1, 8, 32, 64), (512, 1024, 2048, 4096, 8192)
 QUICK_CONTEXTS, QUICK_BATCHES, QUICK_PROMPTS = (4096, 32768), (1, 32), (2048, 8192)
 CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
-SDPA, FLEX, FLASHINFER = "torch SDPA", "torch flex_attention", "FlashInfer"
 Sequences = tuple[int, int, int]  # how many, their context, how many of its tokens are new
 
 

@@ -68,7 +68,9 @@ def _once(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def describe_card() -> dict[str, Any]:
-    """The GPU, and the bandwidth with which torch copies on it."""
+    """The GPU, and the bandwidth with which torch copies on it. Ends the process where there is none."""
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device")
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     card = Card.of(device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from gpu_cells import Cell, Lab, Row
+from gpu_report import PLAIN
 from torch import Tensor
 
 from nibble.engine.layers import apply_rope
@@ -20,7 +21,6 @@ HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, BLOCK, POSITIONS = 4096, 14336, 32, 
 ROWS, QUICK_ROWS = (1, 8, 32, 64, 256, 2048), (1, 256)
 SAMPLED_ROWS = 256  # no step draws for more
 Calls = dict[str, Callable[[], object]]  # by kind: what a row of the result is called
-TORCH = "torch"
 
 
 def plan(quick: bool) -> list[Cell]:
@@ -52,14 +52,14 @@ def _norm(rows: int, device: torch.device) -> tuple[Calls, int]:
 
     ours = {f"Nibble {code}".removesuffix(" none"): lambda code=code: rms_norm(x, weight, 1e-5, residual, quantize=code)
             for code in ("none", "fp8", "int8")}
-    return {TORCH: plain, **ours}, 8 * rows * HIDDEN
+    return {PLAIN: plain, **ours}, 8 * rows * HIDDEN
 
 
 def _gated(rows: int, device: torch.device) -> tuple[Calls, int]:
     gate_up = _randn(rows, 2 * INNER, device=device)
     ours = {f"Nibble {code}".removesuffix(" none"): lambda code=code: gated(gate_up, "silu", quantize=code)
             for code in ("none", "fp8", "int8")}
-    return {TORCH: lambda: F.silu(gate_up[:, :INNER]) * gate_up[:, INNER:], **ours}, 6 * rows * INNER
+    return {PLAIN: lambda: F.silu(gate_up[:, :INNER]) * gate_up[:, INNER:], **ours}, 6 * rows * INNER
 
 
 def _rope(rows: int, device: torch.device) -> tuple[Calls, int]:
@@ -81,7 +81,7 @@ def _rope(rows: int, device: torch.device) -> tuple[Calls, int]:
 
     ours = {f"Nibble{name}": lambda name=name: rope_and_cache(qkv, HEADS, cos, sin, positions, slots, pages[name])
             for name in caches}
-    return {TORCH: plain, **ours}, 4 * rows * (HEADS + 2 * KV_HEADS) * DIM
+    return {PLAIN: plain, **ours}, 4 * rows * (HEADS + 2 * KV_HEADS) * DIM
 
 
 def _pages(blocks: int, dtype: torch.dtype, device: torch.device) -> Pages:
@@ -94,7 +94,7 @@ def _pages(blocks: int, dtype: torch.dtype, device: torch.device) -> Pages:
 
 def _greedy(rows: int, device: torch.device) -> tuple[Calls, int]:
     logits = torch.randn(rows, VOCAB, device=device)
-    return {TORCH: lambda: logits.argmax(-1), "Nibble": lambda: greedy(logits)}, 4 * rows * VOCAB
+    return {PLAIN: lambda: logits.argmax(-1), "Nibble": lambda: greedy(logits)}, 4 * rows * VOCAB
 
 
 def _draw(rows: int, device: torch.device) -> tuple[Calls, int]:
@@ -110,7 +110,7 @@ def _draw(rows: int, device: torch.device) -> tuple[Calls, int]:
         share = torch.where(share.cumsum(-1) - share < 0.9, share, 0.0)
         return ids.gather(-1, (share / torch.empty_like(share).exponential_()).argmax(-1, keepdim=True))
 
-    return {TORCH: plain, "Nibble": lambda: sample(logits, how)}, 8 * rows * VOCAB
+    return {PLAIN: plain, "Nibble": lambda: sample(logits, how)}, 8 * rows * VOCAB
 
 
 GREEDY, DRAW = "greedy", "draw, top_k 50, top_p 0.9"

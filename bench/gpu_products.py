@@ -11,13 +11,14 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from gpu_cells import Cell, Lab, Row
+from gpu_report import DENSE, GEMLITE, INT4PACK, SCALED_MM
 from torch import Tensor
 
 from nibble.kernels.gptq.trial import Kind, random_weight
 from nibble.kernels.select import choose
 from nibble.kernels.spec import LinearSpec
 
-ROWS, QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), (1, 16, 64, 256)
+ROWS, QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), (1, 16, 32, 64, 256, 1024)
 # (N, K) of the fused projections
 SHAPES = {
     "Llama-3-8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
@@ -35,7 +36,6 @@ KINDS = {
     "int3 g128": (Kind("int", 3, 128), "zeros", "none"),
     "int2 g64": (Kind("int", 2, 64), "zeros", "none"),
 }
-DENSE, INT4PACK, SCALED_MM, GEMLITE = "torch bf16", "torch _weight_int4pack_mm", "torch _scaled_mm", "gemlite int4 g128"
 Prepare = Callable[[int, int, Lab], tuple[Callable[[Tensor], Tensor], int, str]]
 
 

@@ -69,7 +69,7 @@ def file_name(device_name: str) -> str:
 @cache
 def table(device_name: str, cc: int, weights: str = "int4") -> Table:
     """The table of a card, or of its compute capability (75, 80, ...), for a kind of weight."""
-    for folder in (MEASURED.expanduser(), FOLDER):
+    for folder in (MEASURED, FOLDER):
         for own in measured_tables(folder / file_name(device_name)):
             if own.serves(weights):
                 return own
@@ -86,6 +86,10 @@ def tables(file: Path) -> list[Table]:
 
 def measured_tables(file: Path) -> list[Table]:
     """Those of a card's own file; none where there is no such file. A broken one costs a warning, never a start."""
+    try:
+        file = file.expanduser()
+    except RuntimeError:  # nobody's home: a container without one
+        return []
     if not file.exists():
         return []
     try:

@@ -130,6 +130,14 @@ def test_a_broken_table_is_ignored_with_a_warning(measured: Path, content: str,
     assert content == "{}" or "run `nibble tune` again" in caplog.text
 
 
+def test_without_a_home_there_is_the_heuristic(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert tuning.table("A Card", 90).min_cc == 90
+
+
 def test_tuning_one_kind_keeps_the_others() -> None:
     fp8, newer = Table(90, 0, 64, 4, 64, (), weights=("fp8",)), Table(90, 2, 64, 4, 64, (), weights=("int4",))
     assert search.merge([TABLE, fp8], [newer]) == [fp8, newer]
