@@ -72,9 +72,9 @@ def gemm_candidates(rows: int, cc: int) -> list[Candidate]:
 
 
 def _warps(block_m: int, block_n: int) -> tuple[int, ...]:
-    """A float32 accumulator of 128x128 needs 8 warps; 16x64 has no work for them."""
-    size = block_m * block_n
-    return (4,) if size <= 32 * 64 else (8,) if size >= 128 * 128 else (4, 8)
+    """Four warps decode 64 outputs, eight would do so twice; a float32 accumulator of 128x128 needs the registers of
+    eight."""
+    return (4,) if block_n == 64 else (8,) if block_m >= 128 else (4, 8)
 
 
 def gemv_candidates() -> list[Candidate]:

@@ -125,8 +125,9 @@ class AttentionCase:
             elif kind == "fp8-tensor":
                 scale = scales.expand(self.kv_heads, context)
                 x = x / scales
-            codes[:, block, offset] = x.to(store) if kind != "int8" else x.to(torch.int8)
-            read = codes[:, block, offset].double()
+            raw = codes if kind == "same" else codes.view(torch.uint8)  # indexing of FP8 is not everywhere
+            raw[:, block, offset] = x.to(store).view(raw.dtype)
+            read = raw[:, block, offset].view(store).double()
             exact.append(read if scales is None else read * scale[..., None].double())
         return codes, scales, exact
 
