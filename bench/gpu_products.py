@@ -30,6 +30,7 @@ KINDS = {
     "int4 g128 asym": (Kind("int", 4, 128), "zeros", "none"),
     "fp8": (Kind("fp8", 8, 0), "mid", "none"),
     "fp8 token": (Kind("fp8", 8, 0), "mid", "token"),
+    "fp8 block 128": (Kind("fp8", 8, 128), "mid", "group"),
     "int4 g128 sym": (Kind("int", 4, 128), "mid", "none"),
     "int4 g32 mins": (Kind("int", 4, 32), "mins", "none"),
     "int8 g128": (Kind("int", 8, 128), "mid", "none"),

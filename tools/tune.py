@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 WEIGHTS = {"int4": ("int", 4, 128, ("int2", "int3", "int4")), "int8": ("int", 8, 128, ("int8",)),
            "fp8": ("fp8", 8, 0, ("fp8",))}
 NARROW = 32  # 4-bit weights with scales for so few features have tiles of their own: they need more registers
+BATCH = 4  # trials that a process compiles and checks at once: seconds
 WORKER_BYTES = 8 << 30  # of GPU memory that a process needs at most, for the largest projections
 
 
@@ -139,7 +140,8 @@ class Tuner:
         from nibble.kernels.gptq.trial import reasons, subject
 
         trials = sorted(trials, key=lambda t: (t.shape, t.rows))
-        batches = [list(batch) for _, batch in groupby(trials, key=lambda t: (t.shape, t.rows))]
+        by_shape = [list(group) for _, group in groupby(trials, key=lambda t: t.shape)]
+        batches = [group[i:i + BATCH] for group in by_shape for i in range(0, len(group), BATCH)]
         why: dict[Trial, str] = {}
         running = {self.pool.submit(reasons, kind, self.card.index, batch): batch for batch in batches}
         for future in as_completed(running):

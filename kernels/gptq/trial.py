@@ -27,7 +27,7 @@ class Kind:
 
     kind: str  # "int", "fp8"
     bits: int
-    group: int  # features that share a scale; 0: all
+    group: int  # features that share a scale, of FP8 those of as many outputs; 0: all of one output
 
     @property
     def name(self) -> str:
@@ -42,12 +42,13 @@ def random_weight(kind: Kind, out: int, inner: int, device: torch.device, zero: 
     codes = torch.randint(0, 256 if kind.kind == "fp8" else 2**kind.bits, (out, inner), dtype=torch.uint8,
                           device=device)
     group = kind.group or inner
-    shape = (out, -(-inner // group))
+    rows = kind.group if kind.kind == "fp8" and kind.group else 1
+    shape = (-(-out // rows), -(-inner // group))
     spread = torch.rand(shape, device=device) + 0.5
     if kind.kind == "fp8":
         codes[codes & 0x7F == 0x7F] = 0  # NaN
         return QuantizedWeight(codes.view(torch.float8_e4m3fn), spread / (128 * inner**0.5), kind="fp8", bits=8,
-                               block=(1, group))
+                               block=(rows, group))
     scales = (spread * 3 / (2**kind.bits * inner**0.5)).half()
     zeros = torch.randint(0, 2**kind.bits, shape, dtype=torch.uint8, device=device) if zero == "zeros" else None
     mins = -scales.float() * 2 ** (kind.bits - 1) * spread if zero == "mins" else None
