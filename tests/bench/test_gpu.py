@@ -165,6 +165,23 @@ def test_a_run_leaves_its_rows_and_says_what_was_met(monkeypatch: pytest.MonkeyP
     assert "3.33" in shown and "not measured" in shown and "met" in shown and "r.json" in shown
 
 
+def test_the_engines_figures_are_those_of_the_goals(lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model, end to end, another process for its start included."""
+    shape = dataclasses.replace(random_llama.Shape(), hidden=256, inner=384, layers=1, heads=4, kv_heads=2, vocab=30000)
+    monkeypatch.setattr(random_llama, "Shape", lambda: shape)
+    monkeypatch.setattr(gpu_engine, "PROMPTS", (16, 32))
+    monkeypatch.setattr(gpu_engine, "BATCHES", (1, 2))
+    monkeypatch.setattr(gpu_engine, "ENGINE", {"max_model_len": 128, "prepared_cache": None})
+    cell = gpu_cells.Cell("engine", "small", {"format": "awq", "tokens": 4})
+    rows = [row.fields for row in gpu_engine.measure(cell, lab)]
+    assert [row["figure"] for row in rows] == [
+        "time to first token at 16, ms", "time to first token at 32, ms", "tokens per second at 1",
+        "tokens per second at 2", gpu_engine.STARTED]
+    assert all(row["value"] > 0 for row in rows)
+    goals = gpu_report.goals([{"section": "engine", "name": "small", **row} for row in rows])
+    assert {met for goal, _, met in goals if goal.startswith(("G2", "G9"))} <= {True, False}
+
+
 @pytest.mark.parametrize("fmt", list(random_llama.FORMATS))
 def test_random_checkpoints_are_served(fmt: str, tmp_path: Path) -> None:
     shape = dataclasses.replace(random_llama.Shape(), hidden=256, inner=384, layers=2, heads=4, kv_heads=2, vocab=500)
