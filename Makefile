@@ -11,6 +11,7 @@ VENV ?= .venv
 TORCH_BACKEND ?= auto
 TORCH ?= torch==2.13.0
 PORT ?= 8000
+GPU_TESTERS ?= 4
 PEERS ?= .cache/peers
 # FOLDER:GROUP_SIZE of the 16-bit models to quantize
 QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:128
@@ -22,7 +23,7 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow test-robust sanitize check bench bench-cpu kernels-report interop-env interop bench-quality clean
+.PHONY: help demo serve test test-slow test-robust sanitize check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -33,6 +34,7 @@ help:
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
 	@echo '  make bench-cpu  Nibble, vLLM and llama.cpp side by side on this CPU'
+	@echo '  make test-gpu, make bench-gpu  every kernel on this GPU: is it right, how fast is it; `nibble tune` makes it faster'
 	@echo '  make kernels-report  what the Triton kernels compile to, for every card'
 	@echo '  make interop    what Nibble writes, loaded by transformers and vLLM in environments of their own'
 	@echo '  make interop-env, make bench-quality  other quantizers, and what quantizing costs with each'
@@ -73,6 +75,16 @@ bench: $(VENV)/.installed
 # Other quantizers, each in an environment of its own (several gigabytes).
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python bench/cpu.py --peers $(PEERS)
+
+# On a machine with an NVIDIA GPU. Triton compiles here: the interpreter's tests run once more, without it. Compiling takes
+# longest, so several processes test; each needs some 4 GB of the card.
+test-gpu: $(VENV)/.installed-dev
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/gpu tests/kernels/test_triton_products.py \
+	  tests/kernels/test_triton_attention.py tests/kernels/test_triton_fused.py tests/kernels/test_triton_sample.py -n $(GPU_TESTERS) $(ARGS)
+
+# Arguments go through: make bench-gpu ARGS='--quick --sections products attention --minutes 9'
+bench-gpu: $(VENV)/.installed-dev
+	$(BIN)/python bench/gpu.py $(ARGS)
 
 # Compiles every shipped Triton configuration for every card, without one; a table, and exit status 1 if one misses the gate.
 kernels-report: $(VENV)/.installed-dev

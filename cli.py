@@ -28,6 +28,7 @@ VERBS = {
     "convert": (".tools.convert:convert_command", "quantize a model to AWQ, GPTQ or FP8"),
     "evaluate": (".tools.evaluate:evaluate_command", "measure what quantization cost: perplexity, KL, top-1 agreement"),
     "doctor": (".tools.doctor:doctor_command", "what this machine can do, and what a model would run on"),
+    "tune": (".tools.tune:tune_command", "measure which tiles the quantized products are fastest with on this GPU"),
     "version": (".cli:version", "print the version"),
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

@@ -25,18 +25,18 @@ def describe() -> dict[str, Any]:
             "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "gpu": _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
+            "gpu": output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
             "load_average_before": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in
-                     ("nibble-serve", "torch", "transformers", "tokenizers", "uvicorn")}},
+                     ("nibble-serve", "torch", "triton", "transformers", "tokenizers", "uvicorn")}},
     }
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write bench/results/<date>-<name>.json."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{datetime.date.today().isoformat()}-{name}.json"
+def save(name: str, result: dict[str, Any], path: Path | None = None) -> Path:
+    """Write bench/results/<date>-<name>.json, or `path`."""
+    path = path or RESULTS / f"{datetime.date.today().isoformat()}-{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
@@ -54,10 +54,11 @@ def _version(distribution: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    return _output(["git", "-C", str(ROOT), *arguments]) or ""
+    return output(["git", "-C", str(ROOT), *arguments]) or ""
 
 
-def _output(command: list[str]) -> str | None:
+def output(command: list[str]) -> str | None:
+    """What a command prints; None where it fails or does not exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

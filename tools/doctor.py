@@ -64,9 +64,21 @@ def machine() -> list[Finding]:
         properties = torch.cuda.get_device_properties(index)
         found.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, compute capability {properties.major}."
                              f"{properties.minor}, {gib(torch.cuda.mem_get_info(index)[0])} free"))
+        found.append(tiles(properties.name, 10 * properties.major + properties.minor))
     if not torch.cuda.is_available():
         found.append(Finding("gpu", "ok", "torch sees none: models run on the CPU"))
     return found
+
+
+def tiles(card: str, cc: int) -> Finding:
+    """Whether the tiles of a card's quantized products were measured."""
+    from nibble.kernels.gptq.tuning import table
+
+    origin = table(card, cc).origin
+    if origin:
+        return Finding("tiles", "ok", f"of quantized products: {origin}")
+    return Finding("tiles", "ok", "of quantized products: by compute capability, not measured on this card",
+                   "nibble tune measures which are fastest (minutes)")
 
 
 def checkpoint(model: str, device_name: str) -> list[Finding]:

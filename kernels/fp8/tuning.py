@@ -1,11 +1,14 @@
-"""Tiles of the W8A8 products: a table per card in `configs/`, by the rules of kernels/gptq/tuning.py."""
+"""Tiles of the W8A8 products: a table per card in `configs/`, or the heuristic's by capability.
+
+`nibble tune` does not measure these yet: a card's own table is written by hand.
+"""
 
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..gptq.tuning import table_of, tile_for
+from ..gptq.tuning import file_name
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -30,13 +33,16 @@ class Table:
 
     def tile(self, rows: int) -> Tile:
         """The tile for `rows` rows of activations."""
-        return tile_for(self.gemm, rows)
+        return next((tile for tile in self.gemm if rows <= tile.rows), self.gemm[-1])
 
 
 @cache
 def table(device_name: str, cc: int) -> Table:
     """The table of a card, or of its compute capability (89, 90, ...)."""
-    return table_of(FOLDER, tables, device_name, cc)
+    own = FOLDER / file_name(device_name)
+    if own.exists():
+        return tables(own)[0]
+    return max((t for t in tables(FOLDER / "heuristic.json") if t.min_cc <= cc), key=lambda t: t.min_cc)
 
 
 def tables(file: Path) -> list[Table]:

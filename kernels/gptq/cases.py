@@ -28,7 +28,8 @@ def cases_of(weight: Weight, every_tile: bool, fp8: bool = False) -> list[Compil
         max_cc = following.min_cc - 1 if following else 1000
         for dtype in ("fp16", "bf16") if table.min_cc >= 80 else ("fp16",):
             target = Target(dtype, weight, fp8, table.min_cc, max_cc)
-            tiles = table.gemm if every_tile else table.gemm[:1]
+            fitting = [tile for tile in table.gemm if not tile.max_group or 0 < weight[1] <= tile.max_group]
+            tiles = fitting if every_tile else fitting[:1]
             cases += [*([gemv(target, table.gemv_block_n, table.gemv_warps)] if table.gemv_rows else []),
                       *(gemm(target, tile) for tile in tiles), dequantize(target)]
     return cases

@@ -28,7 +28,7 @@ def gemv(x: Tensor, weight: ShuffledWeight, bias: Tensor | None, table: Table, p
     """x [M <= 8, K] -> [M, N], without tensor cores."""
     _check(x, weight)
     programs = triton.cdiv(weight.out_features, table.gemv_block_n) * x.shape[0]
-    parts = split_k(programs, weight.words.shape[0], processors)
+    parts = split_k(programs, weight.words.shape[0], processors, table.gemv_programs)
     return _launch(products.gemv, x, weight, bias, programs, parts, warps=table.gemv_warps, stages=1,
                    BLOCK_N=table.gemv_block_n)
 
@@ -37,7 +37,7 @@ def gemm(x: Tensor, weight: ShuffledWeight, bias: Tensor | None, tile: Tile, pro
     """x [M, K] -> [M, N] on tensor cores; M <= 512."""
     _check(x, weight)
     programs = triton.cdiv(x.shape[0], tile.block_m) * triton.cdiv(weight.out_features, tile.block_n)
-    parts = split_k(programs, weight.words.shape[0], processors)
+    parts = split_k(programs, weight.words.shape[0], processors, tile.programs)
     if parts > 1 and programs > weight.locks.numel():
         parts = 1
     return _launch(products.gemm, x, weight, bias, programs, parts, warps=tile.warps, stages=tile.stages,

@@ -28,7 +28,8 @@ from torch import Tensor
 from ...quant.weight import QuantizedWeight
 
 PLANE = 32  # features a plane of a tile holds
-PAD_OUT = 64  # outputs are padded to multiples of this: the narrowest tile of a product
+PAD_OUT = 128  # outputs are padded to multiples of this: the widest tile of a product
+LOCK_OUT = 64  # outputs a lock is for: the narrowest tile
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ def shuffle(weight: QuantizedWeight) -> ShuffledWeight:
     words = words.permute(1, 0, 3, 2).reshape(tiles, padded_out, 16).contiguous()
     groups = 1 if group == 0 else -(-tiles * PLANE * planes // group)
     scales, packed_scale = _scales(weight, group, groups, padded_out)
-    locks = torch.zeros(8 * padded_out // PAD_OUT, dtype=torch.int32, device=codes.device)
+    locks = torch.zeros(8 * padded_out // LOCK_OUT, dtype=torch.int32, device=codes.device)
     return ShuffledWeight(words, scales, packed_scale, weight.perm, bits, group, in_features, out_features,
                           weight.kind == "fp8", locks)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...quant.weight import QuantizedWeight
 from ..spec import LinearSpec
 from .layout import ShuffledWeight, kernel_group, shuffle
-from .tuning import Table, table
+from .tuning import Table, table, weights_name
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class TritonIntKernel:
         if isinstance(weight, Tensor):
             raise TypeError("a dense weight was given to a kernel for quantized ones")
         card = torch.cuda.get_device_properties(spec.device)
-        chosen = table(card.name, cuda_capability(spec.device))
+        chosen = table(card.name, cuda_capability(spec.device), weights_name(spec.kind, spec.bits))
         return Prepared(shuffle(weight.to(spec.device)), chosen, card.multi_processor_count)
 
     def apply(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
@@ -84,5 +84,5 @@ def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
     if x.shape[0] <= chosen.gemv_rows:
         return launch.gemv(x, weight, bias, chosen, prepared.processors)
     if x.shape[0] < chosen.dequantize_rows:
-        return launch.gemm(x, weight, bias, chosen.tile(x.shape[0]), prepared.processors)
+        return launch.gemm(x, weight, bias, chosen.tile(x.shape[0], weight.group), prepared.processors)
     return F.linear(x, launch.dequantize(weight, x.dtype), bias)

@@ -1,16 +1,25 @@
-"""Which tiles a product is computed with: a table per card in `configs/`, never a search while serving.
+"""Which tiles a product is computed with: tables in JSON, never a search while serving.
 
-`configs/<device name>.json` (blanks as underscores) is a card's own measured table; where there is none,
-`configs/heuristic.json` gives one by compute capability, reasoned from the roofline (docs/KERNELS.md) and compiled for
-every capability by `make kernels-report`. Rows of `gemm` are ordered by `rows`; the first that holds M serves.
+The first of these that has a table for the kind of weight is used:
+
+    ~/.cache/nibble/tiles/<device name>.json    what `nibble tune` measured on this machine (blanks as underscores)
+    configs/<device name>.json                  measured, and shipped with the package
+    configs/heuristic.json                      by compute capability: reasoned from the roofline (docs/KERNELS.md), and
+                                                compiled for every capability by `make kernels-report`
+
+Rows of `gemm` are ordered by `rows`; the first that holds M and admits the weight's group serves.
 """
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 FOLDER = Path(__file__).parent / "configs"
+MEASURED = Path("~/.cache/nibble/tiles")  # where `nibble tune` writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +30,8 @@ class Tile:
     warps: int
     stages: int
     swap: bool = False
+    programs: int = 2  # for each multiprocessor: K is split until there are about as many
+    max_group: int = 0  # for weights with a scale for at most as many features; 0: for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +42,69 @@ class Table:
     gemv_warps: int
     dequantize_rows: int  # from here on: dequantize, then cuBLAS
     gemm: tuple[Tile, ...]
+    gemv_programs: int = 2
+    weights: tuple[str, ...] = ()  # as `weights_name` gives them; none: all
+    origin: str = ""  # when, where and with what it was measured
 
-    def tile(self, rows: int) -> Tile:
-        """The tile for `rows` rows of activations."""
-        return tile_for(self.gemm, rows)
+    def tile(self, rows: int, group: int = 0) -> Tile:
+        """The tile for `rows` rows of activations and a weight whose groups are `group` features (0: a whole row)."""
+        fitting = [tile for tile in self.gemm if not tile.max_group or 0 < group <= tile.max_group]
+        return next((tile for tile in fitting if rows <= tile.rows), fitting[-1])
+
+    def serves(self, weights: str) -> bool:
+        """Whether it is for this kind of weight."""
+        return not self.weights or weights in self.weights
 
 
-def tile_for(tiles, rows: int):
-    """The first tile for that many rows, else the last."""
-    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
+def weights_name(kind: str, bits: int) -> str:
+    """What tables call a kind of weight: "int4", "fp8"."""
+    return "fp8" if kind == "fp8" else f"int{bits}"
+
+
+def file_name(device_name: str) -> str:
+    """Of a card's own tables."""
+    return device_name.replace(" ", "_").replace("/", "_") + ".json"
 
 
 @cache
-def table(device_name: str, cc: int) -> Table:
-    """The table of a card, or of its compute capability (75, 80, ...)."""
-    return table_of(FOLDER, tables, device_name, cc)
-
-
-def table_of(folder: Path, read, device_name: str, cc: int):
-    """The table of the card's own file in `folder`, else the heuristic's for `cc`; `read` lists a file's tables."""
-    own = folder / f"{device_name.replace(' ', '_')}.json"
-    if own.exists():
-        return read(own)[0]
-    return max((t for t in read(folder / "heuristic.json") if t.min_cc <= cc), key=lambda t: t.min_cc)
+def table(device_name: str, cc: int, weights: str = "int4") -> Table:
+    """The table of a card, or of its compute capability (75, 80, ...), for a kind of weight."""
+    for folder in (MEASURED, FOLDER):
+        for own in measured_tables(folder / file_name(device_name)):
+            if own.serves(weights):
+                return own
+    fitting = (t for t in tables(FOLDER / "heuristic.json") if t.min_cc <= cc and t.serves(weights))
+    return max(fitting, key=lambda t: t.min_cc)
 
 
 def tables(file: Path) -> list[Table]:
-    """Every table of a file."""
-    return [Table(**{**entry, "gemm": tuple(Tile(**tile) for tile in entry["gemm"])})
+    """Every table of a file. ValueError, TypeError or KeyError where it is none."""
+    return [Table(**{**entry, "gemm": tuple(Tile(**tile) for tile in entry["gemm"]),
+                     "weights": tuple(entry.get("weights", ()))})
             for entry in json.loads(file.read_text())]
 
 
-def split_k(programs: int, tiles: int, processors: int) -> int:
-    """Parts to cut K into so that about two programs run on each multiprocessor, with four trips for each or more."""
-    return max(1, min(2 * processors // programs, tiles // 4, 16))
+def measured_tables(file: Path) -> list[Table]:
+    """Those of a card's own file; none where there is no such file. A broken one costs a warning, never a start."""
+    try:
+        file = file.expanduser()
+    except RuntimeError:  # nobody's home: a container without one
+        return []
+    if not file.exists():
+        return []
+    try:
+        return tables(file)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s holds no tables of tiles (%s): ignored; run `nibble tune` again, or remove it", file, error)
+        return []
+
+
+def as_json(entries: list[Table]) -> str:
+    """What `tables` reads."""
+    return json.dumps([asdict(entry) for entry in entries], indent=1) + "\n"
+
+
+def split_k(programs: int, tiles: int, processors: int, wanted: int = 2) -> int:
+    """Parts to cut K into so that about `wanted` programs run on each multiprocessor, with four trips for each or
+    more."""
+    return max(1, min(wanted * processors // programs, tiles // 4, 16))

@@ -1,106 +1,20 @@
 """Paged attention in Triton's interpreter against attention written out in float64."""
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("triton")
+from kernel_cases import BF16, BLOCK, FP8, HALF, interpreter_only, on_device  # noqa: F401  (a fixture)
+from kernel_cases import AttentionCase as Case
 
 from nibble.kernels.attention import paged
 from nibble.kernels.attention.config import decode_config, num_splits, prefill_config
 from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, PagedCache, allocate_scales, paged_attention
 from nibble.quant.errors import UnsupportedError
 
-BLOCK = 16
-FP8 = torch.float8_e4m3fn
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
-HALF, BF16 = torch.float16, torch.bfloat16
-
 
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a test's few keys are split, too."""
     monkeypatch.setattr(paged, "MIN_SPLIT", 32)
-
-
-class Case:
-    """Sequences of (context, queries), their keys and values in a paged cache whose every other place is poisoned."""
-
-    def __init__(self, lengths: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype=HALF, kind="same",
-                 decodes: int = 0, **batch: int):
-        torch.manual_seed(heads * 1000 + dim + len(lengths))
-        self.lengths, self.heads, self.kv_heads, self.dim = lengths, heads, kv_heads, dim
-        counts = [-(-context // BLOCK) for context, _ in lengths]
-        self.tables = torch.full((len(lengths), max(counts) + 1), 2**31 - 1, dtype=torch.int32)
-        free = torch.randperm(sum(counts) + 3).tolist()
-        for s, count in enumerate(counts):
-            self.tables[s, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
-        self.exact = [self._write_random(sum(counts) + 3, dtype, kind) for _ in "kv"]
-        (keys, key_scales, self.k), (values, value_scales, self.v) = self.exact
-        # The engine's layout: both in one tensor.
-        both = torch.stack([keys.view(torch.uint8), values.view(torch.uint8)]).view(keys.dtype)
-        self.cache = PagedCache(both[0], both[1], key_scales, value_scales)
-        starts = torch.tensor([0] + [queries for _, queries in lengths]).cumsum(0).int()
-        self.batch = PagedBatch(self.tables, starts, torch.tensor([c for c, _ in lengths]).int(), decodes, **batch)
-        self.q = torch.randn(int(starts[-1]), heads, dim).to(dtype)
-
-    def _write_random(self, num_blocks: int, dtype: torch.dtype, kind: str):
-        """(codes, scales or None, the values of each sequence as float64 [kv_heads, context, dim])."""
-        shape = (self.kv_heads, num_blocks, BLOCK, self.dim)
-        store = {"same": dtype, "int8": torch.int8}.get(kind, FP8)
-        bits = torch.int16 if kind == "same" else torch.int8
-        poison = -1 if kind == "same" else 127  # NaN in float16, bfloat16 and e4m3fn
-        codes = torch.full(shape, poison, dtype=bits).view(store)
-        scales = {"fp8-tensor": torch.tensor([0.02])}.get(kind)
-        if kind in ("int8", "fp8"):
-            scales = allocate_scales(num_blocks, BLOCK, self.kv_heads, torch.device("cpu")).fill_(math.nan)
-        exact = []
-        for s, (context, _) in enumerate(self.lengths):
-            at = torch.arange(context)
-            block, offset = self.tables[s, at // BLOCK].long(), at % BLOCK
-            x = torch.randn(self.kv_heads, context, self.dim) * torch.rand(self.kv_heads, context, 1).exp2()
-            if kind in ("int8", "fp8"):
-                x[:, 1::7] = 0
-                scale = x.abs().amax(-1) / (127 if kind == "int8" else 448)
-                scales[block, offset] = scale.T
-                x = x / scale.clamp(min=1e-20)[..., None]
-                x = x.round() if kind == "int8" else x
-            elif kind == "fp8-tensor":
-                scale = scales.expand(self.kv_heads, context)
-                x = x / scales
-            codes[:, block, offset] = x.to(store) if kind != "int8" else x.to(torch.int8)
-            read = codes[:, block, offset].double()
-            exact.append(read if scales is None else read * scale[..., None].double())
-        return codes, scales, exact
-
-    def expected(self, spec: AttentionSpec) -> Tensor:
-        out = []
-        for s, (context, queries) in enumerate(self.lengths):
-            q = self.q[self.batch.query_starts[s]:self.batch.query_starts[s + 1]].double()
-            if not context:
-                out.append(torch.zeros_like(q))
-                continue
-            k, v = (x[s].repeat_interleave(self.heads // self.kv_heads, 0) for x in (self.k, self.v))
-            logits = torch.einsum("qhd,hkd->hqk", q, k) * spec.scale
-            if spec.soft_cap:
-                logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
-            behind = torch.arange(context - queries, context)[:, None] - torch.arange(context)
-            seen = (behind >= 0) & (behind < (spec.window or 10**9))
-            logits = logits.masked_fill(~seen, -math.inf)
-            if spec.sinks is not None:
-                logits = torch.cat([logits, spec.sinks.double()[:, None, None].expand(-1, queries, 1)], 2)
-            weights = torch.softmax(logits, -1)[..., :context]
-            out.append(torch.einsum("hqk,hkd->qhd", weights, v))
-        return torch.cat(out)
-
-    def check(self, **spec) -> None:
-        spec = AttentionSpec(self.dim**-0.5, **spec)
-        out = paged_attention(self.q, self.cache, self.batch, spec)
-        assert out.shape == self.q.shape and out.dtype == self.q.dtype
-        torch.testing.assert_close(out.double(), self.expected(spec), atol=TOLERANCE[self.q.dtype],
-                                   rtol=4 * TOLERANCE[self.q.dtype])
 
 
 BOUNDARIES = [(1, 1), (15, 1), (16, 1), (17, 1), (0, 1), (32, 1), (33, 1), (95, 1)]
@@ -156,6 +70,7 @@ def test_cache_types(kind: str, dtype: torch.dtype) -> None:
     case.check(splits=4, window=30)
 
 
+@interpreter_only
 def test_fp8_of_a_card_that_converts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "_card", lambda device: (90, 4))
     Case([(70, 1), (45, 17)], 4, 2, 96, HALF, "fp8", decodes=1).check()
@@ -224,7 +139,7 @@ def test_what_does_not_fit_is_one_clear_error() -> None:
     spec = AttentionSpec(1.0)
     with pytest.raises(UnsupportedError, match="needs key_scales and value_scales"):
         PagedCache(keys.to(torch.int8), values.to(torch.int8))
-    with pytest.raises(UnsupportedError, match=r"want float32 on cpu, of shape \(5, 16, 2\)"):
+    with pytest.raises(UnsupportedError, match=r"want float32 on (cpu|cuda:0), of shape \(5, 16, 2\)"):
         PagedCache(keys.to(torch.int8), values.to(torch.int8), torch.ones(1), torch.ones(1))
     with pytest.raises(UnsupportedError, match="one shape and one layout"):
         PagedCache(keys, values.contiguous()[:, :1])

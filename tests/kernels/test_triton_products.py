@@ -4,47 +4,30 @@ import dataclasses
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
+from kernel_cases import (
+    DEVICE,
+    ROUNDING,
+    activations,
+    make_fp8_weight,
+    make_weight,
+    on_device,  # noqa: F401  (a fixture)
+)
+from kernel_cases import check_product as check
 
 from nibble.kernels.gptq import launch, linear
 from nibble.kernels.gptq.layout import ShuffledWeight, shuffle
 from nibble.kernels.gptq.linear import Prepared, multiply
 from nibble.kernels.gptq.tuning import Table, Tile, split_k, table
 from nibble.kernels.spec import LinearSpec
-from nibble.quant.weight import QuantizedWeight
 
 TABLE = Table(80, gemv_rows=4, gemv_block_n=64, gemv_warps=4, dequantize_rows=40, gemm=(Tile(64, 16, 64, 4, 2),))
-HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-7}  # the interpreter cuts float32 down to bfloat16, unrounded
-
-
-def make(bits: int, zero: str, out: int, inner: int, group: int, scale_dtype: torch.dtype = torch.float16):
-    generator = torch.Generator().manual_seed(bits * 1000 + out + inner + group)
-    shape = (out, -(-inner // group))
-    return QuantizedWeight(
-        codes=torch.randint(0, 2**bits, (out, inner), dtype=torch.uint8, generator=generator),
-        scales=((torch.rand(shape, generator=generator) - 0.3) / 2**bits).to(scale_dtype),
-        zeros=torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator) if zero == "zeros" else None,
-        mins=torch.randn(shape, generator=generator) if zero == "mins" else None, bits=bits, block=(1, group))
-
-
-def activations(rows: int, inner: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(rows, inner, generator=torch.Generator().manual_seed(rows)).to(dtype)
-
-
-def check(y: torch.Tensor, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
-    dense = weight.dequantize(torch.float32).double()
-    want = x.double() @ dense.T + (0 if bias is None else bias.double())
-    bound = x.double().abs() @ dense.abs().T * x.shape[1] * 2**-24 + want.abs() * HALF[x.dtype] + 1e-6
-    assert y.dtype == x.dtype and y.shape == want.shape
-    assert ((y.double() - want).abs() <= bound).all(), (y.double() - want).abs().max()
 
 
 def test_four_bit_words_are_the_layout_drawn() -> None:
     """Bit by bit from the docstring, independently of `shuffle`."""
-    weight = make(4, "mid", 3, 200, 32)
+    weight = make_weight(4, "mid", 3, 200, 32)
     words = shuffle(weight).words
-    assert words.shape == (2, 64, 16)
+    assert words.shape == (2, 128, 16)
     for tile, row, position, nibble in ((0, 0, 0, 0), (0, 2, 7, 5), (1, 1, 13, 1), (1, 2, 4, 6)):
         t, j = divmod(position, 4)
         plane, half = nibble % 4, nibble // 4
@@ -60,7 +43,7 @@ def test_four_bit_words_are_the_layout_drawn() -> None:
     (8, "zeros", 64, 129, 129), (4, "zeros", 64, 130, 48)])
 def test_each_path_is_the_reference(bits: int, zero: str, out: int, inner: int, group: int,
                                     dtype: torch.dtype) -> None:
-    weight = make(bits, zero, out, inner, group)
+    weight = make_weight(bits, zero, out, inner, group)
     shuffled = shuffle(weight)
     for rows in (1, 3):
         x = activations(rows, inner, dtype)
@@ -68,13 +51,13 @@ def test_each_path_is_the_reference(bits: int, zero: str, out: int, inner: int, 
     x = activations(17, inner, dtype)
     check(launch.gemm(x, shuffled, None, Tile(64, 16, 64, 4, 2), 1), x, weight)
     dense = launch.dequantize(shuffled, dtype)
-    assert torch.allclose(dense.double(), weight.dequantize(torch.float32).double(), rtol=HALF[dtype], atol=1e-6)
+    assert torch.allclose(dense.double(), weight.dequantize(torch.float32).double(), rtol=ROUNDING[dtype], atol=1e-6)
 
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("zero", ["zeros", "mins"])
 def test_split_along_k_adds_up_and_leaves_its_locks_free(swap: bool, zero: str) -> None:
-    weight = make(4, zero, 100, 8 * 128, 128)
+    weight = make_weight(4, zero, 100, 8 * 128, 128)
     shuffled, bias = shuffle(weight), torch.randn(100).half()
     x = activations(5, 8 * 128, torch.float16)
     first = launch.gemm(x, shuffled, bias, Tile(16, 16, 64, 4, 2, swap), processors=8)
@@ -85,14 +68,14 @@ def test_split_along_k_adds_up_and_leaves_its_locks_free(swap: bool, zero: str) 
 
 
 def test_scales_that_sixteen_bits_do_not_hold_are_kept() -> None:
-    weight = make(4, "zeros", 64, 128, 32, torch.float32)
+    weight = make_weight(4, "zeros", 64, 128, 32, torch.float32)
     shuffled, x = shuffle(weight), activations(2, 128, torch.float16)
     assert shuffled.packed_scale is None
     check(launch.gemv(x, shuffled, None, TABLE, 1), x, weight)
 
 
 def test_scales_below_float16_keep_their_bfloat16() -> None:
-    weight, x = make(4, "mid", 64, 128, 32, torch.bfloat16), activations(2, 128, torch.float16)
+    weight, x = make_weight(4, "mid", 64, 128, 32, torch.bfloat16), activations(2, 128, torch.float16)
     weight.scales = weight.scales * 2.0**-14
     shuffled = shuffle(weight)
     assert shuffled.packed_scale is torch.bfloat16
@@ -101,7 +84,7 @@ def test_scales_below_float16_keep_their_bfloat16() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 41])
 def test_rows_choose_the_path(rows: int) -> None:
-    weight = make(4, "zeros", 66, 128, 64)
+    weight = make_weight(4, "zeros", 66, 128, 64)
     x = activations(rows, 128, torch.float16)
     y = multiply(x, Prepared(shuffle(weight), TABLE, 1), None)
     want = x.double() @ weight.dequantize(torch.float32).double().T
@@ -109,7 +92,7 @@ def test_rows_choose_the_path(rows: int) -> None:
 
 
 def test_activations_are_checked() -> None:
-    shuffled: ShuffledWeight = shuffle(make(4, "mid", 64, 128, 64))
+    shuffled: ShuffledWeight = shuffle(make_weight(4, "mid", 64, 128, 64))
     with pytest.raises(ValueError, match="rows of 128 features"):
         launch.gemv(torch.zeros(1, 64).half(), shuffled, None, TABLE, 1)
     with pytest.raises(ValueError, match="float16 or bfloat16"):
@@ -119,21 +102,17 @@ def test_activations_are_checked() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("out", "inner", "block"), [(70, 192, (70, 192)), (64, 130, (1, 130)), (130, 256, (64, 128))])
 def test_fp8_weights(out: int, inner: int, block: tuple[int, int], dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(out)
-    codes = torch.randint(0, 256, (out, inner), dtype=torch.uint8, generator=generator)
-    codes[codes & 0x7F == 0x7F] = 0x7E  # NaN; all other codes stand, subnormals too
-    scales = torch.rand(-(-out // block[0]), -(-inner // block[1]), generator=generator) / 100
-    weight = QuantizedWeight(codes.view(torch.float8_e4m3fn), scales, kind="fp8", bits=8, block=block)
+    weight = make_fp8_weight(out, inner, block)
     shuffled = shuffle(weight)
     x = activations(5, inner, dtype)
     check(launch.gemm(x, shuffled, None, Tile(64, 16, 64, 4, 2, swap=True), 1), x, weight)
     check(launch.gemv(x[:1], shuffled, None, TABLE, 1), x[:1], weight)
     dense = launch.dequantize(shuffled, dtype)
-    assert torch.allclose(dense.double(), weight.dequantize(torch.float32).double(), rtol=HALF[dtype], atol=1e-6)
+    assert torch.allclose(dense.double(), weight.dequantize(torch.float32).double(), rtol=ROUNDING[dtype], atol=1e-6)
 
 
 def cuda_spec(**changes) -> LinearSpec:
-    spec = LinearSpec.of(make(4, "zeros", 64, 128, 64), torch.float16, torch.device("cuda"))
+    spec = LinearSpec.of(make_weight(4, "zeros", 64, 128, 64), torch.float16, torch.device("cuda"))
     return dataclasses.replace(spec, **changes)
 
 
@@ -157,8 +136,8 @@ def test_refusals_have_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_act_order_gathers_activations() -> None:
-    weight = make(4, "zeros", 66, 128, 64)
-    weight.perm = torch.randperm(128, generator=torch.Generator().manual_seed(5))
+    weight = make_weight(4, "zeros", 66, 128, 64)
+    weight.perm = torch.randperm(128, generator=torch.Generator(DEVICE).manual_seed(5))
     x = activations(6, 128, torch.float16).view(2, 3, 128)
     y = linear.TritonIntKernel().apply(x, Prepared(shuffle(weight), TABLE, 1), None)
     assert y.shape == (2, 3, 66)

@@ -1,10 +1,8 @@
 """Token selection in the interpreter against the engine's sampler, which sorts, in torch."""
 
 import pytest
-
-pytest.importorskip("triton")
-
 import torch
+from kernel_cases import DEVICE, on_device  # noqa: F401  (a fixture)
 from torch import Tensor
 
 from nibble.engine.batch import StepResult
@@ -15,7 +13,8 @@ from nibble.quant.errors import UnsupportedError
 
 
 def _logits(rows: int, vocab: int, spread: float = 3.0, seed: int = 0) -> Tensor:
-    return torch.randn((rows, vocab), generator=torch.Generator().manual_seed(seed)) * spread
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((rows, vocab), generator=generator, device="cpu").to(DEVICE) * spread
 
 
 def _requests(params: list[SamplingParams], prompt: list[int], output: list[int]) -> list[Request]:
@@ -29,7 +28,7 @@ def _requests(params: list[SamplingParams], prompt: list[int], output: list[int]
 
 def _rows(requests: list[Request], vocab: int) -> SamplingRows:
     params = [request.params for request in requests]
-    state = new_state(len(requests) + 1, vocab, torch.device("cpu"))
+    state = new_state(len(requests) + 1, vocab, DEVICE)
     state_rows = []
     for index, request in enumerate(requests):
         one = request.params

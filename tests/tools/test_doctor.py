@@ -5,6 +5,8 @@ import json
 import pytest
 
 from nibble.cli import main
+from nibble.kernels.gptq import tuning
+from nibble.tools import doctor
 
 
 def findings(capsys, *arguments: str) -> tuple[int, dict[str, list[dict]]]:
@@ -47,3 +49,15 @@ def test_what_cannot_be_served_is_no(capsys, tiny_llama, tmp_path, change):
     code, found = findings(capsys, str(folder))
     assert code == 2
     assert found["model"][0]["state"] == "no"
+
+
+def test_tiles_that_were_not_measured_name_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "MEASURED", tmp_path)
+    tuning.table.cache_clear()
+    assert "nibble tune" in doctor.tiles("A Card", 90).fix
+    measured = tuning.Table(90, 0, 64, 4, 64, (), origin="nibble tune, today")
+    (tmp_path / "A_Card.json").write_text(tuning.as_json([measured]))
+    tuning.table.cache_clear()
+    finding = doctor.tiles("A Card", 90)
+    tuning.table.cache_clear()
+    assert finding.text.endswith("nibble tune, today") and not finding.fix

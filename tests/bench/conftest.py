@@ -1,0 +1,6 @@
+"""bench/ is a folder of scripts that import one another by name."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
