@@ -23,7 +23,7 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow test-robust sanitize check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help demo serve test test-slow test-robust sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -31,6 +31,7 @@ help:
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
 	@echo '  make sanitize   the C++ kernels under AddressSanitizer and ThreadSanitizer'
+	@echo '  make test-neon  the ARM kernels under emulation, against the x86 ones'
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
 	@echo '  make bench-cpu  Nibble, vLLM and llama.cpp side by side on this CPU'
@@ -62,6 +63,11 @@ test-robust: $(VENV)/.installed-dev
 # The C++ kernels' tests under AddressSanitizer and ThreadSanitizer (needs their runtimes, which come with g++).
 sanitize: $(VENV)/.installed-dev
 	$(BIN)/python tests/sanitize.py
+
+# The ARM kernels without an ARM machine: cross-compiled, and run by qemu (apt-get install qemu-user-static).
+test-neon: $(VENV)/.installed-dev
+	$(BIN)/pip install -q ziglang
+	$(BIN)/python tests/kernels/neon.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

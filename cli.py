@@ -121,7 +121,7 @@ def serve(
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="share no prompt prefixes")] = False,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads of the engine", min=1)] = None,
     cpu_isa: Annotated[str, typer.Option(
-        help="C++ kernels: auto, avx512bf16, avx512vnni, avxvnni, avx2, or none")] = "auto",
+        help="C++ kernels: auto, avx512bf16, avx512vnni, avxvnni, avx2, neon, or none")] = "auto",
     cpu_activations: Annotated[str, typer.Option(
         help="what integer weights are multiplied with on a CPU: int8 (by group) or bf16")] = "int8",
     lm_head_bits: Annotated[int | None, typer.Option(

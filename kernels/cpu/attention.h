@@ -57,12 +57,15 @@ inline void weigh(const uint16_t* weights, int keys, const uint16_t* const* valu
     for (int l = 0; l < L; l++) f_store(out + r * dim + l * 16, acc[r][l]);
 }
 
+// How many times 16 positions or dimensions R rows work on at once.
+template <int R> constexpr int kSide = 2 * R <= kAccumulators ? 2 : 1;
+
 template <int R>
 inline void score_rows(const QueryTile& tile, int row, int dim, const KeyTile& from, int lanes) {
   const uint16_t* q = tile.q + (int64_t)row * dim;
   float* scores = tile.scores + row * kKeys;
   int l = 0;
-  for (; l + 2 <= lanes; l += 2) score<R, 2>(q, dim, from.keys + l, from.stride, scores + l * 16);
+  for (; l + kSide<R> <= lanes; l += kSide<R>) score<R, kSide<R>>(q, dim, from.keys + l, from.stride, scores + l * 16);
   if (l < lanes) score<R, 1>(q, dim, from.keys + l, from.stride, scores + l * 16);
 }
 
@@ -74,8 +77,8 @@ inline void weigh_rows(const QueryTile& tile, int row, int dim, int keys, const 
     for (int i = 0; i * 16 < keys; i++) shifted[i] = values[i] + offset * 2;
     return shifted;
   };
-  for (; d + 32 <= dim; d += 32)
-    weigh<R, 2>(tile.weights + row * kKeys, keys, at(d), dim, tile.out + (int64_t)row * dim + d);
+  for (; d + 16 * kSide<R> <= dim; d += 16 * kSide<R>)
+    weigh<R, kSide<R>>(tile.weights + row * kKeys, keys, at(d), dim, tile.out + (int64_t)row * dim + d);
   if (d < dim) weigh<R, 1>(tile.weights + row * kKeys, keys, at(d), dim, tile.out + (int64_t)row * dim + d);
 }
 

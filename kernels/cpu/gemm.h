@@ -66,6 +66,7 @@ inline int64_t column_bytes(int format) { return format == NB_U4 ? 8 : format ==
 template <int R, int T, class Source>
 inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile, int first, int last,
                      const uint8_t* const* codes, const uint8_t* const* ahead, float* out) {
+  constexpr int kShift = Source::Wide ? kWideShift : 0;
   const int8_t* q[R];
   const uint8_t* next[T];
   for (int r = 0; r < R; r++) q[r] = (const int8_t*)x.data + (int64_t)(row + r) * x.k_padded + first * w.group;
@@ -80,10 +81,12 @@ inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile,
     const int32_t* sum = x.sum + (int64_t)row * x.groups + g;
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) {
+        int32_t s = sum[r * x.groups];
         if (w.offset == NB_ZEROS)
-          acc[r][t] = i_times_u8((const uint8_t*)w.offsets + ((int64_t)(tile + t) * w.groups + g) * 16, -sum[r * x.groups]);
+          acc[r][t] = i_times_u8((const uint8_t*)w.offsets + ((int64_t)(tile + t) * w.groups + g) * 16, -s);
         else
-          acc[r][t] = i_set(-w.midpoint * sum[r * x.groups]);
+          acc[r][t] = i_set(-w.midpoint * s);
+        if constexpr (kShift != 0) acc[r][t] = i_add(acc[r][t], i_set(kShift * s));
       }
     int columns = columns_of(w, x.k_padded, g);
     for (int k = 0; k < columns; k += 8) {
@@ -91,23 +94,28 @@ inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile,
       if (ahead)
         for (int t = 0; t < T; t++) fetch<Source::Wide ? 2 : 1>(next[t]);
       for (int t = 0; t < T; t++) Source::load(p[t] + k * Source::kBytes, a[t], b[t]);
+      Codes eight[R];
+      for (int r = 0; r < R; r++) eight[r] = c_load(q[r] + k);
       for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) acc[r][t] = dot4<Source::Wide>(acc[r][t], a[t], q[r] + k);
+        for (int t = 0; t < T; t++) acc[r][t] = dot4<Source::Wide, 0>(acc[r][t], a[t], eight[r]);
       for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) acc[r][t] = dot4<Source::Wide>(acc[r][t], b[t], q[r] + k + 4);
+        for (int t = 0; t < T; t++) acc[r][t] = dot4<Source::Wide, 1>(acc[r][t], b[t], eight[r]);
     }
+    // Two short loops: one long one would not be unrolled, and the sums would live in memory.
     for (int t = 0; t < T; t++) {
-      int64_t at = ((int64_t)(tile + t) * w.groups + g) * 16;
-      F32 scale = f_load_half((const uint16_t*)w.scales + at);
+      F32 scale = f_load_half((const uint16_t*)w.scales + ((int64_t)(tile + t) * w.groups + g) * 16);
       for (int r = 0; r < R; r++) {
         F32 row_scale = f_set(x.scale[(int64_t)(row + r) * x.groups + g]);
         total[r][t] = f_fma(f_mul(scale, row_scale), f_from(acc[r][t]), total[r][t]);
-        if (w.offset == NB_MINS) {
-          F32 minimum = f_load_half((const uint16_t*)w.offsets + at);
-          total[r][t] = f_fma(f_mul(minimum, row_scale), f_set((float)sum[r * x.groups]), total[r][t]);
-        }
       }
       p[t] += columns * Source::kBytes;
+    }
+    for (int t = 0; t < T && w.offset == NB_MINS; t++) {
+      F32 minimum = f_load_half((const uint16_t*)w.offsets + ((int64_t)(tile + t) * w.groups + g) * 16);
+      for (int r = 0; r < R; r++) {
+        F32 row_scale = f_set(x.scale[(int64_t)(row + r) * x.groups + g]);
+        total[r][t] = f_fma(f_mul(minimum, row_scale), f_set((float)sum[r * x.groups]), total[r][t]);
+      }
     }
     for (int r = 0; r < R; r++) q[r] += columns;
   }
@@ -207,7 +215,10 @@ inline void unpack_pairs(int format, const uint8_t* codes, int columns, uint8_t*
 template <int R, int T>
 inline void dot_rows(const NbLinear& w, const Activations& x, int row, int tile, int first, int last, bool unpacked,
                      const uint8_t* const* codes, const uint8_t* const* ahead, float* out) {
-  if (!x.is_int8)
+  if constexpr (T > 1 && R * T > kAccumulators) {
+    for (int t = 0; t < T; t++)
+      dot_rows<R, 1>(w, x, row, tile + t, first, last, unpacked, codes + t, ahead ? ahead + t : nullptr, out + t * 16);
+  } else if (!x.is_int8)
     dot_bf16<R, T>(w, x, row, tile, first, last, codes, ahead, out);
   else if (w.format == NB_U8)
     dot_int8<R, T, FromBytes<true>>(w, x, row, tile, first, last, codes, ahead, out);

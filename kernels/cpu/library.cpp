@@ -8,12 +8,16 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
-
 namespace avx2 { extern const nibble::Kernels kKernels; }
 namespace avxvnni { extern const nibble::Kernels kKernels; }
 namespace avx512vnni { extern const nibble::Kernels kKernels; }
 namespace avx512bf16 { extern const nibble::Kernels kKernels; }
+#elif defined(__aarch64__)
+#if !defined(__APPLE__)
+#include <sys/auxv.h>
+#endif
+namespace neon { extern const nibble::Kernels kKernels; }
+#endif
 
 namespace {
 
@@ -25,6 +29,7 @@ struct Isa {
   bool (*runs)();
 };
 
+#if defined(__x86_64__)
 bool leaf7(int subleaf, int reg, int bit) {
   unsigned r[4];
   return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1);
@@ -46,6 +51,19 @@ const Isa kIsas[] = {  // best first
     {"avxvnni", &avxvnni::kKernels, has_avxvnni},
     {"avx2", &avx2::kKernels, has_avx2},
 };
+#elif defined(__aarch64__)
+// The dot product instructions: the first ARMv8 cores lack them (Cortex-A53 and A72), no Apple computer does.
+bool has_dot_product() {
+#if defined(__APPLE__)
+  return true;
+#else
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kAsimdDp;
+#endif
+}
+
+const Isa kIsas[] = {{"neon", &neon::kKernels, has_dot_product}};
+#endif
 
 // Cuts one piece of memory into arrays of 64-byte aligned beginnings. The first pass, without memory, measures.
 struct Arena {

@@ -6,10 +6,13 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
 from ...quant.errors import NibbleError
-from .build import LIBRARY, source_hash
+from .build import LIBRARY, architecture, source_hash
 
 _ABI_VERSION = 2
 _HOW_TO_BUILD = "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
+
+_NEEDED_CPU = {"x86_64": "the C++ kernels need a CPU with AVX2",
+               "aarch64": "the C++ kernels need a CPU with the dot product instructions (asimddp in /proc/cpuinfo)"}
 
 U4, U8, FP8, DENSE = range(4)  # NbFormat
 MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
@@ -76,7 +79,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if library.nb_abi_version() != _ABI_VERSION or source_hash() not in (None, library.nb_build().decode()):
         return None, f"the C++ kernels were built from other sources than these: {_HOW_TO_BUILD}"
     if not library.nb_isas():
-        return None, "the C++ kernels need a CPU with AVX2"
+        return None, _NEEDED_CPU[architecture()]
     return library, ""
 
 

@@ -7,13 +7,16 @@
 
 namespace NB_ISA {
 
-constexpr int kTiles = 1;      // tiles of 16 outputs that one inner loop works on
-constexpr int kRows = 3;       // rows of activations that it works on
+constexpr int kTiles = 1;         // tiles of 16 outputs that one inner loop works on
+constexpr int kRows = 3;          // rows of activations that it works on
+constexpr int kAccumulators = 8;  // sums of 16 lanes that it may keep
+constexpr int kWideShift = 0;     // dot4 takes weights as they are
 
 struct F32 { __m256 a, b; };   // 16 float32
 struct I32 { __m256i a, b; };  // 16 int32
 using Bytes = I32;             // 16 lanes of 4 bytes
 using Pairs = I32;             // 16 lanes of 2 bfloat16
+using Codes = const int8_t*;   // 8 columns of one row's int8 activations
 
 inline __m256 as_f(__m256i x) { return _mm256_castsi256_ps(x); }
 inline __m256i as_i(__m256 x) { return _mm256_castps_si256(x); }
@@ -77,13 +80,8 @@ inline F32 f_first(F32 x, int count, float other) {
 }
 
 inline I32 i_set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I32 i_add(I32 x, I32 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline I32 i_round(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
-inline int32_t i_sum(I32 x) {
-  __m256i half = _mm256_add_epi32(x.a, x.b);
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
-}
 inline void i_store_s8(int8_t* p, I32 x) {
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
@@ -129,10 +127,12 @@ template <bool Wide> inline __m256i dot4_half(__m256i acc, __m256i w, __m256i x)
   }
 }
 #endif
-// acc[lane] + the dot product of 4 unsigned weights with the same 4 signed activations in every lane.
-template <bool Wide> inline I32 dot4(I32 acc, Bytes w, const int8_t* x) {
+inline Codes c_load(const int8_t* p) { return p; }
+// acc[lane] + the dot product of 4 unsigned weights with the same 4 signed activations in every lane: the first 4 of x
+// or the last.
+template <bool Wide, int Half> inline I32 dot4(I32 acc, Bytes w, Codes x) {
   int32_t four;
-  memcpy(&four, x, 4);
+  memcpy(&four, x + 4 * Half, 4);
   __m256i same = _mm256_set1_epi32(four);
   return {dot4_half<Wide>(acc.a, w.a, same), dot4_half<Wide>(acc.b, w.b, same)};
 }

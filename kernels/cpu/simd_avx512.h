@@ -6,13 +6,16 @@
 
 namespace NB_ISA {
 
-constexpr int kTiles = 2;      // tiles of 16 outputs that one inner loop works on
-constexpr int kRows = 4;       // rows of activations that it works on: kTiles * kRows accumulators twice over
+constexpr int kTiles = 2;         // tiles of 16 outputs that one inner loop works on
+constexpr int kRows = 4;          // rows of activations that it works on: kTiles * kRows accumulators twice over
+constexpr int kAccumulators = 8;  // sums of 16 lanes that it may keep
+constexpr int kWideShift = 0;     // dot4 takes weights as they are
 
 using F32 = __m512;            // 16 float32
 using I32 = __m512i;           // 16 int32
 using Bytes = __m512i;         // 16 lanes of 4 bytes
 using Pairs = __m512i;         // 16 lanes of 2 bfloat16
+using Codes = const int8_t*;   // 8 columns of one row's int8 activations
 
 inline F32 f_zero() { return _mm512_setzero_ps(); }
 inline F32 f_set(float x) { return _mm512_set1_ps(x); }
@@ -46,8 +49,8 @@ inline F32 f_first(F32 x, int count, float other) {
 }
 
 inline I32 i_set(int32_t x) { return _mm512_set1_epi32(x); }
+inline I32 i_add(I32 x, I32 y) { return _mm512_add_epi32(x, y); }
 inline I32 i_round(F32 x) { return _mm512_cvtps_epi32(x); }
-inline int32_t i_sum(I32 x) { return _mm512_reduce_add_epi32(x); }
 inline void i_store_s8(int8_t* p, I32 x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x)); }
 // zeros[lane] * factor; factor fits in 16 bits.
 inline I32 i_times_u8(const uint8_t* zeros, int32_t factor) {
@@ -63,11 +66,12 @@ template <int Byte> inline F32 f_from_byte(Bytes x) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, 8 * Byte), _mm512_set1_epi32(255)));
 }
 
-// acc[lane] + the dot product of 4 unsigned weights with the same 4 signed activations in every lane. Weights of more
-// than 7 bits are `Wide`; it makes no difference here.
-template <bool Wide> inline I32 dot4(I32 acc, Bytes w, const int8_t* x) {
+inline Codes c_load(const int8_t* p) { return p; }
+// acc[lane] + the dot product of 4 unsigned weights with the same 4 signed activations in every lane: the first 4 of x
+// or the last. Weights of more than 7 bits are `Wide`; it makes no difference here.
+template <bool Wide, int Half> inline I32 dot4(I32 acc, Bytes w, Codes x) {
   int32_t four;
-  memcpy(&four, x, 4);
+  memcpy(&four, x + 4 * Half, 4);
   return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
 }
 

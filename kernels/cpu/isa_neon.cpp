@@ -1,0 +1,3 @@
+#define NB_ISA neon
+#include "simd_neon.h"
+#include "forward.h"
