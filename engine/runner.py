@@ -48,6 +48,8 @@ class Runner:
         checkpoint = open_checkpoint(config.model, config.revision)
         self.model_config = decoder_config(checkpoint.config)
         self.device = resolve_device(config.device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.dtype = resolve_dtype(config.dtype, checkpoint, self.device)
         before = memory.available_bytes(self.device)
         with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as checkpoint:
