@@ -34,10 +34,10 @@ def describe() -> dict[str, Any]:
 
 
 def save(name: str, result: dict[str, Any], path: Path | None = None) -> Path:
-    """Write bench/results/<date>-<name>.json, or `path`."""
+    """Write bench/results/<date>-<name>.json, or `path`; paths inside the checkout are told from there."""
     path = path or RESULTS / f"{datetime.date.today().isoformat()}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1).replace(f"{ROOT}/", "") + "\n")
     return path
 
 
