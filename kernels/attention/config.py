@@ -32,7 +32,8 @@ def decode_config(cc: int, head_dim: int, rows: int, cache_bytes: int) -> TileCo
     if cc < 80:
         return TileConfig(block_m, 32, 4 if dim < 256 else 8, 1)
     if cc in LARGE_SHARED:
-        return TileConfig(block_m, 64 if dim < 256 or cache_bytes == 1 else 32, 4, 3)
+        warps = 8 if cc == 100 and dim == 128 and cache_bytes == 1 else 4  # four spill there
+        return TileConfig(block_m, 64 if dim < 256 or cache_bytes == 1 else 32, warps, 3)
     return TileConfig(block_m, 64 if dim <= 64 or (cache_bytes == 1 and dim <= 128) else 32, 4, 3 if dim < 256 else 2)
 
 
@@ -46,7 +47,8 @@ def prefill_config(cc: int, head_dim: int, group: int, cache_bytes: int) -> Tile
     if cc < 80:
         config = TileConfig(16, 32, 4 if dim < 256 else 8, 1)
     elif cc in (90, 100):
-        config = TileConfig(128, 64 if dim < 256 else 32, 8, 3 if dim <= 128 else 2)
+        block_m = 64 if cc == 100 and dim == 256 and cache_bytes == 1 else 128  # 128 spill
+        config = TileConfig(block_m, 64 if dim < 256 else 32, 8, 3 if dim <= 128 else 2)
     elif dim < 256:
         wide = dim <= 64 or (cc == 80 and cache_bytes == 2)
         config = TileConfig(128, 64 if wide else 32, 8, 3 if cc == 80 else 2)
