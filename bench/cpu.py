@@ -39,7 +39,8 @@ from nibble.tools.fetch import dense_smollm2, smollm2_gguf
 BENCH = Path(__file__).resolve().parent
 PARTS = ["http", "offline", "large"]
 BATCHES = [1, 8, 32]
-CONVERSIONS = {"awq": ["--awq"], "gptq": ["--gptq"], "gptq-asym": ["--gptq", "--asym"], "fp8": ["--fp8"]}
+CONVERSIONS = {"awq": ["--awq"], "gptq": ["--gptq"], "gptq-asym": ["--gptq", "--asym"],
+               "gptq-act-order": ["--gptq", "--desc-act"], "fp8": ["--fp8"]}
 GGUF_TYPES = ["Q4_0", "Q4_K_M", "Q8_0"]
 LLAMA_SERVER = "-np 32 -c 32768 --no-webui"  # 32 slots of 1024 tokens
 
