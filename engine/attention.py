@@ -97,8 +97,7 @@ class AttentionMetadata:
     def build(cls, items: list[ScheduledRequest], block_size: int, dtype: torch.dtype,
               device: torch.device) -> "AttentionMetadata":
         """`items` must have the decode tokens (num_tokens == 1) first."""
-        slots = [item.request.block_table[p // block_size] * block_size + p % block_size
-                 for item in items for p in range(item.start, item.end)]
+        slots = [slot for item in items for slot in item.slots(block_size)]
         decodes = [item for item in items if item.num_tokens == 1]
         return cls(torch.tensor(slots, device=device), decodes, items[len(decodes):], block_size, dtype, device)
 

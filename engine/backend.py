@@ -7,7 +7,6 @@ All of them have the same three methods:
     logits(hidden [R, hidden]) -> float32 [R, vocab]
 """
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ..kernels.cpu import library as cpu
+from ..kernels.gptq.linear import why_no_triton
 from ..quant.checkpoint import Checkpoint
 from ..quant.errors import NibbleError
 from .config import EngineConfig
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 def why_torch(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """None if there is a decoder better than torch's operators for this model, else why there is not."""
     if device.type == "cuda":
-        return _why_no_triton(model, dtype, device)
+        return why_no_triton(device, dtype) or _why_no_triton_decoder(model)
     if config.cpu_isa == "none":
         return "--cpu-isa none"
     return native.why_not(model, config.block_size, dtype, device)
@@ -51,19 +51,17 @@ def load_decoder(config: EngineConfig, checkpoint: Checkpoint, model: DecoderCon
     if reason is None and device.type == "cuda":
         from .models.triton import TritonDecoder  # imports Triton, which a machine without a GPU need not have
 
-        return TritonDecoder(decoder, config), loader.report
+        return TritonDecoder(decoder), loader.report
     if reason is not None:
         level = logging.WARNING if device.type == "cuda" or cpu.why_missing() else logging.INFO
         logger.log(level, "torch's operators serve: %s", reason)
     return decoder, loader.report
 
 
-def _why_no_triton(model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install 'nibble-serve[gpu]'"
-    from .models import triton
+def _why_no_triton_decoder(model: DecoderConfig) -> str | None:
+    from .models import triton  # imports Triton
 
-    return triton.why_not(model, dtype, device)
+    return triton.why_not(model)
 
 
 def _check_flags(config: EngineConfig, device: torch.device, reason: str | None) -> None:

@@ -26,6 +26,16 @@ class ScheduledRequest:
     def end(self) -> int:
         return self.start + self.num_tokens
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute."""
+        return self.request.token_ids[self.start:self.end]
+
+    def slots(self, block_size: int) -> list[int]:
+        """Where in the cache their keys and values go: block * block_size + offset."""
+        table = self.request.block_table
+        return [table[p // block_size] * block_size + p % block_size for p in range(self.start, self.end)]
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:

@@ -52,37 +52,31 @@ def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 def upload(items: list[ScheduledRequest], block_size: int, previous: SampledTokens | None,
            device: torch.device) -> DeviceBatch:
     """A step of any shape; its decodes must come first."""
-    positions = [np.arange(item.start, item.end) for item in items]
-    slots = [_slots(item, where, block_size) for item, where in zip(items, positions, strict=True)]
-    ids = [token for item in items for token in item.request.token_ids[item.start:item.end]]
     tables = np.zeros((len(items), max(len(item.request.block_table) for item in items)), dtype=np.int32)
     for row, item in zip(tables, items, strict=True):
         row[:len(item.request.block_table)] = item.request.block_table
-    starts = np.cumsum([0, *(item.num_tokens for item in items)])
-    token_ids = to_device(ids, torch.int64, device)
-    num_decodes = sum(item.num_tokens == 1 for item in items)
-    fill_in(token_ids[:num_decodes], items[:num_decodes], previous)
+    decodes = [item for item in items if item.num_tokens == 1]
+    token_ids = to_device([token for item in items for token in item.token_ids], torch.int64, device)
+    fill_in(token_ids, decodes, previous)
     return DeviceBatch(
-        token_ids, to_device(np.concatenate(positions), torch.int64, device),
-        to_device(np.concatenate(slots), torch.int64, device), to_device(starts, torch.int32, device),
-        to_device([item.end for item in items], torch.int32, device), to_device(tables, torch.int32, device),
-        num_decodes)
+        token_ids,
+        to_device([position for item in items for position in range(item.start, item.end)], torch.int64, device),
+        to_device([slot for item in items for slot in item.slots(block_size)], torch.int64, device),
+        to_device(np.cumsum([0, *(item.num_tokens for item in items)]), torch.int32, device),
+        to_device([item.end for item in items], torch.int32, device),
+        to_device(tables, torch.int32, device),
+        len(decodes))
 
 
 def fill_in(token_ids: Tensor, decodes: list[ScheduledRequest], previous: SampledTokens | None) -> None:
-    """Write the tokens that the host does not know yet into token_ids [len(decodes)]."""
-    rows = [previous.rows[item.request.request_id] if item.request.token_ids[item.start] == UNKNOWN else -1
-            for item in decodes] if previous is not None else []
-    unknown = [index for index, row in enumerate(rows) if row >= 0]
-    if previous is not None and unknown:
+    """Write the decodes' tokens that the host does not know yet into the first of token_ids."""
+    if previous is None:
+        return
+    unknown = [row for row, item in enumerate(decodes) if item.token_ids == [UNKNOWN]]
+    if unknown:
+        sampled = [previous.rows[decodes[row].request.request_id] for row in unknown]
         device = token_ids.device
-        sampled = previous.tokens[to_device([rows[index] for index in unknown], torch.int64, device)]
-        token_ids[to_device(unknown, torch.int64, device)] = sampled
-
-
-def _slots(item: ScheduledRequest, positions: np.ndarray, block_size: int) -> np.ndarray:
-    blocks = np.asarray(item.request.block_table, dtype=np.int64)
-    return blocks[positions // block_size] * block_size + positions % block_size
+        token_ids[to_device(unknown, torch.int64, device)] = previous.tokens[to_device(sampled, torch.int64, device)]
 
 
 class StaticBatch:
@@ -92,7 +86,7 @@ class StaticBatch:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.capacity, self.block_size, self.device = capacity, block_size, device
+        self.block_size, self.device = block_size, device
         self._longs = [zeros(capacity) for _ in range(3)]  # token ids, positions, slots
         self._longs[2].fill_(-1)
         self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
@@ -110,13 +104,11 @@ class StaticBatch:
         """Overwrite the first `size` rows with these decodes and padding."""
         padding = size - len(items)
         starts = [item.start for item in items]
-        tables = [item.request.block_table for item in items]
-        slots = [table[start // self.block_size] * self.block_size + start % self.block_size
-                 for table, start in zip(tables, starts, strict=True)]
-        ids = [max(0, item.request.token_ids[item.start]) for item in items]
+        slots = [slot for item in items for slot in item.slots(self.block_size)]
+        ids = [token for item in items for token in item.token_ids]
         for target, values, pad in zip(self._longs, (ids, starts, slots), (0, 0, -1), strict=True):
             target[:size].copy_(to_device([*values, *[pad] * padding], torch.int64, self.device))
-        lengths = [start + 1 for start in starts] + [0] * padding
+        lengths = [item.end for item in items] + [0] * padding
         self._lengths[:size].copy_(to_device(lengths, torch.int32, self.device))
         fill_in(self._longs[0], items, previous)
         self._update_tables(items)

@@ -25,19 +25,14 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """`replay(size)` computes what `compute(size)` would, in one launch."""
 
-    def __init__(self, max_num_seqs: int, record: Record):
+    def __init__(self, max_num_seqs: int, record: Record, compute: Callable[[int], Tensor]):
+        """Captures the largest size. The others are computed once, as far as the kernels differ: each power of two has
+        its own number of attention splits."""
         self.sizes = graph_sizes(max_num_seqs)
-        self.max_size = self.sizes[-1]
-        self._record = record
+        self._record, self._compute = record, compute
         self._recorded: dict[int, tuple[Replay, Tensor]] = {}
-        self._compute: Callable[[int], Tensor] | None = None
-
-    def capture(self, compute: Callable[[int], Tensor]) -> None:
-        """Take `compute` for what is to be replayed, and capture the largest size. The others are computed once, as far
-        as the kernels differ: each power of two has its own number of attention splits."""
-        self._compute = compute
-        self._graph(self.max_size)
-        for size in (2**power for power in range(self.max_size.bit_length()) if 2**power < self.max_size):
+        self._graph(max_num_seqs)
+        for size in (2**power for power in range(max_num_seqs.bit_length()) if 2**power < max_num_seqs):
             compute(size)
 
     def size_for(self, rows: int) -> int | None:
@@ -54,12 +49,9 @@ class DecodeGraphs:
         return output
 
     def _graph(self, size: int) -> tuple[Replay, Tensor] | None:
-        compute = self._compute
-        if compute is None:
-            raise RuntimeError("there is nothing to capture yet")
         if size not in self._recorded:
             try:
-                self._recorded[size] = self._record(lambda: compute(size))
+                self._recorded[size] = self._record(lambda: self._compute(size))
             except RuntimeError as error:  # memory, or an operator that cannot be captured
                 logger.warning("no CUDA graph for decode steps of %d requests: %s", size, error)
                 self.sizes.remove(size)

@@ -21,7 +21,7 @@ from .backend import load_decoder
 from .batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 from .config import EngineConfig
 from .device_batch import to_device
-from .graphs import CudaRecorder, DecodeGraphs, Record
+from .graphs import CudaRecorder, Record
 from .messages import Ready, TokenLogprobs
 from .models.decoder import Decoder
 from .models.registry import decoder_config
@@ -167,7 +167,7 @@ class Runner:
         from .device_sampler import DeviceSampler  # imports Triton
 
         with torch.inference_mode():
-            self.model.use_graphs(DecodeGraphs(self.config.max_num_seqs, record), self.cache, self.max_model_len)
+            self.model.capture(record, self.cache, self.config.max_num_seqs, self.max_model_len)
         self.sampler = DeviceSampler(self.vocab_size, self.config.max_num_seqs, self.device)
 
     def _check_sanity(self) -> None:

@@ -89,7 +89,7 @@ class Decoder:
         """Compute the items' tokens (decodes first), writing their keys and values to the cache. Returns the hidden
         states of all [T, hidden], before the final norm."""
         device = self.embedding.device
-        token_ids = [token for item in items for token in item.request.token_ids[item.start:item.end]]
+        token_ids = [token for item in items for token in item.token_ids]
         positions = [position for item in items for position in range(item.start, item.end)]
         meta = AttentionMetadata.build(items, cache.block_size, self.embedding.dtype, device)
         return self._hidden_states(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device),

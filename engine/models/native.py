@@ -122,7 +122,7 @@ class NativeDecoder:
         float32 [T, hidden], before the final norm."""
         tables = [item.request.block_table for item in items]
         ends = [0, *itertools.accumulate(map(len, tables))]
-        tokens = _int32([token for item in items for token in item.request.token_ids[item.start:item.end]])
+        tokens = _int32([token for item in items for token in item.token_ids])
         flat = _int32([n for item, at in zip(items, ends, strict=False) for n in (item.num_tokens, item.start, at)])
         blocks = _int32([block for table in tables for block in table])
         hidden = torch.empty(len(tokens), self.config.hidden_size)

@@ -21,23 +21,17 @@ from ...kernels.attention.paged import AttentionSpec, PagedBatch, PagedCache, al
 from ...kernels.fused.activation import gated
 from ...kernels.fused.norm import MAX_WIDTH, rms_norm
 from ...kernels.fused.rope import Pages, rope_and_cache
-from ...kernels.gptq.linear import cuda_capability
 from ..batch import ScheduledRequest
 from ..config import EngineConfig
 from ..device_batch import DeviceBatch, SampledTokens, StaticBatch, upload
-from ..graphs import DecodeGraphs
+from ..graphs import DecodeGraphs, Record
 from .decoder import Decoder, DecoderConfig, DecoderLayer
 
 _CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-def why_not(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None if this decoder can serve the model on this CUDA device, else the reason and what would help."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"computes in 16 bits, not in {dtype}; serve with --dtype bfloat16"
-    cc = cuda_capability(device) if device.type == "cuda" else 80  # in the interpreter
-    if cc is None or cc < 75:
-        return f"needs compute capability 7.5, this card has {cc}"
+def why_not(config: DecoderConfig) -> str | None:
+    """None if this decoder can serve the model where Triton's kernels run, else the reason."""
     if not 16 <= config.head_dim <= 256 or config.head_dim % 2:
         return f"has no attention for heads of {config.head_dim} dimensions"
     if config.hidden_size > MAX_WIDTH:
@@ -72,40 +66,57 @@ class TritonCache:
         """Nothing: the attention kernel never reads behind a request's last token."""
 
 
-class TritonDecoder:
-    """`decoder`'s weights, run by the kernels. Built for one engine's limits, which its graphs are captured for."""
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """Decode steps over one cache, for the limits of one engine."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig):
-        self.decoder, self.engine_config = decoder, config
+    graphs: DecodeGraphs
+    static: StaticBatch
+    cache: TritonCache
+
+
+class TritonDecoder:
+    """`decoder`'s weights, run by the kernels."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
         self.dtype, self.device = decoder.embedding.dtype, decoder.embedding.device
-        self.graphs: DecodeGraphs | None = None
-        self._static: StaticBatch | None = None
-        self._graph_cache: TritonCache | None = None
+        self.captured: _Captured | None = None
 
     def new_cache(self, num_blocks: int, config: EngineConfig) -> TritonCache:
         return TritonCache.allocate(self.decoder.config, num_blocks, config, self.dtype, self.device)
 
-    def use_graphs(self, graphs: DecodeGraphs, cache: TritonCache, max_model_len: int) -> None:
-        """From now on, steps of decodes over `cache` come from `graphs`."""
-        max_blocks = -(-max_model_len // cache.block_size)
-        static = StaticBatch(graphs.max_size, max_blocks, cache.block_size, self.device)
-        self.graphs, self._static, self._graph_cache = graphs, static, cache
-        graphs.capture(lambda size: self._hidden_states(static.view(size), cache))
+    def capture(self, record: Record, cache: TritonCache, max_num_seqs: int, max_model_len: int) -> None:
+        """From now on, steps of decodes over `cache` come from graphs."""
+        static = StaticBatch(max_num_seqs, -(-max_model_len // cache.block_size), cache.block_size, self.device)
+        graphs = DecodeGraphs(max_num_seqs, record, lambda size: self._hidden_states(static.view(size), cache))
+        self.captured = _Captured(graphs, static, cache)
 
     def forward(self, items: list[ScheduledRequest], cache: TritonCache,
                 previous: SampledTokens | None = None) -> Tensor:
         """Compute the items' tokens (decodes first), writing their keys and values to the cache. Returns the hidden
         states of all [T, hidden] after the final norm; those of a graph are overwritten by its next replay."""
-        if self.graphs is not None and self._static is not None and cache is self._graph_cache \
-                and all(item.num_tokens == 1 for item in items) and (size := self.graphs.size_for(len(items))):
-            self._static.load(items, size, previous)
-            if (hidden := self.graphs.replay(size)) is not None:
-                return hidden[:len(items)]
+        hidden = self._replayed(items, cache, previous)
+        if hidden is not None:
+            return hidden
         return self._hidden_states(upload(items, cache.block_size, previous, self.device), cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows [R, hidden] of what `forward` gave -> float32 [R, vocab]."""
         return self.decoder.lm_head(hidden).float()
+
+    def _replayed(self, items: list[ScheduledRequest], cache: TritonCache,
+                  previous: SampledTokens | None) -> Tensor | None:
+        """The hidden states from a graph; None where there is none for this step."""
+        captured = self.captured
+        if captured is None or cache is not captured.cache or any(item.num_tokens > 1 for item in items):
+            return None
+        size = captured.graphs.size_for(len(items))
+        if size is None:
+            return None
+        captured.static.load(items, size, previous)
+        hidden = captured.graphs.replay(size)
+        return None if hidden is None else hidden[:len(items)]
 
     def _hidden_states(self, batch: DeviceBatch, cache: TritonCache) -> Tensor:
         decoder, config = self.decoder, self.decoder.config

@@ -20,4 +20,4 @@ class TritonFp8Kernel(TritonIntKernel):
             return f"needs FP8 weights, not {spec.kind}"
         if kernel_group(spec.block[1], spec.in_features, spec.bits) is None:
             return f"needs blocks of a multiple of 16 columns, not {spec.block[1]}"
-        return why_no_triton(spec)
+        return why_no_triton(spec.device, spec.act_dtype)

@@ -44,7 +44,7 @@ class TritonFp8ActivationsKernel:
             return f"needs blocks of a multiple of {MIN_STEP} columns, not {spec.block[1]}"
         if spec.in_features > MAX_WIDTH:
             return f"quantizes rows of up to {MAX_WIDTH} features, not {spec.in_features}"
-        missing = why_no_triton(spec)
+        missing = why_no_triton(spec.device, spec.act_dtype)
         cc = cuda_capability(spec.device) if missing is None else None
         if cc is not None and cc < 89:
             return f"FP8 tensor cores need compute capability 8.9 (Ada, Hopper or later), this card has {cc / 10}"

@@ -28,20 +28,20 @@ def cuda_capability(device: torch.device) -> int | None:
     return 10 * major + minor
 
 
-def why_no_triton(spec: LinearSpec) -> str | None:
-    """What every Triton product needs of the machine."""
-    if spec.device.type != "cuda":
-        return f"runs on a CUDA device, not on {spec.device.type}"
+def why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if this machine runs Triton's kernels on activations of `dtype`, else the reason and what would help."""
+    if device.type != "cuda":
+        return f"runs on a CUDA device, not on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install 'nibble-serve[gpu]'"
-    cc = cuda_capability(spec.device)
+    cc = cuda_capability(device)
     if cc is None:
         return "this torch sees no NVIDIA card; install one built for CUDA"
     if cc < 75:
         return f"needs compute capability 7.5, this card has {cc / 10}"
-    if spec.act_dtype not in (torch.float16, torch.bfloat16):
-        return f"needs 16-bit activations, not {spec.act_dtype}; serve with --dtype float16"
-    if spec.act_dtype == torch.bfloat16 and cc < 80:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"needs 16-bit activations, not {dtype}; serve with --dtype float16"
+    if dtype == torch.bfloat16 and cc < 80:
         return f"bfloat16 needs compute capability 8.0, this card has {cc / 10}; serve with --dtype float16"
     return None
 
@@ -58,7 +58,7 @@ class TritonIntKernel:
             return f"needs a scale per output feature, not one for {spec.block[0]}"
         if kernel_group(spec.block[1], spec.in_features, spec.bits) is None:
             return f"needs groups in multiples of 16 columns, not {spec.block[1]}; convert with --group-size 64"
-        return why_no_triton(spec)
+        return why_no_triton(spec.device, spec.act_dtype)
 
     def prepare(self, weight: QuantizedWeight | Tensor, spec: LinearSpec) -> Prepared:
         if isinstance(weight, Tensor):

@@ -1,6 +1,7 @@
 """The Triton decoder, its sampler and its graphs in Triton's interpreter, against the torch decoder and the host's
 sampler. A recorded graph is here a call that is made again over the same tensors, which is what a replay is."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from nibble.engine.messages import AddRequest
 from nibble.engine.models.triton import TritonDecoder, why_not
 from nibble.engine.request import SamplingParams
 from nibble.engine.runner import Runner
+from nibble.kernels.gptq import linear
 from nibble.quant.errors import NibbleError
 
 _spec = importlib.util.spec_from_file_location("engine_models", Path(__file__).parent / "models.py")
@@ -63,7 +65,7 @@ def triton_runner(folder: Path, cache: str = "auto", **options) -> Runner:
     runner = torch_runner(folder, **options)
     runner.config = EngineConfig(**{**{f: getattr(runner.config, f) for f in runner.config.__struct_fields__},
                                     "kv_cache_dtype": cache})
-    runner.model = TritonDecoder(runner.model, runner.config)
+    runner.model = TritonDecoder(runner.model)
     runner.cache = runner.model.new_cache(runner.num_blocks, runner.config)
     runner._overlap(again)
     return runner
@@ -112,7 +114,7 @@ def test_tokens_do_not_depend_on_the_batch(small) -> None:
     alone = generate(torch_runner(small, "float32"), asked, at_once=False)
     runner = triton_runner(small, max_num_batched_tokens=24)
     assert generate(runner, asked) == alone
-    assert {1, 2, 4} >= set(runner.model.graphs._recorded) and 4 in runner.model.graphs._recorded
+    assert {1, 2, 4} >= set(runner.model.captured.graphs._recorded) and 4 in runner.model.captured.graphs._recorded
 
 
 def test_few_blocks_mean_preemption_and_the_same_tokens(small) -> None:
@@ -172,8 +174,7 @@ def test_a_size_that_cannot_be_captured_is_launched() -> None:
     def fails(call: Callable[[], Tensor]):
         raise RuntimeError("out of memory")
 
-    graphs = DecodeGraphs(4, fails)
-    graphs.capture(lambda size: torch.zeros(size))
+    graphs = DecodeGraphs(4, fails, torch.zeros)
     assert graphs.size_for(4) is None and graphs.size_for(1) == 1
     assert graphs.replay(1) is None and graphs.size_for(1) == 2
 
@@ -185,10 +186,15 @@ def test_sizes_of_graphs() -> None:
     assert sizes[-1] == 300 and sizes == sorted(set(sizes)) and len(sizes) < 32
 
 
-def test_what_it_cannot_serve_is_said(small) -> None:
+def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
     model = torch_runner(small).model_config
-    assert "16 bits" in why_not(model, torch.float32, torch.device("cpu"))
-    assert why_not(model, torch.float16, torch.device("cpu")) is None
+    assert why_not(model) is None
+    assert "8 dimensions" in why_not(dataclasses.replace(model, head_dim=8))
+    for cc, dtype, reason in ((90, torch.float32, "16-bit"), (75, torch.bfloat16, "8.0"), (70, torch.float16, "7.5"),
+                              (75, torch.float16, None)):
+        monkeypatch.setattr(linear, "cuda_capability", lambda device, cc=cc: cc)
+        said = why_torch(EngineConfig(model=""), model, dtype, torch.device("cuda"))
+        assert said is None if reason is None else reason in said
     assert why_torch(EngineConfig(model="", cpu_isa="none"), model, torch.float16, torch.device("cpu"))
     with pytest.raises(NibbleError, match="fp8 needs a CUDA device"):
         torch_runner(small, kv_cache_dtype="fp8")

@@ -62,7 +62,7 @@ def test_triton_decoder_errs_no_more_than_torch(real_model: Path) -> None:
     llm = LLM(str(real_model), dtype=dtype, kv_cache_memory=1 << 26, cpu_isa="none", max_model_len=256)
     theirs = (llm.logits(ids) - exact).norm()
     runner = llm.core.runner
-    runner.model = triton.TritonDecoder(runner.model, runner.config)
+    runner.model = triton.TritonDecoder(runner.model)
     assert (llm.logits(ids) - exact).norm() <= factor * theirs
 
 
