@@ -19,8 +19,8 @@ QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:
 BIN := $(VENV)/bin
 
 # The public surface, type-checked.
-TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.quant.errors nibble.kernels.spec \
-         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.batch nibble.engine.client \
+TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.errors nibble.kernels.spec \
+         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.scheduling.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
 .PHONY: help demo serve test test-slow test-robust sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
@@ -58,7 +58,7 @@ test-slow: $(VENV)/.installed-dev
 
 # Conversions killed, interrupted, out of disk, and of a model of 1B parameters (3 GB of disk); part of test-slow.
 test-robust: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -s tests/quant/test_robustness.py
+	$(BIN)/python -m pytest -q -s tests/quant/conversion/test_robustness.py
 
 # The C++ kernels' tests under AddressSanitizer and ThreadSanitizer (needs their runtimes, which come with g++).
 sanitize: $(VENV)/.installed-dev

@@ -11,10 +11,12 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .engine.client import LLM as LLM
     from .engine.request import SamplingParams as SamplingParams
-    from .quant.pipeline import convert as convert
+    from .quant.conversion.pipeline import convert as convert
 
 # Read by OpenMP when torch loads, here and in the engine process: a waiting thread spins for some microseconds, then
 # sleeps. libgomp's own default spins for milliseconds, and where the cores are busy (with the server and its clients,
@@ -22,10 +24,9 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__", "convert"]
 
-_HOMES = {"LLM": ".engine.client", "SamplingParams": ".engine.request", "convert": ".quant.pipeline"}
+_HOMES = {"LLM": ".engine.client", "SamplingParams": ".engine.request", "convert": ".quant.conversion.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
-from .quant.errors import NibbleError
+from .errors import UserError
+from .version import __version__
 
 # verb -> (where it lives, what --help says)
 VERBS = {
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(name, args[1:])
-    except NibbleError as error:
+    except UserError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -87,7 +87,7 @@ def parse_bytes(text: str) -> int:
     """`2GiB`, `512M`, `1.5g` or plain bytes, as a number of bytes. M is 10^6 and Mi 2^20."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
     if match is None or match[2] not in _UNITS:
-        raise NibbleError(f"{text!r} is not a size (write 2GiB, 512M or a number of bytes)")
+        raise UserError(f"{text!r} is not a size (write 2GiB, 512M or a number of bytes)")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nibble.kernels.timing import Card, copy_bandwidth, microseconds, rotations
+from nibble.kernels.measure.timing import Card, copy_bandwidth, microseconds, rotations
 
 BROKEN_DEVICE = 3  # exit status: start another process behind the cell that was reported last
 

@@ -10,12 +10,12 @@ from gpu_cells import Cell, Lab, Row
 from gpu_report import PLAIN
 from torch import Tensor
 
-from nibble.engine.layers import apply_rope
+from nibble.engine.backends.torch.layers import apply_rope
 from nibble.kernels.attention.paged import allocate_scales
 from nibble.kernels.fused.activation import gated
 from nibble.kernels.fused.norm import rms_norm
 from nibble.kernels.fused.rope import Pages, rope_and_cache
-from nibble.kernels.fused.sample import SamplingRows, greedy, sample
+from nibble.kernels.sampling.sample import SamplingRows, greedy, sample
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, BLOCK, POSITIONS = 4096, 14336, 32, 8, 128, 128256, 16, 8192
 ROWS, QUICK_ROWS = (1, 8, 32, 64, 256, 2048), (1, 256)

@@ -22,13 +22,13 @@ from typing import Any
 from load import random_prompts, run
 from serving import PROMPT, Target, started
 
-from nibble.engine.batch import ScheduledBatch, StepResult
 from nibble.engine.client import AsyncEngine
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import Ready
 from nibble.engine.process import main as engine_main
-from nibble.engine.tokenizer import Tokenizer
+from nibble.engine.scheduling.batch import ScheduledBatch, StepResult
+from nibble.engine.text.tokenizer import Tokenizer
 from nibble.server import lifecycle
 
 _NUM_BLOCKS, _BLOCK_SIZE, _MAX_MODEL_LEN = 4096, 16, 8192

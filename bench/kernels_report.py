@@ -164,7 +164,7 @@ def report(rooms: list[list], cards: tuple[int, ...], first: bool, write=print) 
 
 def main() -> int:
     """Compile what the arguments choose; exit status 1 if anything misses the gate."""
-    from nibble.kernels.compile_cases import ROOMS, compile_cases
+    from nibble.kernels.measure.compile_cases import ROOMS, compile_cases
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--room", nargs="+", default=ROOMS, choices=ROOMS)

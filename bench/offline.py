@@ -17,7 +17,7 @@ from typing import Any
 from load import random_prompts
 
 from nibble import LLM, SamplingParams
-from nibble.engine.models.decoder import DecoderConfig
+from nibble.architectures.base import DecoderConfig
 
 REPEATS, DECODE_PROMPT = 3, 64
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from nibble.quant.algorithms import rtn
-from nibble.quant.calibration import DATA, EVALUATION, bundled_samples, evaluation_windows
 from nibble.quant.card import Quality
 from nibble.quant.checkpoint import open_checkpoint
+from nibble.quant.conversion.calibration import DATA, EVALUATION, bundled_samples, evaluation_windows
 
 QUANTIZERS = Path(__file__).with_name("quantizers.py")
 CALIBRATION = 32, 512  # windows, tokens a window

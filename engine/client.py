@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..quant.errors import NibbleError
+from ..errors import UserError
 from .config import EngineConfig
-from .detokenizer import Detokenizer
 from .messages import (
     AbortRequests,
     AddRequest,
@@ -39,7 +38,8 @@ from .messages import (
     frame,
 )
 from .request import FinishReason, SamplingParams
-from .tokenizer import Tokenizer
+from .text.detokenizer import Detokenizer
+from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,7 @@ class AsyncEngine:
     async def start(cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND) -> "AsyncEngine":
         """Start the process and wait until it has loaded the model.
 
-        NibbleError carries the engine's one line about bad input; EngineDeadError is a defect, with more in the log.
+        UserError carries the engine's one line about bad input; EngineDeadError is a defect, with more in the log.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -208,7 +208,7 @@ class AsyncEngine:
             raise EngineDeadError(f"the engine process ended while it loaded the model (exit code {code})")
         message = link.first.result()
         if isinstance(message, Fatal):
-            raise NibbleError(message.message) if message.exit_code == 2 else EngineDeadError(message.message)
+            raise UserError(message.message) if message.exit_code == 2 else EngineDeadError(message.message)
         if not isinstance(message, Ready):
             raise EngineDeadError(f"the engine process began with {type(message).__name__} instead of Ready")
         return message
@@ -305,7 +305,7 @@ class LLM:
     def __init__(self, model: str, **engine_config: Any):
         """Load `model`: a local folder, a .gguf file or a Hub id. Further arguments are the fields of EngineConfig.
 
-        NibbleError on bad input.
+        UserError on bad input.
         """
         from .core import EngineCore  # torch comes in with the runner, when one is made
 

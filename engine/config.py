@@ -1,6 +1,5 @@
-"""EngineConfig: everything the engine is told at start-up, frozen. `auto` values are decided once, in
-`engine/memory.py` and `engine/loader.py`, and reported in the `Ready` message; nothing else reads flags or the
-environment. Importing this needs no torch.
+"""EngineConfig: everything the engine is told at start-up, frozen. `auto` values are decided once, when it
+loads, and reported in the `Ready` message; nothing else reads flags or the environment. Importing this needs no torch.
 """
 
 import msgspec

@@ -18,12 +18,12 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from .batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
-from .block_pool import BlockPool
 from .config import EngineConfig
 from .messages import AddRequest, EngineStats, Ready, RequestOutput
 from .request import Request, SamplingParams
-from .scheduler import Scheduler
+from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
+from .scheduling.block_pool import BlockPool
+from .scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, runner: RunnerProtocol | None = None,
                  progress: Callable[[str], None] | None = None):
-        """Loads the model unless a runner is given. `progress` hears a line at each stage of loading. NibbleError on
+        """Loads the model unless a runner is given. `progress` hears a line at each stage of loading. UserError on
         bad input."""
         self.runner = _load_runner(config, progress) if runner is None else runner
         pool = BlockPool(self.runner.num_blocks, self.runner.block_size, config.enable_prefix_caching)

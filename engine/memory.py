@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..quant.errors import NibbleError
+from ..architectures.base import DecoderConfig
+from ..errors import UserError
 from .config import EngineConfig
-from .models.decoder import DecoderConfig
 
 _CPU_SHARE = 0.4  # of the memory left after loading: the machine has other things to do
 _GPU_SHARE = 0.9
@@ -52,20 +52,20 @@ def release_cached(device: torch.device) -> None:
 
 
 def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
-    """Refuse before loading what cannot fit. Raises NibbleError with both numbers."""
+    """Refuse before loading what cannot fit. Raises UserError with both numbers."""
     available = available_bytes(device)
     if weight_bytes > available:
-        raise NibbleError(f"the weights need {gib(weight_bytes)}, {device.type} memory has {gib(available)} free; "
+        raise UserError(f"the weights need {gib(weight_bytes)}, {device.type} memory has {gib(available)} free; "
                           "use a smaller or a quantized checkpoint")
 
 
 def plan(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
-    """Size the KV cache, after the weights are loaded. Raises NibbleError if not one useful request fits."""
+    """Size the KV cache, after the weights are loaded. Raises UserError if not one useful request fits."""
     activations = activation_bytes(config, model, dtype, device)
     block = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * config.block_size
     wanted_len = config.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
-        raise NibbleError(f"--max-model-len {wanted_len} is more than the {model.max_position_embeddings} positions "
+        raise UserError(f"--max-model-len {wanted_len} is more than the {model.max_position_embeddings} positions "
                           "the model was trained for")
     budget = config.kv_cache_memory
     if budget is None:
@@ -76,7 +76,7 @@ def plan(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device:
     num_blocks = budget // block
     capacity = num_blocks * config.block_size
     if capacity < min(wanted_len, config.max_model_len or config.block_size):
-        raise NibbleError(f"the KV cache holds {max(0, capacity)} tokens in {gib(budget)}; a context of {wanted_len} "
+        raise UserError(f"the KV cache holds {max(0, capacity)} tokens in {gib(budget)}; a context of {wanted_len} "
                           f"needs {gib(-(-wanted_len // config.block_size) * block)}: lower --max-model-len, or "
                           "raise --kv-cache-memory")
     return MemoryPlan(num_blocks, min(wanted_len, capacity), num_blocks * block, activations)

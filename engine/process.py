@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from ..quant.errors import NibbleError
+from ..errors import UserError
 from .config import EngineConfig
 from .core import EngineCore
 from .messages import (
@@ -140,7 +140,7 @@ def serve(sock: socket.socket, make_core: CoreFactory) -> int:
 
 
 def _fatal(error: Exception) -> Fatal:
-    if isinstance(error, NibbleError):
+    if isinstance(error, UserError):
         return Fatal(str(error), exit_code=2)
     logger.critical("the engine cannot go on", exc_info=error)
     return Fatal(f"the engine failed with {type(error).__name__}; its log has the cause")

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.registry import decoder_config
+from ..errors import UserError
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
-from ..quant.errors import NibbleError
-from ..quant.safetensors_files import read_json
+from ..quant.checkpoint.headers import read_json
 from . import memory
-from .backend import load_decoder
-from .batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
+from .backends.choose import load_decoder
+from .backends.torch.decoder import Decoder
+from .backends.triton.batch import to_device
+from .backends.triton.graphs import CudaRecorder, Record
 from .config import EngineConfig
-from .device_batch import to_device
-from .graphs import CudaRecorder, Record
 from .messages import Ready, TokenLogprobs
-from .models.decoder import Decoder
-from .models.registry import decoder_config
 from .request import Request, SamplingParams
 from .sampler import sample, token_logprobs
+from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 class Runner:
-    """Loads config.model, then executes batches. Raises NibbleError on bad input."""
+    """Loads config.model, then executes batches. Raises UserError on bad input."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[str], None] | None = None):
         started = time.perf_counter()
@@ -164,7 +164,7 @@ class Runner:
 
     def _overlap(self, record: Record) -> None:
         """Replay decode steps from graphs and sample on the device: the host need not wait for a step any more."""
-        from .device_sampler import DeviceSampler  # imports Triton
+        from .backends.triton.sampler import DeviceSampler  # imports Triton
 
         with torch.inference_mode():
             self.model.capture(record, self.cache, self.config.max_num_seqs, self.max_model_len)
@@ -178,7 +178,7 @@ class Runner:
             last = ScheduledRequest(item.request, 3, 1)
             logits = self.model.logits(self._forward([last], cache))
         if not torch.isfinite(logits).all():
-            raise NibbleError(f"the model's logits are not finite in {self.dtype}; try --dtype float32, or check the "
+            raise UserError(f"the model's logits are not finite in {self.dtype}; try --dtype float32, or check the "
                               "checkpoint")
 
 
@@ -188,9 +188,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise NibbleError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise NibbleError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+        raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     return device
 
 
@@ -198,7 +198,7 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
     """The checkpoint's own, except that 16-bit CPU work is bfloat16, and bfloat16 needs compute capability 8.0."""
     if name != "auto":
         if name not in _DTYPES:
-            raise NibbleError(f"--dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}")
+            raise UserError(f"--dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}")
         return _DTYPES[name]
     config = checkpoint.config
     stored = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.bfloat16)

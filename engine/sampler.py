@@ -17,9 +17,9 @@ import struct
 import torch
 from torch import Tensor
 
-from .batch import StepResult
 from .messages import TokenLogprobs
 from .request import Request, SamplingParams
+from .scheduling.batch import StepResult
 
 NOT_FINITE = "the model produced logits that are not numbers for this request"
 _FIRST_CANDIDATES = 256

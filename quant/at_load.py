@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import data_free
+from ..errors import UnsupportedError
+from .algorithms import data_free
 from .checkpoint import Checkpoint
-from .errors import UnsupportedError
+from .checkpoint.output import check_disk, check_output, writing
+from .checkpoint.side_files import copy_side_files
+from .checkpoint.writer import ShardWriter, block_of, write_json
 from .formats import compressed_tensors
-from .output import check_disk, check_output, writing
 from .scheme import LayerScheme, QuantScheme, exactly
-from .side_files import copy_side_files
 from .weight import QuantizedWeight
-from .writer import ShardWriter, block_of, write_json
 
 LAYERS = {
     "int4": LayerScheme("int", 4, 32, False),

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .pipeline import Report
-from .writer import write_json, write_text
+from .checkpoint.writer import write_json, write_text
+from .conversion.pipeline import Report
 
 PACKAGES = ("nibble-serve", "torch", "transformers")
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 
 
 def unsupported(key: str, value: Any, hint: str = "") -> UnsupportedError:

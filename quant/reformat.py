@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__ as nibble_version
-from . import data_free, formats
+from ..errors import UnsupportedError
+from ..version import __version__ as nibble_version
+from . import formats
+from .algorithms import data_free
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import UnsupportedError
-from .journal import Journal, fingerprint
-from .output import check_disk, check_output, unpublish, writing
+from .checkpoint.journal import Journal, fingerprint
+from .checkpoint.output import check_disk, check_output, unpublish, writing
+from .checkpoint.side_files import copy_side_files
+from .checkpoint.writer import ShardWriter, block_of, write_json
 from .scheme import LayerScheme, QuantScheme, exactly
-from .side_files import copy_side_files
 from .weight import QuantizedWeight
-from .writer import ShardWriter, block_of, write_json
 
 TARGETS = {"awq": ("awq", "gemm"), "gptq": ("gptq", "gptq"), "gptq_v2": ("gptq", "gptq_v2"),
            "compressed-tensors": ("compressed-tensors", ""), "fp8": ("fp8", "fp8")}  # fmt: skip

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .. import __version__
+from ..version import __version__
 from . import errors, metrics, sse
 from .auth import AuthMiddleware
 from .openai import chat, completions, models, tokenize

@@ -16,9 +16,9 @@ from functools import partial
 import msgspec
 
 from ..engine.client import EngineDeadError, child_params
-from ..engine.detokenizer import Detokenizer
 from ..engine.messages import RequestOutput, TokenLogprobs
 from ..engine.request import FinishReason, SamplingParams
+from ..engine.text.detokenizer import Detokenizer
 from . import errors
 from .serving import Serving
 

@@ -25,12 +25,12 @@ from typing import Any
 
 import msgspec
 
-from .. import __version__
 from ..engine.client import AsyncEngine, EngineDeadError
 from ..engine.config import EngineConfig
 from ..engine.messages import Ready
-from ..engine.tokenizer import Tokenizer
-from ..quant.errors import NibbleError
+from ..engine.text.tokenizer import Tokenizer
+from ..errors import UserError
+from ..version import __version__
 from . import limits
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def serve(config: EngineConfig, options: ServeOptions, start_engine: StartEngine = AsyncEngine.start) -> int:
-    """Serve until told to stop. Returns the exit code; NibbleError for bad input."""
+    """Serve until told to stop. Returns the exit code; UserError for bad input."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(config, options, start_engine))
 
@@ -91,7 +91,7 @@ class Lifecycle:
                                max_queued_requests=options.max_queued_requests)
         self.http = _http_server(create_app(self.serving, options.api_keys))
         self.exit_code = 0
-        self.error: NibbleError | None = None
+        self.error: UserError | None = None
         self.signals = 0
         self.tasks: set[asyncio.Task] = set()
 
@@ -116,7 +116,7 @@ class Lifecycle:
         """Wait until ready, then for the engine's death."""
         try:
             loaded, ready_tokenizer = await asyncio.gather(engine, tokenizer)
-        except NibbleError as error:
+        except UserError as error:
             self.error = error
             self.http.should_exit = True
             return
@@ -194,7 +194,7 @@ def _bind(options: ServeOptions) -> socket.socket:
         sock.bind((options.host, options.port))
     except OSError as error:
         sock.close()
-        raise NibbleError(f"cannot listen on {options.host}:{options.port}: {error.strerror or error} "
+        raise UserError(f"cannot listen on {options.host}:{options.port}: {error.strerror or error} "
                           "(choose another --host or --port)") from None
     return sock
 

@@ -16,7 +16,7 @@ from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..engine.client import AsyncEngine
-    from ..engine.tokenizer import Tokenizer
+    from ..engine.text.tokenizer import Tokenizer
 
 
 class Phase(enum.Enum):

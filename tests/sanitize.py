@@ -15,7 +15,7 @@ from pathlib import Path
 from nibble.kernels.cpu.build import build, find_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/kernels/test_cpu_native.py", "tests/engine/test_native.py"]
+TESTS = ["tests/kernels/test_cpu_native.py", "tests/engine/backends/test_cpp_decoder.py"]
 FLAGS = ("-g", "-O1", "-fno-omit-frame-pointer")
 SANITIZERS = {  # flags, runtime, options
     "address": (("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"), "libasan.so",

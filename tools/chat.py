@@ -18,10 +18,10 @@ import typer
 
 from ..engine.client import AsyncEngine, EngineDeadError
 from ..engine.config import EngineConfig
-from ..engine.detokenizer import Detokenizer
 from ..engine.request import FinishReason, SamplingParams
-from ..engine.tokenizer import Tokenizer
-from ..quant.errors import NibbleError
+from ..engine.text.detokenizer import Detokenizer
+from ..engine.text.tokenizer import Tokenizer
+from ..errors import UserError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -54,7 +54,7 @@ class ServerBackend:
         try:
             response = await self.client.get("/v1/models")
         except httpx.TransportError:
-            raise NibbleError(f"no server answers at {self.url} (start one: nibble serve MODEL; or load a model here: "
+            raise UserError(f"no server answers at {self.url} (start one: nibble serve MODEL; or load a model here: "
                               "nibble chat MODEL)") from None
         await _check(response)
         self.model = response.json()["data"][0]["id"]
@@ -70,7 +70,7 @@ class ServerBackend:
                     continue
                 event = msgspec.json.decode(data)
                 if "error" in event:
-                    raise NibbleError(f"the server: {event['error']['message']}")
+                    raise UserError(f"the server: {event['error']['message']}")
                 if event.get("usage"):
                     self.num_tokens = event["usage"]["completion_tokens"]
                 for choice in event["choices"]:
@@ -93,7 +93,7 @@ class LocalBackend:
         try:
             self.engine = await AsyncEngine.start(EngineConfig(model=self.model, max_num_seqs=1))
         except EngineDeadError as error:
-            raise NibbleError(str(error)) from None
+            raise UserError(str(error)) from None
 
     async def reply(self, messages: Messages) -> AsyncGenerator[str, None]:
         ready = self.engine.ready
@@ -101,7 +101,7 @@ class LocalBackend:
         prompt = self.tokenizer.encode(text, add_special_tokens=False)
         room = ready.max_model_len - len(prompt)
         if room < 1:
-            raise NibbleError(f"the conversation is longer than the context of {ready.max_model_len} tokens (/clear)")
+            raise UserError(f"the conversation is longer than the context of {ready.max_model_len} tokens (/clear)")
         params = SamplingParams(**{**self.sampling, "max_tokens": min(room, self.sampling.get("max_tokens", room))})
         _check_params(params, ready.vocab_size)
         detokenizer = Detokenizer(self.tokenizer, params, prompt)
@@ -109,7 +109,7 @@ class LocalBackend:
         async with aclosing(self.engine.generate(next(self.names), prompt, params)) as outputs:
             async for output in outputs:
                 if output.finish_reason == FinishReason.ERROR:
-                    raise NibbleError(output.error)
+                    raise UserError(output.error)
                 self.num_tokens += len(output.token_ids)
                 yield detokenizer.push(output.token_ids)
         yield detokenizer.finish()
@@ -126,14 +126,14 @@ async def _check(response: httpx.Response) -> None:
         message = response.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):
         message = response.text[:200]
-    raise NibbleError(f"the server answered {response.status_code}: {message}")
+    raise UserError(f"the server answered {response.status_code}: {message}")
 
 
 def _check_params(params: SamplingParams, vocab_size: int) -> None:
     try:
         params.verify(vocab_size)
     except ValueError as error:
-        raise NibbleError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 async def _answer(backend: Backend, messages: Messages) -> str:
@@ -200,6 +200,6 @@ def chat_command(
             else:
                 runner.run(_answer(backend, [*opening, {"role": "user", "content": prompt}]))
         except httpx.TransportError as error:
-            raise NibbleError(f"lost the connection to {url}: {error!r}") from None
+            raise UserError(f"lost the connection to {url}: {error!r}") from None
         finally:
             runner.run(backend.close())

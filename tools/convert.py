@@ -14,14 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from nibble.cli import parse_bytes
-from nibble.quant.block_quantizer import ACTIVATION_BYTES
+from nibble.errors import UserError
 from nibble.quant.card import Quality, summary, write_card
-from nibble.quant.errors import NibbleError
-from nibble.quant.estimate import Estimate
-from nibble.quant.journal import begun
-from nibble.quant.output import partial_of
-from nibble.quant.pipeline import CALIB_SAMPLES, CALIB_SEQLEN, Progress, convert_with_report, dry_run
-from nibble.quant.plan import Method, Plan, Recipe
+from nibble.quant.checkpoint.journal import begun
+from nibble.quant.checkpoint.output import partial_of
+from nibble.quant.conversion.block_quantizer import ACTIVATION_BYTES
+from nibble.quant.conversion.estimate import Estimate
+from nibble.quant.conversion.pipeline import (
+    CALIB_SAMPLES,
+    CALIB_SEQLEN,
+    Progress,
+    convert_with_report,
+    dry_run,
+)
+from nibble.quant.conversion.plan import Method, Plan, Recipe
 from nibble.quant.reformat import Grid, reformat
 
 console = Console(stderr=True)
@@ -70,7 +76,7 @@ def convert_command(
         grid = Grid(bits or 4, group_size, bool(symmetric)) if requantize else None
         return _reformat(model, output, to, grid, overwrite=overwrite, resume=resume)
     if requantize:
-        raise NibbleError("--requantize goes with --to and none of --awq, --gptq and --fp8, which quantize anew anyway")
+        raise UserError("--requantize goes with --to and none of --awq, --gptq and --fp8, which quantize anew anyway")
     recipe = Recipe.of(_method(awq, gptq, fp8), bits, group_size, symmetric, target=to, fp8_scheme=fp8_scheme,
                        kv_scales=kv_scales, desc_act=desc_act, auto_bits=auto_bits)
     run: dict[str, Any] = {"calib_samples": calib_samples, "calib_seqlen": calib_seqlen, "device": device,
@@ -113,7 +119,7 @@ def _peak_memory() -> int:
 def _method(awq: bool, gptq: bool, fp8: bool) -> Method:
     chosen = [name for name, on in (("awq", awq), ("gptq", gptq), ("fp8", fp8)) if on]
     if len(chosen) != 1:
-        raise NibbleError("choose one of --awq, --gptq and --fp8" + (f", not {len(chosen)}" if chosen else ""))
+        raise UserError("choose one of --awq, --gptq and --fp8" + (f", not {len(chosen)}" if chosen else ""))
     return chosen[0]
 
 

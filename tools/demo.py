@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nibble.errors import UserError
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.errors import NibbleError
 from nibble.tools.fetch import NAME, fetch_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def convert(source: Path) -> Path:
     command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), "--awq", "--overwrite", "-o",
                str(QUANTIZED)]
     if code := subprocess.run(command, check=False).returncode:
-        raise NibbleError(f"{_shown(source)}: the conversion ended with code {code} (its message is above)")
+        raise UserError(f"{_shown(source)}: the conversion ended with code {code} (its message is above)")
     return QUANTIZED
 
 
@@ -99,13 +99,13 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise NibbleError(f"the server exited with code {server.returncode}; the end of {_shown(SERVER_LOG)}:\n"
+            raise UserError(f"the server exited with code {server.returncode}; the end of {_shown(SERVER_LOG)}:\n"
                               + "\n".join(SERVER_LOG.read_text().splitlines()[-10:]))
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/readyz", timeout=5.0).status_code == 200:
                 return
         time.sleep(0.05)
-    raise NibbleError(f"the server was not ready within {READY_TIMEOUT:.0f} s (see {_shown(SERVER_LOG)})")
+    raise UserError(f"the server was not ready within {READY_TIMEOUT:.0f} s (see {_shown(SERVER_LOG)})")
 
 
 def chat(url: str, question: str) -> Answer:
@@ -117,13 +117,13 @@ def chat(url: str, question: str) -> Answer:
     started = time.perf_counter()
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120.0) as response:
         if response.status_code != 200:
-            raise NibbleError(f"the server answered {response.status_code}: {response.read().decode()}")
+            raise UserError(f"the server answered {response.status_code}: {response.read().decode()}")
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
-                raise NibbleError(f"the server broke off: {event['error']['message']}")
+                raise UserError(f"the server broke off: {event['error']['message']}")
             usage = event.get("usage") or usage
             if text := "".join(choice["delta"].get("content") or "" for choice in event["choices"]):
                 last = time.perf_counter() - started
@@ -172,7 +172,7 @@ def main() -> int:
             os.execv(command[0], command)
         with serving(model) as (url, ready):
             answer = chat(url, QUESTION)
-    except NibbleError as problem:
+    except UserError as problem:
         print(problem, file=sys.stderr)
         return 2
     console.print(report(source, model, ready, answer))

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nibble.quant.errors import NibbleError
+from nibble.errors import UserError
 
 _STYLES = {"ok": "green", "slow": "yellow", "no": "red"}
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors")
@@ -83,7 +83,7 @@ def tiles(card: str, cc: int) -> Finding:
 
 def checkpoint(model: str, device_name: str) -> list[Finding]:
     """The format, the kernels of one layer, and whether it fits. Stops at the first thing that cannot be."""
-    from nibble.engine.models.registry import decoder_config
+    from nibble.architectures.registry import decoder_config
     from nibble.engine.runner import resolve_device, resolve_dtype
     from nibble.quant.checkpoint import open_checkpoint
 
@@ -99,7 +99,7 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
         dtype = resolve_dtype("auto", opened, device)
         found += _kernels(opened, config, dtype, device)
         found += _memory(opened, config, dtype, device)
-    except NibbleError as error:
+    except UserError as error:
         found.append(Finding("model", "no", str(error)))
     return found
 
@@ -108,7 +108,7 @@ def _kernels(opened, config, dtype, device) -> list[Finding]:
     """What each matrix of a layer runs on, and why not on something better."""
     import torch
 
-    from nibble.engine.backend import load_decoder, why_torch
+    from nibble.engine.backends.choose import load_decoder, why_torch
     from nibble.engine.config import EngineConfig
 
     one = dataclasses.replace(config, num_layers=1, layer_types=config.layer_types[:1])

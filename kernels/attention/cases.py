@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from ..compile_cases import CompileCase
+from ..measure.compile_cases import CompileCase
 from .attend import attend_kernel, reduce_kernel
 from .config import TileConfig, decode_config, padded_dim, prefill_config
 from .paged import MIN_SPLIT

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...quant.errors import UnsupportedError
+from ...errors import UnsupportedError
 from .attend import attend_kernel, reduce_kernel
 from .config import TileConfig, decode_config, num_splits, padded_dim, prefill_config
 

@@ -5,7 +5,7 @@ import weakref
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 
-from ...quant.errors import NibbleError
+from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
 _ABI_VERSION = 2
@@ -91,7 +91,7 @@ def why_missing() -> str | None:
 def library() -> ctypes.CDLL:
     found, reason = _load()
     if found is None:
-        raise NibbleError(reason)
+        raise UserError(reason)
     return found
 
 
@@ -105,12 +105,12 @@ class Pool:
     """Threads that run the kernels of one instruction set. They sleep while there is nothing to do."""
 
     def __init__(self, threads: int, isa: str = "auto"):
-        """Raises NibbleError where the machine has no such instruction set."""
+        """Raises UserError where the machine has no such instruction set."""
         known = instruction_sets()
         self.isa = known[0] if isa == "auto" and known else isa
         self.threads = threads
         self.library = library()
         self.handle = self.library.nb_pool_new(threads, self.isa.encode())
         if not self.handle:
-            raise NibbleError(f"--cpu-isa {isa!r} is not one of this machine's: {', '.join(known)}")
+            raise UserError(f"--cpu-isa {isa!r} is not one of this machine's: {', '.join(known)}")
         weakref.finalize(self, self.library.nb_pool_free, self.handle)

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import triton
 
-from ..compile_cases import CompileCase
 from ..fused.rows import warps
 from ..gptq.cases import cases_of
+from ..measure.compile_cases import CompileCase
 from . import products
 from .launch import CHUNK, GROUP_M
 from .layout import TILE_OUT

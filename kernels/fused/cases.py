@@ -2,14 +2,14 @@
 
 import triton
 
-from ..compile_cases import CompileCase
+from ..measure.compile_cases import CompileCase
+from ..sampling.sample import BLOCK
+from ..sampling.sample_kernels import PIECE as SAMPLE_PIECE
+from ..sampling.sample_kernels import bias_kernel, choose_kernel, record_kernel, scan_kernel
 from .activation import PIECE, _gated_kernel
 from .norm import _rms_norm_kernel
 from .rope import PROGRAM, _rope_kernel
 from .rows import warps
-from .sample import BLOCK
-from .sample_kernels import PIECE as SAMPLE_PIECE
-from .sample_kernels import bias_kernel, choose_kernel, record_kernel, scan_kernel
 
 OUTPUTS = {"none": "*fp16", "int8": "*i8", "fp8": "*u8"}
 

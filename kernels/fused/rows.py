@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...quant.errors import UnsupportedError
+from ...errors import UnsupportedError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 CODES = {"none": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..compile_cases import CompileCase
+from ..measure.compile_cases import CompileCase
 from . import products
 from .tuning import FOLDER, Tile, tables
 

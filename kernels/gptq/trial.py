@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...quant.errors import NibbleError
+from ...errors import UserError
 from ...quant.weight import QuantizedWeight
-from ..timing import Card, microseconds, rotations
+from ..measure.timing import Card, microseconds, rotations
 from . import launch, products
 from .layout import ShuffledWeight, shuffle
 from .search import ROWS, Candidate, Measurement, Shape, Trial
@@ -87,7 +87,7 @@ class Subject:
     def why_not(self, candidate: Candidate, rows: int) -> str:
         """Why a candidate cannot win: it does not compile, spills, or computes something else. "" if it can.
 
-        Compiles it, which other processes on this machine then need not. NibbleError where it crashed the device.
+        Compiles it, which other processes on this machine then need not. UserError where it crashed the device.
         """
         weight, before = self.weights[0], _spills()
         try:
@@ -97,7 +97,7 @@ class Subject:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise NibbleError(f"{candidate.describe()} with {rows} rows crashed the device: {error}") from error
+            raise UserError(f"{candidate.describe()} with {rows} rows crashed the device: {error}") from error
         new = [count for key, count in _spills().items() if key not in before]
         if any(new):
             return f"spills {max(new)} registers"

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from fastapi import Request, Response
 from pydantic import Field, model_validator
 
-from ...engine.detokenizer import Detokenizer
 from ...engine.request import FinishReason, SamplingParams
+from ...engine.text.detokenizer import Detokenizer
 from .. import errors, limits
 from ..generation import Delta, Generation, Sequence, usage
 from ..serving import Serving

@@ -10,7 +10,7 @@ by comparing them for equality.
 from collections.abc import Sequence
 
 from ...engine.messages import TokenLogprobs
-from ...engine.tokenizer import Tokenizer
+from ...engine.text.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no -inf
 

@@ -22,7 +22,7 @@ import random_llama
 import torch
 
 from nibble import LLM, SamplingParams
-from nibble.kernels.timing import Card
+from nibble.kernels.measure.timing import Card
 
 SECTIONS = {"products": gpu_products, "attention": gpu_attention, "glue": gpu_glue, "engine": gpu_engine}
 

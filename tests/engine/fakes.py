@@ -12,12 +12,12 @@ import sys
 import time
 from dataclasses import dataclass
 
-from nibble.engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import Ready, TokenLogprobs
 from nibble.engine.request import UNKNOWN
-from nibble.quant.errors import NibbleError
+from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest, StepResult
+from nibble.errors import UserError
 
 VOCAB_SIZE = 512
 EOS = 7
@@ -107,7 +107,7 @@ class OverlappingRunner(FakeRunner):
 def make_core(config: EngineConfig) -> EngineCore:
     """`config.model` says how this engine behaves: "good", "slow", "bad-input", "defect", "dies"."""
     if config.model == "bad-input":
-        raise NibbleError("model.safetensors: is truncated (download it again)")
+        raise UserError("model.safetensors: is truncated (download it again)")
     if config.model == "defect":
         raise KeyError("something nobody thought of")
     if config.model == "dies":

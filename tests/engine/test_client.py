@@ -16,9 +16,9 @@ from nibble.engine.client import AsyncEngine, EngineDeadError, child_params
 from nibble.engine.config import EngineConfig
 from nibble.engine.messages import AddRequest, FrameReader, decode_to_engine, frame
 from nibble.engine.request import SamplingParams
-from nibble.quant.errors import NibbleError
+from nibble.errors import UserError
 
-from .test_scheduler import solo
+from .scheduling.test_scheduler import solo
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("fakes.py")))
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
@@ -164,7 +164,7 @@ def test_shutdown_ends_open_streams_with_abort() -> None:
 
 
 @pytest.mark.parametrize(("model", "error", "message"), [
-    ("bad-input", NibbleError, "model.safetensors: is truncated"),
+    ("bad-input", UserError, "model.safetensors: is truncated"),
     ("defect", EngineDeadError, "KeyError"),
     ("dies", EngineDeadError, "exit code 9"),
 ])

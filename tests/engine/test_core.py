@@ -8,7 +8,7 @@ from nibble.engine.messages import AddRequest, RequestOutput
 from nibble.engine.request import SamplingParams
 
 from .fakes import EOS, VOCAB_SIZE, FakeRunner, OverlappingRunner
-from .test_scheduler import solo
+from .scheduling.test_scheduler import solo
 
 
 def make_core(**runner) -> EngineCore:

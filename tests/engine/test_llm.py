@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from nibble import LLM, SamplingParams
-from nibble.engine.tokenizer import Tokenizer
+from nibble.engine.text.tokenizer import Tokenizer
 
 from .fakes import FakeRunner, next_token
-from .tiny_tokenizers import CHATML, byte_level
+from .text.tiny_tokenizers import CHATML, byte_level
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from nibble import LLM
+from nibble.errors import CheckpointError, UnsupportedError
 from nibble.quant.at_load import quantized_at_load
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.errors import CheckpointError, UnsupportedError
 from nibble.quant.weight import QuantizedWeight
 
 IDS = list(range(60, 100))

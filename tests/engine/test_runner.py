@@ -1,20 +1,16 @@
 """The runner's logits and tokens against transformers, through every way the scheduler may cut the work."""
 
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
-from nibble.engine.batch import ScheduledBatch, ScheduledRequest
 from nibble.engine.config import EngineConfig
 from nibble.engine.request import Request, SamplingParams
 from nibble.engine.runner import Runner
-from nibble.quant.errors import NibbleError
+from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest
+from nibble.errors import UserError
 
-_spec = importlib.util.spec_from_file_location("engine_models", Path(__file__).parent / "models.py")
-models = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(models)
+from . import models
 
 
 @pytest.fixture(scope="module", params=list(models.CONFIGS))
@@ -99,13 +95,13 @@ def test_prompt_logprobs_are_the_log_softmax_of_transformers(pair) -> None:
 
 def test_a_bad_dtype_is_one_clear_error(tmp_path) -> None:
     models.build("llama", tmp_path)
-    with pytest.raises(NibbleError, match="float33"):
+    with pytest.raises(UserError, match="float33"):
         Runner(EngineConfig(model=str(tmp_path), dtype="float33"))
 
 
 def test_a_context_that_cannot_fit_says_what_would(tmp_path) -> None:
     models.build("llama", tmp_path)
-    with pytest.raises(NibbleError, match="--max-model-len"):
+    with pytest.raises(UserError, match="--max-model-len"):
         Runner(EngineConfig(model=str(tmp_path), max_model_len=256, kv_cache_memory=1 << 14))
 
 
@@ -113,5 +109,5 @@ def test_an_unknown_architecture_is_named(tmp_path) -> None:
     models.build("llama", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
-    with pytest.raises(NibbleError, match="MambaForCausalLM"):
+    with pytest.raises(UserError, match="MambaForCausalLM"):
         Runner(EngineConfig(model=str(tmp_path)))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nibble.engine.batch import StepResult
 from nibble.engine.request import Request, SamplingParams
 from nibble.engine.sampler import exponentials, sample
+from nibble.engine.scheduling.batch import StepResult
 
 PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = torch.tensor(np.log(PROBS), dtype=torch.float32)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import BF16, HALF, on_device  # noqa: F401  (a fixture)
 
-from nibble.engine.layers import apply_rope
+from nibble.engine.backends.torch.layers import apply_rope
 from nibble.kernels.fused.activation import gated
 from nibble.kernels.fused.norm import rms_norm
 from nibble.kernels.fused.rope import Pages, rope_and_cache
-from nibble.kernels.fused.sample import SamplingRows, greedy, sample
+from nibble.kernels.sampling.sample import SamplingRows, greedy, sample
 
 TOLERANCE = {HALF: 2e-3, BF16: 1.6e-2}
 

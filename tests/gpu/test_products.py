@@ -18,9 +18,9 @@ from torch import Tensor
 from nibble.kernels.gptq import launch
 from nibble.kernels.gptq.layout import shuffle
 from nibble.kernels.gptq.tuning import table
+from nibble.kernels.measure.timing import Card
 from nibble.kernels.select import choose
 from nibble.kernels.spec import LinearSpec
-from nibble.kernels.timing import Card
 from nibble.quant.weight import QuantizedWeight
 
 LLAMA_3_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.writer import dequantize_checkpoint
+from nibble.quant.checkpoint.writer import dequantize_checkpoint
 from nibble.tools.fetch import dense_smollm2
 
 MODELS = Path(__file__).resolve().parents[2] / "models"

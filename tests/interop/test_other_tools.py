@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from nibble import LLM, SamplingParams, convert
 from nibble.quant.checkpoint import open_checkpoint
+from nibble.quant.checkpoint.writer import dequantize_checkpoint
 from nibble.quant.reformat import reformat
-from nibble.quant.writer import dequantize_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent

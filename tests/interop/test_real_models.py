@@ -13,7 +13,7 @@ import nibble
 from nibble import LLM, SamplingParams
 from nibble.engine.messages import AddRequest
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.writer import dequantize_checkpoint
+from nibble.quant.checkpoint.writer import dequantize_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -55,7 +55,7 @@ def test_bfloat16_errs_no_more_than_transformers(real_model: Path) -> None:
 def test_triton_decoder_errs_no_more_than_torch(real_model: Path) -> None:
     """In Triton's interpreter, which computes float16 as a GPU does; root mean square against float32 logits. Gemma 3
     overflows float16. The interpreter stores bfloat16 cut off, not rounded: twice the error, and biased."""
-    triton = pytest.importorskip("nibble.engine.models.triton")
+    triton = pytest.importorskip("nibble.engine.backends.triton.decoder")
     ids = AutoTokenizer.from_pretrained(real_model)(passages(1)[0]).input_ids[:24]
     exact = reference_logits(real_model, ids, torch.float32)
     dtype, factor = ("bfloat16", 4) if "gemma" in real_model.name else ("float16", 1.2)

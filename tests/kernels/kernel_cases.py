@@ -14,7 +14,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, PagedCache, allocate_scales, paged_attention
+from nibble.kernels.attention.paged import (
+    AttentionSpec,
+    PagedBatch,
+    PagedCache,
+    allocate_scales,
+    paged_attention,
+)
 from nibble.quant.weight import QuantizedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

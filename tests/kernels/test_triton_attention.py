@@ -5,10 +5,16 @@ import torch
 from kernel_cases import BF16, BLOCK, FP8, HALF, interpreter_only, on_device  # noqa: F401  (a fixture)
 from kernel_cases import AttentionCase as Case
 
+from nibble.errors import UnsupportedError
 from nibble.kernels.attention import paged
 from nibble.kernels.attention.config import decode_config, num_splits, prefill_config
-from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, PagedCache, allocate_scales, paged_attention
-from nibble.quant.errors import UnsupportedError
+from nibble.kernels.attention.paged import (
+    AttentionSpec,
+    PagedBatch,
+    PagedCache,
+    allocate_scales,
+    paged_attention,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from kernel_cases import DEVICE, on_device  # noqa: F401  (a fixture)
 from torch import Tensor
 
-from nibble.engine.layers import RMSNorm, RopeTable, apply_rope, inverse_frequencies
+from nibble.engine.backends.torch.layers import RMSNorm, RopeTable, apply_rope, inverse_frequencies
+from nibble.errors import UnsupportedError
 from nibble.kernels.fused.activation import gated
 from nibble.kernels.fused.norm import rms_norm
 from nibble.kernels.fused.rope import Pages, rope_and_cache
-from nibble.quant.errors import UnsupportedError
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

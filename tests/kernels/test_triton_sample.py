@@ -5,11 +5,11 @@ import torch
 from kernel_cases import DEVICE, on_device  # noqa: F401  (a fixture)
 from torch import Tensor
 
-from nibble.engine.batch import StepResult
 from nibble.engine.request import Request, SamplingParams
 from nibble.engine.sampler import sample as engine_sample
-from nibble.kernels.fused.sample import SamplingRows, add_bias, greedy, new_state, race_key, record, sample
-from nibble.quant.errors import UnsupportedError
+from nibble.engine.scheduling.batch import StepResult
+from nibble.errors import UnsupportedError
+from nibble.kernels.sampling.sample import SamplingRows, add_bias, greedy, new_state, race_key, record, sample
 
 
 def _logits(rows: int, vocab: int, spread: float = 3.0, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from nibble.kernels.gptq import search, trial
 from nibble.kernels.gptq.search import DEQUANTIZE, Candidate
 from nibble.kernels.gptq.trial import Kind, Subject
 from nibble.kernels.gptq.tuning import Tile
-from nibble.kernels.timing import Card
+from nibble.kernels.measure.timing import Card
 
 pytestmark = interpreter_only
 GEMM, GEMV = Candidate("gemm", Tile(0, 16, 64, 4, 2, True)), Candidate("gemv", Tile(0, 1, 64, 4, 1))

@@ -8,7 +8,7 @@ import pytest
 from nibble.kernels.gptq import search, tuning
 from nibble.kernels.gptq.search import DEQUANTIZE, Candidate, Measurement, Trial
 from nibble.kernels.gptq.tuning import Table, Tile
-from nibble.kernels.timing import CALLS, repeats, rotations
+from nibble.kernels.measure.timing import CALLS, repeats, rotations
 
 SHAPES = ((4096, 4096), (28672, 4096))
 

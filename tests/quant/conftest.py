@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.writer import dequantize_checkpoint
+from nibble.quant.checkpoint.writer import dequantize_checkpoint
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 272, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

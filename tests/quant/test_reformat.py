@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from nibble.errors import UnsupportedError
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.errors import UnsupportedError
-from nibble.quant.pipeline import convert
+from nibble.quant.checkpoint.writer import dequantize_checkpoint
+from nibble.quant.conversion.pipeline import convert
 from nibble.quant.reformat import Grid, reformat
 from nibble.quant.weight import QuantizedWeight
-from nibble.quant.writer import dequantize_checkpoint
 
 FAST = {"calib_samples": 4, "calib_seqlen": 32}
 Q = gguf.GGMLQuantizationType

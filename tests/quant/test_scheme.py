@@ -4,7 +4,7 @@ import pytest
 from compressed_tensors.quantization import QuantizationConfig
 from transformers import AwqConfig, FineGrainedFP8Config, GPTQConfig
 
-from nibble.quant.errors import UnsupportedError
+from nibble.errors import UnsupportedError
 from nibble.quant.scheme import LayerScheme, QuantScheme, exactly
 
 AWQ = LayerScheme("int", 4, 128, symmetric=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nibble.cli import VERBS, parse_bytes
-from nibble.quant.errors import NibbleError
+from nibble.errors import UserError
 
 
 def nibble(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
@@ -72,7 +72,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "2TiB", "1e9", "2 G i B"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(NibbleError, match="not a size"):
+    with pytest.raises(UserError, match="not a size"):
         parse_bytes(text)
 
 

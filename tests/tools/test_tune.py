@@ -77,5 +77,5 @@ def test_every_kind_of_weights_gets_its_table(tuner: tune.Tuner, monkeypatch: py
 def test_a_product_that_cannot_be_computed_is_an_error(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [Measurement(Trial((64, 64), 1, DEQUANTIZE), reason="is wrong by 1")]
     monkeypatch.setattr(tune.Tuner, "_run", lambda self, label, kind, trials: broken)
-    with pytest.raises(tune.NibbleError, match=r"int8: dequantization of \(64, 64\) is wrong by 1"):
+    with pytest.raises(tune.UserError, match=r"int8: dequantization of \(64, 64\) is wrong by 1"):
         tuner.measure("int8")

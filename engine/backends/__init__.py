@@ -1,0 +1,1 @@
+"""What computes a model: torch's operators, the C++ kernels or Triton's."""

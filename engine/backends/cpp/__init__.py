@@ -1,0 +1,1 @@
+"""The CPU backend: one call into the C++ kernels."""

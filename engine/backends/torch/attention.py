@@ -1,0 +1,207 @@
+"""Paged attention in torch operators, and the cache it reads.
+
+The cache of one layer is one tensor. A block holds block_size consecutive tokens of one request; one index_select by
+blocks gives a context whose keys (and values) of one head lie side by side, as torch's attention wants them:
+
+    cache.layers[l]  [2, num_kv_heads, num_blocks, block_size, head_dim]
+                      ^ 0: keys (rotated), 1: values   ^ request.block_table
+
+A step's tokens lie flat, decode tokens (one per request) first, then the chunks:
+
+    tokens  [ d d d d | c c c c c c c | c c c ]     decodes are attended to in one padded call, chunks one by one
+"""
+
+import math
+import mmap
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...scheduling.batch import ScheduledRequest
+
+
+@dataclass(slots=True)
+class KVCache:
+    layers: list[Tensor]
+    block_size: int
+
+    @classmethod
+    def allocate(cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
+                 dtype: torch.dtype, device: torch.device) -> "KVCache":
+        """Zeros: what lies behind a request's last token is gathered with its block and masked, but 0 * NaN is NaN.
+
+        On a CPU they are anonymous pages (torch's own zeros are written out), so a block costs memory from its first
+        use on, and a start-up nothing. Not huge pages: the first block would touch one for every head of every layer,
+        hundreds of megabytes and half a second of zeroing.
+        """
+        shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
+
+        def zeros() -> Tensor:
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.frombuffer(zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+        return cls([zeros() for _ in range(num_layers)], block_size)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks that a failed request may have left NaN in."""
+        for layer in self.layers:
+            layer[:, :, torch.tensor(blocks, device=layer.device)] = 0
+
+    def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
+        """keys_values [T, 2, num_kv_heads, head_dim] to slots [T] (block * block_size + offset)."""
+        self.layers[layer].flatten(2, 3).index_copy_(2, slots, keys_values.permute(1, 2, 0, 3))
+
+    def gather(self, layer: int, blocks: Tensor | slice) -> Tensor:
+        """blocks [n] -> [2, num_kv_heads, n * block_size, head_dim], in the order given; a slice is not copied."""
+        if isinstance(blocks, slice):
+            return self.layers[layer][:, :, blocks].flatten(2, 3)
+        return self.layers[layer].index_select(2, blocks).flatten(2, 3)
+
+
+def zero_pages(nbytes: int) -> mmap.mmap:
+    """Zeroed memory of ordinary pages, each taken from the machine when it is first written."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, nbytes)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages
+
+
+@dataclass(slots=True)
+class _DecodeView:
+    """The blocks every decoding request looks at, padded to one length, and what of it is real."""
+
+    blocks: Tensor | slice  # int64 [B * n]
+    width: int  # tokens per request after padding: n * block_size
+    mask: Tensor | None  # additive, in the activations' dtype [1, B, 1, width]; None: every position is real
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Where this step's tokens live; made once a step and shared by all layers."""
+
+    slots: Tensor  # int64 [T]
+    decodes: list[ScheduledRequest]
+    chunks: list[ScheduledRequest]
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    _decode_views: dict[int | None, _DecodeView] = field(default_factory=dict)
+    _chunk_views: dict[tuple[int, int | None], tuple[Tensor | slice, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, items: list[ScheduledRequest], block_size: int, dtype: torch.dtype,
+              device: torch.device) -> "AttentionMetadata":
+        """`items` must have the decode tokens (num_tokens == 1) first."""
+        slots = [slot for item in items for slot in item.slots(block_size)]
+        decodes = [item for item in items if item.num_tokens == 1]
+        return cls(torch.tensor(slots, device=device), decodes, items[len(decodes):], block_size, dtype, device)
+
+    def decode_view(self, window: int | None) -> _DecodeView:
+        if window not in self._decode_views:
+            self._decode_views[window] = self._make_decode_view(window)
+        return self._decode_views[window]
+
+    def chunk_view(self, index: int, window: int | None) -> tuple[Tensor | slice, Tensor]:
+        """Blocks [n] a chunk looks at, and its additive mask [tokens, n * block_size]."""
+        key = (index, window)
+        if key not in self._chunk_views:
+            self._chunk_views[key] = self._make_chunk_view(self.chunks[index], window)
+        return self._chunk_views[key]
+
+    def _first_block(self, first_query: int, window: int | None) -> int:
+        return 0 if window is None else max(0, first_query + 1 - window) // self.block_size
+
+    def _make_decode_view(self, window: int | None) -> _DecodeView:
+        size = self.block_size
+        firsts = [self._first_block(item.start, window) for item in self.decodes]
+        tables = [item.request.block_table[first:-(-item.end // size)]
+                  for item, first in zip(self.decodes, firsts, strict=True)]
+        longest = max(map(len, tables))
+        blocks = self._blocks([block for table in tables for block in table + [table[0]] * (longest - len(table))])
+        width = longest * size
+        ends = torch.tensor([item.end - first * size for item, first in zip(self.decodes, firsts, strict=True)])
+        if window is None and int(ends.min()) == width:
+            return _DecodeView(blocks, width, None)
+        position = torch.arange(width)
+        seen = position < ends[:, None]
+        if window is not None:
+            seen &= position >= ends[:, None] - window
+        return _DecodeView(blocks, width, self._additive(seen)[None, :, None])
+
+    def _make_chunk_view(self, item: ScheduledRequest, window: int | None) -> tuple[Tensor | slice, Tensor]:
+        size = self.block_size
+        first = self._first_block(item.start, window)
+        table = item.request.block_table[first:-(-item.end // size)]
+        key = torch.arange(first * size, (first + len(table)) * size)
+        query = torch.arange(item.start, item.end)[:, None]
+        seen = key <= query
+        if window is not None:
+            seen &= key > query - window
+        return self._blocks(table), self._additive(seen)
+
+    def _blocks(self, blocks: list[int]) -> Tensor | slice:
+        """As an index; a slice where they follow one another, as a lone request's mostly do."""
+        first, count = blocks[0], len(blocks)
+        if blocks == list(range(first, first + count)):
+            return slice(first, first + count)
+        return torch.tensor(blocks, device=self.device)
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, float("-inf"))
+        return mask.to(self.device)
+
+
+def paged_attention(qkv: Tensor, num_heads: int, cache: KVCache, layer: int, meta: AttentionMetadata, scale: float,
+                    window: int | None) -> Tensor:
+    """Write this step's keys and values, then attend.
+
+    qkv [T, num_heads + 2 * num_kv_heads, head_dim], rotated; window: positions seen, itself included, or None for all.
+    Returns [T, num_heads * head_dim].
+    """
+    tokens, all_heads, dim = qkv.shape
+    kv_heads = (all_heads - num_heads) // 2
+    q, kv = qkv[:, :num_heads], qkv[:, num_heads:].view(tokens, 2, kv_heads, dim)
+    cache.write(layer, meta.slots, kv)
+    num_decodes = len(meta.decodes)
+    outputs = []
+    if num_decodes:
+        outputs.append(_decode(q[:num_decodes], kv_heads, cache, layer, meta.decode_view(window), scale))
+    offset = num_decodes
+    for index, item in enumerate(meta.chunks):
+        rows = slice(offset, offset + item.num_tokens)
+        offset += item.num_tokens
+        if item.start == 0 and (window is None or item.num_tokens <= window):
+            outputs.append(_fresh_chunk(q[rows], kv[rows], scale))
+        else:
+            blocks, mask = meta.chunk_view(index, window)
+            outputs.append(_attend(q[rows], cache.gather(layer, blocks), scale, mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _decode(q: Tensor, kv_heads: int, cache: KVCache, layer: int, view: _DecodeView, scale: float) -> Tensor:
+    """One query token per request: the query heads that share a kv head become the rows of one small product.
+
+    torch sees the kv heads as its batch and the requests as its heads, which is how the gathered blocks lie.
+    """
+    batch, num_heads, dim = q.shape
+    grouped = q.reshape(batch, kv_heads, num_heads // kv_heads, dim).transpose(0, 1)
+    k, v = cache.gather(layer, view.blocks).view(2, kv_heads, batch, view.width, dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=view.mask, scale=scale)
+    return out.transpose(0, 1).reshape(batch, -1)
+
+
+def _fresh_chunk(q: Tensor, kv: Tensor, scale: float) -> Tensor:
+    """A chunk that starts its sequence needs nothing from the cache. kv [tokens, 2, num_kv_heads, head_dim]."""
+    return _attend(q, kv.permute(1, 2, 0, 3), scale, None)
+
+
+def _attend(q: Tensor, kv: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """q [tokens, num_heads, head_dim], kv [2, num_kv_heads, context, head_dim]; no mask: causal from the start."""
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], kv[0][None], kv[1][None], attn_mask=mask,
+                                         is_causal=mask is None, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1).flatten(1)

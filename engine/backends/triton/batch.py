@@ -1,0 +1,131 @@
+"""A step's integers on their way to the device, without the host ever waiting for it.
+
+Decode tokens lie first, one a request, then the chunks; `tables` has a row for each request:
+
+    token_ids, positions, slots   [T]    int64   slot: block * block_size + offset, -1: nothing is cached
+    starts                        [S+1]  int32   where each request's tokens begin
+    lengths                       [S]    int32   tokens it has then, these included
+    tables                        [S, W] int32   its KV blocks
+
+`upload` makes new tensors, for any step. `StaticBatch` keeps one set of them for steps of decodes only, so that a CUDA
+graph finds every step in the same place; rows behind the last request are padded with what reads and writes nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...request import UNKNOWN, Request
+from ...scheduling.batch import ScheduledRequest
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """What the step before sampled, and the host may not know yet."""
+
+    tokens: Tensor  # int64 [B], on the device, all valid ids
+    rows: dict[str, int]  # request_id -> row of `tokens`
+
+
+@dataclass(slots=True)
+class DeviceBatch:
+    """As the module's docstring has it, on the device."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    starts: Tensor
+    lengths: Tensor
+    tables: Tensor
+    num_decodes: int
+
+
+def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers (a list or an array) as a tensor there. From pinned memory, so that the stream is not waited for."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def upload(items: list[ScheduledRequest], block_size: int, previous: SampledTokens | None,
+           device: torch.device) -> DeviceBatch:
+    """A step of any shape; its decodes must come first."""
+    tables = np.zeros((len(items), max(len(item.request.block_table) for item in items)), dtype=np.int32)
+    for row, item in zip(tables, items, strict=True):
+        row[:len(item.request.block_table)] = item.request.block_table
+    decodes = [item for item in items if item.num_tokens == 1]
+    token_ids = to_device([token for item in items for token in item.token_ids], torch.int64, device)
+    fill_in(token_ids, decodes, previous)
+    return DeviceBatch(
+        token_ids,
+        to_device([position for item in items for position in range(item.start, item.end)], torch.int64, device),
+        to_device([slot for item in items for slot in item.slots(block_size)], torch.int64, device),
+        to_device(np.cumsum([0, *(item.num_tokens for item in items)]), torch.int32, device),
+        to_device([item.end for item in items], torch.int32, device),
+        to_device(tables, torch.int32, device),
+        len(decodes))
+
+
+def fill_in(token_ids: Tensor, decodes: list[ScheduledRequest], previous: SampledTokens | None) -> None:
+    """Write the decodes' tokens that the host does not know yet into the first of token_ids."""
+    if previous is None:
+        return
+    unknown = [row for row, item in enumerate(decodes) if item.token_ids == [UNKNOWN]]
+    if unknown:
+        sampled = [previous.rows[decodes[row].request.request_id] for row in unknown]
+        device = token_ids.device
+        token_ids[to_device(unknown, torch.int64, device)] = previous.tokens[to_device(sampled, torch.int64, device)]
+
+
+class StaticBatch:
+    """One decode token each of up to `capacity` requests."""
+
+    def __init__(self, capacity: int, max_blocks: int, block_size: int, device: torch.device):
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.block_size, self.device = block_size, device
+        self._longs = [zeros(capacity) for _ in range(3)]  # token ids, positions, slots
+        self._longs[2].fill_(-1)
+        self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
+        self._lengths = zeros(capacity, dtype=torch.int32)
+        self._tables = zeros(capacity, max_blocks, dtype=torch.int32)
+        self._held: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * capacity  # of each row: whose blocks
+
+    def view(self, size: int) -> DeviceBatch:
+        """The first `size` rows: the same memory at every call."""
+        ids, positions, slots = (tensor[:size] for tensor in self._longs)
+        return DeviceBatch(ids, positions, slots, self._starts[:size + 1], self._lengths[:size], self._tables[:size],
+                           size)
+
+    def load(self, items: list[ScheduledRequest], size: int, previous: SampledTokens | None) -> None:
+        """Overwrite the first `size` rows with these decodes and padding."""
+        padding = size - len(items)
+        starts = [item.start for item in items]
+        slots = [slot for item in items for slot in item.slots(self.block_size)]
+        ids = [token for item in items for token in item.token_ids]
+        for target, values, pad in zip(self._longs, (ids, starts, slots), (0, 0, -1), strict=True):
+            target[:size].copy_(to_device([*values, *[pad] * padding], torch.int64, self.device))
+        lengths = [item.end for item in items] + [0] * padding
+        self._lengths[:size].copy_(to_device(lengths, torch.int32, self.device))
+        fill_in(self._longs[0], items, previous)
+        self._update_tables(items)
+
+    def _update_tables(self, items: list[ScheduledRequest]) -> None:
+        """Only what is new: a block for every block_size tokens of a request that keeps its row."""
+        width = self._tables.shape[1]
+        places: list[int] = []
+        blocks: list[int] = []
+        for row, item in enumerate(items):
+            request = item.request
+            holder, preemptions, known = self._held[row]
+            first = known if holder is request and preemptions == request.num_preemptions else 0
+            count = len(request.block_table)
+            places += range(row * width + first, row * width + count)
+            blocks += request.block_table[first:]
+            self._held[row] = request, request.num_preemptions, count
+        if places:
+            self._tables.view(-1)[to_device(places, torch.int64, self.device)] = to_device(blocks, torch.int32,
+                                                                                          self.device)

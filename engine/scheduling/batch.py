@@ -1,0 +1,67 @@
+"""ScheduledBatch: what one step computes, as the scheduler hands it to the runner, and what the runner hands back.
+
+Each ScheduledRequest says: compute tokens [start, start + num_tokens) of `request`, whose KV blocks are already in
+`request.block_table`. If that reaches the end of its tokens, sample the next one. A prompt chunk, a whole prompt, a
+single decode token and a recomputation after preemption are all this same thing.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from ..messages import TokenLogprobs
+from ..request import Request
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    request: Request
+    start: int  # = request.num_computed_tokens when scheduled
+    num_tokens: int
+    samples: bool = field(init=False)  # whether this step produces a new token for the request
+
+    def __post_init__(self) -> None:
+        self.samples = self.end == self.request.num_tokens
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute."""
+        return self.request.token_ids[self.start:self.end]
+
+    def slots(self, block_size: int) -> list[int]:
+        """Where in the cache their keys and values go: block * block_size + offset."""
+        table = self.request.block_table
+        return [table[p // block_size] * block_size + p % block_size for p in range(self.start, self.end)]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    items: list[ScheduledRequest]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """The runner's answer, keyed by request_id. A request is in `tokens` exactly if its item `samples` and did not
+    fail."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    # One entry per computed prompt position p in the chunk, scoring token p + 1; the scheduler strings chunks together.
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)  # this request failed (NaN logits); its batch-mates did not
+
+
+@runtime_checkable
+class PendingStep(Protocol):
+    """A step that the device still computes. The next one may be launched before its result is asked for."""
+
+    def result(self) -> StepResult:
+        """Wait for it. Raises what the step raised on the device."""
+        ...

@@ -1,0 +1,235 @@
+"""Scheduler: which tokens of which requests the next step computes.
+
+There are no phases. Every request has tokens and computed tokens; a step lets the second number catch up with the
+first, under a budget of tokens and a pool of blocks. A request that catches up gets one more token.
+
+    running    [ r1 r2 r3 ]   admitted, oldest first; each holds blocks for all the tokens it has
+    waiting    [ r4 r5 ... ]  holds no blocks; first come, first served
+
+`running + waiting` is always in order of arrival: a request is admitted from the left of `waiting`, and preempted from
+the right of `running` back to the left of `waiting`. So the oldest request is never preempted, and since no request
+may have more tokens than the pool can hold, it always finishes: there is no deadlock and no livelock.
+
+A step is `schedule`, `launched`, `update`. The next `schedule` may come before this step's `update`, then with tokens
+that are UNKNOWN; at most one step is open so. Meanwhile a request may have been finished or preempted: `update` leaves
+the first alone, and gives the second its token and no more.
+"""
+
+import logging
+from collections import deque
+
+import msgspec
+
+from ..messages import EngineStats, RequestOutput, TokenLogprobs
+from ..request import UNKNOWN, FinishReason, Request, Status
+from .batch import ScheduledBatch, ScheduledRequest, StepResult
+from .block_pool import BlockPool
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Owns every request in the engine from `add` until it is finished, and the block pool with them."""
+
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int):
+        """max_model_len: tokens of prompt and output together; lowered here to what the pool can hold."""
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = min(max_model_len, pool.capacity)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._requests: dict[str, Request] = {}
+        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}  # the chunks so far, until they are sent
+        self._stats = EngineStats(num_blocks=pool.num_blocks)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError if it is empty, already here, or leaves no room for one output token."""
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id!r} is already in use")
+        if not request.prompt_token_ids:
+            raise ValueError("the prompt is empty")
+        if request.num_tokens + 1 > self.max_model_len:
+            raise ValueError(f"the prompt has {request.num_tokens} tokens; the context of {self.max_model_len} "
+                             "tokens has no room for it and an answer")
+        self._requests[request.request_id] = request
+        self.waiting.append(request)
+        if request.params.prompt_logprobs is not None:
+            self._prompt_logprobs[request.request_id] = []
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks. One that is unknown or already finished is ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, FinishReason.ABORT)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """What to compute next, its blocks allocated. None: nothing to do."""
+        items, budget, preempted = self._schedule_running(self.max_num_batched_tokens)
+        if not preempted:
+            items += self._admit_waiting(budget)
+        self._stats.step_tokens = sum(item.num_tokens for item in items)
+        return ScheduledBatch(items) if items else None
+
+    def launched(self, batch: ScheduledBatch) -> None:
+        """The runner has `batch`: its tokens count as computed, and whoever samples has one more, still UNKNOWN."""
+        for item in batch.items:
+            item.request.num_computed_tokens = item.end
+            if item.samples:
+                item.request.token_ids.append(UNKNOWN)
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[RequestOutput]:
+        """Take in what the runner computed for `batch`; finish requests that are done. The news, one per request."""
+        outputs = []
+        for item in batch.items:
+            request = item.request
+            if request.is_finished:
+                continue
+            error = result.errors.get(request.request_id)
+            if error is not None:
+                self._finish(request, FinishReason.ERROR)
+                outputs.append(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error))
+                continue
+            if request.status is Status.RUNNING:
+                self._commit(item, result)
+            if item.samples:
+                outputs.append(self._take_token(item, result))
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """The gauges now and the totals since the start."""
+        return msgspec.structs.replace(
+            self._stats,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_free_blocks=self.pool.num_free,
+        )
+
+    def check_integrity(self) -> None:
+        """RuntimeError if the pool's books and the requests' block tables disagree."""
+        self.pool.check_integrity(request.block_table for request in self._requests.values())
+
+    def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], int, bool]:
+        items: list[ScheduledRequest] = []
+        preempted, index = False, 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            if self._is_full(request, request.num_tokens):  # its last token is on its way
+                index += 1
+                continue
+            missing = self.pool.blocks_for(request.num_tokens) - len(request.block_table)
+            if missing > self.pool.num_free:
+                self._preempt_youngest()
+                preempted = True
+                continue
+            if missing > 0:
+                request.block_table += self.pool.allocate(missing)
+            items.append(_next_chunk(request, budget))
+            budget -= items[-1].num_tokens
+            index += 1
+        return items, budget, preempted
+
+    def _admit_waiting(self, budget: int) -> list[ScheduledRequest]:
+        items = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            if not self._hold_blocks(request):
+                break
+            self.waiting.popleft()
+            self.running.append(request)
+            request.status = Status.RUNNING
+            items.append(_next_chunk(request, budget))
+            budget -= items[-1].num_tokens
+        return items
+
+    def _hold_blocks(self, request: Request) -> bool:
+        """Give a waiting request blocks for all its tokens, known prefixes first. False: not enough are free."""
+        scores_prompt = request.request_id in self._prompt_logprobs  # these need every prompt position computed
+        matched = [] if scores_prompt else self.pool.match_prefix(request.token_ids, request.cache_salt)
+        missing = self.pool.blocks_for(request.num_tokens) - len(matched)
+        if missing + self.pool.num_idle(matched) > self.pool.num_free:
+            return False
+        self.pool.share(matched)
+        request.block_table = matched + self.pool.allocate(missing)
+        request.num_computed_tokens = len(matched) * self.pool.block_size
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+            self._stats.prefix_queries += request.num_tokens
+            self._stats.prefix_hits += request.num_computed_tokens
+        return True
+
+    def _preempt_youngest(self) -> None:
+        """Its blocks are wanted by an older request. It keeps its tokens and computes them again later."""
+        request = self.running.pop()
+        self._free_blocks(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = Status.WAITING
+        self.waiting.appendleft(request)
+        if request.request_id in self._prompt_logprobs:
+            self._prompt_logprobs[request.request_id] = []
+        self._stats.num_preemptions += 1
+        if self._stats.num_preemptions == 1:
+            logger.warning("the KV cache is full: a request was set back and will be computed again. If this happens "
+                           "often, raise --kv-cache-memory or lower --max-num-seqs")
+
+    def _commit(self, item: ScheduledRequest, result: StepResult) -> None:
+        """Full blocks may be shared from now on."""
+        request, size = item.request, self.pool.block_size
+        for index in range(item.start // size, item.end // size):
+            tokens = request.token_ids[index * size:(index + 1) * size]
+            self.pool.commit(request.block_table, index, tokens, request.cache_salt)
+        if request.request_id in self._prompt_logprobs:
+            self._prompt_logprobs[request.request_id] += result.prompt_logprobs.get(request.request_id, [])
+
+    def _take_token(self, item: ScheduledRequest, result: StepResult) -> RequestOutput:
+        request = item.request
+        request.token_ids[item.end] = token = result.tokens[request.request_id]
+        output = RequestOutput(request.request_id, [token], num_cached_tokens=request.num_cached_tokens)
+        if request.params.logprobs is not None:
+            output.logprobs = [result.logprobs[request.request_id]]
+        if request.request_id in self._prompt_logprobs:
+            output.prompt_logprobs = [None, *self._prompt_logprobs.pop(request.request_id)]
+        reason = self._finish_reason(request, token, item.end + 1)
+        if reason is not None:
+            del request.token_ids[item.end + 1:]
+            self._finish(request, reason)
+            output.finish_reason, output.stop_reason = reason, request.stop_reason
+        return output
+
+    def _finish_reason(self, request: Request, token: int, num_tokens: int) -> FinishReason | None:
+        """num_tokens: up to `token`, the last that is known."""
+        params = request.params
+        if num_tokens - request.num_prompt_tokens >= params.min_tokens:
+            if token in request.eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP
+            if token in params.stop_token_ids:
+                request.stop_reason = token
+                return FinishReason.STOP
+        return FinishReason.LENGTH if self._is_full(request, num_tokens) else None
+
+    def _is_full(self, request: Request, num_tokens: int) -> bool:
+        return num_tokens - request.num_prompt_tokens >= request.params.max_tokens or num_tokens >= self.max_model_len
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._free_blocks(request)
+        request.status, request.finish_reason = Status.FINISHED, reason
+        del self._requests[request.request_id]
+        self._prompt_logprobs.pop(request.request_id, None)
+
+    def _free_blocks(self, request: Request) -> None:
+        self.pool.free(request.block_table)
+        request.block_table = []
+
+
+def _next_chunk(request: Request, budget: int) -> ScheduledRequest:
+    start = request.num_computed_tokens
+    return ScheduledRequest(request, start, min(request.num_tokens - start, budget))

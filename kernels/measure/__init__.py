@@ -1,0 +1,1 @@
+"""Timing kernels, and listing what is to be compiled."""

@@ -1,0 +1,80 @@
+"""Checkpoint: one model on disk, whatever its format, in Hugging Face names and row order.
+
+Tensors are read lazily, one at a time, and their values are checked as they are read. What is on disk decides whether
+a module is quantized; the scheme says how to read it.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..scheme import QuantScheme
+from ..weight import QuantizedWeight
+
+
+class Checkpoint(ABC):
+    """A model's tensors by HF name. `config` is config.json's content; `scheme` is None for a 16/32-bit model."""
+
+    path: Path
+    config: dict[str, Any]
+    scheme: QuantScheme | None
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """All tensor names."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that `tensor` returns by default."""
+
+    @abstractmethod
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, cast to dtype if given. Of a GGUF file, block-quantized tensors come dequantized in float32.
+
+        Raises CheckpointError if it is missing or a float tensor holds NaN or infinity.
+        """
+
+    @abstractmethod
+    def linear(self, module: str) -> QuantizedWeight | Tensor:
+        """The weight of a linear (or embedding) module: quantized as on disk, else dense [out, in] as stored."""
+
+    @abstractmethod
+    def is_quantized(self, module: str) -> bool:
+        """Whether `linear` returns a QuantizedWeight."""
+
+    @abstractmethod
+    def modules(self) -> set[str]:
+        """Names of the modules that have a weight, dense or quantized."""
+
+    @abstractmethod
+    def weight_names(self, module: str) -> list[str]:
+        """The tensors that `linear` reads for a module; empty if it has no weight."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the memory that reading has mapped. Tensors read before stay valid."""
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def bias(self, module: str) -> Tensor | None:
+        name = f"{module}.bias"
+        return self.tensor(name) if self.has(name) else None
+
+    def dense(self, module: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight of a module as a dense matrix in the checkpoint's own order, dequantized where need be."""
+        weight = self.linear(module)
+        if isinstance(weight, QuantizedWeight):
+            return weight.dequantize(dtype or torch.float32)
+        return weight if dtype is None else weight.to(dtype)

@@ -1,0 +1,1 @@
+"""The conversion of a checkpoint, one decoder block at a time."""

@@ -1,0 +1,66 @@
+"""Fold AWQ's scales into a decoder block, which computes the same function before and after.
+
+For each fold of the layer map: find the scales by `algorithms.awq`, judged by the error that GPTQ will leave in the
+consumers, then divide the source and multiply the consumers in place.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...architectures.layer_map import Fold, LayerMap
+from ..algorithms import awq, gptq
+from .calibration import InputStatistics
+
+Grid = tuple[int, int, bool]  # bits, group_size, symmetric
+
+
+@torch.no_grad()
+def fold_block(block: nn.Module, layer_map: LayerMap, inputs: dict[str, InputStatistics], grids: dict[str, Grid],
+               dtype: torch.dtype) -> dict[str, float]:
+    """Scale a block in place. grids: of each linear that will be quantized; dtype: what norms are stored in.
+
+    inputs: of each fold's first consumer, before any fold. No linear consumes two folds, and what is folded into a
+    linear scales its rows alone, so they fit until the linear's own fold.
+    Returns, per fold source, the loss with scales relative to the loss without.
+    """
+    gains = {}
+    for fold in layer_map.folds:
+        if fold.consumers[0] in grids:
+            linears = [block.get_submodule(name) for name in fold.consumers]
+            found = _search(block, fold, linears, inputs[fold.consumers[0]], grids[fold.consumers[0]])
+            scales = _divide_source(block, fold, found.scales, layer_map.norm_offset, dtype)
+            for linear in linears:
+                linear.weight.mul_(scales)
+            gains[fold.source] = found.loss / max(found.identity_loss, 1e-30)
+    return gains
+
+
+def _search(block: nn.Module, fold: Fold, linears: list[nn.Linear], inputs: InputStatistics, grid: Grid) -> awq.Search:
+    weights = [linear.weight for linear in linears]
+    mean_abs, weight_mean = inputs.mean_abs, awq.relative_magnitude(weights, grid[1])
+    loss = awq.expected_loss(torch.cat(weights), gptq.unexplained_variance(inputs.products), *grid)
+    if fold.kind != "heads":
+        return awq.search_scales(mean_abs, weight_mean, loss)
+    head_dim = block.self_attn.head_dim
+    kv_heads = block.get_submodule(fold.source).out_features // head_dim
+    query_heads = len(mean_abs) // head_dim
+    return awq.search_scales(awq.share_over_heads(mean_abs, kv_heads, head_dim),
+                             awq.share_over_heads(weight_mean, kv_heads, head_dim),
+                             lambda scales: loss(awq.repeat_over_heads(scales, query_heads, head_dim)))
+
+
+def _divide_source(block: nn.Module, fold: Fold, scales: Tensor, norm_offset: float, dtype: torch.dtype) -> Tensor:
+    """Divide what produces the consumers' inputs; returns the scales [in] their columns must be multiplied by."""
+    source = block.get_submodule(fold.source)
+    if fold.kind == "norm":
+        stored, scales = awq.divide_norm(source.weight, scales, norm_offset, dtype)
+        source.weight.copy_(stored)
+        return scales
+    source.weight.div_(scales.unsqueeze(1))
+    if source.bias is not None:
+        source.bias.div_(scales)
+    if fold.kind == "heads":
+        head_dim = block.self_attn.head_dim
+        query_heads = block.get_submodule(fold.consumers[0]).in_features // head_dim
+        return awq.repeat_over_heads(scales, query_heads, head_dim)
+    return scales

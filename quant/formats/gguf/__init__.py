@@ -1,0 +1,1 @@
+"""GGUF: the container, its blocks, and a model and a tokenizer in it."""

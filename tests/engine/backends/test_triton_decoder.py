@@ -1,0 +1,197 @@
+"""The Triton decoder, its sampler and its graphs in Triton's interpreter, against the torch decoder and the host's
+sampler. A recorded graph is here a call that is made again over the same tensors, which is what a replay is."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from nibble.engine.backends.choose import why_torch
+from nibble.engine.backends.triton.decoder import TritonDecoder, why_not
+from nibble.engine.backends.triton.graphs import DecodeGraphs, graph_sizes
+from nibble.engine.config import EngineConfig
+from nibble.engine.core import EngineCore
+from nibble.engine.messages import AddRequest
+from nibble.engine.request import SamplingParams
+from nibble.engine.runner import Runner
+from nibble.engine.scheduling.batch import PendingStep
+from nibble.errors import UserError
+from nibble.kernels.gptq import linear
+
+from .. import models
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for name in models.CONFIGS:
+        made[name] = tmp_path_factory.mktemp(name)
+        models.build(name, made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """Two layers: the interpreter takes a second for a step of four."""
+    folder = tmp_path_factory.mktemp("small")
+    models.build("qwen2", folder, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    return folder
+
+
+def torch_runner(folder: Path, dtype: str = "float16", **options) -> Runner:
+    options = {"kv_cache_memory": 1 << 20, "cpu_isa": "none", "max_num_seqs": 4, **options}
+    return Runner(EngineConfig(model=str(folder), dtype=dtype, **options))
+
+
+def again(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    output = call()
+
+    def replay() -> None:
+        output.copy_(call())
+
+    return replay, output
+
+
+def triton_runner(folder: Path, cache: str = "auto", **options) -> Runner:
+    """What the runner makes of itself on a CUDA device."""
+    runner = torch_runner(folder, **options)
+    runner.config = EngineConfig(**{**{f: getattr(runner.config, f) for f in runner.config.__struct_fields__},
+                                    "kv_cache_dtype": cache})
+    runner.model = TritonDecoder(runner.model)
+    runner.cache = runner.model.new_cache(runner.num_blocks, runner.config)
+    runner._overlap(again)
+    return runner
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generate(runner: Runner, asked: list[tuple[list[int], dict]], at_once: bool = True) -> list[list[int]]:
+    core = EngineCore(runner.config, runner)
+    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(asked))}
+    errors = []
+    for index, (ids, params) in enumerate(asked):
+        core.add(AddRequest(str(index), ids, SamplingParams(**{"ignore_eos": True, "max_tokens": 5, **params})))
+        while core.has_work and (not at_once or index == len(asked) - 1):
+            for output in core.step():
+                tokens[output.request_id] += output.token_ids
+                errors += [output.error] if output.error else []
+    core.check_idle()
+    assert not errors
+    return list(tokens.values())
+
+
+@pytest.mark.parametrize("name", list(models.CONFIGS))
+def test_logits_of_every_architecture(folders, name: str) -> None:
+    """As far from float32 as torch's own float16 operators, give or take: rounding falls in other places."""
+    ids = prompt(37)
+    exact = torch_runner(folders[name], "float32").logits(ids)
+    theirs = (torch_runner(folders[name]).logits(ids) - exact).norm()
+    assert (triton_runner(folders[name]).logits(ids) - exact).norm() <= 1.5 * theirs
+
+
+@pytest.mark.parametrize(("cache", "bound"), [("int8", 0.03), ("fp8", 0.10)])
+def test_a_cache_of_8_bits(folders, cache: str, bound: float) -> None:
+    """int8 rounds to 1/254 of a head's largest number, e4m3 to 1/16 of the number itself at worst."""
+    ids = prompt(37)
+    exact = torch_runner(folders["llama"]).logits(ids)
+    got = triton_runner(folders["llama"], cache).logits(ids)
+    assert 0 < (got - exact).norm() <= bound * exact.norm()
+
+
+def test_tokens_do_not_depend_on_the_batch(small) -> None:
+    """Steps from graphs with padding, mixed steps, chunks, an overlapped loop: all as when alone and one at a time."""
+    asked = [(prompt(length, seed), {"temperature": 0.0}) for seed, length in enumerate((5, 21, 1, 40, 9))]
+    alone = generate(torch_runner(small, "float32"), asked, at_once=False)
+    runner = triton_runner(small, max_num_batched_tokens=24)
+    assert generate(runner, asked) == alone
+    assert {1, 2, 4} >= set(runner.model.captured.graphs._recorded) and 4 in runner.model.captured.graphs._recorded
+
+
+def test_few_blocks_mean_preemption_and_the_same_tokens(small) -> None:
+    asked = [(prompt(14, seed), {"temperature": 0.0, "max_tokens": 6}) for seed in range(3)]
+    alone = generate(torch_runner(small, "float32"), asked, at_once=False)
+    runner = triton_runner(small)
+    runner.num_blocks = 5  # of 16 tokens: three requests of 20 do not fit
+    assert generate(runner, asked) == alone
+
+
+SAMPLED = [
+    {"temperature": 0.8, "seed": 1},
+    {"temperature": 1.2, "seed": 2, "top_k": 7, "top_p": 0.9},
+    {"temperature": 0.7, "seed": 3, "repetition_penalty": 1.7, "frequency_penalty": 0.5},
+    {"temperature": 0.0, "presence_penalty": 1.5, "logit_bias": {5: 3.0}},
+    {"temperature": 1.0, "seed": 4, "min_p": 0.1, "min_tokens": 3, "stop_token_ids": tuple(range(100))},
+]
+
+
+@pytest.mark.parametrize("host_too", [False, True])
+def test_sampling_is_that_of_the_host(small, host_too: bool) -> None:
+    """More requests than rows of penalty state, and with `host_too` one whose log-probabilities the host computes."""
+    asked = [(prompt(6 + seed, seed), params) for seed, params in enumerate(SAMPLED)]
+    if host_too:
+        asked.insert(2, (prompt(4, 9), {"temperature": 0.9, "seed": 5, "logprobs": 2}))
+    runner = triton_runner(small)
+    there = generate(runner, asked)
+    runner.sampler = None
+    assert generate(runner, asked) == there
+
+
+def test_a_step_is_open_until_it_is_asked_for(small) -> None:
+    runner = triton_runner(small)
+    core = EngineCore(runner.config, runner)
+    core.add(AddRequest("a", prompt(5), SamplingParams(temperature=0.0, max_tokens=3)))
+    batch = core.scheduler.schedule()
+    step = runner.execute(batch)
+    assert isinstance(step, PendingStep)
+    assert list(step.result().tokens) == ["a"]
+
+
+def test_logits_that_are_not_numbers_fail_one_request(small) -> None:
+    runner = triton_runner(small)
+    with torch.inference_mode():
+        runner.model.decoder.embedding[7] = float("nan")
+    core = EngineCore(runner.config, runner)
+    core.add(AddRequest("good", [3, 4, 5], SamplingParams(temperature=0.0, max_tokens=4)))
+    core.add(AddRequest("bad", [3, 7, 5], SamplingParams(temperature=0.0, max_tokens=4)))
+    ends = {}
+    while core.has_work:
+        ends |= {output.request_id: output.finish_reason for output in core.step() if output.finish_reason}
+    core.check_idle()
+    assert ends == {"good": "length", "bad": "error"}
+
+
+def test_a_size_that_cannot_be_captured_is_launched() -> None:
+    def fails(call: Callable[[], Tensor]):
+        raise RuntimeError("out of memory")
+
+    graphs = DecodeGraphs(4, fails, torch.zeros)
+    assert graphs.size_for(4) is None and graphs.size_for(1) == 1
+    assert graphs.replay(1) is None and graphs.size_for(1) == 2
+
+
+def test_sizes_of_graphs() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(6) == [1, 2, 4, 6]
+    sizes = graph_sizes(300)
+    assert sizes[-1] == 300 and sizes == sorted(set(sizes)) and len(sizes) < 32
+
+
+def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
+    model = torch_runner(small).model_config
+    assert why_not(model) is None
+    assert "8 dimensions" in why_not(dataclasses.replace(model, head_dim=8))
+    for cc, dtype, reason in ((90, torch.float32, "16-bit"), (75, torch.bfloat16, "8.0"), (70, torch.float16, "7.5"),
+                              (75, torch.float16, None)):
+        monkeypatch.setattr(linear, "cuda_capability", lambda device, cc=cc: cc)
+        said = why_torch(EngineConfig(model=""), model, dtype, torch.device("cuda"))
+        assert said is None if reason is None else reason in said
+    assert why_torch(EngineConfig(model="", cpu_isa="none"), model, torch.float16, torch.device("cpu"))
+    with pytest.raises(UserError, match="fp8 needs a CUDA device"):
+        torch_runner(small, kv_cache_dtype="fp8")

@@ -1,0 +1,252 @@
+"""The scheduler with a runner that sees only the blocks it is given: however a request is batched, chunked, preempted
+or found in the prefix cache, its tokens are those of a plain loop over the whole history."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nibble.engine.messages import RequestOutput
+from nibble.engine.request import Request, SamplingParams, Status
+from nibble.engine.scheduling.block_pool import BlockPool
+from nibble.engine.scheduling.scheduler import Scheduler
+
+from ..fakes import EOS, FakeRunner, OverlappingRunner, next_token
+
+
+class Bench:
+    """A scheduler, a runner, and everything that came out."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, caching: bool = True, max_num_seqs: int = 8,
+                 max_num_batched_tokens: int = 16, max_model_len: int = 64, overlap: bool = False):
+        self.runner = (OverlappingRunner if overlap else FakeRunner)(num_blocks, block_size, max_model_len)
+        self.pending = None  # with overlap: the batch before, and its result
+        self.pool = BlockPool(num_blocks, block_size, caching)
+        self.scheduler = Scheduler(self.pool, max_num_seqs=max_num_seqs,
+                                   max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len)
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.requests: dict[str, Request] = {}
+
+    def add(self, request_id: str, prompt: list[int], salt: bytes = b"", **params) -> Request:
+        params = {"ignore_eos": True, **params}
+        request = Request(request_id, prompt, SamplingParams(**params), frozenset({EOS}), seed=0, cache_salt=salt)
+        self.scheduler.add(request)
+        self.requests[request_id] = request
+        return request
+
+    def step(self) -> bool:
+        batch, before = self.scheduler.schedule(), self.pending
+        if batch is None and before is None:
+            return False
+        self.pending = None
+        if batch is not None:
+            assert 0 < batch.num_tokens <= self.scheduler.max_num_batched_tokens
+            assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+            result = self.runner.execute(batch)
+            self.scheduler.launched(batch)
+            if isinstance(self.runner, OverlappingRunner):
+                self.pending = batch, result.result()
+            else:
+                before = batch, result
+        for output in self.scheduler.update(*before) if before else []:
+            self.outputs.setdefault(output.request_id, []).append(output)
+        self.scheduler.check_integrity()
+        return True
+
+    def run(self) -> None:
+        for _ in range(5000):
+            if not self.step():
+                assert not self.scheduler.has_work
+                self.pool.check_integrity()  # every block is free
+                return
+        raise AssertionError("livelock")
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for output in self.outputs[request_id] for token in output.token_ids]
+
+    def finish_reason(self, request_id: str) -> str | None:
+        return self.outputs[request_id][-1].finish_reason
+
+
+def solo(prompt: list[int], n: int) -> list[int]:
+    """What a plain loop without any engine generates."""
+    history = list(prompt)
+    for _ in range(n):
+        history.append(next_token(history))
+    return history[len(prompt):]
+
+
+def test_long_prompt_is_chunked_and_decodes_go_on_meanwhile() -> None:
+    bench = Bench(max_num_batched_tokens=8)
+    bench.add("a", [1, 2, 3], max_tokens=8)
+    bench.step()
+    bench.add("b", list(range(20)), max_tokens=4)
+    bench.run()
+    assert bench.runner.batches[1] == [("a", 3, 4), ("b", 0, 7)]
+    assert bench.runner.batches[2] == [("a", 4, 5), ("b", 7, 14)]
+    assert bench.runner.batches[3] == [("a", 5, 6), ("b", 14, 20)]
+    assert bench.tokens("a") == solo([1, 2, 3], 8)
+    assert bench.tokens("b") == solo(list(range(20)), 4)
+
+
+def test_first_come_first_served_under_max_num_seqs() -> None:
+    bench = Bench(max_num_seqs=2)
+    for name in "abc":
+        bench.add(name, [ord(name)], max_tokens=3)
+    bench.step()
+    assert [r.request_id for r in bench.scheduler.running] == ["a", "b"]
+    bench.run()
+    assert {name: bench.tokens(name) for name in "abc"} == {n: solo([ord(n)], 3) for n in "abc"}
+
+
+def test_preemption_takes_the_youngest_and_changes_no_token() -> None:
+    bench = Bench(num_blocks=6, caching=False)
+    for i in range(4):
+        bench.add(str(i), [i, i + 1, i + 2], max_tokens=12)
+    bench.run()
+    assert bench.scheduler.stats().num_preemptions > 0
+    assert bench.requests["0"].num_preemptions == 0
+    for i in range(4):
+        assert bench.tokens(str(i)) == solo([i, i + 1, i + 2], 12)
+
+
+def test_prefix_is_computed_once() -> None:
+    bench = Bench()
+    prompt = list(range(14))
+    bench.add("a", prompt, max_tokens=2)
+    bench.run()
+    bench.add("b", prompt, max_tokens=2)
+    bench.add("other tenant", prompt, salt=b"x", max_tokens=2)
+    bench.run()
+    assert [bench.requests[r].num_cached_tokens for r in ("a", "b", "other tenant")] == [0, 12, 0]
+    assert bench.outputs["b"][0].num_cached_tokens == 12
+    assert bench.tokens("a") == bench.tokens("b") == bench.tokens("other tenant") == solo(prompt, 2)
+    stats = bench.scheduler.stats()
+    assert (stats.prefix_queries, stats.prefix_hits) == (42, 12)
+
+
+def test_prompt_logprobs_cover_the_prompt_in_spite_of_chunks_cache_and_preemption() -> None:
+    bench = Bench(num_blocks=8, max_num_batched_tokens=5)
+    prompt = list(range(12))
+    bench.add("warm", prompt, max_tokens=1)
+    bench.run()
+    bench.add("old", [50], max_tokens=24)
+    bench.step()
+    bench.add("scored", prompt, max_tokens=16, prompt_logprobs=0, logprobs=0)
+    bench.run()
+    first = bench.outputs["scored"][0]
+    assert [entry and entry.token_id for entry in first.prompt_logprobs] == [None, *prompt[1:]]
+    assert all(output.prompt_logprobs is None for output in bench.outputs["scored"][1:])
+    assert [o.logprobs[0].token_id for o in bench.outputs["scored"]] == bench.tokens("scored") == solo(prompt, 16)
+    assert bench.requests["scored"].num_preemptions > 0
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    bench = Bench(num_blocks=3, max_model_len=1000)
+    with pytest.raises(ValueError, match="12 tokens has no room"):
+        bench.add("a", list(range(12)))
+    with pytest.raises(ValueError, match="empty"):
+        bench.add("b", [])
+    bench.add("c", list(range(11)), max_tokens=50)
+    with pytest.raises(ValueError, match="already in use"):
+        bench.add("c", [1])
+    bench.run()
+    assert bench.finish_reason("c") == "length"
+    assert len(bench.tokens("c")) == 1
+
+
+def test_context_end_stops_a_request() -> None:
+    bench = Bench(max_model_len=10)
+    bench.add("a", [1, 2, 3, 4], max_tokens=50)
+    bench.run()
+    assert bench.finish_reason("a") == "length"
+    assert bench.tokens("a") == solo([1, 2, 3, 4], 6)
+
+
+def prompt_that_ends_in_eos(after: int) -> list[int]:
+    """A prompt whose solo run produces EOS as output number `after`, and not before."""
+    return next([start, 0] for start in range(10**6) if EOS in (run := solo([start, 0], after)) and
+                run.index(EOS) == after - 1)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_eos_stop_ids_and_min_tokens(overlap: bool) -> None:
+    prompt = prompt_that_ends_in_eos(3)
+    run = solo(prompt, 6)
+    cases = {
+        "eos": ({"ignore_eos": False}, run[:3], "stop", None),
+        "ignored": ({"ignore_eos": True}, run, "length", None),
+        "min": ({"ignore_eos": False, "min_tokens": 4}, run, "length", None),
+        "stop id": ({"stop_token_ids": (run[1],)}, run[:2], "stop", run[1]),
+    }
+    bench = Bench(overlap=overlap)
+    for name, (params, *_) in cases.items():
+        bench.add(name, prompt, max_tokens=6, **params)
+    bench.run()
+    for name, (_, tokens, reason, stop_reason) in cases.items():
+        assert (bench.tokens(name), bench.finish_reason(name)) == (tokens, reason), name
+        assert bench.outputs[name][-1].stop_reason == stop_reason
+        assert bench.requests[name].output_token_ids == tokens
+
+
+def test_abort_frees_at_once_wherever_the_request_is() -> None:
+    bench = Bench(max_num_seqs=1, max_num_batched_tokens=4)
+    running = bench.add("running", list(range(10)), max_tokens=5)
+    bench.add("waiting", [1], max_tokens=5)
+    bench.step()
+    bench.scheduler.abort("waiting")
+    bench.scheduler.abort("running")
+    bench.scheduler.abort("unknown")
+    assert running.status is Status.FINISHED
+    assert not bench.scheduler.has_work
+    bench.pool.check_integrity()
+    assert bench.scheduler.schedule() is None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failed_request_does_not_touch_its_batch_mates(overlap: bool) -> None:
+    bench = Bench(overlap=overlap)
+    bench.add("bad", [1, 2], max_tokens=5)
+    bench.add("good", [3, 4], max_tokens=5)
+    bench.step()
+    bench.runner.nan_ids.add("bad")
+    bench.run()
+    assert bench.outputs["bad"][-1].finish_reason == "error"
+    assert bench.outputs["bad"][-1].error == "the logits are not finite"
+    assert bench.tokens("good") == solo([3, 4], 5)
+
+
+@st.composite
+def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
+    options = {
+        "num_blocks": draw(st.integers(6, 24)),
+        "block_size": draw(st.sampled_from([1, 3, 4])),
+        "caching": draw(st.booleans()),
+        "max_num_seqs": draw(st.integers(1, 6)),
+        "max_num_batched_tokens": draw(st.integers(1, 20)),
+        "max_model_len": 40,
+        "overlap": draw(st.booleans()),
+    }
+    capacity = min(40, options["num_blocks"] * options["block_size"])
+    prompt = st.lists(st.integers(0, 1), min_size=1, max_size=capacity - 1)  # two tokens: prefixes collide
+    request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans())
+    return options, draw(st.lists(request, min_size=1, max_size=8))
+
+
+@settings(max_examples=300, deadline=None)
+@given(workloads())
+def test_any_workload_gives_the_tokens_of_solo_runs(workload) -> None:
+    options, arrivals = workload
+    bench = Bench(**options)
+    capacity = bench.scheduler.max_model_len
+    for i, (steps_before, prompt, max_tokens, leaves) in enumerate(arrivals):
+        bench.add(str(i), prompt, max_tokens=max_tokens)
+        for _ in range(steps_before):
+            bench.step()
+        if leaves:
+            bench.scheduler.abort(str(i))
+            bench.scheduler.check_integrity()
+    bench.run()
+    for i, (_, prompt, max_tokens, leaves) in enumerate(arrivals):
+        expected = solo(prompt, min(max_tokens, capacity - len(prompt)))
+        got = bench.tokens(str(i)) if str(i) in bench.outputs else []
+        assert got == (expected[:len(got)] if leaves else expected)

@@ -1,0 +1,285 @@
+"""Conversions of tiny models from end to end: what is on disk is what was computed, and nothing half-done stays."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nibble.architectures.layer_map import LAYER_MAPS, layer_map
+from nibble.errors import CheckpointError, UnsupportedError, UserError
+from nibble.quant.card import Quality, write_card
+from nibble.quant.checkpoint import open_checkpoint
+from nibble.quant.checkpoint.writer import dequantize_checkpoint
+from nibble.quant.conversion import calibration
+from nibble.quant.conversion.blocks import BlockSource
+from nibble.quant.conversion.folding import fold_block
+from nibble.quant.conversion.pipeline import convert, convert_with_report
+from nibble.quant.conversion.plan import Recipe, make_plan
+from nibble.quant.weight import QuantizedWeight
+
+FAST = {"calib_samples": 4, "calib_seqlen": 32}
+
+
+@pytest.fixture
+def gguf_file(make_gguf):
+    return make_gguf("llama")
+
+
+def logits(folder, ids):
+    """By transformers, from the weights that a checkpoint stands for."""
+    plain = folder.with_name(folder.name + "-plain")
+    dequantize_checkpoint(open_checkpoint(folder), plain, torch.float32)
+    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize(("method", "options"), [
+    ("awq", {}), ("awq", {"symmetric": True}), ("gptq", {}), ("gptq", {"symmetric": False, "group_size": 32}),
+    ("gptq", {"bits": 3, "group_size": 32}), ("gptq", {"bits": 8, "group_size": -1}), ("fp8", {})])  # fmt: skip
+@torch.no_grad()
+def test_converted_model_computes_nearly_what_the_original_does(dense, tmp_path, method, options):
+    out = convert(dense, tmp_path / "out", method, **FAST, **options)
+    checkpoint = open_checkpoint(out)
+    quantized = [m for m in checkpoint.modules() if checkpoint.is_quantized(m)]
+    assert len(quantized) == 14
+    ids = list(range(3, 35))
+    p, q = (torch.log_softmax(logits(folder, ids), -1) for folder in (dense, out))
+    assert (p.exp() * (p - q)).sum(-1).mean() < (1e-3 if method == "fp8" or options.get("bits") == 8 else 0.02)
+    assert not (tmp_path / "out.partial").exists()
+    assert (out / "tokenizer.json").exists() and (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_gguf_in_quantized_out(make_gguf, tmp_path, arch):
+    out = convert(make_gguf(arch), tmp_path / "out", "awq", **FAST)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["group_size"] == 32
+
+
+def test_same_seed_same_bytes_and_every_weight_is_there(dense, tmp_path):
+    first, second = (convert(dense, tmp_path / name, "gptq", **FAST) for name in "ab")
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    checkpoint, original = open_checkpoint(first), open_checkpoint(dense)
+    assert checkpoint.modules() == original.modules()
+    for name in original.names():
+        if name == "model.norm.weight" or "embed" in name:
+            assert torch.equal(checkpoint.tensor(name), original.tensor(name))
+
+
+def test_awq_has_one_group_size_and_gptq_names_the_exceptions(dense, tmp_path):
+    """Widths 64 and 96: 64 does not divide 96, 32 does."""
+    awq = convert(dense, tmp_path / "awq", "awq", group_size=64, **FAST)
+    assert json.loads((awq / "config.json").read_text())["quantization_config"]["group_size"] == 32
+    gptq = convert(dense, tmp_path / "gptq", "gptq", group_size=64, **FAST)
+    checkpoint = open_checkpoint(gptq)
+    assert checkpoint.linear("model.layers.1.mlp.gate_proj").group_size == 64
+    assert checkpoint.linear("model.layers.1.mlp.down_proj").group_size == 32
+    assert len(json.loads((gptq / "config.json").read_text())["quantization_config"]["dynamic"]) == 2
+
+
+def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
+    folder = make_checkpoint(intermediate_size=88)
+    for method in ("awq", "gptq"):
+        report = convert_with_report(folder, tmp_path / method, Recipe.of(method, None, 64), **FAST)
+        checkpoint = open_checkpoint(tmp_path / method)
+        down = "model.layers.0.mlp.down_proj"
+        assert "no group of 64" in report.plan.dense[down]
+        assert any("stay dense" in note for note in report.plan.notes)
+        assert checkpoint.scheme.layer(down) is None and not checkpoint.is_quantized(down)
+        assert isinstance(checkpoint.linear("model.layers.0.mlp.up_proj"), QuantizedWeight)
+
+
+VARIANTS = {
+    "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {}, "qwen3": {"head_dim": 32},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32,
+                    "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", sorted(LAYER_MAPS))
+@torch.no_grad()
+def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(make_checkpoint, model_type):
+    checkpoint = open_checkpoint(make_checkpoint(model_type=model_type, **VARIANTS[model_type]))
+    source = BlockSource(checkpoint, torch.device("cpu"))
+    ids = torch.arange(3, 51).reshape(2, 24)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    want = model.model(ids, output_hidden_states=True).hidden_states
+    hidden = source.embed(ids)
+    arguments = source.keyword_arguments(hidden[:1])
+    torch.testing.assert_close(hidden, want[0], rtol=1e-2, atol=1e-2)  # Gemma rounds its embedding scale by dtype
+    hidden.copy_(want[0])
+    for index in range(len(source)):
+        block = source.load(index)
+        out = run(block, hidden, arguments[index])
+        if index + 1 < len(source):  # the last hidden state of transformers is after the final norm
+            torch.testing.assert_close(out, want[index + 1], rtol=1e-4, atol=1e-4)
+        _check_folds(source, block, hidden, arguments[index], out)
+        hidden = out
+
+
+def _check_folds(source, block, hidden, kwargs, want):
+    """Folding leaves the block's function alone, and makes every rounded linear no worse."""
+    sites = [stage[0] for stage in source.map.stages]
+    inputs = calibration.input_statistics(block, hidden, kwargs, sites)
+    grids = {name: (4, 32, False) for stage in source.map.stages for name in stage}
+    before = {name: p.clone() for name, p in block.named_parameters()}
+    gains = fold_block(block, source.map, inputs, grids, torch.bfloat16)
+    assert len(gains) == 4 and all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
+    assert any(not torch.equal(p, before[name]) for name, p in block.named_parameters())
+    torch.testing.assert_close(run(block, hidden, kwargs), want, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def run(block, hidden, kwargs):
+    out = block(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_produce(dense):
+    source = BlockSource(open_checkpoint(dense), torch.device("cpu"))
+    hidden = source.embed(torch.arange(3, 67).reshape(4, 16))
+    kwargs = source.keyword_arguments(hidden[:1])[0]
+    block = source.load(0)
+    sites = [stage[0] for stage in source.map.stages]
+    met = {}
+
+    def damage(site, hessian):
+        """Stands in for quantization: any change of the weights that the sites after it must see."""
+        met[site] = hessian
+        block.get_submodule(site).weight.mul_(0.7)
+
+    out = hidden.clone()
+    calibration.run_quantizing(block, out, kwargs, sites, damage)
+    assert list(met) == sites
+    torch.testing.assert_close(out, run(block, hidden, kwargs))
+    seen = {}
+    for site in sites:
+        block.get_submodule(site).register_forward_pre_hook(
+            lambda _, args, site=site: seen.__setitem__(site, args[0].flatten(0, 1)))
+    run(block, hidden, kwargs)
+    for site, x in seen.items():
+        torch.testing.assert_close(met[site], x.T @ x / len(x))
+
+
+def test_input_statistics_are_those_of_all_tokens_however_they_are_batched(dense, monkeypatch):
+    source = BlockSource(open_checkpoint(dense), torch.device("cpu"))
+    hidden = source.embed(torch.arange(3, 67).reshape(4, 16))
+    kwargs = source.keyword_arguments(hidden[:1])[0]
+    block = source.load(0)
+    whole = calibration.input_statistics(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
+    x = block.input_layernorm(hidden).flatten(0, 1)
+    torch.testing.assert_close(whole["self_attn.q_proj"].mean_abs, x.abs().mean(0))
+    torch.testing.assert_close(whole["self_attn.q_proj"].products, x.T @ x / len(x))
+    monkeypatch.setattr(calibration, "MICRO_BATCH", 3)
+    parts = calibration.input_statistics(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
+    for site, value in whole.items():
+        torch.testing.assert_close(parts[site].mean_abs, value.mean_abs)
+        torch.testing.assert_close(parts[site].products, value.products)
+
+
+def test_output_in_use_is_refused_unless_told_to_overwrite(dense, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        convert(dense, out, "fp8")
+    assert (out / "precious").exists()
+    convert(dense, out, "fp8", overwrite=True)
+    assert not (out / "precious").exists() and (out / "config.json").exists()
+    with pytest.raises(CheckpointError, match="the model itself"):
+        convert(dense, dense, "fp8", overwrite=True)
+
+
+@pytest.mark.parametrize(("method", "bits", "group_size"), [("awq", 3, 128), ("gptq", 5, 128), ("fp8", 4, 128),
+                                                           ("gptq", 4, 20), ("nf4", None, 128)])
+def test_impossible_recipes_are_refused(method, bits, group_size):
+    with pytest.raises(UnsupportedError):
+        Recipe.of(method, bits, group_size)
+
+
+def test_unknown_architecture_is_named():
+    with pytest.raises(UnsupportedError, match="mamba"):
+        layer_map("mamba")
+
+
+def test_plan_for_widths_of_smollm2(make_checkpoint):
+    source_folder = make_checkpoint(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+                                    intermediate_size=1536, num_hidden_layers=1)
+    checkpoint = open_checkpoint(source_folder)
+    source = BlockSource(checkpoint, torch.device("cpu"))
+    assert set(make_plan(checkpoint, source, Recipe.of("awq")).group_sizes.values()) == {64}
+    gptq = make_plan(checkpoint, source, Recipe.of("gptq"))
+    assert gptq.group_sizes["model.layers.0.mlp.down_proj"] == 128
+    assert gptq.group_sizes["model.layers.0.mlp.gate_proj"] == 64
+    assert gptq.scheme.default.group_size == 128
+    assert gptq.scheme.layer("model.layers.0.mlp.gate_proj").group_size == 64
+
+
+class Bytes:
+    """A tokenizer of one token a byte, with or without a token at the start."""
+
+    def __init__(self, bos):
+        self.bos = bos
+
+    def encode(self, text, add_special_tokens=True):
+        return self.bos * add_special_tokens + [10 + b for b in text.encode()]
+
+
+@pytest.mark.parametrize("bos", [[], [1]])
+def test_samples_are_repeatable_and_start_as_the_tokenizer_does(bos):
+    one, two, other = (calibration.bundled_samples(Bytes(bos), 20, 64, seed) for seed in (0, 0, 1))
+    assert one.token_ids.shape == (20, 64)
+    assert torch.equal(one.token_ids, two.token_ids) and not torch.equal(one.token_ids, other.token_ids)
+    assert one.sha256 == other.sha256 and len(one.sha256) == 64
+    assert ((one.token_ids == 1).sum(1) == len(bos)).all() and (not bos or (one.token_ids[:, 0] == 1).all())
+
+
+def test_evaluation_text_shares_nothing_with_calibration_text():
+    for kind in calibration.EVALUATION:
+        calibrated = (calibration.DATA / f"calib_{kind}.txt").read_text(encoding="utf-8")
+        held_out = (calibration.DATA / f"eval_{kind}.txt").read_text(encoding="utf-8")
+        long_lines = [line for line in held_out.splitlines() if len(line) > 60]
+        assert len(long_lines) > 50
+        assert not [line for line in long_lines if line in calibrated]
+    assert sum(file.stat().st_size for file in calibration.DATA.iterdir()) < 600_000
+
+
+def test_calibration_file_replaces_the_mix(dense, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("hello world " * 200)
+    report = convert_with_report(dense, tmp_path / "out", Recipe.of("gptq"), calib=text, **FAST)
+    assert report.samples.source == "mine.txt"
+    with pytest.raises(UserError, match="cannot be read"):
+        convert(dense, tmp_path / "out2", "gptq", calib=tmp_path / "none.txt", **FAST)
+    text.write_text("hi")
+    with pytest.raises(UserError, match="fewer than one window"):
+        convert(dense, tmp_path / "out2", "gptq", calib=text, **FAST)
+    assert not (tmp_path / "out2").exists()
+
+
+def test_card_says_what_was_done(dense, tmp_path):
+    (dense / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    out = tmp_path / "out"
+    report = convert_with_report(dense, out, Recipe.of("gptq", None, 64), **FAST)
+    write_card(out, report, [Quality("prose", 100, 12.5, 12.0, 0.0421, 0.03, 0.3, 0.91)], "org/tiny", 10**9)
+    record = json.loads((out / "nibble_quality.json").read_text())
+    assert record["evaluation"][0]["kl_mean"] == 0.0421
+    assert record["calibration"]["sha256"] == report.samples.sha256
+    assert 4 < record["bits_per_weight"] < 5
+    assert len(record["layer_error"]) == 14 and all(0 < e < 0.1 for e in record["layer_error"].values())
+    card = (out / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "base_model: org/tiny" in front and "base_model_relation: quantized" in front
+    assert "license: apache-2.0" in front
+    assert "0.0421" in card and "91.0%" in card and "group size 32 instead of 64" in card
+    worst = max((n for n in record["layer_error"] if n.endswith("down_proj")), key=record["layer_error"].get)
+    assert f"{record['layer_error'][worst]:.3%} | {worst} |" in card and "vLLM or transformers" in card
+    assert record["recipe"]["method"] == "gptq" and set(record["versions"]) >= {"python", "torch", "nibble-serve"}
+
+
+def test_card_names_only_runtimes_that_read_it(dense, tmp_path):
+    for options in ({"bits": 3}, {"symmetric": False}):
+        out = tmp_path / f"out{options}"
+        report = convert_with_report(dense, out, Recipe.of("gptq", group_size=32, **options), **FAST)
+        write_card(out, report, [], "org/tiny", 10**9)
+        assert "vLLM reads symmetric GPTQ of 4 and 8 bits alone" in (out / "README.md").read_text()
