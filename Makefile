@@ -71,6 +71,7 @@ test-neon: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/nibble  # mypy must see the checkout under its import name
 	cd .cache/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml $(addprefix -m ,$(TYPED))
 	$(BIN)/python -m pytest -q tests/test_house.py

@@ -26,7 +26,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 __all__ = ["LLM", "SamplingParams", "__version__", "convert"]
 
-_HOMES = {"LLM": ".engine.client", "SamplingParams": ".engine.request", "convert": ".quant.conversion.pipeline"}
+_HOMES = {
+    "LLM": ".engine.client",
+    "SamplingParams": ".engine.request",
+    "convert": ".quant.conversion.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

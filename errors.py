@@ -14,8 +14,17 @@ class UserError(Exception):
 class CheckpointError(UserError):
     """A checkpoint on disk is unusable. Names the file and, where there is one, the tensor."""
 
-    def __init__(self, problem: str, *, file: Path | str | None = None, tensor: str | None = None, fix: str = ""):
-        where = ", ".join(part for part in (str(file or ""), f"tensor {tensor!r}" if tensor else "") if part)
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: Path | str | None = None,
+        tensor: str | None = None,
+        fix: str = "",
+    ):
+        where = ", ".join(
+            part for part in (str(file or ""), f"tensor {tensor!r}" if tensor else "") if part
+        )
         super().__init__(f"{where}: {problem}" + (f" ({fix})" if fix else "") if where else problem)
         self.file, self.tensor = file, tensor
 

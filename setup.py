@@ -31,6 +31,12 @@ class BuildKernels(build_ext):
 
 setup(
     cmdclass={"build_ext": BuildKernels},
-    ext_modules=[Extension("nibble.kernels.cpu.libnibble_cpu", [f"kernels/cpu/{name}" for name in kernels.SOURCES],
-                           depends=[f"kernels/cpu/{file.name}" for file in kernels.headers()], optional=True)],
+    ext_modules=[
+        Extension(
+            "nibble.kernels.cpu.libnibble_cpu",
+            [f"kernels/cpu/{name}" for name in kernels.SOURCES],
+            depends=[f"kernels/cpu/{file.name}" for file in kernels.headers()],
+            optional=True,
+        )
+    ],
 )

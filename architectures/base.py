@@ -33,7 +33,10 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm of every query and key head
     sandwich_norms: bool = False  # Gemma: norms after attention and after the MLP too
     embedding_scale: float = 1.0
-    norm_names: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
+    norm_names: tuple[str, str] = (
+        "input_layernorm",
+        "post_attention_layernorm",
+    )  # before attention, before the MLP
     prefix: str = "model."  # of the checkpoint's tensor names
 
     def window(self, layer: int) -> int | None:

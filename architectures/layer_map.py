@@ -38,7 +38,9 @@ class LayerMap:
 
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
-    scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size), rounded to the model's dtype
+    scaled_embedding: bool = (
+        False  # embeddings are multiplied by sqrt(hidden_size), rounded to the model's dtype
+    )
     norm_offset: float = 0.0  # norms multiply by weight + norm_offset
     stages: tuple[tuple[str, ...], ...] = (QKV, OUT, GATE_UP, DOWN)
     folds: tuple[Fold, ...] = (
@@ -72,6 +74,8 @@ LAYER_MAPS: dict[str, LayerMap] = {
 def layer_map(model_type: object) -> LayerMap:
     """Of config.json's model_type. Raises UnsupportedError for an architecture that is not in the table."""
     if not isinstance(model_type, str) or model_type not in LAYER_MAPS:
-        raise UnsupportedError(f"model_type {model_type!r} cannot be converted yet (known: "
-                               f"{', '.join(sorted(LAYER_MAPS))}; add a line to architectures/layer_map.py)")
+        raise UnsupportedError(
+            f"model_type {model_type!r} cannot be converted yet (known: "
+            f"{', '.join(sorted(LAYER_MAPS))}; add a line to architectures/layer_map.py)"
+        )
     return LAYER_MAPS[model_type]

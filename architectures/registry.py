@@ -17,9 +17,13 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
             try:
                 return ARCHITECTURES[name](config)
             except KeyError as error:
-                raise UnsupportedError(f"config.json: the field {error} of {name} is missing") from None
-    raise UnsupportedError(f"config.json: architecture {', '.join(map(str, names))} is not supported; "
-                           f"Nibble serves {', '.join(sorted(ARCHITECTURES))}")
+                raise UnsupportedError(
+                    f"config.json: the field {error} of {name} is missing"
+                ) from None
+    raise UnsupportedError(
+        f"config.json: architecture {', '.join(map(str, names))} is not supported; "
+        f"Nibble serves {', '.join(sorted(ARCHITECTURES))}"
+    )
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +35,9 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_config(parameters: dict[str, Any]) -> RopeConfig:
-    rest = {k: v for k, v in parameters.items() if k != "rope_theta" and not isinstance(v, (list, dict))}
+    rest = {
+        k: v for k, v in parameters.items() if k != "rope_theta" and not isinstance(v, (list, dict))
+    }
     return RopeConfig(float(parameters["rope_theta"]), tuple(sorted(rest.items())))
 
 
@@ -54,7 +60,9 @@ def _activation(config: dict[str, Any], key: str = "hidden_act", default: str = 
     names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
     value = config.get(key) or default
     if value not in names:
-        raise UnsupportedError(f"config.json: {key} {value!r} is not supported ({', '.join(names)} are)")
+        raise UnsupportedError(
+            f"config.json: {key} {value!r} is not supported ({', '.join(names)} are)"
+        )
     return names[value]
 
 
@@ -64,7 +72,9 @@ def _layer_types(config: dict[str, Any], default: str) -> tuple[str, ...]:
 
 def _llama(config: dict[str, Any], *, window: bool = False, qk_norm: bool = False) -> DecoderConfig:
     rope = _rope_config(_rope(config))
-    sliding = config.get("sliding_window") if window and config.get("use_sliding_window", True) else None
+    sliding = (
+        config.get("sliding_window") if window and config.get("use_sliding_window", True) else None
+    )
     types = _layer_types(config, _SLIDING if sliding else _FULL)
     if not sliding:
         types = (_FULL,) * len(types)
@@ -84,14 +94,20 @@ def _gemma3(config: dict[str, Any]) -> DecoderConfig:
         raise UnsupportedError("config.json: logit soft-capping is not supported for Gemma 3")
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
     layers = range(config["num_hidden_layers"])
-    types = tuple(config.get("layer_types") or [_FULL if (i + 1) % every == 0 else _SLIDING for i in layers])
+    types = tuple(
+        config.get("layer_types") or [_FULL if (i + 1) % every == 0 else _SLIDING for i in layers]
+    )
     parameters = config.get("rope_parameters") or {}
     if _FULL in parameters:
-        rope = {kind: _rope_config({"rope_theta": 1e6 if kind == _FULL else 1e4, **parameters[kind]})
-                for kind in (_FULL, _SLIDING)}
+        rope = {
+            kind: _rope_config({"rope_theta": 1e6 if kind == _FULL else 1e4, **parameters[kind]})
+            for kind in (_FULL, _SLIDING)
+        }
     else:
-        rope = {_FULL: _rope_config({**_rope(config), "rope_theta": config.get("rope_theta", 1e6)}),
-                _SLIDING: RopeConfig(float(config.get("rope_local_base_freq", 1e4)))}
+        rope = {
+            _FULL: _rope_config({**_rope(config), "rope_theta": config.get("rope_theta", 1e6)}),
+            _SLIDING: RopeConfig(float(config.get("rope_local_base_freq", 1e4))),
+        }
     common = _common(config)
     return DecoderConfig(
         **{**common, "head_dim": config.get("head_dim", 256)},
@@ -113,6 +129,8 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], DecoderConfig]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": lambda config: _llama(config, window=True),
     "Qwen2ForCausalLM": lambda config: _llama({"use_sliding_window": False, **config}, window=True),
-    "Qwen3ForCausalLM": lambda config: _llama({"use_sliding_window": False, **config}, window=True, qk_norm=True),
+    "Qwen3ForCausalLM": lambda config: _llama(
+        {"use_sliding_window": False, **config}, window=True, qk_norm=True
+    ),
     "Gemma3ForCausalLM": _gemma3,
 }

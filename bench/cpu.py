@@ -39,8 +39,13 @@ from nibble.tools.fetch import dense_smollm2, smollm2_gguf
 BENCH = Path(__file__).resolve().parent
 PARTS = ["http", "offline", "large"]
 BATCHES = [1, 8, 32]
-CONVERSIONS = {"awq": ["--awq"], "gptq": ["--gptq"], "gptq-asym": ["--gptq", "--asym"],
-               "gptq-act-order": ["--gptq", "--desc-act"], "fp8": ["--fp8"]}
+CONVERSIONS = {
+    "awq": ["--awq"],
+    "gptq": ["--gptq"],
+    "gptq-asym": ["--gptq", "--asym"],
+    "gptq-act-order": ["--gptq", "--desc-act"],
+    "fp8": ["--fp8"],
+}
 GGUF_TYPES = ["Q4_0", "Q4_K_M", "Q8_0"]
 LLAMA_SERVER = "-np 32 -c 32768 --no-webui"  # 32 slots of 1024 tokens
 
@@ -66,16 +71,44 @@ def prepare(work: Path, peer: Path) -> dict[str, Path]:
     for name, flags in CONVERSIONS.items():
         models[name] = work / f"SmolLM2-135M-{name}"
         if not models[name].exists():
-            _run([sys.executable, "-m", "nibble", "convert", models["bf16"], *flags, "--group-size", "64", "--no-eval",
-                  "-o", models[name]])
+            _run(
+                [
+                    sys.executable,
+                    "-m",
+                    "nibble",
+                    "convert",
+                    models["bf16"],
+                    *flags,
+                    "--group-size",
+                    "64",
+                    "--no-eval",
+                    "-o",
+                    models[name],
+                ]
+            )
     source = smollm2_gguf(work)
     for kind in GGUF_TYPES:
         models[kind] = work / f"SmolLM2-135M-{kind}.gguf"
         if not models[kind].exists():
-            _run([peers.llama(peer, "llama-quantize"), "--allow-requantize", source, models[kind], kind])
+            _run(
+                [
+                    peers.llama(peer, "llama-quantize"),
+                    "--allow-requantize",
+                    source,
+                    models[kind],
+                    kind,
+                ]
+            )
     models["large"] = work / "random-1b-Q4_0.gguf"
     if not models["large"].exists():
-        _run([peer / "llama.cpp" / "bin" / "python", BENCH / "random_gguf.py", source, models["large"]])
+        _run(
+            [
+                peer / "llama.cpp" / "bin" / "python",
+                BENCH / "random_gguf.py",
+                source,
+                models["large"],
+            ]
+        )
     return models
 
 
@@ -83,14 +116,26 @@ def http(models: dict[str, Path], peer: Path) -> list[dict[str, Any]]:
     """Every server, one after the other."""
     nibble = shlex.join([str(Path(sys.executable).with_name("nibble")), "serve"])
     targets = [
-        Target("vLLM bf16", f"env VLLM_CPU_KVCACHE_SPACE=3 {peer}/vllm/bin/vllm serve {models['bf16']} --port {{port}} "
-                            "--max-model-len 2048"),
-        Target("llama.cpp Q4_0", f"{peers.llama(peer, 'llama-server')} -m {models['Q4_0']} --port {{port}} "
-                                 f"{LLAMA_SERVER}"),
-        *(Target(f"Nibble {name}", f"{nibble} {path} --port {{port}}") for name, path in models.items()
-          if name != "large"),
+        Target(
+            "vLLM bf16",
+            f"env VLLM_CPU_KVCACHE_SPACE=3 {peer}/vllm/bin/vllm serve {models['bf16']} --port {{port}} "
+            "--max-model-len 2048",
+        ),
+        Target(
+            "llama.cpp Q4_0",
+            f"{peers.llama(peer, 'llama-server')} -m {models['Q4_0']} --port {{port}} "
+            f"{LLAMA_SERVER}",
+        ),
+        *(
+            Target(f"Nibble {name}", f"{nibble} {path} --port {{port}}")
+            for name, path in models.items()
+            if name != "large"
+        ),
     ]
-    return [measure(target, LOADS, 1 if target.name.startswith("vLLM") else STARTS) for target in targets]
+    return [
+        measure(target, LOADS, 1 if target.name.startswith("vLLM") else STARTS)
+        for target in targets
+    ]
 
 
 def offline(models: dict[str, Path], peer: Path) -> list[dict[str, Any]]:
@@ -112,10 +157,15 @@ def offline(models: dict[str, Path], peer: Path) -> list[dict[str, Any]]:
 def large(model: Path, peer: Path) -> list[dict[str, Any]]:
     """The random model; `bandwidth_share` is decode of one x the file's bytes / the bandwidth."""
     bandwidth = read_bandwidth()
-    rows = [_llama(peer, model, "llama.cpp 1.1B Q4_0", LARGE), _nibble(model, "Nibble 1.1B Q4_0", size=LARGE)]
+    rows = [
+        _llama(peer, model, "llama.cpp 1.1B Q4_0", LARGE),
+        _nibble(model, "Nibble 1.1B Q4_0", size=LARGE),
+    ]
     for row in rows:
         row["read_bandwidth_gb_s"] = round(bandwidth / 1e9, 1)
-        row["bandwidth_share"] = round(row["decode_tokens_per_second"][1] * model.stat().st_size / bandwidth, 3)
+        row["bandwidth_share"] = round(
+            row["decode_tokens_per_second"][1] * model.stat().st_size / bandwidth, 3
+        )
     return rows
 
 
@@ -143,25 +193,78 @@ def read_bandwidth(size: int = 1 << 30) -> float:
 
 def _nibble(model: Path, name: str, *engine: str, size: Size = SMALL) -> dict[str, Any]:
     with console.status(f"{name}, offline"):
-        output = _run([sys.executable, BENCH / "offline.py", model, "--batches", *map(str, size.batches),
-                       "--prompt", str(size.prompt), "--tokens", str(size.tokens), "--engine", *engine])
+        output = _run(
+            [
+                sys.executable,
+                BENCH / "offline.py",
+                model,
+                "--batches",
+                *map(str, size.batches),
+                "--prompt",
+                str(size.prompt),
+                "--tokens",
+                str(size.tokens),
+                "--engine",
+                *engine,
+            ]
+        )
     row = json.loads(output.strip().splitlines()[-1])
-    row["decode_tokens_per_second"] = {int(batch): rate for batch, rate in row["decode_tokens_per_second"].items()}
+    row["decode_tokens_per_second"] = {
+        int(batch): rate for batch, rate in row["decode_tokens_per_second"].items()
+    }
     return {"name": name} | row
 
 
 def _llama(peer: Path, model: Path, name: str, size: Size = SMALL) -> dict[str, Any]:
     """llama.cpp's own benchmarks, in their default settings, on all cores."""
     with console.status(f"{name}, offline"):
-        single = json.loads(_run([peers.llama(peer, "llama-bench"), "-m", model, "-p", str(size.prompt),
-                                  "-n", str(size.tokens), "-r", "3", "-o", "json"]))
-        batched = _run([peers.llama(peer, "llama-batched-bench"), "-m", model, "-npp", "64",
-                        "-ntg", str(size.tokens), "-npl", ",".join(map(str, size.batches)), "-c", "8192"])
-    best = {run["n_gen"] > 0: max(1e9 * (run["n_prompt"] + run["n_gen"]) / ns for ns in run["samples_ns"])
-            for run in single}
-    rows = re.findall(r"^\|\s*64 \|\s*\d+ \|\s*(\d+) \|(?:[^|]*\|){4}\s*([\d.]+) \|", batched, re.MULTILINE)
+        single = json.loads(
+            _run(
+                [
+                    peers.llama(peer, "llama-bench"),
+                    "-m",
+                    model,
+                    "-p",
+                    str(size.prompt),
+                    "-n",
+                    str(size.tokens),
+                    "-r",
+                    "3",
+                    "-o",
+                    "json",
+                ]
+            )
+        )
+        batched = _run(
+            [
+                peers.llama(peer, "llama-batched-bench"),
+                "-m",
+                model,
+                "-npp",
+                "64",
+                "-ntg",
+                str(size.tokens),
+                "-npl",
+                ",".join(map(str, size.batches)),
+                "-c",
+                "8192",
+            ]
+        )
+    best = {
+        run["n_gen"] > 0: max(
+            1e9 * (run["n_prompt"] + run["n_gen"]) / ns for ns in run["samples_ns"]
+        )
+        for run in single
+    }
+    rows = re.findall(
+        r"^\|\s*64 \|\s*\d+ \|\s*(\d+) \|(?:[^|]*\|){4}\s*([\d.]+) \|", batched, re.MULTILINE
+    )
     decode = {int(batch): float(rate) for batch, rate in rows} | {1: round(best[True], 1)}
-    return {"name": name, "prefill_tokens_per_second": round(best[False], 1), "decode_tokens_per_second": decode}
+    return {
+        "name": name,
+        "prefill_tokens_per_second": round(best[False], 1),
+        "decode_tokens_per_second": decode,
+    }
 
 
 def _instruction_sets() -> list[str]:
@@ -174,30 +277,53 @@ def _run(command: list[Any]) -> str:
     """Standard output. A failure ends the benchmark with the end of what the command said."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{shlex.join(map(str, command))}\nexit code {done.returncode}\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{shlex.join(map(str, command))}\nexit code {done.returncode}\n{done.stderr[-2000:]}"
+        )
     return done.stdout
 
 
 def offline_table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("", "prefill, tok/s", *(f"decode of {batch}, tok/s" for batch in BATCHES), "share of bandwidth",
-                  f"share of int8 products, {BATCHES[-1]}")
+    shown = Table(
+        "",
+        "prefill, tok/s",
+        *(f"decode of {batch}, tok/s" for batch in BATCHES),
+        "share of bandwidth",
+        f"share of int8 products, {BATCHES[-1]}",
+    )
     for row in rows:
         decode = row["decode_tokens_per_second"]
-        shown.add_row(row["name"], str(row["prefill_tokens_per_second"]), *(str(decode.get(b, "")) for b in BATCHES),
-                      *(f"{row[share]:.0%}" if share in row else "" for share in ("bandwidth_share", "products_share")))
+        shown.add_row(
+            row["name"],
+            str(row["prefill_tokens_per_second"]),
+            *(str(decode.get(b, "")) for b in BATCHES),
+            *(
+                f"{row[share]:.0%}" if share in row else ""
+                for share in ("bandwidth_share", "products_share")
+            ),
+        )
     return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, default=machine.ROOT / ".cache" / "peers", help="their environments")
-    parser.add_argument("--work", type=Path, default=machine.ROOT / ".cache" / "bench-cpu", help="the models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peers", type=Path, default=machine.ROOT / ".cache" / "peers", help="their environments"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=machine.ROOT / ".cache" / "bench-cpu", help="the models"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     peers.install(args.peers / "vllm")
     peers.install_llama(args.peers / "llama.cpp")
     models = prepare(args.work, args.peers)
-    result: dict[str, Any] = {"what": "a CPU: servers, engines, a larger model", **machine.describe()}
+    result: dict[str, Any] = {
+        "what": "a CPU: servers, engines, a larger model",
+        **machine.describe(),
+    }
     if "http" in args.parts:
         result["http"] = http(models, args.peers)
         Console(width=120).print(http_table(result["http"]))

@@ -33,7 +33,9 @@ import machine
 from rich.console import Console
 
 SECTIONS = ("products", "attention", "glue", "engine")
-SILENCE = 240  # seconds without a row after which a cell is given up; the engine's first takes longest
+SILENCE = (
+    240  # seconds without a row after which a cell is given up; the engine's first takes longest
+)
 MAX_WARMERS = 8
 console = Console(stderr=True)
 
@@ -46,7 +48,7 @@ def child(args: argparse.Namespace) -> int:
         print(json.dumps(describe_card()))
         return 0
     section = importlib.import_module(f"gpu_{args.child}")
-    cells = list(enumerate(section.plan(args.quick)))[args.skip:]
+    cells = list(enumerate(section.plan(args.quick)))[args.skip :]
     if args.warm:
         part, parts = map(int, args.warm.split("/"))
         cells = cells[part::parts]
@@ -55,9 +57,13 @@ def child(args: argparse.Namespace) -> int:
 
 def card() -> dict[str, Any]:
     """The GPU, its driver, and the bandwidth with which torch copies on it."""
-    done = subprocess.run([sys.executable, __file__, "--child", "card"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", "card"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"no GPU to measure: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        raise SystemExit(
+            f"no GPU to measure: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+        )
     query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
     limits = machine.output(["nvidia-smi", query, "--format=csv,noheader"])
     return json.loads(done.stdout.splitlines()[-1]) | {"driver, clocks, power limit": limits}
@@ -69,8 +75,14 @@ def warm(sections: list[str], quick: bool, deadline: float) -> None:
     for section in sections:
         if section == "engine":
             continue
-        running = [subprocess.Popen(_command(section, quick, "--warm", f"{part}/{count}"), stdout=subprocess.DEVNULL,
-                                    stderr=subprocess.DEVNULL) for part in range(count)]
+        running = [
+            subprocess.Popen(
+                _command(section, quick, "--warm", f"{part}/{count}"),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for part in range(count)
+        ]
         for process in running:
             try:
                 process.wait(max(1.0, deadline - time.monotonic()))
@@ -90,7 +102,11 @@ def rows_of(section: str, quick: bool, deadline: float) -> Iterator[dict[str, An
                 yield row
         if time.monotonic() > deadline or skip >= len(cells):
             return
-        yield {"section": section, "name": cells[skip].name, "reason": "this cell ended its process"}
+        yield {
+            "section": section,
+            "name": cells[skip].name,
+            "reason": "this cell ended its process",
+        }
         skip += 1
 
 
@@ -124,10 +140,16 @@ def _child_rows(command: list[str], deadline: float) -> Iterator[dict[str, Any]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Llama-3-8B, few rows and contexts: minutes in all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="Llama-3-8B, few rows and contexts: minutes in all"
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--minutes", type=float, default=120.0, help="end after so many, with what there is")
+    parser.add_argument(
+        "--minutes", type=float, default=120.0, help="end after so many, with what there is"
+    )
     parser.add_argument("--out", type=Path, help="write here, not to bench/results")
     parser.add_argument("--child", choices=("card", *SECTIONS), help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
@@ -139,7 +161,11 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """All sections, one after the other."""
     deadline = time.monotonic() + 60 * args.minutes
-    result: dict[str, Any] = {"what": "kernels and engine on a GPU", **machine.describe(), "card": card()}
+    result: dict[str, Any] = {
+        "what": "kernels and engine on a GPU",
+        **machine.describe(),
+        "card": card(),
+    }
     bandwidth = result["card"]["copy_bytes_per_second"]
     console.print(f"{result['card']['name']}: copies at {bandwidth / 1e12:.2f} TB/s")
     warm(args.sections, args.quick, deadline)
@@ -150,12 +176,18 @@ def run(args: argparse.Namespace) -> int:
     for section in args.sections:
         for row in rows_of(section, args.quick, deadline):
             measured.append(row)
-            console.print(f"{section}: {row['name']} {row.get('m', '')} {row.get('us', row.get('value', ''))} "
-                          f"{row.get('reason', '')}", highlight=False)
+            console.print(
+                f"{section}: {row['name']} {row.get('m', '')} {row.get('us', row.get('value', ''))} "
+                f"{row.get('reason', '')}",
+                highlight=False,
+            )
             result["rows"] = gpu_report.with_ratios(measured, bandwidth)
             path = machine.save(name, result, args.out)
     shown = Console(width=140)
-    for table in (*gpu_report.tables(result.get("rows", [])), gpu_report.goals_table(result.get("rows", []))):
+    for table in (
+        *gpu_report.tables(result.get("rows", [])),
+        gpu_report.goals_table(result.get("rows", [])),
+    ):
         shown.print(table)
     if time.monotonic() > deadline:
         print(f"stopped after {args.minutes:g} minutes: what is missing was not measured")

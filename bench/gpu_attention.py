@@ -22,7 +22,11 @@ from nibble.kernels.attention.paged import (
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 16
 SCALE = DIM**-0.5
-CONTEXTS, BATCHES, PROMPTS = (1024, 4096, 16384, 32768), (1, 8, 32, 64), (512, 1024, 2048, 4096, 8192)
+CONTEXTS, BATCHES, PROMPTS = (
+    (1024, 4096, 16384, 32768),
+    (1, 8, 32, 64),
+    (512, 1024, 2048, 4096, 8192),
+)
 QUICK_CONTEXTS, QUICK_BATCHES, QUICK_PROMPTS = (4096, 32768), (1, 32), (2048, 8192)
 CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 Sequences = tuple[int, int, int]  # how many, their context, how many of its tokens are new
@@ -30,17 +34,28 @@ Sequences = tuple[int, int, int]  # how many, their context, how many of its tok
 
 def plan(quick: bool) -> list[Cell]:
     """A cell for each cache that is filled; torch's attention first, which the others are compared with."""
-    contexts, batches, prompts = ((QUICK_CONTEXTS, QUICK_BATCHES, QUICK_PROMPTS) if quick
-                                  else (CONTEXTS, BATCHES, PROMPTS))
+    contexts, batches, prompts = (
+        (QUICK_CONTEXTS, QUICK_BATCHES, QUICK_PROMPTS) if quick else (CONTEXTS, BATCHES, PROMPTS)
+    )
     kinds = [SDPA, *CACHES, *([] if quick else [FLASHINFER])]
     prefill = [SDPA, "bf16", "fp8", *([] if quick else [FLEX, FLASHINFER])]
-    return [*(_cell("decode", batch, context, kind) for context in contexts for batch in batches for kind in kinds),
-            *(_cell("prefill", 1, length, kind) for length in prompts for kind in prefill)]
+    return [
+        *(
+            _cell("decode", batch, context, kind)
+            for context in contexts
+            for batch in batches
+            for kind in kinds
+        ),
+        *(_cell("prefill", 1, length, kind) for length in prompts for kind in prefill),
+    ]
 
 
 def _cell(phase: str, batch: int, context: int, kind: str) -> Cell:
-    return Cell("attention", f"{phase} {batch} x {context} {kind}",
-                {"phase": phase, "batch": batch, "context": context, "kind": kind})
+    return Cell(
+        "attention",
+        f"{phase} {batch} x {context} {kind}",
+        {"phase": phase, "batch": batch, "context": context, "kind": kind},
+    )
 
 
 def measure(cell: Cell, lab: Lab) -> Iterator[Row]:
@@ -54,8 +69,13 @@ def measure(cell: Cell, lab: Lab) -> Iterator[Row]:
     make = {SDPA: _sdpa, FLEX: _flex, FLASHINFER: _flashinfer}.get(kind) or _paged(CACHES[kind])
     sequences = (batch, context, queries)
     calls = [make(sequences, lab.device) for _ in range(lab.copies(cached))]
-    operations = 4 * batch * queries * HEADS * DIM * (context if queries == 1 else (context + 1) / 2)
-    yield Row({**given, "bytes": cached + 4 * batch * queries * HEADS * DIM, "operations": operations}, calls)
+    operations = (
+        4 * batch * queries * HEADS * DIM * (context if queries == 1 else (context + 1) / 2)
+    )
+    yield Row(
+        {**given, "bytes": cached + 4 * batch * queries * HEADS * DIM, "operations": operations},
+        calls,
+    )
 
 
 def _queries(sequences: Sequences, device: torch.device) -> Tensor:
@@ -65,17 +85,26 @@ def _queries(sequences: Sequences, device: torch.device) -> Tensor:
 
 def _paged(dtype: torch.dtype) -> Callable[[Sequences, torch.device], Callable[[], Tensor]]:
     """Nibble's kernels, blocks in random order; quantized caches with a scale for each token and head."""
+
     def make(sequences: Sequences, device: torch.device) -> Callable[[], Tensor]:
         batch, context, new = sequences
         blocks = batch * (context // BLOCK)
         pages = [_codes((KV_HEADS, blocks, BLOCK, DIM), dtype, device) for _ in "kv"]
-        scales = [allocate_scales(blocks, BLOCK, KV_HEADS, device).fill_(0.01) if dtype.itemsize == 1 else None
-                  for _ in "kv"]
+        scales = [
+            allocate_scales(blocks, BLOCK, KV_HEADS, device).fill_(0.01)
+            if dtype.itemsize == 1
+            else None
+            for _ in "kv"
+        ]
         tables = torch.randperm(blocks, device=device).view(batch, -1).int()
         starts = torch.arange(0, batch * new + 1, new, device=device).int()
         lengths = torch.full((batch,), context, device=device).int()
         step = PagedBatch(tables, starts, lengths, batch if new == 1 else 0, max_context=context)
-        paged, q, spec = PagedCache(*pages, *scales), _queries(sequences, device), AttentionSpec(SCALE)
+        paged, q, spec = (
+            PagedCache(*pages, *scales),
+            _queries(sequences, device),
+            AttentionSpec(SCALE),
+        )
         return lambda: paged_attention(q, paged, step, spec)
 
     return make
@@ -98,7 +127,9 @@ def _contiguous(sequences: Sequences, device: torch.device) -> tuple[Tensor, Ten
 
 def _sdpa(sequences: Sequences, device: torch.device) -> Callable[[], Tensor]:
     q, k, v = _contiguous(sequences, device)
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=sequences[2] > 1, enable_gqa=True)
+    return lambda: F.scaled_dot_product_attention(
+        q, k, v, is_causal=sequences[2] > 1, enable_gqa=True
+    )
 
 
 @cache
@@ -113,7 +144,9 @@ def _flex(sequences: Sequences, device: torch.device) -> Callable[[], Tensor]:
 
     q, k, v = _contiguous(sequences, device)
     new, context = q.shape[2], k.shape[2]
-    mask = create_block_mask(lambda b, h, i, j: i + context - new >= j, None, None, new, context, device=str(device))
+    mask = create_block_mask(
+        lambda b, h, i, j: i + context - new >= j, None, None, new, context, device=str(device)
+    )
     return lambda: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
 
 
@@ -127,13 +160,39 @@ def _flashinfer(sequences: Sequences, device: torch.device) -> Callable[[], Tens
     pages = _codes((batch * per_sequence, 2, BLOCK, KV_HEADS, DIM), torch.bfloat16, device)
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
     blocks = torch.arange(0, batch + 1, device=device).int() * per_sequence
-    order, last = torch.randperm(len(pages), device=device).int(), torch.full((batch,), BLOCK, device=device).int()
+    order, last = (
+        torch.randperm(len(pages), device=device).int(),
+        torch.full((batch,), BLOCK, device=device).int(),
+    )
     q = _queries(sequences, device)
     if new == 1:
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-        wrapper.plan(blocks, order, last, HEADS, KV_HEADS, DIM, BLOCK, q_data_type=q.dtype, kv_data_type=q.dtype)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=True
+        )
+        wrapper.plan(
+            blocks,
+            order,
+            last,
+            HEADS,
+            KV_HEADS,
+            DIM,
+            BLOCK,
+            q_data_type=q.dtype,
+            kv_data_type=q.dtype,
+        )
     else:
         starts = torch.arange(0, batch * new + 1, new, device=device).int()
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        wrapper.plan(starts, blocks, order, last, HEADS, KV_HEADS, DIM, BLOCK, causal=True, q_data_type=q.dtype)
+        wrapper.plan(
+            starts,
+            blocks,
+            order,
+            last,
+            HEADS,
+            KV_HEADS,
+            DIM,
+            BLOCK,
+            causal=True,
+            q_data_type=q.dtype,
+        )
     return lambda: wrapper.run(q, pages)

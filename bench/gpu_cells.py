@@ -74,9 +74,14 @@ def describe_card() -> dict[str, Any]:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     card = Card.of(device)
-    return {"name": card.name, "capability": card.cc / 10, "multiprocessors": card.processors,
-            "l2_mib": card.l2_bytes >> 20, "cuda": torch.version.cuda,
-            "copy_bytes_per_second": round(copy_bandwidth(device))}
+    return {
+        "name": card.name,
+        "capability": card.cc / 10,
+        "multiprocessors": card.processors,
+        "l2_mib": card.l2_bytes >> 20,
+        "cuda": torch.version.cuda,
+        "copy_bytes_per_second": round(copy_bandwidth(device)),
+    }
 
 
 def run_cells(section: Any, cells: list[tuple[int, Cell]], lab: Lab) -> int:
@@ -118,5 +123,8 @@ def _device_works() -> bool:
 
 
 def _tell(index: int, cell: Cell, fields: dict[str, Any]) -> None:
-    print(json.dumps({"cell": index, "section": cell.section, "name": cell.name, **fields}), flush=True)
+    print(
+        json.dumps({"cell": index, "section": cell.section, "name": cell.name, **fields}),
+        flush=True,
+    )
     sys.stdout.flush()

@@ -22,15 +22,25 @@ from nibble import LLM
 FORMATS = ("awq", "fp8", "bf16")  # the most telling first: time may run out
 BATCHES, PROMPTS = (1, 32, 256), (128, 2048, 8192)
 TOKENS, QUICK_TOKENS = 128, 32
-ENGINE = {"max_model_len": max(PROMPTS) + 1, "max_num_seqs": max(BATCHES), "max_num_batched_tokens": 8192,
-          "enable_prefix_caching": False}
+ENGINE = {
+    "max_model_len": max(PROMPTS) + 1,
+    "max_num_seqs": max(BATCHES),
+    "max_num_batched_tokens": 8192,
+    "enable_prefix_caching": False,
+}
 STARTED = "process start to first token and end, s"
 
 
 def plan(quick: bool) -> list[Cell]:
     """A cell for each format."""
-    return [Cell("engine", f"Llama-3-8B {fmt}", {"format": fmt, "tokens": QUICK_TOKENS if quick else TOKENS})
-            for fmt in FORMATS]
+    return [
+        Cell(
+            "engine",
+            f"Llama-3-8B {fmt}",
+            {"format": fmt, "tokens": QUICK_TOKENS if quick else TOKENS},
+        )
+        for fmt in FORMATS
+    ]
 
 
 def measure(cell: Cell, lab: Lab) -> Iterator[Row]:
@@ -62,7 +72,9 @@ def _speed(model: str, tokens: int) -> Iterator[tuple[str, float]]:
 def _start(folder: Path) -> float:
     """Seconds from the start of a process of its own to its first token; kernels were compiled by earlier ones."""
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, folder], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"start failed: {done.stderr.strip()[-300:]}")
     return time.perf_counter() - begin
@@ -72,7 +84,9 @@ def _rate(llm: LLM, batch: int, tokens: int) -> float:
     """Decoded tokens per second, the prompts' time taken off; the first run warms up what this batch needs."""
     rates = []
     for repeat in range(3):
-        first, whole = (random_prompts(batch, DECODE_PROMPT, seed) for seed in (100 + repeat, 200 + repeat))
+        first, whole = (
+            random_prompts(batch, DECODE_PROMPT, seed) for seed in (100 + repeat, 200 + repeat)
+        )
         rates.append(batch * (tokens - 1) / (seconds(llm, whole, tokens) - seconds(llm, first, 1)))
     return max(rates[1:])
 

@@ -17,7 +17,16 @@ from nibble.kernels.fused.norm import rms_norm
 from nibble.kernels.fused.rope import Pages, rope_and_cache
 from nibble.kernels.sampling.sample import SamplingRows, greedy, sample
 
-HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, BLOCK, POSITIONS = 4096, 14336, 32, 8, 128, 128256, 16, 8192
+HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, BLOCK, POSITIONS = (
+    4096,
+    14336,
+    32,
+    8,
+    128,
+    128256,
+    16,
+    8192,
+)
 ROWS, QUICK_ROWS = (1, 8, 32, 64, 256, 2048), (1, 256)
 SAMPLED_ROWS = 256  # no step draws for more
 Calls = dict[str, Callable[[], object]]  # by kind: what a row of the result is called
@@ -25,9 +34,12 @@ Calls = dict[str, Callable[[], object]]  # by kind: what a row of the result is 
 
 def plan(quick: bool) -> list[Cell]:
     """A cell for each operation and number of rows."""
-    return [Cell("glue", f"{operation} {rows}", {"operation": operation, "m": rows})
-            for operation in OPERATIONS for rows in (QUICK_ROWS if quick else ROWS)
-            if rows <= SAMPLED_ROWS or operation not in (GREEDY, DRAW)]
+    return [
+        Cell("glue", f"{operation} {rows}", {"operation": operation, "m": rows})
+        for operation in OPERATIONS
+        for rows in (QUICK_ROWS if quick else ROWS)
+        if rows <= SAMPLED_ROWS or operation not in (GREEDY, DRAW)
+    ]
 
 
 def measure(cell: Cell, lab: Lab) -> Iterator[Row]:
@@ -50,16 +62,27 @@ def _norm(rows: int, device: torch.device) -> tuple[Calls, int]:
         residual.add_(x)
         return F.rms_norm(residual, (HIDDEN,), weight, 1e-5)
 
-    ours = {f"Nibble {code}".removesuffix(" none"): lambda code=code: rms_norm(x, weight, 1e-5, residual, quantize=code)
-            for code in ("none", "fp8", "int8")}
+    ours = {
+        f"Nibble {code}".removesuffix(" none"): lambda code=code: rms_norm(
+            x, weight, 1e-5, residual, quantize=code
+        )
+        for code in ("none", "fp8", "int8")
+    }
     return {PLAIN: plain, **ours}, 8 * rows * HIDDEN
 
 
 def _gated(rows: int, device: torch.device) -> tuple[Calls, int]:
     gate_up = _randn(rows, 2 * INNER, device=device)
-    ours = {f"Nibble {code}".removesuffix(" none"): lambda code=code: gated(gate_up, "silu", quantize=code)
-            for code in ("none", "fp8", "int8")}
-    return {PLAIN: lambda: F.silu(gate_up[:, :INNER]) * gate_up[:, INNER:], **ours}, 6 * rows * INNER
+    ours = {
+        f"Nibble {code}".removesuffix(" none"): lambda code=code: gated(
+            gate_up, "silu", quantize=code
+        )
+        for code in ("none", "fp8", "int8")
+    }
+    return {
+        PLAIN: lambda: F.silu(gate_up[:, :INNER]) * gate_up[:, INNER:],
+        **ours,
+    }, 6 * rows * INNER
 
 
 def _rope(rows: int, device: torch.device) -> tuple[Calls, int]:
@@ -75,21 +98,34 @@ def _rope(rows: int, device: torch.device) -> tuple[Calls, int]:
     keys, values = pages[""].keys.flatten(1, 2), pages[""].values.flatten(1, 2)
 
     def plain() -> None:
-        apply_rope(qkv[:, :HEADS + KV_HEADS], plain_cos, plain_sin)
-        keys[:, slots] = qkv[:, HEADS:HEADS + KV_HEADS].transpose(0, 1)
-        values[:, slots] = qkv[:, HEADS + KV_HEADS:].transpose(0, 1)
+        apply_rope(qkv[:, : HEADS + KV_HEADS], plain_cos, plain_sin)
+        keys[:, slots] = qkv[:, HEADS : HEADS + KV_HEADS].transpose(0, 1)
+        values[:, slots] = qkv[:, HEADS + KV_HEADS :].transpose(0, 1)
 
-    ours = {f"Nibble{name}": lambda name=name: rope_and_cache(qkv, HEADS, cos, sin, positions, slots, pages[name])
-            for name in caches}
+    ours = {
+        f"Nibble{name}": lambda name=name: rope_and_cache(
+            qkv, HEADS, cos, sin, positions, slots, pages[name]
+        )
+        for name in caches
+    }
     return {PLAIN: plain, **ours}, 4 * rows * (HEADS + 2 * KV_HEADS) * DIM
 
 
 def _pages(blocks: int, dtype: torch.dtype, device: torch.device) -> Pages:
-    both = torch.zeros(2, KV_HEADS, blocks, BLOCK, DIM, dtype=torch.uint8 if dtype.itemsize == 1 else dtype,
-                       device=device).view(dtype)
+    both = torch.zeros(
+        2,
+        KV_HEADS,
+        blocks,
+        BLOCK,
+        DIM,
+        dtype=torch.uint8 if dtype.itemsize == 1 else dtype,
+        device=device,
+    ).view(dtype)
     if dtype == torch.bfloat16:
         return Pages(both[0], both[1])
-    return Pages(both[0], both[1], *(allocate_scales(blocks, BLOCK, KV_HEADS, device) for _ in "kv"))
+    return Pages(
+        both[0], both[1], *(allocate_scales(blocks, BLOCK, KV_HEADS, device) for _ in "kv")
+    )
 
 
 def _greedy(rows: int, device: torch.device) -> tuple[Calls, int]:
@@ -100,7 +136,7 @@ def _greedy(rows: int, device: torch.device) -> tuple[Calls, int]:
 def _draw(rows: int, device: torch.device) -> tuple[Calls, int]:
     """Temperature 0.8, top_k 50, top_p 0.9: torch sorts, as samplers in torch do."""
     logits = torch.randn(rows, VOCAB, device=device) * 3
-    keys = torch.randint(-2**31, 2**31 - 1, (rows, 2), device=device, dtype=torch.int32)
+    keys = torch.randint(-(2**31), 2**31 - 1, (rows, 2), device=device, dtype=torch.int32)
     how = SamplingRows(torch.tensor([[0.8, 50.0, 0.9, 0.0]], device=device).repeat(rows, 1), keys)
 
     def plain() -> Tensor:
@@ -108,11 +144,18 @@ def _draw(rows: int, device: torch.device) -> tuple[Calls, int]:
         ordered[:, 50:] = float("-inf")
         share = ordered.softmax(-1)
         share = torch.where(share.cumsum(-1) - share < 0.9, share, 0.0)
-        return ids.gather(-1, (share / torch.empty_like(share).exponential_()).argmax(-1, keepdim=True))
+        return ids.gather(
+            -1, (share / torch.empty_like(share).exponential_()).argmax(-1, keepdim=True)
+        )
 
     return {PLAIN: plain, "Nibble": lambda: sample(logits, how)}, 8 * rows * VOCAB
 
 
 GREEDY, DRAW = "greedy", "draw, top_k 50, top_p 0.9"
-OPERATIONS = {"residual + RMSNorm": _norm, "rope + KV write": _rope, "silu(gate) * up": _gated, GREEDY: _greedy,
-              DRAW: _draw}
+OPERATIONS = {
+    "residual + RMSNorm": _norm,
+    "rope + KV write": _rope,
+    "silu(gate) * up": _gated,
+    GREEDY: _greedy,
+    DRAW: _draw,
+}

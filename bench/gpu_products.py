@@ -21,9 +21,24 @@ from nibble.kernels.spec import LinearSpec
 ROWS, QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024), (1, 16, 32, 64, 256, 1024)
 # (N, K) of the fused projections
 SHAPES = {
-    "Llama-3-8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
-    "Llama-3-70B": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
-    "Qwen2.5-7B": {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
+    "Llama-3-8B": {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    },
+    "Llama-3-70B": {
+        "qkv": (10240, 8192),
+        "o": (8192, 8192),
+        "gate_up": (57344, 8192),
+        "down": (8192, 28672),
+    },
+    "Qwen2.5-7B": {
+        "qkv": (4608, 3584),
+        "o": (3584, 3584),
+        "gate_up": (37888, 3584),
+        "down": (3584, 18944),
+    },
 }
 # kind of weight; zero points; what the format asks of activations
 KINDS = {
@@ -42,12 +57,31 @@ Prepare = Callable[[int, int, Lab], tuple[Callable[[Tensor], Tensor], int, str]]
 
 def plan(quick: bool) -> list[Cell]:
     """A cell for each projection and kind; a projection's bf16 product first, which the others are compared with."""
-    kinds = [DENSE, *(list(KINDS)[:3] if quick else KINDS), INT4PACK, SCALED_MM, *([] if quick else [GEMLITE])]
-    return [Cell("products", f"{model} {layer} {kind}",
-                 {"model": model, "layer": layer, "n": n, "k": k, "kind": kind,
-                  "rows": QUICK_ROWS if quick else ROWS})
-            for model, layers in SHAPES.items() if not quick or model == "Llama-3-8B"
-            for layer, (n, k) in layers.items() for kind in kinds]
+    kinds = [
+        DENSE,
+        *(list(KINDS)[:3] if quick else KINDS),
+        INT4PACK,
+        SCALED_MM,
+        *([] if quick else [GEMLITE]),
+    ]
+    return [
+        Cell(
+            "products",
+            f"{model} {layer} {kind}",
+            {
+                "model": model,
+                "layer": layer,
+                "n": n,
+                "k": k,
+                "kind": kind,
+                "rows": QUICK_ROWS if quick else ROWS,
+            },
+        )
+        for model, layers in SHAPES.items()
+        if not quick or model == "Llama-3-8B"
+        for layer, (n, k) in layers.items()
+        for kind in kinds
+    ]
 
 
 def measure(cell: Cell, lab: Lab) -> Iterator[Row]:
@@ -60,7 +94,10 @@ def measure(cell: Cell, lab: Lab) -> Iterator[Row]:
     for m in rows:
         x = torch.randn(m, k, device=lab.device, dtype=torch.bfloat16)
         moved = nbytes + 2 * m * (n + k)
-        yield Row({**given, "m": m, "bytes": moved, "kernel": kernel}, [_bound(product, x) for product in products])
+        yield Row(
+            {**given, "m": m, "bytes": moved, "kernel": kernel},
+            [_bound(product, x) for product in products],
+        )
 
 
 def _bound(product: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
@@ -92,7 +129,11 @@ def _int4pack(n: int, k: int, lab: Lab) -> tuple[Callable[[Tensor], Tensor], int
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=lab.device)
     weight = torch._convert_weight_to_int4pack(packed, 8)
     scales = torch.rand(k // 128, n, 2, device=lab.device, dtype=torch.bfloat16) / k**0.5
-    return (lambda x: torch._weight_int4pack_mm(x, weight, 128, scales)), weight.nbytes + scales.nbytes, "tinygemm"
+    return (
+        (lambda x: torch._weight_int4pack_mm(x, weight, 128, scales)),
+        weight.nbytes + scales.nbytes,
+        "tinygemm",
+    )
 
 
 def _scaled_mm(n: int, k: int, lab: Lab) -> tuple[Callable[[Tensor], Tensor], int, str]:
@@ -103,7 +144,8 @@ def _scaled_mm(n: int, k: int, lab: Lab) -> tuple[Callable[[Tensor], Tensor], in
 
     def product(x: Tensor) -> Tensor:
         a, rows = codes.get(len(x)) or codes.setdefault(
-            len(x), (x.to(torch.float8_e4m3fn), torch.ones(len(x), 1, device=lab.device)))
+            len(x), (x.to(torch.float8_e4m3fn), torch.ones(len(x), 1, device=lab.device))
+        )
         return torch._scaled_mm(a, weight, rows, columns, out_dtype=torch.bfloat16)
 
     return product, weight.nbytes, "cuBLASLt or CUTLASS"
@@ -115,10 +157,26 @@ def _gemlite(n: int, k: int, lab: Lab) -> tuple[Callable[[Tensor], Tensor], int,
     from gemlite.core import DType, GemLiteLinearTriton
 
     weight = random_weight(KINDS["int4 g128 asym"][0], n, k, lab.device)
-    layer = GemLiteLinearTriton(W_nbits=4, group_size=128, in_features=k, out_features=n, input_dtype=DType.BF16,
-                                output_dtype=DType.BF16)
-    layer.pack(weight.codes, weight.scales.bfloat16().reshape(-1, 1), weight.zeros.bfloat16().reshape(-1, 1), None)
+    layer = GemLiteLinearTriton(
+        W_nbits=4,
+        group_size=128,
+        in_features=k,
+        out_features=n,
+        input_dtype=DType.BF16,
+        output_dtype=DType.BF16,
+    )
+    layer.pack(
+        weight.codes,
+        weight.scales.bfloat16().reshape(-1, 1),
+        weight.zeros.bfloat16().reshape(-1, 1),
+        None,
+    )
     return layer.forward, n * k // 2 + 4 * n * k // 128, "gemlite"
 
 
-PEERS: dict[str, Prepare] = {DENSE: _dense, INT4PACK: _int4pack, SCALED_MM: _scaled_mm, GEMLITE: _gemlite}
+PEERS: dict[str, Prepare] = {
+    DENSE: _dense,
+    INT4PACK: _int4pack,
+    SCALED_MM: _scaled_mm,
+    GEMLITE: _gemlite,
+}

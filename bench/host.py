@@ -43,14 +43,28 @@ class PlaybackRunner:
     def __init__(self, config: EngineConfig, read_mib: int):
         import torch  # in the engine process alone, as in a real server
 
-        self.weights = torch.ones(read_mib * 2**9, 2**10, dtype=torch.bfloat16) if read_mib else None
+        self.weights = (
+            torch.ones(read_mib * 2**9, 2**10, dtype=torch.bfloat16) if read_mib else None
+        )
         tokenizer = Tokenizer.from_pretrained(config.model)
         self.vocab_size = tokenizer.vocab_size
-        self.tokens = tokenizer.encode((Path(__file__).parent.parent / "quant/data/eval_prose.txt").read_text())
+        self.tokens = tokenizer.encode(
+            (Path(__file__).parent.parent / "quant/data/eval_prose.txt").read_text()
+        )
 
     def ready(self) -> Ready:
-        return Ready(self.max_model_len, self.vocab_size, [], self.num_blocks, self.block_size, "none", "none", "none",
-                     {}, {})
+        return Ready(
+            self.max_model_len,
+            self.vocab_size,
+            [],
+            self.num_blocks,
+            self.block_size,
+            "none",
+            "none",
+            "none",
+            {},
+            {},
+        )
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         if self.weights is not None:
@@ -59,7 +73,9 @@ class PlaybackRunner:
         for item in batch.items:
             if item.samples:
                 request = item.request
-                result.tokens[request.request_id] = self.tokens[request.num_output_tokens % len(self.tokens)]
+                result.tokens[request.request_id] = self.tokens[
+                    request.num_output_tokens % len(self.tokens)
+                ]
         return result
 
 
@@ -93,30 +109,48 @@ def _listener(port: int) -> str:
 def serve(model: str, port: int, read_mib: int) -> int:
     command = (sys.executable, __file__, model, "--read-mib", str(read_mib))
     options = lifecycle.ServeOptions(port=port, model_names=("playback",))
-    return lifecycle.serve(EngineConfig(model=model), options, partial(AsyncEngine.start, command=command))
+    return lifecycle.serve(
+        EngineConfig(model=model), options, partial(AsyncEngine.start, command=command)
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="folder or .gguf file with the tokenizer")
-    parser.add_argument("--read-mib", type=int, default=0, help="what a step of the absent model reads")
-    parser.add_argument("--loads", nargs="+", default=["1x4", "8x16", "32x64"], metavar="CLIENTSxREQUESTS")
+    parser.add_argument(
+        "--read-mib", type=int, default=0, help="what a step of the absent model reads"
+    )
+    parser.add_argument(
+        "--loads", nargs="+", default=["1x4", "8x16", "32x64"], metavar="CLIENTSxREQUESTS"
+    )
     parser.add_argument("--output", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.fd is not None:
-        return engine_main(["--fd", str(args.fd)],
-                           lambda config: EngineCore(config, PlaybackRunner(config, args.read_mib)))
+        return engine_main(
+            ["--fd", str(args.fd)],
+            lambda config: EngineCore(config, PlaybackRunner(config, args.read_mib)),
+        )
     if args.serve is not None:
         return serve(args.model, args.serve, args.read_mib)
-    command = f"{sys.executable} {__file__} {args.model} --read-mib {args.read_mib} --serve {{port}}"
+    command = (
+        f"{sys.executable} {__file__} {args.model} --read-mib {args.read_mib} --serve {{port}}"
+    )
     with started(Target("host", command)) as (server, took):
         print(f"start to first token {took:.2f} s")
         for load in args.loads:
             clients, _, requests = load.partition("x")
             figures = asyncio.run(measure(server, int(clients), int(requests), args.output))
-            print({key: value for key, value in figures.items() if key not in ("prompt_tokens", "seconds")})
+            print(
+                {
+                    key: value
+                    for key, value in figures.items()
+                    if key not in ("prompt_tokens", "seconds")
+                }
+            )
     return 0
 
 

@@ -49,22 +49,40 @@ def compile_case(case, cc: int) -> Compiled:
     from triton.compiler import ASTSource
 
     names = list(case.signature)
-    source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs,
-                       attrs={(names.index(a),): [["tt.divisibility", 16]] for a in case.aligned})
-    built = triton.compile(source, target=GPUTarget("cuda", cc, 32),
-                           options={"num_warps": case.num_warps, "num_stages": case.num_stages,
-                                    "enable_fp_fusion": True})
+    source = ASTSource(
+        fn=case.kernel,
+        signature=case.signature,
+        constexprs=case.constexprs,
+        attrs={(names.index(a),): [["tt.divisibility", 16]] for a in case.aligned},
+    )
+    built = triton.compile(
+        source,
+        target=GPUTarget("cuda", cc, 32),
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "enable_fp_fusion": True,
+        },
+    )
     folder = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = subprocess.check_output([folder / "cuobjdump", "-res-usage", file.name], text=True,
-                                        stderr=subprocess.STDOUT)
-        sass = subprocess.run([folder / "cuobjdump", "-sass", file.name], text=True, capture_output=True,
-                              check=True).stdout
+        usage = subprocess.check_output(
+            [folder / "cuobjdump", "-res-usage", file.name], text=True, stderr=subprocess.STDOUT
+        )
+        sass = subprocess.run(
+            [folder / "cuobjdump", "-sass", file.name], text=True, capture_output=True, check=True
+        ).stdout
     opcodes, loop = count_opcodes(sass)
-    return Compiled(_usage(usage, "REG"), _usage(usage, "STACK"), built.metadata.shared, opcodes, loop,
-                    "tt.dot" in built.asm["ttir"])
+    return Compiled(
+        _usage(usage, "REG"),
+        _usage(usage, "STACK"),
+        built.metadata.shared,
+        opcodes,
+        loop,
+        "tt.dot" in built.asm["ttir"],
+    )
 
 
 def _usage(text: str, field: str) -> int:
@@ -74,13 +92,23 @@ def _usage(text: str, field: str) -> int:
 def count_opcodes(sass: str) -> tuple[Counter, Counter]:
     """Opcodes of a whole kernel, and of its longest loop. What stands after the last EXIT are waits moved out of the
     way, whose jumps back are no loops."""
-    code = [(int(at, 16), op, target) for at, op, target in re.findall(
-        r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)[^;]*?(?:(0x[0-9a-f]+)\s*)?;", sass)]
+    code = [
+        (int(at, 16), op, target)
+        for at, op, target in re.findall(
+            r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)[^;]*?(?:(0x[0-9a-f]+)\s*)?;",
+            sass,
+        )
+    ]
     end = max((at for at, op, _ in code if op == "EXIT"), default=0)
-    loops = [(int(target, 16), at) for at, op, target in code if op.startswith("BRA") and target and
-             int(target, 16) < at < end]
+    loops = [
+        (int(target, 16), at)
+        for at, op, target in code
+        if op.startswith("BRA") and target and int(target, 16) < at < end
+    ]
     first, last = max(loops, key=lambda span: span[1] - span[0], default=(0, -1))
-    return Counter(op for _, op, _ in code), Counter(op for at, op, _ in code if first <= at <= last)
+    return Counter(op for _, op, _ in code), Counter(
+        op for at, op, _ in code if first <= at <= last
+    )
 
 
 def total(opcodes: Counter, pattern: re.Pattern | str) -> int:
@@ -97,7 +125,11 @@ def integer_ops_per_weight(case, done: Compiled) -> float | None:
 
 def wide_loads(done: Compiled) -> int:
     """Loads of global memory, direct or asynchronous, of 128 bits."""
-    return sum(count for op, count in done.opcodes.items() if op.startswith(("LDG", "LDGSTS")) and ".128" in op)
+    return sum(
+        count
+        for op, count in done.opcodes.items()
+        if op.startswith(("LDG", "LDGSTS")) and ".128" in op
+    )
 
 
 def failures(case, done: Compiled, cc: int) -> list[str]:
@@ -125,15 +157,20 @@ def failures(case, done: Compiled, cc: int) -> list[str]:
 def line(case, cc: int, done: Compiled) -> str:
     """One row of the table."""
     ops = integer_ops_per_weight(case, done)
-    return (f"{cc:>4} {case.name:<58} {done.registers:>4} {done.stack:>5} {done.shared:>7} "
-            f"{total(done.opcodes, TENSOR):>4} {wide_loads(done):>4}  {'' if ops is None else format(ops, '.2f')}")
+    return (
+        f"{cc:>4} {case.name:<58} {done.registers:>4} {done.stack:>5} {done.shared:>7} "
+        f"{total(done.opcodes, TENSOR):>4} {wide_loads(done):>4}  {'' if ops is None else format(ops, '.2f')}"
+    )
 
 
 def chosen(rooms: list[list], cc: int, first: bool) -> list:
     """Of the rooms' configurations those for this card; first: only the first of each kind in a room."""
     fitting = [[case for case in cases if case.min_cc <= cc <= case.max_cc] for cases in rooms]
     if first:
-        fitting = [list({KIND.match(case.name)[0]: case for case in reversed(cases)}.values()) for cases in fitting]
+        fitting = [
+            list({KIND.match(case.name)[0]: case for case in reversed(cases)}.values())
+            for cases in fitting
+        ]
     return [case for cases in fitting for case in cases]
 
 
@@ -141,18 +178,26 @@ def report(rooms: list[list], cards: tuple[int, ...], first: bool, write=print) 
     """Print the table; the number of configurations that miss the gate."""
     import triton
 
-    write(f"Triton {triton.__version__}; registers a thread, stack and shared memory in bytes, tensor-core "
-          "instructions, 128-bit global loads, integer instructions per weight")
-    write(f"{'cc':>4} {'kernel':<58} {'regs':>4} {'stack':>5} {'shared':>7} {'mma':>4} {'wide':>4}  int/w")
+    write(
+        f"Triton {triton.__version__}; registers a thread, stack and shared memory in bytes, tensor-core "
+        "instructions, 128-bit global loads, integer instructions per weight"
+    )
+    write(
+        f"{'cc':>4} {'kernel':<58} {'regs':>4} {'stack':>5} {'shared':>7} {'mma':>4} {'wide':>4}  int/w"
+    )
     bad = built = 0
     for cc in cards:
         for case in chosen(rooms, cc, first):
             built += 1
             try:
                 done = compile_case(case, cc)
-            except Exception as error:  # a compiler reports in many ways, and each is a failure of the gate
+            except (
+                Exception
+            ) as error:  # a compiler reports in many ways, and each is a failure of the gate
                 lines = [text for text in str(error).splitlines() if text.strip()]
-                write(f"{cc:>4} {case.name:<58} does not compile: {type(error).__name__}: {' '.join(lines[-2:])[:200]}")
+                write(
+                    f"{cc:>4} {case.name:<58} does not compile: {type(error).__name__}: {' '.join(lines[-2:])[:200]}"
+                )
                 bad += 1
                 continue
             missed = failures(case, done, cc)
@@ -170,7 +215,9 @@ def main() -> int:
     parser.add_argument("--room", nargs="+", default=ROOMS, choices=ROOMS)
     parser.add_argument("--cc", nargs="+", type=int, default=CARDS, choices=CARDS)
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
-    parser.add_argument("--first", action="store_true", help="only the first configuration of each kernel")
+    parser.add_argument(
+        "--first", action="store_true", help="only the first configuration of each kernel"
+    )
     parser.add_argument("--save", type=Path, help="write the table here too")
     args = parser.parse_args()
     rows: list[str] = []
@@ -179,7 +226,9 @@ def main() -> int:
         print(text, flush=True)
         rows.append(text)
 
-    matching = [[case for case in compile_cases((room,)) if args.match in case.name] for room in args.room]
+    matching = [
+        [case for case in compile_cases((room,)) if args.match in case.name] for room in args.room
+    ]
     bad = report(matching, tuple(args.cc), args.first, write)
     if args.save:
         args.save.write_text("\n".join(rows) + "\n")

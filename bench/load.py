@@ -54,7 +54,9 @@ class Server:
         return cls(bare.host, bare.port, json.loads(body)["data"][0]["id"])
 
 
-def random_prompts(count: int, tokens: int, seed: int, vocab: tuple[int, int] = (1000, 30000)) -> list[list[int]]:
+def random_prompts(
+    count: int, tokens: int, seed: int, vocab: tuple[int, int] = (1000, 30000)
+) -> list[list[int]]:
     """`count` prompts of uniformly random token ids: no two share a prefix, so no cache helps."""
     draw = random.Random(seed)
     return [[draw.randrange(*vocab) for _ in range(tokens)] for _ in range(count)]
@@ -62,10 +64,19 @@ def random_prompts(count: int, tokens: int, seed: int, vocab: tuple[int, int] = 
 
 async def complete(server: Server, prompt: list[int], max_tokens: int) -> Reply:
     """One streamed completion of exactly `max_tokens` tokens."""
-    body = {"model": server.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     sent, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
-    async for event in _events(_exchange(server, "POST", "/v1/completions", json.dumps(body).encode())):
+    async for event in _events(
+        _exchange(server, "POST", "/v1/completions", json.dumps(body).encode())
+    ):
         if b'"error"' in event and "error" in (message := json.loads(event)):
             raise LoadError(str(message["error"]))
         if b'"completion_tokens"' in event:  # the last event; before it, `usage` is null or absent
@@ -78,7 +89,9 @@ async def complete(server: Server, prompt: list[int], max_tokens: int) -> Reply:
     return Reply(sent, first, last, tokens)
 
 
-async def run(server: Server, prompts: list[list[int]], max_tokens: int, clients: int) -> dict[str, Any]:
+async def run(
+    server: Server, prompts: list[list[int]], max_tokens: int, clients: int
+) -> dict[str, Any]:
     """Send all prompts, `clients` at a time, and sum up."""
     waiting = iter(prompts)
     replies: list[Reply] = []
@@ -92,7 +105,10 @@ async def run(server: Server, prompts: list[list[int]], max_tokens: int, clients
     firsts = sorted(r.first - r.sent for r in replies)
     per_token = [(r.last - r.first) / max(r.completion_tokens - 1, 1) for r in replies]
     return {
-        "clients": clients, "requests": len(replies), "prompt_tokens": len(prompts[0]), "output_tokens": max_tokens,
+        "clients": clients,
+        "requests": len(replies),
+        "prompt_tokens": len(prompts[0]),
+        "output_tokens": max_tokens,
         "seconds": round(seconds, 5),
         "tokens_per_second": round(sum(r.completion_tokens for r in replies) / seconds, 1),
         "ttft_ms_median": round(1e3 * statistics.median(firsts), 1),
@@ -111,7 +127,9 @@ async def _events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 yield payload
 
 
-async def _exchange(server: Server, method: str, path: str, body: bytes | None) -> AsyncIterator[bytes]:
+async def _exchange(
+    server: Server, method: str, path: str, body: bytes | None
+) -> AsyncIterator[bytes]:
     """One HTTP/1.1 request on its own connection; the body's pieces as they come (chunked or with a length)."""
     reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
@@ -122,8 +140,13 @@ async def _exchange(server: Server, method: str, path: str, body: bytes | None) 
         await writer.drain()
         status, *fields = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         if status.split()[1] != "200":
-            raise LoadError(f"{method} {path}: {status}: {(await reader.read(2000)).decode(errors='replace')}")
-        headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
+            raise LoadError(
+                f"{method} {path}: {status}: {(await reader.read(2000)).decode(errors='replace')}"
+            )
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (field.partition(":") for field in fields)
+        }
         if headers.get("transfer-encoding", "").lower() == "chunked":
             while size := int((await reader.readline()).split(b";")[0], 16):
                 yield await reader.readexactly(size)

@@ -20,16 +20,33 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short=12", "HEAD")
+        + ("+changes" if _git("status", "--porcelain") else ""),
         "machine": {
-            "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+            "cpu": _first_value("/proc/cpuinfo", "model name")
+            or platform.processor()
+            or platform.machine(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "memory_gib": round(
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
+            ),
             "gpu": output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
             "load_average_before": round(os.getloadavg()[0], 2),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in
-                     ("nibble-serve", "torch", "triton", "transformers", "tokenizers", "uvicorn")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: _version(name)
+                for name in (
+                    "nibble-serve",
+                    "torch",
+                    "triton",
+                    "transformers",
+                    "tokenizers",
+                    "uvicorn",
+                )
+            },
+        },
     }
 
 

@@ -41,7 +41,9 @@ def decode_rate(llm: LLM, batch: int, tokens: int) -> float:
     """Tokens per second of a batch, its prompts' time taken off."""
     rates = []
     for repeat in range(REPEATS):
-        first, whole = (random_prompts(batch, DECODE_PROMPT, seed) for seed in (1000 + repeat, 2000 + repeat))
+        first, whole = (
+            random_prompts(batch, DECODE_PROMPT, seed) for seed in (1000 + repeat, 2000 + repeat)
+        )
         rates.append(batch * (tokens - 1) / (seconds(llm, whole, tokens) - seconds(llm, first, 1)))
     return max(rates)
 
@@ -53,23 +55,36 @@ def products_per_token(model: DecoderConfig) -> int:
     return model.num_layers * (attention + mlp) + model.vocab_size * model.hidden_size
 
 
-def measure(model: str, batches: list[int], prompt: int, tokens: int, flags: dict[str, Any]) -> dict[str, Any]:
-    llm = LLM(model, max_model_len=max(prompt, DECODE_PROMPT + tokens) + 1, enable_prefix_caching=False, **flags)
+def measure(
+    model: str, batches: list[int], prompt: int, tokens: int, flags: dict[str, Any]
+) -> dict[str, Any]:
+    llm = LLM(
+        model,
+        max_model_len=max(prompt, DECODE_PROMPT + tokens) + 1,
+        enable_prefix_caching=False,
+        **flags,
+    )
     seconds(llm, random_prompts(1, DECODE_PROMPT, 0), 8)  # warm-up: threads, allocator, caches
     return {
         "prefill_tokens_per_second": round(prefill_rate(llm, prompt), 1),
         "products_per_token": products_per_token(llm.core.runner.model_config),
-        "decode_tokens_per_second": {batch: round(decode_rate(llm, batch, tokens), 1) for batch in batches},
+        "decode_tokens_per_second": {
+            batch: round(decode_rate(llm, batch, tokens), 1) for batch in batches
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--engine", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineConfig")
+    parser.add_argument(
+        "--engine", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineConfig"
+    )
     args = parser.parse_args()
     pairs = (pair.partition("=") for pair in args.engine)
     flags = {name: int(value) if value.isdecimal() else value for name, _, value in pairs}

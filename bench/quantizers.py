@@ -22,12 +22,17 @@ from typing import Any
 # The torch that Nibble runs on, in its CPU build where pip finds one; then what each tool needs beside it.
 TORCH = "torch==2.13.0"
 PACKAGES = {
-    "autoawq": [["transformers==4.51.3", "accelerate", "datasets", "zstandard"], ["--no-deps", "autoawq==0.2.9"]],
+    "autoawq": [
+        ["transformers==4.51.3", "accelerate", "datasets", "zstandard"],
+        ["--no-deps", "autoawq==0.2.9"],
+    ],
     "gptqmodel": [["setuptools", "wheel", "numpy"], ["gptqmodel==7.7.0", "optimum==2.3.0"]],
     "llmcompressor": [["llmcompressor==0.14.0.1"]],
 }
-ALIASED, COPIED = "k: v.cpu() for k, v in module2inspect.state_dict()", \
-    "k: v.cpu().clone() for k, v in module2inspect.state_dict()"
+ALIASED, COPIED = (
+    "k: v.cpu() for k, v in module2inspect.state_dict()",
+    "k: v.cpu().clone() for k, v in module2inspect.state_dict()",
+)
 
 
 def install(folder: Path, tools: list[str]) -> None:
@@ -52,7 +57,9 @@ def _repair_autoawq(home: Path) -> None:
     file.write_text(text.replace(ALIASED, COPIED))
 
 
-def run_autoawq(model: str, output: str, windows: list[list[int]], group_size: int, symmetric: bool) -> None:
+def run_autoawq(
+    model: str, output: str, windows: list[list[int]], group_size: int, symmetric: bool
+) -> None:
     from awq import AutoAWQForCausalLM
     from transformers import AutoTokenizer
 
@@ -60,32 +67,58 @@ def run_autoawq(model: str, output: str, windows: list[list[int]], group_size: i
         raise SystemExit("AutoAWQ's GEMM layout needs zero points")
     quantizer = AutoAWQForCausalLM.from_pretrained(model, device_map="cpu", safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    quantizer.quantize(tokenizer, {"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
-                       calib_data=windows, max_calib_samples=len(windows), max_calib_seq_len=len(windows[0]))
+    quantizer.quantize(
+        tokenizer,
+        {"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
+        calib_data=windows,
+        max_calib_samples=len(windows),
+        max_calib_seq_len=len(windows[0]),
+    )
     quantizer.save_quantized(output)
 
 
-def run_gptqmodel(model: str, output: str, windows: list[list[int]], group_size: int, symmetric: bool) -> None:
+def run_gptqmodel(
+    model: str, output: str, windows: list[list[int]], group_size: int, symmetric: bool
+) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     quantizer = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=group_size, sym=symmetric))
-    quantizer.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows], batch_size=4)
+    quantizer.quantize(
+        [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows], batch_size=4
+    )
     quantizer.save(output)
 
 
-def run_llmcompressor(method: str, model: str, output: str, windows: list[list[int]], group_size: int,
-                      symmetric: bool) -> None:
+def run_llmcompressor(
+    method: str, model: str, output: str, windows: list[list[int]], group_size: int, symmetric: bool
+) -> None:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group_size}
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group",
+        "group_size": group_size,
+    }
     modifier = {"awq": AWQModifier, "gptq": GPTQModifier}[method]
-    recipe = modifier(ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}})
-    dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(ids) for ids in windows]})
-    oneshot(model=model, dataset=dataset, recipe=recipe, output_dir=output, max_seq_length=len(windows[0]),
-            num_calibration_samples=len(windows))
+    recipe = modifier(
+        ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}
+    )
+    dataset = Dataset.from_dict(
+        {"input_ids": windows, "attention_mask": [[1] * len(ids) for ids in windows]}
+    )
+    oneshot(
+        model=model,
+        dataset=dataset,
+        recipe=recipe,
+        output_dir=output,
+        max_seq_length=len(windows[0]),
+        num_calibration_samples=len(windows),
+    )
 
 
 RUNS: dict[str, Any] = {
@@ -97,7 +130,9 @@ RUNS: dict[str, Any] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     installing = verbs.add_parser("install")
     installing.add_argument("dir", type=Path)

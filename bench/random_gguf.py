@@ -37,13 +37,23 @@ def write(tokenizer: Path, out: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_file_type(2)  # mostly Q4_0
-    matrices = {"attn_q": (HIDDEN, HIDDEN), "attn_k": (KV_WIDTH, HIDDEN), "attn_v": (KV_WIDTH, HIDDEN),
-                "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (FFN, HIDDEN), "ffn_up": (FFN, HIDDEN),
-                "ffn_down": (HIDDEN, FFN)}
+    matrices = {
+        "attn_q": (HIDDEN, HIDDEN),
+        "attn_k": (KV_WIDTH, HIDDEN),
+        "attn_v": (KV_WIDTH, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_gate": (FFN, HIDDEN),
+        "ffn_up": (FFN, HIDDEN),
+        "ffn_down": (HIDDEN, FFN),
+    }
     shapes = {"token_embd": (vocab, HIDDEN), "output": (vocab, HIDDEN)}
-    shapes |= {f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in matrices.items()}
+    shapes |= {
+        f"blk.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in matrices.items()
+    }
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random_q4_0(draw, *shape), raw_dtype=GGMLQuantizationType.Q4_0)
+        writer.add_tensor(
+            f"{name}.weight", random_q4_0(draw, *shape), raw_dtype=GGMLQuantizationType.Q4_0
+        )
     norms = [f"blk.{layer}.{name}" for layer in range(LAYERS) for name in ("attn_norm", "ffn_norm")]
     for name in [*norms, "output_norm"]:
         writer.add_tensor(f"{name}.weight", np.ones(HIDDEN, dtype=np.float32))
@@ -58,8 +68,12 @@ def _copy_tokenizer(source: GGUFReader, writer: GGUFWriter) -> int:
     for field in source.fields.values():
         if field.name.startswith("tokenizer."):
             kind = field.types[0]
-            writer.add_key_value(field.name, field.contents(), kind,
-                                 field.types[-1] if kind == GGUFValueType.ARRAY else None)
+            writer.add_key_value(
+                field.name,
+                field.contents(),
+                kind,
+                field.types[-1] if kind == GGUFValueType.ARRAY else None,
+            )
     return len(source.fields["tokenizer.ggml.tokens"].data)
 
 

@@ -21,7 +21,13 @@ from nibble.quant.formats import awq
 
 FORMATS = {
     "bf16": None,
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+    },
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
 }
 _WRITERS = 8
@@ -42,28 +48,48 @@ class Shape:
     def projections(self) -> dict[str, tuple[int, int]]:
         """(out, in) of a layer's matrices."""
         kv = self.hidden // self.heads * self.kv_heads
-        return {"self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (kv, self.hidden),
-                "self_attn.v_proj": (kv, self.hidden), "self_attn.o_proj": (self.hidden, self.hidden),
-                "mlp.gate_proj": (self.inner, self.hidden), "mlp.up_proj": (self.inner, self.hidden),
-                "mlp.down_proj": (self.hidden, self.inner)}
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+        }
 
 
 def write(out: Path, fmt: str, shape: Shape, device: torch.device) -> None:
     """Write the checkpoint. Random numbers are drawn on `device`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    layer = {f"{name}.{suffix}": tensor.cpu().contiguous() for name, size in shape.projections.items()
-             for suffix, tensor in _projection(fmt, *size, device).items()}
-    layer |= {f"{norm}.weight": torch.ones(shape.hidden, dtype=torch.bfloat16)
-              for norm in ("input_layernorm", "post_attention_layernorm")}
-    files = {f"model-layer-{i:03d}.safetensors": {f"model.layers.{i}.{name}": t for name, t in layer.items()}
-             for i in range(shape.layers)}
+    layer = {
+        f"{name}.{suffix}": tensor.cpu().contiguous()
+        for name, size in shape.projections.items()
+        for suffix, tensor in _projection(fmt, *size, device).items()
+    }
+    layer |= {
+        f"{norm}.weight": torch.ones(shape.hidden, dtype=torch.bfloat16)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    files = {
+        f"model-layer-{i:03d}.safetensors": {
+            f"model.layers.{i}.{name}": t for name, t in layer.items()
+        }
+        for i in range(shape.layers)
+    }
     files["model-ends.safetensors"] = {
         "model.embed_tokens.weight": _dense(shape.vocab, shape.hidden, device, 1.0).cpu(),
         "lm_head.weight": _dense(shape.vocab, shape.hidden, device, shape.hidden**-0.5).cpu(),
-        "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16)}
+        "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
+    }
     with ThreadPoolExecutor(_WRITERS) as pool:
-        list(pool.map(lambda file: save_file(file[1], out / file[0], metadata={"format": "pt"}), files.items()))
+        list(
+            pool.map(
+                lambda file: save_file(file[1], out / file[0], metadata={"format": "pt"}),
+                files.items(),
+            )
+        )
     index = {name: file for file, tensors in files.items() for name in tensors}
     _json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
     _json(out / "config.json", _config(fmt, shape))
@@ -84,11 +110,24 @@ def _dense(out: int, inner: int, device: torch.device, scale: float) -> Tensor:
 
 
 def _config(fmt: str, shape: Shape) -> dict:
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
-              "intermediate_size": shape.inner, "num_hidden_layers": shape.layers,
-              "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab,
-              "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-              "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     return config if FORMATS[fmt] is None else config | {"quantization_config": FORMATS[fmt]}
 
 
@@ -99,7 +138,10 @@ def _write_tokenizer(out: Path, vocab: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="t0"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
     tokenizer.save(str(out / "tokenizer.json"))
-    _json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t1"})
+    _json(
+        out / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t1"},
+    )
 
 
 def _json(path: Path, content: dict) -> None:
@@ -107,7 +149,9 @@ def _json(path: Path, content: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--format", choices=FORMATS, default="bf16")
     parser.add_argument("--layers", type=int, default=Shape.layers)

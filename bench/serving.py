@@ -64,12 +64,16 @@ def started(target: Target) -> Iterator[tuple[Server, float]]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         begin = time.perf_counter()
-        process = subprocess.Popen(shlex.split(target.command.replace("{port}", str(port))), stdout=log, stderr=log)
+        process = subprocess.Popen(
+            shlex.split(target.command.replace("{port}", str(port))), stdout=log, stderr=log
+        )
         try:
             server = asyncio.run(_first_token(process, f"http://127.0.0.1:{port}"))
             if server is None:
                 log.seek(0)
-                raise LoadError(f"{target.name} did not start: {log.read()[-2000:].decode(errors='replace')}")
+                raise LoadError(
+                    f"{target.name} did not start: {log.read()[-2000:].decode(errors='replace')}"
+                )
             yield server, time.perf_counter() - begin
         finally:
             process.terminate()
@@ -98,7 +102,10 @@ def measure(target: Target, loads: tuple[tuple[int, int], ...], starts: int) -> 
     figures: dict[str, Any] = {"name": target.name, "command": target.command or target.url}
     seconds = []
     for last in [False] * (starts - 1) + [True]:
-        with console.status(f"{target.name}: start {len(seconds) + 1}"), started(target) as (server, took):
+        with (
+            console.status(f"{target.name}: start {len(seconds) + 1}"),
+            started(target) as (server, took),
+        ):
             seconds.append(round(took, 2))
             if last:
                 figures |= asyncio.run(_under_load(server, target.name, loads))
@@ -107,26 +114,41 @@ def measure(target: Target, loads: tuple[tuple[int, int], ...], starts: int) -> 
     return figures
 
 
-async def _under_load(server: Server, name: str, loads: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    await run(server, random_prompts(4, PROMPT, seed=1), 16, clients=2)  # warm-up: thread pools, allocator, caches
+async def _under_load(
+    server: Server, name: str, loads: tuple[tuple[int, int], ...]
+) -> dict[str, Any]:
+    await run(
+        server, random_prompts(4, PROMPT, seed=1), 16, clients=2
+    )  # warm-up: thread pools, allocator, caches
     first = await run(server, random_prompts(TTFT_REPEATS, TTFT_PROMPT, seed=2), 1, clients=1)
     figures: dict[str, Any] = {"ttft_512_ms": first["ttft_ms_median"], "loads": []}
     for clients, requests in loads:
         prompts = random_prompts(requests, PROMPT, seed=100 + clients)
         figures["loads"].append(await run(server, prompts, OUTPUT, clients))
-        console.print(f"{name}: {clients} clients: {figures['loads'][-1]['tokens_per_second']} tok/s")
+        console.print(
+            f"{name}: {clients} clients: {figures['loads'][-1]['tokens_per_second']} tok/s"
+        )
     return figures
 
 
 def table(results: list[dict[str, Any]]) -> Table:
     """One row a server, in the order measured."""
-    shown = Table("", "start to first token, s", f"first token of {TTFT_PROMPT}, ms", "ms per token, 1 client",
-                  *(f"tok/s, {load['clients']}" for load in results[0]["loads"]))
+    shown = Table(
+        "",
+        "start to first token, s",
+        f"first token of {TTFT_PROMPT}, ms",
+        "ms per token, 1 client",
+        *(f"tok/s, {load['clients']}" for load in results[0]["loads"]),
+    )
     for figures in results:
         start = figures.get("start_to_first_token_s", {}).get("median", "")
-        shown.add_row(figures["name"], str(start), str(figures["ttft_512_ms"]),
-                      str(figures["loads"][0]["ms_per_output_token_median"]),
-                      *(str(load["tokens_per_second"]) for load in figures["loads"]))
+        shown.add_row(
+            figures["name"],
+            str(start),
+            str(figures["ttft_512_ms"]),
+            str(figures["loads"][0]["ms_per_output_token_median"]),
+            *(str(load["tokens_per_second"]) for load in figures["loads"]),
+        )
     return shown
 
 
@@ -135,10 +157,21 @@ def _targets(args: argparse.Namespace) -> list[Target]:
     models = [Path(model) for model in args.models]
     if args.demo_models:
         models += _demo_models()
-    ours = [Target(f"nibble {model.name}", f"{serve} {shlex.quote(str(model))} --port {{port}} {args.serve_args}")
-            for model in models]
-    commands = [Target(name, command=command) for name, _, command in (p.partition("=") for p in args.peer)]
-    return ours + commands + [Target(name, url=url) for name, _, url in (p.partition("=") for p in args.peer_url)]
+    ours = [
+        Target(
+            f"nibble {model.name}",
+            f"{serve} {shlex.quote(str(model))} --port {{port}} {args.serve_args}",
+        )
+        for model in models
+    ]
+    commands = [
+        Target(name, command=command) for name, _, command in (p.partition("=") for p in args.peer)
+    ]
+    return (
+        ours
+        + commands
+        + [Target(name, url=url) for name, _, url in (p.partition("=") for p in args.peer_url)]
+    )
 
 
 def _demo_models() -> list[Path]:
@@ -148,14 +181,32 @@ def _demo_models() -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", help="model folders or files for nibble serve")
-    parser.add_argument("--demo-models", action="store_true", help="also the demo's model, bf16 and AWQ")
+    parser.add_argument(
+        "--demo-models", action="store_true", help="also the demo's model, bf16 and AWQ"
+    )
     parser.add_argument("--serve-args", default="", help="more flags for nibble serve")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="another server to start")
-    parser.add_argument("--peer-url", action="append", default=[], metavar="NAME=URL", help="another server, running")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="another server to start",
+    )
+    parser.add_argument(
+        "--peer-url",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="another server, running",
+    )
     parser.add_argument("--name", default="serving", help="bench/results/<date>-NAME.json")
-    parser.add_argument("--quick", action="store_true", help="one start and a few requests: to try the script")
+    parser.add_argument(
+        "--quick", action="store_true", help="one start and a few requests: to try the script"
+    )
     args = parser.parse_args()
     loads, starts = (((1, 1), (8, 8)), 1) if args.quick else (LOADS, STARTS)
     result = {"what": "serving over HTTP", **machine.describe()}

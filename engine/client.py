@@ -1,9 +1,9 @@
 """The two ways to use an engine: LLM, in this process, and AsyncEngine, in a process of its own.
 
-    AsyncEngine   one child process, one socket pair. What a request brings is handed to its sink in the very callback
-                  that read it from the socket: no queue and no task stands between (`generate` adds them for whoever
-                  wants to iterate). If the child dies, every open request hears of it and `dead` is set.
-    LLM           the same EngineCore, stepped by the caller. torch is imported when one is made, not before.
+AsyncEngine   one child process, one socket pair. What a request brings is handed to its sink in the very callback
+              that read it from the socket: no queue and no task stands between (`generate` adds them for whoever
+              wants to iterate). If the child dies, every open request hears of it and `dead` is set.
+LLM           the same EngineCore, stepped by the caller. torch is imported when one is made, not before.
 """
 
 import asyncio
@@ -95,13 +95,17 @@ class AsyncEngine:
         self._process = process
         self._transport = transport
         self._link = link
-        self._names: dict[str, str] = {}  # request id -> its name in the engine, which is never used again
+        self._names: dict[
+            str, str
+        ] = {}  # request id -> its name in the engine, which is never used again
         self._sinks: dict[str, Sink] = {}  # by that name
         self._serial = itertools.count()
         self._watching: asyncio.Task | None = None
 
     @classmethod
-    async def start(cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND) -> "AsyncEngine":
+    async def start(
+        cls, config: EngineConfig, command: Sequence[str] = ENGINE_COMMAND
+    ) -> "AsyncEngine":
         """Start the process and wait until it has loaded the model.
 
         UserError carries the engine's one line about bad input; EngineDeadError is a defect, with more in the log.
@@ -110,7 +114,9 @@ class AsyncEngine:
         with theirs:
             transport, link = await asyncio.get_running_loop().create_connection(_Link, sock=ours)
             process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                [*command, "--fd", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
             )
         engine = cls(process, transport, link)
         try:
@@ -134,8 +140,14 @@ class AsyncEngine:
     def pid(self) -> int:
         return self._process.pid
 
-    def submit(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, sink: Sink,
-               cache_salt: bytes = b"") -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        sink: Sink,
+        cache_salt: bytes = b"",
+    ) -> None:
         """Generate, and call `sink` with each news as soon as it is read from the engine, the last with a
         finish_reason; where that is "error", `error` says why. None instead of news: the engine has died.
 
@@ -150,7 +162,11 @@ class AsyncEngine:
         self._send(AddRequest(name, prompt_token_ids, params, time.time(), cache_salt))
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, cache_salt: bytes = b""
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: bytes = b"",
     ) -> AsyncGenerator[RequestOutput, None]:
         """The news of one request as an iterator; see `submit`. Leaving early (aclose, cancellation) aborts the
         request. EngineDeadError if the engine has died or dies."""
@@ -205,12 +221,20 @@ class AsyncEngine:
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not link.first.done():
             code = await asyncio.to_thread(self._process.wait)
-            raise EngineDeadError(f"the engine process ended while it loaded the model (exit code {code})")
+            raise EngineDeadError(
+                f"the engine process ended while it loaded the model (exit code {code})"
+            )
         message = link.first.result()
         if isinstance(message, Fatal):
-            raise UserError(message.message) if message.exit_code == 2 else EngineDeadError(message.message)
+            raise (
+                UserError(message.message)
+                if message.exit_code == 2
+                else EngineDeadError(message.message)
+            )
         if not isinstance(message, Ready):
-            raise EngineDeadError(f"the engine process began with {type(message).__name__} instead of Ready")
+            raise EngineDeadError(
+                f"the engine process began with {type(message).__name__} instead of Ready"
+            )
         return message
 
     async def _watch(self) -> None:
@@ -252,7 +276,11 @@ def _gathered(outputs: list[RequestOutput]) -> list[RequestOutput]:
         so_far.token_ids += output.token_ids
         if output.logprobs is not None:
             so_far.logprobs = (so_far.logprobs or []) + output.logprobs
-        so_far.finish_reason, so_far.stop_reason, so_far.error = output.finish_reason, output.stop_reason, output.error
+        so_far.finish_reason, so_far.stop_reason, so_far.error = (
+            output.finish_reason,
+            output.stop_reason,
+            output.error,
+        )
     return list(first.values())
 
 
@@ -337,9 +365,16 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[Completion]:
         """The answer to one conversation, or to each of several. ValueError if the model has no chat template."""
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], dict) else messages
-        texts = [self.tokenizer.apply_chat_template(chat, **(chat_template_kwargs or {})) for chat in conversations]
-        return self.generate([self.tokenizer.encode(t, add_special_tokens=False) for t in texts], sampling_params)
+        conversations: Sequence[Any] = (
+            [messages] if messages and isinstance(messages[0], dict) else messages
+        )
+        texts = [
+            self.tokenizer.apply_chat_template(chat, **(chat_template_kwargs or {}))
+            for chat in conversations
+        ]
+        return self.generate(
+            [self.tokenizer.encode(t, add_special_tokens=False) for t in texts], sampling_params
+        )
 
     def logits(self, token_ids: list[int]) -> "Tensor":
         """float32 [T, vocab]: the model's logits after each of T tokens."""
@@ -354,7 +389,10 @@ class LLM:
             for token_ids, each in zip(prompts, params, strict=True):
                 request_id = str(next(self._ids))
                 self.core.add(AddRequest(request_id, token_ids, each))
-                done[request_id] = Completion("", [], "", token_ids), Detokenizer(self.tokenizer, each, token_ids)
+                done[request_id] = (
+                    Completion("", [], "", token_ids),
+                    Detokenizer(self.tokenizer, each, token_ids),
+                )
             while self.core.has_work:
                 for output in self.core.step():
                     completion, detokenizer = done[output.request_id]

@@ -18,12 +18,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_num_seqs: int = 64  # requests in one step
     max_num_batched_tokens: int = 2048  # tokens in one step; longer prompts are computed in chunks
     kv_cache_memory: int | None = None  # bytes; None: planned from free memory
-    kv_cache_dtype: str = "auto"  # auto: the activations'; int8, fp8 (CUDA): a scale for each token and head
+    kv_cache_dtype: str = (
+        "auto"  # auto: the activations'; int8, fp8 (CUDA): a scale for each token and head
+    )
     block_size: int = 16  # tokens a KV block
     enable_prefix_caching: bool = True
     num_threads: int | None = None  # CPU threads; None: torch's choice
-    cpu_isa: str = "auto"  # C++ kernels: auto, avx512bf16, avx512vnni, avxvnni, avx2, neon, or none (torch)
-    cpu_activations: str = "int8"  # what integer weights are multiplied with on a CPU: int8 (by group) or bf16
-    lm_head_bits: int | None = None  # of a 16-bit output head in the CPU kernels: 8, 16; None: 8 beside 4-bit weights
-    prepared_cache: str | None = "~/.cache/nibble/prepared"  # weights in the CPU kernels' layout; None: nothing is kept
+    cpu_isa: str = (
+        "auto"  # C++ kernels: auto, avx512bf16, avx512vnni, avxvnni, avx2, neon, or none (torch)
+    )
+    cpu_activations: str = (
+        "int8"  # what integer weights are multiplied with on a CPU: int8 (by group) or bf16
+    )
+    lm_head_bits: int | None = (
+        None  # of a 16-bit output head in the CPU kernels: 8, 16; None: 8 beside 4-bit weights
+    )
+    prepared_cache: str | None = (
+        "~/.cache/nibble/prepared"  # weights in the CPU kernels' layout; None: nothing is kept
+    )
     seed: int = 0  # for requests that bring none

@@ -52,12 +52,18 @@ class RunnerProtocol(Protocol):
 class EngineCore:
     """The scheduler and the runner of one model."""
 
-    def __init__(self, config: EngineConfig, runner: RunnerProtocol | None = None,
-                 progress: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: RunnerProtocol | None = None,
+        progress: Callable[[str], None] | None = None,
+    ):
         """Loads the model unless a runner is given. `progress` hears a line at each stage of loading. UserError on
         bad input."""
         self.runner = _load_runner(config, progress) if runner is None else runner
-        pool = BlockPool(self.runner.num_blocks, self.runner.block_size, config.enable_prefix_caching)
+        pool = BlockPool(
+            self.runner.num_blocks, self.runner.block_size, config.enable_prefix_caching
+        )
         self.scheduler = Scheduler(
             pool,
             max_num_seqs=config.max_num_seqs,
@@ -88,15 +94,17 @@ class EngineCore:
         if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(f"the prompt has token ids outside of 0 .. {vocab_size - 1}")
         seed = message.params.seed
-        self.scheduler.add(Request(
-            request_id=message.request_id,
-            prompt_token_ids=prompt,
-            params=message.params,
-            eos_token_ids=self._eos,
-            seed=self._random.getrandbits(63) if seed is None else seed,
-            arrival_time=message.arrival_time,
-            cache_salt=message.cache_salt,
-        ))
+        self.scheduler.add(
+            Request(
+                request_id=message.request_id,
+                prompt_token_ids=prompt,
+                params=message.params,
+                eos_token_ids=self._eos,
+                seed=self._random.getrandbits(63) if seed is None else seed,
+                arrival_time=message.arrival_time,
+                cache_salt=message.cache_salt,
+            )
+        )
 
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
@@ -137,7 +145,9 @@ class EngineCore:
     def _fail(self, batch: ScheduledBatch) -> list[RequestOutput]:
         logger.exception("a step of %d requests failed", len(batch.items))
         error = "the engine failed while computing this request; its log has the cause"
-        outputs = self.scheduler.update(batch, StepResult(errors={i.request.request_id: error for i in batch.items}))
+        outputs = self.scheduler.update(
+            batch, StepResult(errors={i.request.request_id: error for i in batch.items})
+        )
         if self._open is None:  # else that step is the probe
             self._probe()
         return outputs
@@ -147,7 +157,9 @@ class EngineCore:
         pool = self.scheduler.pool
         if pool.num_free == 0:  # the next step is the probe
             return
-        probe = Request("probe", [0], SamplingParams(max_tokens=1, temperature=0.0), self._eos, seed=0)
+        probe = Request(
+            "probe", [0], SamplingParams(max_tokens=1, temperature=0.0), self._eos, seed=0
+        )
         probe.block_table = pool.allocate(1)
         try:
             result = self.runner.execute(ScheduledBatch([ScheduledRequest(probe, 0, 1)]))

@@ -31,16 +31,24 @@ class MemoryPlan:
 
 
 def kv_bytes_per_token(model: DecoderConfig, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    vector = model.head_dim * dtype.itemsize if cache_dtype == "auto" else model.head_dim + 4  # 8 bits and a scale
+    vector = (
+        model.head_dim * dtype.itemsize if cache_dtype == "auto" else model.head_dim + 4
+    )  # 8 bits and a scale
     return 2 * model.num_layers * model.num_kv_heads * vector
 
 
-def activation_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> int:
+def activation_bytes(
+    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> int:
     """An upper bound for one step: the widest intermediate of a full batch, float32 logits twice over, and on a GPU the
     widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
     per_token = 4 * model.hidden_size + 3 * model.intermediate_size
     per_token += 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    matrix = 2 * model.intermediate_size * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
+    matrix = (
+        2 * model.intermediate_size * model.hidden_size * dtype.itemsize
+        if device.type == "cuda"
+        else 0
+    )
     logits = 2 * 4 * config.max_num_seqs * model.vocab_size
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix
 
@@ -55,18 +63,24 @@ def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
     """Refuse before loading what cannot fit. Raises UserError with both numbers."""
     available = available_bytes(device)
     if weight_bytes > available:
-        raise UserError(f"the weights need {gib(weight_bytes)}, {device.type} memory has {gib(available)} free; "
-                          "use a smaller or a quantized checkpoint")
+        raise UserError(
+            f"the weights need {gib(weight_bytes)}, {device.type} memory has {gib(available)} free; "
+            "use a smaller or a quantized checkpoint"
+        )
 
 
-def plan(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+def plan(
+    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> MemoryPlan:
     """Size the KV cache, after the weights are loaded. Raises UserError if not one useful request fits."""
     activations = activation_bytes(config, model, dtype, device)
     block = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * config.block_size
     wanted_len = config.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
-        raise UserError(f"--max-model-len {wanted_len} is more than the {model.max_position_embeddings} positions "
-                          "the model was trained for")
+        raise UserError(
+            f"--max-model-len {wanted_len} is more than the {model.max_position_embeddings} positions "
+            "the model was trained for"
+        )
     budget = config.kv_cache_memory
     if budget is None:
         share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
@@ -76,9 +90,11 @@ def plan(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device:
     num_blocks = budget // block
     capacity = num_blocks * config.block_size
     if capacity < min(wanted_len, config.max_model_len or config.block_size):
-        raise UserError(f"the KV cache holds {max(0, capacity)} tokens in {gib(budget)}; a context of {wanted_len} "
-                          f"needs {gib(-(-wanted_len // config.block_size) * block)}: lower --max-model-len, or "
-                          "raise --kv-cache-memory")
+        raise UserError(
+            f"the KV cache holds {max(0, capacity)} tokens in {gib(budget)}; a context of {wanted_len} "
+            f"needs {gib(-(-wanted_len // config.block_size) * block)}: lower --max-model-len, or "
+            "raise --kv-cache-memory"
+        )
     return MemoryPlan(num_blocks, min(wanted_len, capacity), num_blocks * block, activations)
 
 
@@ -88,7 +104,10 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
     machine = int(found[1]) * 1024 if found else 8 << 30
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    limit, used = (
+        _read("/sys/fs/cgroup/memory.max").strip(),
+        _read("/sys/fs/cgroup/memory.current").strip(),
+    )
     return min(machine, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else machine
 
 

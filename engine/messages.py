@@ -117,10 +117,10 @@ class FrameReader:
         buffer, bodies, start = self._buffer, [], 0
         buffer += data
         while len(buffer) - start >= 4:
-            end = start + 4 + int.from_bytes(buffer[start:start + 4], "little")
+            end = start + 4 + int.from_bytes(buffer[start : start + 4], "little")
             if len(buffer) < end:
                 break
-            bodies.append(bytes(buffer[start + 4:end]))
+            bodies.append(bytes(buffer[start + 4 : end]))
             start = end
         del buffer[:start]
         return bodies

@@ -106,7 +106,11 @@ class EngineLoop:
             try:
                 self.core.add(message)
             except ValueError as error:
-                return [RequestOutput(message.request_id, finish_reason=FinishReason.ERROR, error=str(error))]
+                return [
+                    RequestOutput(
+                        message.request_id, finish_reason=FinishReason.ERROR, error=str(error)
+                    )
+                ]
         return []
 
     def _report(self, outputs: list[RequestOutput]) -> None:
@@ -148,7 +152,9 @@ def _fatal(error: Exception) -> Fatal:
 
 def _die_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; a parent already gone shows as a closed socket
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG; a parent already gone shows as a closed socket
 
 
 def _load(config: EngineConfig) -> EngineCore:
@@ -165,13 +171,17 @@ def _show(line: str) -> None:
 
 def main(argv: list[str] | None = None, make_core: CoreFactory = _load) -> int:
     """Entry point of the child process. `make_core` is another one only in tests."""
-    parser = argparse.ArgumentParser(prog="nibble.engine.process", description="The engine process of `nibble serve`.")
+    parser = argparse.ArgumentParser(
+        prog="nibble.engine.process", description="The engine process of `nibble serve`."
+    )
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the API process")
     args = parser.parse_args(argv)
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     with socket.socket(fileno=args.fd) as sock:
         return serve(sock, make_core)
 

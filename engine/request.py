@@ -37,12 +37,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logit_bias: dict[int, float] | None = None
-    logprobs: int | None = None  # top-n alternatives for each output token; 0: the chosen token alone
+    logprobs: int | None = (
+        None  # top-n alternatives for each output token; 0: the chosen token alone
+    )
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def verify(self, vocab_size: int) -> None:
         """Raise ValueError naming the first field that is out of range."""
+
         def need(ok: bool, field_name: str, want: str) -> None:
             if not ok:
                 raise ValueError(f"{field_name} must be {want}, got {getattr(self, field_name)}")
@@ -57,11 +60,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
         need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
         need(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
-        need(all(0 <= t < vocab_size for t in self.stop_token_ids), "stop_token_ids", f"ids below {vocab_size}")
-        need(all(0 <= t < vocab_size and -100.0 <= b <= 100.0 for t, b in (self.logit_bias or {}).items()),
-             "logit_bias", f"a map from token ids below {vocab_size} to numbers in [-100, 100]")
+        need(
+            all(0 <= t < vocab_size for t in self.stop_token_ids),
+            "stop_token_ids",
+            f"ids below {vocab_size}",
+        )
+        need(
+            all(
+                0 <= t < vocab_size and -100.0 <= b <= 100.0
+                for t, b in (self.logit_bias or {}).items()
+            ),
+            "logit_bias",
+            f"a map from token ids below {vocab_size} to numbers in [-100, 100]",
+        )
         need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        need(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "between 0 and 20")
+        need(
+            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+            "prompt_logprobs",
+            "between 0 and 20",
+        )
 
 
 class FinishReason(enum.StrEnum):
@@ -115,7 +132,7 @@ class Request:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[len(self.prompt_token_ids):]
+        return self.token_ids[len(self.prompt_token_ids) :]
 
     @property
     def is_finished(self) -> bool:

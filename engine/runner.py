@@ -56,8 +56,13 @@ class Runner:
             memory.check_weights_fit(checkpoint.nbytes, self.device)
             with torch.inference_mode():
                 self.model, self.kernels = load_decoder(
-                    config, checkpoint, self.model_config, self.dtype, self.device,
-                    lambda done, total: tell(f"loading layer {done}/{total}"))
+                    config,
+                    checkpoint,
+                    self.model_config,
+                    self.dtype,
+                    self.device,
+                    lambda done, total: tell(f"loading layer {done}/{total}"),
+                )
         memory.release_cached(self.device)
         self.weight_bytes = max(0, before - memory.available_bytes(self.device))
         self.plan = memory.plan(config, self.model_config, self.dtype, self.device)
@@ -73,11 +78,24 @@ class Runner:
         self.load_seconds = time.perf_counter() - started
 
     def ready(self) -> Ready:
-        ledger = {"weights": self.weight_bytes, "kv_cache": self.plan.kv_cache, "activations": self.plan.activations}
-        return Ready(max_model_len=self.max_model_len, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids,
-                     num_blocks=self.num_blocks, block_size=self.block_size, dtype=str(self.dtype).split(".")[1],
-                     device=str(self.device), quantization=self.quantization, kernels=dict(self.kernels.used),
-                     ledger=ledger, load_seconds=self.load_seconds)
+        ledger = {
+            "weights": self.weight_bytes,
+            "kv_cache": self.plan.kv_cache,
+            "activations": self.plan.activations,
+        }
+        return Ready(
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            dtype=str(self.dtype).split(".")[1],
+            device=str(self.device),
+            quantization=self.quantization,
+            kernels=dict(self.kernels.used),
+            ledger=ledger,
+            load_seconds=self.load_seconds,
+        )
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult | PendingStep:
@@ -91,24 +109,32 @@ class Runner:
         offset = 0
         for item in items:
             if item.request.params.prompt_logprobs is not None:
-                self._score_prompt(item, hidden[offset:offset + item.num_tokens], result)
+                self._score_prompt(item, hidden[offset : offset + item.num_tokens], result)
             offset += item.num_tokens
             if item.samples:
                 ends.append(offset - 1)
                 sampling.append(item)
         if not sampling:
             return result
-        rows = hidden if len(ends) == len(hidden) else hidden[to_device(ends, torch.int64, self.device)]
+        rows = (
+            hidden
+            if len(ends) == len(hidden)
+            else hidden[to_device(ends, torch.int64, self.device)]
+        )
         return self._sample(self.model.logits(rows), sampling, result)
 
-    def _sample(self, logits: Tensor, items: list[ScheduledRequest], result: StepResult) -> StepResult | PendingStep:
+    def _sample(
+        self, logits: Tensor, items: list[ScheduledRequest], result: StepResult
+    ) -> StepResult | PendingStep:
         """On the device whatever it can; a step with a request that it cannot serve is waited for."""
         requests = [item.request for item in items]
         if self.sampler is None:
             self._sample_here(logits, items, result)
             return result
-        waits = [request.params.logprobs is not None or request.params.prompt_logprobs is not None
-                 for request in requests]
+        waits = [
+            request.params.logprobs is not None or request.params.prompt_logprobs is not None
+            for request in requests
+        ]
         if not any(waits):
             return self.sampler.launch(logits, requests, result)
         here = [row for row, wait in enumerate(waits) if wait]
@@ -116,11 +142,15 @@ class Runner:
         self._sample_here(logits[here], [items[row] for row in here], result)
         return self.sampler.launch(logits[there], [requests[row] for row in there], result).result()
 
-    def _sample_here(self, logits: Tensor, items: list[ScheduledRequest], result: StepResult) -> None:
+    def _sample_here(
+        self, logits: Tensor, items: list[ScheduledRequest], result: StepResult
+    ) -> None:
         sample(logits, [item.request for item in items], result)
         for item in items:
-            if item.request.request_id in result.errors:  # this step's blocks: those before may be shared
-                self.cache.clear(item.request.block_table[item.start // self.block_size:])
+            if (
+                item.request.request_id in result.errors
+            ):  # this step's blocks: those before may be shared
+                self.cache.clear(item.request.block_table[item.start // self.block_size :])
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -138,28 +168,40 @@ class Runner:
     def _score_prompt(self, item: ScheduledRequest, hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens start+1 .. end, as far as they are prompt."""
         request = item.request
-        scored = request.prompt_token_ids[item.start + 1:item.end + 1]
+        scored = request.prompt_token_ids[item.start + 1 : item.end + 1]
         entries: list[TokenLogprobs] = []
         for first in range(0, len(scored), _LOGITS_ROWS):
-            rows = hidden[first:min(first + _LOGITS_ROWS, len(scored))]
+            rows = hidden[first : min(first + _LOGITS_ROWS, len(scored))]
             logprobs = torch.log_softmax(self.model.logits(rows), -1)
-            entries += [token_logprobs(row, token, request.params.prompt_logprobs or 0)
-                        for row, token in zip(logprobs, scored[first:], strict=False)]
+            entries += [
+                token_logprobs(row, token, request.params.prompt_logprobs or 0)
+                for row, token in zip(logprobs, scored[first:], strict=False)
+            ]
         if scored:
             result.prompt_logprobs[request.request_id] = entries
 
     def _scratch(self, token_ids: list[int]) -> tuple[ScheduledRequest, Any]:
         blocks = -(-len(token_ids) // self.block_size)
-        request = Request("scratch", token_ids, SamplingParams(), frozenset(), seed=0,
-                          block_table=list(range(blocks)))
-        return ScheduledRequest(request, 0, len(token_ids)), self.model.new_cache(blocks, self.config)
+        request = Request(
+            "scratch",
+            token_ids,
+            SamplingParams(),
+            frozenset(),
+            seed=0,
+            block_table=list(range(blocks)),
+        )
+        return ScheduledRequest(request, 0, len(token_ids)), self.model.new_cache(
+            blocks, self.config
+        )
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
         """Prompts of each size that the products have a path of their own for: what is compiled now stalls no request.
         Compiled kernels stay on disk, so this takes seconds once and milliseconds from then on."""
         for tokens in _WARM_UP_TOKENS:
-            item, cache = self._scratch([1] * min(tokens, self.config.max_num_batched_tokens, self.max_model_len))
+            item, cache = self._scratch(
+                [1] * min(tokens, self.config.max_num_batched_tokens, self.max_model_len)
+            )
             self._forward([item], cache)
 
     def _overlap(self, record: Record) -> None:
@@ -178,8 +220,10 @@ class Runner:
             last = ScheduledRequest(item.request, 3, 1)
             logits = self.model.logits(self._forward([last], cache))
         if not torch.isfinite(logits).all():
-            raise UserError(f"the model's logits are not finite in {self.dtype}; try --dtype float32, or check the "
-                              "checkpoint")
+            raise UserError(
+                f"the model's logits are not finite in {self.dtype}; try --dtype float32, or check the "
+                "checkpoint"
+            )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -201,10 +245,16 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
             raise UserError(f"--dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}")
         return _DTYPES[name]
     config = checkpoint.config
-    stored = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.bfloat16)
+    stored = _DTYPES.get(
+        str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.bfloat16
+    )
     if device.type == "cpu" and stored is torch.float16:
         return torch.bfloat16
-    if device.type == "cuda" and stored is torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+    if (
+        device.type == "cuda"
+        and stored is torch.bfloat16
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
         return torch.float16
     return stored
 

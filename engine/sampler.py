@@ -30,8 +30,11 @@ def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
 
     A row that holds NaN fails its own request only.
     """
-    raw_logprobs = {row: torch.log_softmax(logits[row], -1) for row, request in enumerate(requests)
-                    if request.params.logprobs is not None}
+    raw_logprobs = {
+        row: torch.log_softmax(logits[row], -1)
+        for row, request in enumerate(requests)
+        if request.params.logprobs is not None
+    }
     for row, request in enumerate(requests):
         _adjust(logits[row], request)
     best_logits, best = logits.max(dim=-1)
@@ -44,7 +47,9 @@ def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
         token = greedy[row] if request.params.temperature == 0 else _draw(logits[row], request)
         result.tokens[request.request_id] = token
         if row in raw_logprobs:
-            result.logprobs[request.request_id] = token_logprobs(raw_logprobs[row], token, request.params.logprobs or 0)
+            result.logprobs[request.request_id] = token_logprobs(
+                raw_logprobs[row], token, request.params.logprobs or 0
+            )
 
 
 def token_logprobs(logprobs: Tensor, token: int, top: int) -> TokenLogprobs:
@@ -58,7 +63,9 @@ def token_logprobs(logprobs: Tensor, token: int, top: int) -> TokenLogprobs:
 def is_penalized(request: Request) -> bool:
     """Whether what it has said changes what it says next."""
     params = request.params
-    return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+    return bool(
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    )
 
 
 def stop_ids_forbidden(request: Request) -> set[int]:
@@ -80,9 +87,13 @@ def _adjust(logits: Tensor, request: Request) -> None:
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
         values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        logits[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
     if request.num_output_tokens and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(request.output_token_ids, device=logits.device).unique(return_counts=True)
+        ids, counts = torch.tensor(request.output_token_ids, device=logits.device).unique(
+            return_counts=True
+        )
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts.float()
 
 
@@ -119,8 +130,12 @@ def _most_probable(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tenso
 def exponentials(seed: int, position: int, ids: Tensor) -> Tensor:
     """Exponential random numbers float32, one for each of ids int64: a hash (murmur3's finalizer, twice, keyed) of
     (seed, position, id), turned from a uniform number by the inverse distribution function."""
-    digest = hashlib.blake2b(struct.pack("<Qq", seed & 0xFFFFFFFFFFFFFFFF, position), digest_size=8).digest()
-    bits = _mix32(_mix32(ids + int.from_bytes(digest[:4], "little")) ^ int.from_bytes(digest[4:], "little"))
+    digest = hashlib.blake2b(
+        struct.pack("<Qq", seed & 0xFFFFFFFFFFFFFFFF, position), digest_size=8
+    ).digest()
+    bits = _mix32(
+        _mix32(ids + int.from_bytes(digest[:4], "little")) ^ int.from_bytes(digest[4:], "little")
+    )
     return -torch.log1p(-(bits.float() + 0.5) * 2.0**-32)
 
 

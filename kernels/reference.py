@@ -76,7 +76,17 @@ class PackedWeight:
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> "PackedWeight":
-        names = ("scales", "zeros", "mins", "perm", "kind", "bits", "block", "input_scale", "act_quant")
+        names = (
+            "scales",
+            "zeros",
+            "mins",
+            "perm",
+            "kind",
+            "bits",
+            "block",
+            "input_scale",
+            "act_quant",
+        )
         fields = {name: getattr(weight, name) for name in names}
         paired = weight.kind == "int" and weight.bits <= 4 and weight.in_features % 2 == 0
         codes = weight.codes[:, 0::2] | (weight.codes[:, 1::2] << 4) if paired else weight.codes

@@ -29,15 +29,37 @@ class LinearSpec:
     device: torch.device
 
     @classmethod
-    def of(cls, weight: QuantizedWeight | Tensor, act_dtype: torch.dtype, device: torch.device) -> "LinearSpec":
+    def of(
+        cls, weight: QuantizedWeight | Tensor, act_dtype: torch.dtype, device: torch.device
+    ) -> "LinearSpec":
         """Describe a canonical or a dense [out, in] weight."""
         if isinstance(weight, Tensor):
             out_features, in_features = weight.shape
-            return cls(in_features, out_features, "dense", weight.element_size() * 8, (1, in_features), "mid", False,
-                       "none", act_dtype, device)
+            return cls(
+                in_features,
+                out_features,
+                "dense",
+                weight.element_size() * 8,
+                (1, in_features),
+                "mid",
+                False,
+                "none",
+                act_dtype,
+                device,
+            )
         zero = "zeros" if weight.zeros is not None else "mins" if weight.mins is not None else "mid"
-        return cls(weight.in_features, weight.out_features, weight.kind, weight.bits, weight.block, zero,
-                   weight.perm is not None, weight.act_quant, act_dtype, device)
+        return cls(
+            weight.in_features,
+            weight.out_features,
+            weight.kind,
+            weight.bits,
+            weight.block,
+            zero,
+            weight.perm is not None,
+            weight.act_quant,
+            act_dtype,
+            device,
+        )
 
 
 class Kernel(Protocol):

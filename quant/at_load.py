@@ -38,8 +38,9 @@ _OVERHEAD = 1.16  # scales and zero points, at most
 
 
 @contextmanager
-def quantized_at_load(checkpoint: Checkpoint, quantize: str | None,
-                      save: str | None = None) -> Iterator[Checkpoint]:
+def quantized_at_load(
+    checkpoint: Checkpoint, quantize: str | None, save: str | None = None
+) -> Iterator[Checkpoint]:
     """The checkpoint, its block weights quantized as they are read; itself where `quantize` is None.
 
     quantize: a key of LAYERS. save: a folder to make of what was read. Raises UnsupportedError for a checkpoint that is
@@ -53,8 +54,10 @@ def quantized_at_load(checkpoint: Checkpoint, quantize: str | None,
     if quantize not in LAYERS:
         raise UnsupportedError(f"--quantize {quantize} is not supported ({', '.join(LAYERS)} are)")
     if checkpoint.scheme is not None:
-        raise UnsupportedError(f"{checkpoint.path} is quantized already ({checkpoint.scheme.describe()}): serve it "
-                               "without --quantize")
+        raise UnsupportedError(
+            f"{checkpoint.path} is quantized already ({checkpoint.scheme.describe()}): serve it "
+            "without --quantize"
+        )
     reading = QuantizedAtLoad(checkpoint, LAYERS[quantize])
     if save is None:
         yield reading
@@ -84,22 +87,31 @@ class QuantizedAtLoad(Checkpoint):
         fmt = "float-quantized" if self.layer.kind == "fp8" else "pack-quantized"
         layers = Counter(self._layers.values())
         default = layers.most_common(1)[0][0] if layers else self.layer
-        others = tuple((exactly(m), layer) for m, layer in sorted(self._layers.items()) if layer != default)
+        others = tuple(
+            (exactly(m), layer) for m, layer in sorted(self._layers.items()) if layer != default
+        )
         return QuantScheme("compressed-tensors", fmt, default, others, ("lm_head", *self._dense))
 
     def linear(self, module: str) -> QuantizedWeight | Tensor:
         weight = self.inner.linear(module)
         if not self.is_quantized(module) or isinstance(weight, QuantizedWeight):
             return weight
-        if self.writer is not None and self._pending and block_of(next(iter(self._pending))) != block_of(module):
+        if (
+            self.writer is not None
+            and self._pending
+            and block_of(next(iter(self._pending))) != block_of(module)
+        ):
             self._flush()
         quantized = self._quantize(weight)
         self.inner.release()
         if quantized is None:
             self._dense.append(module)
             return weight
-        self._layers[module] = self.layer if self.layer.kind == "fp8" else LayerScheme(
-            "int", self.layer.bits, quantized.group_size, self.layer.symmetric)
+        self._layers[module] = (
+            self.layer
+            if self.layer.kind == "fp8"
+            else LayerScheme("int", self.layer.bits, quantized.group_size, self.layer.symmetric)
+        )
         if self.writer is not None:
             fmt = "float-quantized" if self.layer.kind == "fp8" else "pack-quantized"
             for suffix, tensor in compressed_tensors.write(quantized, fmt).items():
@@ -109,7 +121,9 @@ class QuantizedAtLoad(Checkpoint):
     def _quantize(self, weight: Tensor) -> QuantizedWeight | None:
         if self.layer.kind == "fp8":
             return data_free.quantize_fp8(weight)
-        return data_free.quantize(weight, self.layer.bits, self.layer.group_size, self.layer.symmetric)
+        return data_free.quantize(
+            weight, self.layer.bits, self.layer.group_size, self.layer.symmetric
+        )
 
     def _flush(self) -> None:
         """Write the block that was read: its quantized weights and whatever else it has."""
@@ -143,7 +157,9 @@ class QuantizedAtLoad(Checkpoint):
         for name in self.inner.names():
             if self._is_block_matrix(name):
                 numel = prod(self.inner.shape(name))
-                saved += numel * self.inner.dtype(name).itemsize - int(numel * self.layer.bits / 8 * _OVERHEAD)
+                saved += numel * self.inner.dtype(name).itemsize - int(
+                    numel * self.layer.bits / 8 * _OVERHEAD
+                )
         return self.inner.nbytes - saved
 
     def names(self) -> set[str]:

@@ -30,13 +30,17 @@ class Quality:
     kl_median: float
     kl_p99: float
     top1_agreement: float  # fraction of positions where both would pick the same token
-    kl_mean_int8: float | None = None  # as a CPU serves it, activations and head rounded to int8; None: it does not
+    kl_mean_int8: float | None = (
+        None  # as a CPU serves it, activations and head rounded to int8; None: it does not
+    )
 
     def as_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def write_card(folder: Path, report: Report, quality: list[Quality], base_model: str, peak_rss: int) -> None:
+def write_card(
+    folder: Path, report: Report, quality: list[Quality], base_model: str, peak_rss: int
+) -> None:
     """Write nibble_quality.json and README.md into `folder`; peak_rss in bytes, quality empty if not measured."""
     record = quality_record(report, quality, base_model, peak_rss)
     write_json(folder / "nibble_quality.json", record)
@@ -44,7 +48,9 @@ def write_card(folder: Path, report: Report, quality: list[Quality], base_model:
     write_text(folder / "README.md", render(record, report, licence))
 
 
-def quality_record(report: Report, quality: list[Quality], base_model: str, peak_rss: int) -> dict[str, Any]:
+def quality_record(
+    report: Report, quality: list[Quality], base_model: str, peak_rss: int
+) -> dict[str, Any]:
     """The content of nibble_quality.json."""
     samples = report.samples
     return {
@@ -56,9 +62,14 @@ def quality_record(report: Report, quality: list[Quality], base_model: str, peak
         "bits_per_weight": round(report.bits_per_weight, 3),
         "minutes": round(report.seconds / 60, 2),
         "peak_rss_bytes": peak_rss,
-        "calibration": None if samples is None else {
-            "source": samples.source, "sha256": samples.sha256,
-            "samples": samples.token_ids.shape[0], "tokens_per_sample": samples.token_ids.shape[1]},
+        "calibration": None
+        if samples is None
+        else {
+            "source": samples.source,
+            "sha256": samples.sha256,
+            "samples": samples.token_ids.shape[0],
+            "tokens_per_sample": samples.token_ids.shape[1],
+        },
         "evaluation": [q.as_dict() for q in quality],
         "layer_error": {name: round(error, 6) for name, error in report.layer_error.items()},
         "group_sizes": report.plan.group_sizes,
@@ -86,31 +97,57 @@ def summary(quality: list[Quality]) -> str:
     return "\n".join(
         f"  {q.domain:<6} perplexity {q.perplexity_reference:.2f} -> {q.perplexity:.2f}   KL {q.kl_mean:.3f} "
         f"(median {q.kl_median:.3f}, p99 {q.kl_p99:.2f})   same top token {q.top1_agreement:.1%}"
-        + (f"   as a CPU serves it KL {q.kl_mean_int8:.3f}" if q.kl_mean_int8 is not None else "") for q in quality)
+        + (f"   as a CPU serves it KL {q.kl_mean_int8:.3f}" if q.kl_mean_int8 is not None else "")
+        for q in quality
+    )
 
 
 def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
     """The model card."""
     name = record["base_model"]
-    front = ["---", f"base_model: {name}", "base_model_relation: quantized",
-             *([f"license: {licence}"] if licence else []),
-             "library_name: transformers", "tags:", f"- {report.recipe.method}", "- nibble", "---"]
-    lines = [f"# {name}, {record['scheme']}", "",
-             f"Quantized with Nibble: {record['bytes_before'] / 1e6:.0f} MB -> {record['bytes_after'] / 1e6:.0f} MB, "
-             f"{record['bits_per_weight']:.2f} bits per weight in the decoder blocks, scales and zero points included.",
-             "", "## What it cost", ""]
-    lines += _quality_table(record["evaluation"]) or ["Not measured (`nibble evaluate` does it).", ""]
+    front = [
+        "---",
+        f"base_model: {name}",
+        "base_model_relation: quantized",
+        *([f"license: {licence}"] if licence else []),
+        "library_name: transformers",
+        "tags:",
+        f"- {report.recipe.method}",
+        "- nibble",
+        "---",
+    ]
+    lines = [
+        f"# {name}, {record['scheme']}",
+        "",
+        f"Quantized with Nibble: {record['bytes_before'] / 1e6:.0f} MB -> {record['bytes_after'] / 1e6:.0f} MB, "
+        f"{record['bits_per_weight']:.2f} bits per weight in the decoder blocks, scales and zero points included.",
+        "",
+        "## What it cost",
+        "",
+    ]
+    lines += _quality_table(record["evaluation"]) or [
+        "Not measured (`nibble evaluate` does it).",
+        "",
+    ]
     lines += _layer_table(record["layer_error"], calibrated=report.samples is not None)
     lines += ["## Recipe", "", f"- Method: {record['scheme']}"]
     if record["calibration"]:
         c = record["calibration"]
-        lines.append(f"- Calibration: {c['samples']} windows of {c['tokens_per_sample']} tokens from the {c['source']} "
-                     f"(sha256 {c['sha256'][:16]})")
+        lines.append(
+            f"- Calibration: {c['samples']} windows of {c['tokens_per_sample']} tokens from the {c['source']} "
+            f"(sha256 {c['sha256'][:16]})"
+        )
     lines += [f"- {note}" for note in record["notes"]]
-    lines += [f"- Round to nearest in {module}: {why}" for module, why in record["fallbacks"].items()]
-    lines += [f"- {record['minutes']} minutes, peak memory {record['peak_rss_bytes'] / 1e9:.1f} GB",
-              "- " + ", ".join(f"{package} {v}" for package, v in record["versions"].items()), "",
-              f"Serve it with {_readers(report)}.", ""]
+    lines += [
+        f"- Round to nearest in {module}: {why}" for module, why in record["fallbacks"].items()
+    ]
+    lines += [
+        f"- {record['minutes']} minutes, peak memory {record['peak_rss_bytes'] / 1e9:.1f} GB",
+        "- " + ", ".join(f"{package} {v}" for package, v in record["versions"].items()),
+        "",
+        f"Serve it with {_readers(report)}.",
+        "",
+    ]
     return "\n".join([*front, *lines])
 
 
@@ -128,16 +165,26 @@ def _readers(report: Report) -> str:
 def _quality_table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
-    table = ["| text | tokens | perplexity of the original | perplexity | mean KL | median | p99 | same top token |",
-             "|---|---|---|---|---|---|---|---|"]
-    table += [f"| {r['domain']} | {r['tokens']} | {r['perplexity_reference']:.3f} | {r['perplexity']:.3f} "
-              f"| {r['kl_mean']:.4f} | {r['kl_median']:.4f} | {r['kl_p99']:.3f} | {r['top1_agreement']:.1%} |"
-              for r in rows]
-    table += ["", "KL divergence from the original in nats per token, on text held out from calibration."]
+    table = [
+        "| text | tokens | perplexity of the original | perplexity | mean KL | median | p99 | same top token |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    table += [
+        f"| {r['domain']} | {r['tokens']} | {r['perplexity_reference']:.3f} | {r['perplexity']:.3f} "
+        f"| {r['kl_mean']:.4f} | {r['kl_median']:.4f} | {r['kl_p99']:.3f} | {r['top1_agreement']:.1%} |"
+        for r in rows
+    ]
+    table += [
+        "",
+        "KL divergence from the original in nats per token, on text held out from calibration.",
+    ]
     if all(r["kl_mean_int8"] is not None for r in rows):
-        table[-1] += (" Served on a CPU, which rounds activations and the output head to int8 (not with "
-                      "`--cpu-activations bf16`), its mean is "
-                      + ", ".join(f"{r['kl_mean_int8']:.4f}" for r in rows) + ".")
+        table[-1] += (
+            " Served on a CPU, which rounds activations and the output head to int8 (not with "
+            "`--cpu-activations bf16`), its mean is "
+            + ", ".join(f"{r['kl_mean_int8']:.4f}" for r in rows)
+            + "."
+        )
     return [*table, ""]
 
 
@@ -151,10 +198,22 @@ def _layer_table(errors: dict[str, float], calibrated: bool) -> list[str]:
     rows = []
     for kind, blocks in kinds.items():
         worst = max(blocks, key=blocks.__getitem__)
-        rows.append(f"| {kind} | {sum(blocks.values()) / len(blocks):.3%} | {blocks[worst]:.3%} | {worst} |")
-    inputs = "calibration inputs" if calibrated else "inputs of no preferred direction (nothing was calibrated)"
-    return ["| layer | mean output error | worst | where |", "|---|---|---|---|", *rows, "",
-            f"Output error: squared, relative to the output's square, on {inputs}.", ""]
+        rows.append(
+            f"| {kind} | {sum(blocks.values()) / len(blocks):.3%} | {blocks[worst]:.3%} | {worst} |"
+        )
+    inputs = (
+        "calibration inputs"
+        if calibrated
+        else "inputs of no preferred direction (nothing was calibrated)"
+    )
+    return [
+        "| layer | mean output error | worst | where |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"Output error: squared, relative to the output's square, on {inputs}.",
+        "",
+    ]
 
 
 def _licence(source: Path, base_model: str) -> str | None:
@@ -162,5 +221,7 @@ def _licence(source: Path, base_model: str) -> str | None:
     readme = (source if source.is_dir() else source.parent) / "README.md"
     if not readme.is_file():
         return None
-    match = re.search(r"^license:\s*(\S+)\s*$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    match = re.search(
+        r"^license:\s*(\S+)\s*$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
     return match[1] if match else None

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of word c holds output 8c + AWQ_ORDER[i]
-AWQ_SHIFT_OF = tuple(AWQ_ORDER.index(j) for j in range(8))  # output 8c+j sits in nibble AWQ_SHIFT_OF[j]
+AWQ_SHIFT_OF = tuple(
+    AWQ_ORDER.index(j) for j in range(8)
+)  # output 8c+j sits in nibble AWQ_SHIFT_OF[j]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -53,9 +53,16 @@ class Reformatted:
     nbytes: int = 0
 
 
-def reformat(model: str | Path, output: str | Path, target: str, requantize: Grid | None = None, *,
-             overwrite: bool = False, resume: bool = False,
-             progress: Callable[[int, int], None] | None = None) -> Reformatted:
+def reformat(
+    model: str | Path,
+    output: str | Path,
+    target: str,
+    requantize: Grid | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reformatted:
     """Write a quantized checkpoint in another format: "awq", "gptq", "gptq_v2", "compressed-tensors" or "fp8".
 
     requantize: the grid for weights that the format cannot hold as they are; None: refuse them. Raises UnsupportedError
@@ -72,9 +79,11 @@ def reformat(model: str | Path, output: str | Path, target: str, requantize: Gri
     check_disk(output, needed)
     with writing(output, needed, resume) as partial:
         copy_side_files(checkpoint, partial)
-        journal = Journal.open(ShardWriter(partial), fingerprint(checkpoint, target, requantize, nibble_version))
+        journal = Journal.open(
+            ShardWriter(partial), fingerprint(checkpoint, target, requantize, nibble_version)
+        )
         blocks = job.by_block()
-        for index, names in list(enumerate(blocks))[len(journal.entries):]:
+        for index, names in list(enumerate(blocks))[len(journal.entries) :]:
             tensors = {k: v for name in names for k, v in job.tensors(name).items()}
             journal.record(*journal.writer.add(tensors), {}, None)
             checkpoint.release()
@@ -100,7 +109,9 @@ class _Job:
         modules = checkpoint.modules()
         quantized = sorted(m for m in modules if _stays_quantized(checkpoint, m))
         if not quantized:
-            raise UnsupportedError(f"{checkpoint.path} is not quantized: use --awq, --gptq or --fp8")
+            raise UnsupportedError(
+                f"{checkpoint.path} is not quantized: use --awq, --gptq or --fp8"
+            )
         job = cls(checkpoint, target, grid, Reformatted(QuantScheme(method, fmt, None)), modules)
         layers, symmetric, misfits = job._fit_all(quantized)
         if misfits and grid is None:
@@ -127,7 +138,9 @@ class _Job:
             group = Counter(layer.group_size for layer in layers.values()).most_common(1)[0][0]
             for module, layer in list(layers.items()):
                 if layer.group_size != group:
-                    misfits[module] = f"AWQ has one group size a checkpoint, this layer has {layer.group_size}"
+                    misfits[module] = (
+                        f"AWQ has one group size a checkpoint, this layer has {layer.group_size}"
+                    )
                     del layers[module]
         return layers, symmetric, misfits
 
@@ -141,22 +154,32 @@ class _Job:
                     continue
                 layers[module] = self._layer(module, weight)
         symmetric = symmetric and self.target != "awq"  # AWQ writes its zero points out
-        layers = {m: replace(layer, symmetric=symmetric or layer.kind == "fp8") for m, layer in layers.items()}
+        layers = {
+            m: replace(layer, symmetric=symmetric or layer.kind == "fp8")
+            for m, layer in layers.items()
+        }
         if not layers:
-            raise UnsupportedError(f"{self.checkpoint.path}: no layer could be quantized to {self.target}")
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: no layer could be quantized to {self.target}"
+            )
         default = Counter(layers.values()).most_common(1)[0][0]
-        overrides = tuple((exactly(m), layer) for m, layer in sorted(layers.items()) if layer != default)
+        overrides = tuple(
+            (exactly(m), layer) for m, layer in sorted(layers.items()) if layer != default
+        )
         dense = [m for m in sorted(self.modules) if m not in layers and self._is_linear(m)]
         method, fmt = TARGETS[self.target]
         if method == "compressed-tensors":
             fmt = "float-quantized" if default.kind == "fp8" else "pack-quantized"
         ignore = tuple(dict.fromkeys(("lm_head", *dense)))
         before = self.checkpoint.scheme
-        kv_cache = before.kv_cache if before is not None and method == "compressed-tensors" else None
+        kv_cache = (
+            before.kv_cache if before is not None and method == "compressed-tensors" else None
+        )
         self.result.scheme = QuantScheme(method, fmt, default, overrides, ignore, kv_cache=kv_cache)
         self.result.notes = self._notes()
         self.result.nbytes = self.checkpoint.nbytes + sum(
-            2 * prod for m in self.modules if m not in layers and (prod := self._numel(m)))
+            2 * prod for m in self.modules if m not in layers and (prod := self._numel(m))
+        )
 
     def _uniform_grid(self, layers: dict[str, LayerScheme]) -> Grid:
         """AWQ has one group size, so what is requantized takes that of what is kept."""
@@ -170,10 +193,18 @@ class _Job:
             return {name: self.checkpoint.tensor(name, None)}
         if not _stays_quantized(self.checkpoint, name):
             return {f"{name}.weight": self.checkpoint.dense(name, self._dense_dtype(name))}
-        weight = self._requantized(name) if name in self.result.requantized else _plain(self.checkpoint.linear(name))
+        weight = (
+            self._requantized(name)
+            if name in self.result.requantized
+            else _plain(self.checkpoint.linear(name))
+        )
         if weight is None:
             return {f"{name}.weight": self.checkpoint.dense(name, self._dtype)}
-        if weight.kind == "int" and not self.result.scheme.default.symmetric and weight.zeros is None:
+        if (
+            weight.kind == "int"
+            and not self.result.scheme.default.symmetric
+            and weight.zeros is None
+        ):
             midpoint = torch.full(weight.scales.shape, 2 ** (weight.bits - 1), dtype=torch.uint8)
             weight = replace(weight, zeros=midpoint)
         return {f"{name}.{suffix}": tensor for suffix, tensor in self._write(weight).items()}
@@ -193,8 +224,10 @@ class _Job:
         config = {k: v for k, v in self.checkpoint.config.items() if k not in dropped}
         if "lm_head" in self.modules:
             config["tie_word_embeddings"] = False  # a head of its own was written
-        return config | {"dtype": str(self._dtype).removeprefix("torch."),
-                         "quantization_config": self.result.scheme.to_config()}
+        return config | {
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "quantization_config": self.result.scheme.to_config(),
+        }
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -214,8 +247,13 @@ class _Job:
     def _requantized(self, module: str) -> QuantizedWeight | None:
         """On the grid, or None where the grid does not fit and the layer becomes dense."""
         grid = self.grid
-        weight = data_free.quantize(self.checkpoint.dense(module), grid.bits, grid.group_size, grid.symmetric,
-                                    1 if self.target == "gptq" else 0)
+        weight = data_free.quantize(
+            self.checkpoint.dense(module),
+            grid.bits,
+            grid.group_size,
+            grid.symmetric,
+            1 if self.target == "gptq" else 0,
+        )
         try:
             return weight if weight is not None and self._write(weight) else None
         except ValueError:
@@ -225,11 +263,22 @@ class _Job:
         if weight.kind == "fp8":
             block = None if weight.block[0] == 1 or weight.scales.numel() == 1 else weight.block
             strategy = "block" if block else "channel" if weight.block[0] == 1 else "tensor"
-            return LayerScheme("fp8", 8, block[1] if block else -1, True, strategy=strategy,
-                               act_quant=weight.act_quant, block=block)
+            return LayerScheme(
+                "fp8",
+                8,
+                block[1] if block else -1,
+                True,
+                strategy=strategy,
+                act_quant=weight.act_quant,
+                block=block,
+            )
         named = self.checkpoint.scheme.layer(module) if self.checkpoint.scheme else None
-        whole = weight.group_size == weight.in_features and named is not None and named.group_size == -1
-        return LayerScheme("int", weight.bits, -1 if whole else weight.group_size, weight.zeros is None)
+        whole = (
+            weight.group_size == weight.in_features and named is not None and named.group_size == -1
+        )
+        return LayerScheme(
+            "int", weight.bits, -1 if whole else weight.group_size, weight.zeros is None
+        )
 
     def _is_linear(self, module: str) -> bool:
         return not module.endswith("embed_tokens") and self._numel(module) > 0
@@ -240,13 +289,27 @@ class _Job:
         return shape[0] * shape[1] if len(shape) == 2 else 0
 
     def _notes(self) -> tuple[str, ...]:
-        rounded = [m for m in sorted(self.modules)
-                   if m.endswith(_DENSE_LEAVES) and self.checkpoint.is_quantized(m)]
-        notes = [f"{' and '.join(rounded)}: dense in this format, rounded to 16 bits"] if rounded else []
-        if any(name.endswith(_KV_SCALES) for name in self.checkpoint.names()) and not self.result.scheme.kv_cache:
-            notes.append("the scales of the KV cache are left out: this format has no place for them")
+        rounded = [
+            m
+            for m in sorted(self.modules)
+            if m.endswith(_DENSE_LEAVES) and self.checkpoint.is_quantized(m)
+        ]
+        notes = (
+            [f"{' and '.join(rounded)}: dense in this format, rounded to 16 bits"]
+            if rounded
+            else []
+        )
+        if (
+            any(name.endswith(_KV_SCALES) for name in self.checkpoint.names())
+            and not self.result.scheme.kv_cache
+        ):
+            notes.append(
+                "the scales of the KV cache are left out: this format has no place for them"
+            )
         if self.target == "compressed-tensors" and self._dtype == torch.bfloat16:
-            notes.append("scales keep their precision; a runtime that casts them to the model's bfloat16 rounds them")
+            notes.append(
+                "scales keep their precision; a runtime that casts them to the model's bfloat16 rounds them"
+            )
         return tuple(notes)
 
 
@@ -258,16 +321,24 @@ def _plain(weight: QuantizedWeight | Tensor) -> QuantizedWeight:
     """The same values with nothing written out that goes without saying: zero points at the midpoint."""
     if isinstance(weight, Tensor):
         raise TypeError("a dense weight where a quantized one was expected")
-    if weight.kind == "int" and weight.zeros is not None and (weight.zeros == 2 ** (weight.bits - 1)).all():
+    if (
+        weight.kind == "int"
+        and weight.zeros is not None
+        and (weight.zeros == 2 ** (weight.bits - 1)).all()
+    ):
         return replace(weight, zeros=None)
     return weight
 
 
-def _refusal(checkpoint: Checkpoint, target: str, misfits: dict[str, str], total: int) -> UnsupportedError:
+def _refusal(
+    checkpoint: Checkpoint, target: str, misfits: dict[str, str], total: int
+) -> UnsupportedError:
     reasons = Counter(misfits.values())
     (reason, count), *others = reasons.most_common()
     first = next(m for m, why in misfits.items() if why == reason)
     more = f"; and {len(others)} other reasons" if others else ""
-    return UnsupportedError(f"{checkpoint.path}: {len(misfits)} of {total} layers have no exact form in {target}: "
-                            f"{count} because {reason} ({first}){more} (--requantize to round them anew, which costs "
-                            "accuracy, or convert the original)")
+    return UnsupportedError(
+        f"{checkpoint.path}: {len(misfits)} of {total} layers have no exact form in {target}: "
+        f"{count} because {reason} ({first}){more} (--requantize to round them anew, which costs "
+        "accuracy, or convert the original)"
+    )

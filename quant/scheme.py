@@ -13,7 +13,13 @@ from typing import Any, Literal
 
 from . import config_fields as fields
 
-_KV_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+_KV_FP8 = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "dynamic": False,
+    "symmetric": True,
+}
 Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "hqq", "gguf"]
 ActQuant = Literal["none", "token", "group", "tensor"]
 Strategy = Literal["tensor", "channel", "group", "block"]
@@ -35,10 +41,16 @@ class LayerScheme:
     def describe(self) -> str:
         """Such as "int4 g64 asym" or "fp8 channel, token activations"."""
         if self.kind == "fp8":
-            text = f"fp8 block {self.block[0]}x{self.block[1]}" if self.block else f"fp8 {self.strategy}"
+            text = (
+                f"fp8 block {self.block[0]}x{self.block[1]}"
+                if self.block
+                else f"fp8 {self.strategy}"
+            )
         else:
             group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-            text = f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}" + (" act-order" * self.desc_act)
+            text = f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}" + (
+                " act-order" * self.desc_act
+            )
         return text if self.act_quant == "none" else f"{text}, {self.act_quant} activations"
 
 
@@ -49,10 +61,14 @@ class QuantScheme:
     method: Method
     format: str  # awq: "gemm", ...; gptq: "gptq" (v1), "gptq_v2", ...; compressed-tensors: "pack-quantized", ...
     default: LayerScheme | None
-    overrides: tuple[tuple[str, LayerScheme | None], ...] = ()  # (regex on the module name, scheme); None: dense
+    overrides: tuple[
+        tuple[str, LayerScheme | None], ...
+    ] = ()  # (regex on the module name, scheme); None: dense
     ignore: tuple[str, ...] = ()  # module names, or "re:..." patterns, that stay dense
     lm_head: bool = False
-    kv_cache: Literal["fp8"] | None = None  # k_scale and v_scale beside the projections, for an FP8 cache
+    kv_cache: Literal["fp8"] | None = (
+        None  # k_scale and v_scale beside the projections, for an FP8 cache
+    )
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # as read; for the model card
 
     @classmethod
@@ -62,15 +78,26 @@ class QuantScheme:
         Raises UnsupportedError naming the field for anything Nibble does not do or cannot make sense of.
         """
         method = str(config.get("quant_method", "")).lower()
-        readers = {"awq": _read_awq, "gptq": _read_gptq, "fp8": _read_fp8, "compressed-tensors": _read_ct,
-                   "modelopt": _read_modelopt, "hqq": _read_hqq}
+        readers = {
+            "awq": _read_awq,
+            "gptq": _read_gptq,
+            "fp8": _read_fp8,
+            "compressed-tensors": _read_ct,
+            "modelopt": _read_modelopt,
+            "hqq": _read_hqq,
+        }
         if method not in readers:
             raise fields.unsupported("quant_method", method, f" ({', '.join(readers)} are)")
         return cls(**{"method": method, "raw": config} | readers[method](config))
 
     def to_config(self) -> dict[str, Any]:
         """The `quantization_config` that transformers and vLLM read. Raises ValueError if the format cannot say it."""
-        writers = {"awq": _write_awq, "gptq": _write_gptq, "fp8": _write_fp8, "compressed-tensors": _write_ct}
+        writers = {
+            "awq": _write_awq,
+            "gptq": _write_gptq,
+            "fp8": _write_fp8,
+            "compressed-tensors": _write_ct,
+        }
         if self.method not in writers:
             raise ValueError(f"{self.method} has no quantization_config")
         return writers[self.method](self)
@@ -141,17 +168,32 @@ def _read_hqq(config: dict[str, Any]) -> dict[str, Any]:
     """One set of parameters, or one for each kind of linear ("self_attn.q_proj")."""
     params = fields.get(config, dict, {}, "quant_config")
     if "weight_quant_params" in params:
-        return {"format": "hqq", "default": _hqq_layer(params), "ignore": fields.strings(config, "skip_modules")}
-    overrides = tuple((rf".*\.{re.escape(name)}$", _hqq_layer(each)) for name, each in params.items())
-    return {"format": "hqq", "default": None, "overrides": overrides, "ignore": fields.strings(config, "skip_modules")}
+        return {
+            "format": "hqq",
+            "default": _hqq_layer(params),
+            "ignore": fields.strings(config, "skip_modules"),
+        }
+    overrides = tuple(
+        (rf".*\.{re.escape(name)}$", _hqq_layer(each)) for name, each in params.items()
+    )
+    return {
+        "format": "hqq",
+        "default": None,
+        "overrides": overrides,
+        "ignore": fields.strings(config, "skip_modules"),
+    }
 
 
 def _hqq_layer(params: Any) -> LayerScheme:
-    if not isinstance(params, dict) or not isinstance(weights := params.get("weight_quant_params"), dict):
+    if not isinstance(params, dict) or not isinstance(
+        weights := params.get("weight_quant_params"), dict
+    ):
         raise fields.unsupported("quant_config", params)
     for nested in ("scale_quant_params", "zero_quant_params"):
         if params.get(nested):
-            raise fields.unsupported(nested, params[nested], " (scales and zero points must be floats)")
+            raise fields.unsupported(
+                nested, params[nested], " (scales and zero points must be floats)"
+            )
     bits = fields.bits(weights, (1, 2, 3, 4, 5, 6, 8), "nbits")
     return LayerScheme("int", bits, fields.group_size(weights, -1, "group_size"), symmetric=False)
 
@@ -167,8 +209,12 @@ def _read_gptq(config: dict[str, Any]) -> dict[str, Any]:
         skip = key.startswith("-:")
         pattern = fields.checked_regex(key.removeprefix("-:").removeprefix("+:"), "dynamic")
         overrides.append((pattern, None if skip else _gptq_layer(config | (changes or {}))))
-    return {"format": fmt, "default": layer, "overrides": tuple(overrides),
-            "lm_head": fields.get(config, bool, False, "lm_head")}
+    return {
+        "format": fmt,
+        "default": layer,
+        "overrides": tuple(overrides),
+        "lm_head": fields.get(config, bool, False, "lm_head"),
+    }
 
 
 def _gptq_layer(config: dict[str, Any]) -> LayerScheme:
@@ -184,10 +230,16 @@ def _gptq_layer(config: dict[str, Any]) -> LayerScheme:
 def _write_gptq(scheme: QuantScheme) -> dict[str, Any]:
     layer = scheme.default
     if layer is None or scheme.format == "marlin":
-        raise ValueError("a gptq checkpoint states one scheme and its exceptions, and is not written as marlin")
-    dynamic: dict[str, Any] = {f"-:{_as_regex(name)}": {} for name in scheme.ignore if name != "lm_head"}
+        raise ValueError(
+            "a gptq checkpoint states one scheme and its exceptions, and is not written as marlin"
+        )
+    dynamic: dict[str, Any] = {
+        f"-:{_as_regex(name)}": {} for name in scheme.ignore if name != "lm_head"
+    }
     for pattern, other in scheme.overrides:
-        dynamic[f"{'-' if other is None else '+'}:{pattern}"] = {} if other is None else _gptq_keys(other)
+        dynamic[f"{'-' if other is None else '+'}:{pattern}"] = (
+            {} if other is None else _gptq_keys(other)
+        )
     config = {
         "quant_method": "gptq",
         **_gptq_keys(layer),
@@ -202,7 +254,12 @@ def _write_gptq(scheme: QuantScheme) -> dict[str, Any]:
 
 
 def _gptq_keys(layer: LayerScheme) -> dict[str, Any]:
-    return {"bits": layer.bits, "group_size": layer.group_size, "desc_act": layer.desc_act, "sym": layer.symmetric}
+    return {
+        "bits": layer.bits,
+        "group_size": layer.group_size,
+        "desc_act": layer.desc_act,
+        "sym": layer.symmetric,
+    }
 
 
 def _read_fp8(config: dict[str, Any]) -> dict[str, Any]:
@@ -220,10 +277,19 @@ def _read_fp8(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fp8_layer(strategy: Strategy, block: Any, act_quant: ActQuant) -> LayerScheme:
-    if block is not None and (len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)):
+    if block is not None and (
+        len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)
+    ):
         raise fields.unsupported("weight_block_size", block, " (want two positive integers)")
-    return LayerScheme("fp8", 8, block[1] if block else -1, True, strategy=strategy, act_quant=act_quant,
-                       block=tuple(block) if block else None)
+    return LayerScheme(
+        "fp8",
+        8,
+        block[1] if block else -1,
+        True,
+        strategy=strategy,
+        act_quant=act_quant,
+        block=tuple(block) if block else None,
+    )
 
 
 def _read_modelopt(config: dict[str, Any]) -> dict[str, Any]:
@@ -241,8 +307,13 @@ def _read_modelopt(config: dict[str, Any]) -> dict[str, Any]:
     ignore = tuple(f"re:{fnmatch.translate(str(item))}" for item in skipped)
     cache = fields.get(keys, str, None, "kv_cache_quant_algo")
     fp8_cache = str(cache).upper() == "FP8" or _kv_cache(keys) == "fp8"
-    return {"method": "fp8", "format": "modelopt", "default": _fp8_layer(*layers[algorithm]), "ignore": ignore,
-            "kv_cache": "fp8" if fp8_cache else None}
+    return {
+        "method": "fp8",
+        "format": "modelopt",
+        "default": _fp8_layer(*layers[algorithm]),
+        "ignore": ignore,
+        "kv_cache": "fp8" if fp8_cache else None,
+    }
 
 
 def _kv_cache(config: dict[str, Any]) -> Literal["fp8"] | None:
@@ -276,9 +347,17 @@ def _read_ct(config: dict[str, Any]) -> dict[str, Any]:
             else:
                 overrides.append((_as_regex(target), layer))
     if default is None and not overrides:
-        raise fields.unsupported("config_groups", config.get("config_groups"), " (no group of weights)")
-    return {"format": fields.get(config, str, "pack-quantized", "format"), "default": default, "lm_head": True,
-            "overrides": tuple(overrides), "ignore": fields.strings(config, "ignore"), "kv_cache": _kv_cache(config)}
+        raise fields.unsupported(
+            "config_groups", config.get("config_groups"), " (no group of weights)"
+        )
+    return {
+        "format": fields.get(config, str, "pack-quantized", "format"),
+        "default": default,
+        "lm_head": True,
+        "overrides": tuple(overrides),
+        "ignore": fields.strings(config, "ignore"),
+        "kv_cache": _kv_cache(config),
+    }
 
 
 def _ct_layer(weights: dict[str, Any], inputs: dict[str, Any] | None) -> LayerScheme:
@@ -306,13 +385,17 @@ def _ct_layer(weights: dict[str, Any], inputs: dict[str, Any] | None) -> LayerSc
 
 def _write_ct(scheme: QuantScheme) -> dict[str, Any]:
     targets: dict[LayerScheme, list[str]] = {scheme.default: ["Linear"]} if scheme.default else {}
-    ignore = list(scheme.ignore) + ([] if scheme.lm_head or "lm_head" in scheme.ignore else ["lm_head"])
+    ignore = list(scheme.ignore) + (
+        [] if scheme.lm_head or "lm_head" in scheme.ignore else ["lm_head"]
+    )
     for pattern, layer in scheme.overrides:
         if layer is None:
             ignore.append(f"re:{pattern}")
         else:
             targets.setdefault(layer, []).append(f"re:{pattern}")
-    groups = {f"group_{i}": _ct_group(layer, names) for i, (layer, names) in enumerate(targets.items())}
+    groups = {
+        f"group_{i}": _ct_group(layer, names) for i, (layer, names) in enumerate(targets.items())
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": scheme.format,
@@ -345,7 +428,12 @@ def _ct_group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
             "group_size": layer.block[1] if layer.act_quant == "group" and layer.block else None,
             "dynamic": layer.act_quant != "tensor",
         }
-    return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }
 
 
 def _ct_strategy(layer: LayerScheme) -> Strategy:
@@ -358,8 +446,12 @@ def _as_regex(target: str) -> str:
 
 def _only_layer(scheme: QuantScheme) -> LayerScheme:
     """The one LayerScheme of a method whose config has no way to name another."""
-    if scheme.default is None or any(layer not in (None, scheme.default) for _, layer in scheme.overrides):
+    if scheme.default is None or any(
+        layer not in (None, scheme.default) for _, layer in scheme.overrides
+    ):
         raise ValueError(f"a {scheme.method} checkpoint has one scheme for all its layers")
     if any(layer is None for _, layer in scheme.overrides):
-        raise ValueError(f"a {scheme.method} checkpoint names its dense modules in `ignore`, not by pattern")
+        raise ValueError(
+            f"a {scheme.method} checkpoint names its dense modules in `ignore`, not by pattern"
+        )
     return scheme.default

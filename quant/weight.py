@@ -38,7 +38,9 @@ class QuantizedWeight:
     bits: int = 4
     block: tuple[int, int] = (1, 128)  # (rows, columns) that share one scale
     input_scale: Tensor | None = None  # float32 [1]: static activation scale (FP8)
-    act_quant: Literal["none", "token", "group", "tensor"] = "none"  # how the format wants activations quantized
+    act_quant: Literal["none", "token", "group", "tensor"] = (
+        "none"  # how the format wants activations quantized
+    )
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes.shape
@@ -47,8 +49,10 @@ class QuantizedWeight:
         for name in ("scales", "zeros", "mins"):
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != want:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, want {want} for codes "
-                                 f"{tuple(self.codes.shape)} in blocks of {self.block}")
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, want {want} for codes "
+                    f"{tuple(self.codes.shape)} in blocks of {self.block}"
+                )
         if self.zeros is not None and self.mins is not None:
             raise ValueError("a weight has zeros or mins, not both")
         if self.perm is not None and tuple(self.perm.shape) != (in_features,):
@@ -70,7 +74,11 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes the weight needs with its codes packed densely: what a size report should say."""
-        extra = sum(t.numel() * t.element_size() for t in (self.scales, self.mins, self.perm) if t is not None)
+        extra = sum(
+            t.numel() * t.element_size()
+            for t in (self.scales, self.mins, self.perm)
+            if t is not None
+        )
         zeros = self.zeros.numel() * self.bits // 8 if self.zeros is not None else 0
         return self.codes.numel() * self.bits // 8 + extra + zeros
 
@@ -103,8 +111,11 @@ class QuantizedWeight:
         return dense.to(dtype)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        move = {n: t.to(device) for n in ("codes", "scales", "zeros", "mins", "perm", "input_scale")
-                if (t := getattr(self, n)) is not None}
+        move = {
+            n: t.to(device)
+            for n in ("codes", "scales", "zeros", "mins", "perm", "input_scale")
+            if (t := getattr(self, n)) is not None
+        }
         return replace(self, **move)
 
 
@@ -118,38 +129,69 @@ def can_fuse(weights: list[QuantizedWeight]) -> bool:
             return all(t is None for t in tensors)
         return all(torch.equal(t, tensors[0]) for t in tensors)
 
-    uniform = all((w.kind, w.bits, w.block[1], w.in_features, w.act_quant, w.scales.dtype, w.mins is None)
-                  == (first.kind, first.bits, first.block[1], first.in_features, first.act_quant,
-                      first.scales.dtype, first.mins is None) for w in weights)
-    whole_rows = all(w.block[0] == first.block[0] and w.out_features % w.block[0] == 0 for w in weights)
+    uniform = all(
+        (w.kind, w.bits, w.block[1], w.in_features, w.act_quant, w.scales.dtype, w.mins is None)
+        == (
+            first.kind,
+            first.bits,
+            first.block[1],
+            first.in_features,
+            first.act_quant,
+            first.scales.dtype,
+            first.mins is None,
+        )
+        for w in weights
+    )
+    whole_rows = all(
+        w.block[0] == first.block[0] and w.out_features % w.block[0] == 0 for w in weights
+    )
     return uniform and whole_rows and same("perm") and same("input_scale")
 
 
 def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
     """Stack weights along the output axis (q, k, v -> qkv). The caller has asked `can_fuse`."""
+
     def cat(name: str) -> Tensor | None:
         tensors = [getattr(w, name) for w in weights]
         return None if tensors[0] is None else torch.cat(tensors)
 
     if any(w.zeros is None for w in weights) and any(w.zeros is not None for w in weights):
-        midpoint = 2 ** (weights[0].bits - 1)  # symmetric and asymmetric shards: write the midpoint out
-        weights = [w if w.zeros is not None
-                   else replace(w, zeros=torch.full_like(w.scales, midpoint, dtype=torch.uint8)) for w in weights]
-    return replace(weights[0], codes=torch.cat([w.codes for w in weights]),
-                   scales=torch.cat([w.scales for w in weights]), zeros=cat("zeros"), mins=cat("mins"))
+        midpoint = 2 ** (
+            weights[0].bits - 1
+        )  # symmetric and asymmetric shards: write the midpoint out
+        weights = [
+            w
+            if w.zeros is not None
+            else replace(w, zeros=torch.full_like(w.scales, midpoint, dtype=torch.uint8))
+            for w in weights
+        ]
+    return replace(
+        weights[0],
+        codes=torch.cat([w.codes for w in weights]),
+        scales=torch.cat([w.scales for w in weights]),
+        zeros=cat("zeros"),
+        mins=cat("mins"),
+    )
 
 
 def scaled_by_row(weight: QuantizedWeight) -> QuantizedWeight:
     """The same weight; where one scale holds for all of it, with that scale for each row, so that it can be fused."""
     if weight.kind != "fp8" or weight.block != (weight.out_features, weight.in_features):
         return weight
-    return replace(weight, block=(1, weight.in_features), scales=weight.scales.expand(weight.out_features, 1).clone())
+    return replace(
+        weight,
+        block=(1, weight.in_features),
+        scales=weight.scales.expand(weight.out_features, 1).clone(),
+    )
 
 
 def split(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
     """Cut a weight with a scale per row along the output axis into parts of `rows` rows: the inverse of `fuse`."""
     if weight.block[0] != 1:
         raise ValueError(f"cannot split a weight whose scales span {weight.block[0]} rows")
-    cut = {n: getattr(weight, n).split(rows) for n in ("codes", "scales", "zeros", "mins")
-           if getattr(weight, n) is not None}
+    cut = {
+        n: getattr(weight, n).split(rows)
+        for n in ("codes", "scales", "zeros", "mins")
+        if getattr(weight, n) is not None
+    }
     return [replace(weight, **{n: parts[i] for n, parts in cut.items()}) for i in range(len(rows))]

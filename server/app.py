@@ -49,7 +49,10 @@ class RequestIdMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", request_id)],
+                }
             await send(message)
 
         try:
@@ -63,8 +66,14 @@ class RequestIdMiddleware:
 def create_app(serving: Serving, api_keys: tuple[str, ...] = ()) -> FastAPI:
     """The application for one Serving. With no keys, anybody may ask."""
     middleware = [Middleware(RequestIdMiddleware), Middleware(AuthMiddleware, api_keys=api_keys)]
-    app = FastAPI(title="Nibble", version=__version__, docs_url=None, redoc_url=None, middleware=middleware,
-                  redirect_slashes=False)
+    app = FastAPI(
+        title="Nibble",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        middleware=middleware,
+        redirect_slashes=False,
+    )
     errors.install(app)
     app.add_exception_handler(sse.ClientGone, _client_gone)
     _add_probes(app, serving)
@@ -130,20 +139,29 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/metrics")
     async def scrape() -> Response:
-        return Response(serving.metrics.exposition(), headers={"content-type": metrics.CONTENT_TYPE})
+        return Response(
+            serving.metrics.exposition(), headers={"content-type": metrics.CONTENT_TYPE}
+        )
 
     @app.get("/version")
     async def version() -> Response:
         return json_response({"version": __version__})
 
 
-_BODIES = (chat.ChatRequest, completions.CompletionRequest, tokenize.TokenizeRequest, tokenize.DetokenizeRequest)
+_BODIES = (
+    chat.ChatRequest,
+    completions.CompletionRequest,
+    tokenize.TokenizeRequest,
+    tokenize.DetokenizeRequest,
+)
 
 
 def _body(schema: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI description of a body that the endpoint parses by itself."""
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
+    }
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -16,15 +16,37 @@ _MAX_QUOTED = 200  # characters of the client's own words that are repeated back
 class ApiError(Exception):
     """An answer that is not 2xx. `param` names the request field at fault."""
 
-    def __init__(self, status: int, message: str, *, type: str = "invalid_request_error", param: str | None = None,
-                 code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
-        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.status, self.message, self.type, self.param, self.code = (
+            status,
+            message,
+            type,
+            param,
+            code,
+        )
         self.headers = headers or {}
 
     def body(self) -> bytes:
         return msgspec.json.encode(
-            {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}})
+            {
+                "error": {
+                    "message": self.message,
+                    "type": self.type,
+                    "param": self.param,
+                    "code": self.code,
+                }
+            }
+        )
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, media_type="application/json")
@@ -35,13 +57,21 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def unauthorized() -> ApiError:
-    return ApiError(401, "Incorrect API key provided. Send the server's key as `Authorization: Bearer KEY`.",
-                    code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+    return ApiError(
+        401,
+        "Incorrect API key provided. Send the server's key as `Authorization: Bearer KEY`.",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
 
 
 def model_not_found(model: str) -> ApiError:
-    return ApiError(404, f"The model `{model[:_MAX_QUOTED]}` does not exist or you do not have access to it.",
-                    param="model", code="model_not_found")
+    return ApiError(
+        404,
+        f"The model `{model[:_MAX_QUOTED]}` does not exist or you do not have access to it.",
+        param="model",
+        code="model_not_found",
+    )
 
 
 def context_length_exceeded(limit: int, prompt: int, completion: int, param: str) -> ApiError:
@@ -49,7 +79,10 @@ def context_length_exceeded(limit: int, prompt: int, completion: int, param: str
     return bad_request(
         f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} tokens "
         f"({prompt} in the {param}, {completion} in the completion). Please reduce the length of the {param} or "
-        "completion.", param, "context_length_exceeded")
+        "completion.",
+        param,
+        "context_length_exceeded",
+    )
 
 
 def unavailable(message: str, retry_after: int) -> ApiError:
@@ -66,8 +99,12 @@ def internal(message: str = "The server had an error while processing your reque
 
 
 def engine_dead() -> ApiError:
-    return ApiError(503, "The engine has stopped; the server is shutting down.", type="server_error",
-                    headers={"retry-after": "10"})
+    return ApiError(
+        503,
+        "The engine has stopped; the server is shutting down.",
+        type="server_error",
+        headers={"retry-after": "10"},
+    )
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -81,9 +118,13 @@ def from_validation(error: ValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return bad_request(f"Unsupported request argument: {param}", param, "unsupported_parameter")
     if first["type"] == "missing":
-        return bad_request(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+        return bad_request(
+            f"Missing required parameter: '{param}'.", param, "missing_required_parameter"
+        )
     if first["type"] in ("json_invalid", "model_type", "model_attributes_type") and param is None:
-        return bad_request(f"We could not parse the JSON body of your request: {_plain(first['msg'])}")
+        return bad_request(
+            f"We could not parse the JSON body of your request: {_plain(first['msg'])}"
+        )
     return bad_request(f"Invalid value for '{param}': {_plain(first['msg'])}", param)
 
 
@@ -99,18 +140,23 @@ def _plain(message: str) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Give every error OpenAI's shape, FastAPI's own 404, 405 and 422 included. Defects are app.RequestIdMiddleware's.
-    """
+    """Give every error OpenAI's shape, FastAPI's own 404, 405 and 422 included. Defects: app.RequestIdMiddleware."""
 
     async def api_error(_: Request, exc: ApiError) -> Response:
         return exc.response()
 
     async def http_error(request: Request, exc: HTTPException) -> Response:
         code = {404: "unknown_url", 405: "method_not_supported"}.get(exc.status_code)
-        message = {404: f"Unknown request URL: {request.method} {request.scope['path'][:_MAX_QUOTED]}",
-                   405: f"Not allowed to {request.method} on {request.scope['path'][:_MAX_QUOTED]}"}
-        error = ApiError(exc.status_code, message.get(exc.status_code, str(exc.detail)), code=code,
-                         headers=dict(exc.headers or {}))
+        message = {
+            404: f"Unknown request URL: {request.method} {request.scope['path'][:_MAX_QUOTED]}",
+            405: f"Not allowed to {request.method} on {request.scope['path'][:_MAX_QUOTED]}",
+        }
+        error = ApiError(
+            exc.status_code,
+            message.get(exc.status_code, str(exc.detail)),
+            code=code,
+            headers=dict(exc.headers or {}),
+        )
         return error.response()
 
     async def invalid(_: Request, exc: RequestValidationError) -> Response:

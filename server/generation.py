@@ -31,15 +31,25 @@ class Delta(msgspec.Struct, gc=False):
     index: int
     text: str
     logprobs: list[TokenLogprobs] | None
-    offsets: list[int]  # with logprobs: where in the sequence's text each token starts, in characters
+    offsets: list[
+        int
+    ]  # with logprobs: where in the sequence's text each token starts, in characters
     finish_reason: str | None
 
 
 class Sequence:
     """One sample of one prompt, while it runs and after."""
 
-    __slots__ = ("index", "is_done", "last_time", "num_cached_tokens", "num_tokens", "params", "prompt_logprobs",
-                 "prompt_token_ids")
+    __slots__ = (
+        "index",
+        "is_done",
+        "last_time",
+        "num_cached_tokens",
+        "num_tokens",
+        "params",
+        "prompt_logprobs",
+        "prompt_token_ids",
+    )
 
     def __init__(self, index: int, prompt_token_ids: list[int], params: SamplingParams):
         self.index, self.prompt_token_ids, self.params = index, prompt_token_ids, params
@@ -53,14 +63,25 @@ class Sequence:
 class Generation:
     """The sequences of one HTTP request. The caller has admitted `len(sequences)` of them."""
 
-    def __init__(self, serving: Serving, prompts: list[list[int]], params: SamplingParams, n: int, salt: bytes,
-                 arrival: float):
+    def __init__(
+        self,
+        serving: Serving,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        n: int,
+        salt: bytes,
+        arrival: float,
+    ):
         """`arrival` is time.perf_counter() at the request's arrival."""
         self.serving, self.salt, self.arrival = serving, salt, arrival
         self.prompts, self.n = prompts, n
         self.id = uuid.uuid4().hex
         samples = [child_params(params, sample) for sample in range(n)]
-        self.sequences = [Sequence(i * n + j, prompt, samples[j]) for i, prompt in enumerate(prompts) for j in range(n)]
+        self.sequences = [
+            Sequence(i * n + j, prompt, samples[j])
+            for i, prompt in enumerate(prompts)
+            for j in range(n)
+        ]
         self.num_open = len(self.sequences)
         self.closed = False
         metrics = serving.metrics
@@ -69,23 +90,35 @@ class Generation:
 
     def usage(self) -> dict:
         """The usage object so far: each prompt counted once, however often it was sampled."""
-        return usage(sum(map(len, self.prompts)), sum(s.num_tokens for s in self.sequences),
-                     sum(s.num_cached_tokens for s in self.sequences[::self.n]))
+        return usage(
+            sum(map(len, self.prompts)),
+            sum(s.num_tokens for s in self.sequences),
+            sum(s.num_cached_tokens for s in self.sequences[:: self.n]),
+        )
 
     @property
     def is_done(self) -> bool:
         """Every sequence has had its last delta."""
         return self.num_open == 0
 
-    def start(self, on_delta: Callable[[Delta], None], on_error: Callable[[errors.ApiError], None]) -> None:
+    def start(
+        self, on_delta: Callable[[Delta], None], on_error: Callable[[errors.ApiError], None]
+    ) -> None:
         """Generate: each sequence's deltas come in order, those of several interleaved, the last with a finish_reason.
         If a sequence fails or the engine dies, `on_error` hears it once, and that is the end of all."""
         self._on_delta, self._on_error = on_delta, on_error
         for sequence in self.sequences:
-            detokenizer = Detokenizer(self.serving.tokenizer, sequence.params, sequence.prompt_token_ids)
+            detokenizer = Detokenizer(
+                self.serving.tokenizer, sequence.params, sequence.prompt_token_ids
+            )
             try:
-                self.serving.engine.submit(f"{self.id}-{sequence.index}", sequence.prompt_token_ids, sequence.params,
-                                           partial(self._take, sequence, detokenizer), self.salt)
+                self.serving.engine.submit(
+                    f"{self.id}-{sequence.index}",
+                    sequence.prompt_token_ids,
+                    sequence.params,
+                    partial(self._take, sequence, detokenizer),
+                    self.salt,
+                )
             except EngineDeadError:
                 self._fail(errors.engine_dead())
                 return
@@ -122,7 +155,9 @@ class Generation:
             done.text = "".join(pieces)
         return whole
 
-    def _take(self, sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput | None) -> None:
+    def _take(
+        self, sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput | None
+    ) -> None:
         """The engine's news of one sequence; None: it has died."""
         if self.closed or sequence.is_done:  # an abort of our own has its echo here
             return
@@ -151,7 +186,8 @@ class Generation:
         metrics, now = self.serving.metrics, time.perf_counter()
         if output.token_ids:
             (metrics.ttft if sequence.last_time is None else metrics.itl).observe(
-                now - (sequence.last_time or self.arrival))
+                now - (sequence.last_time or self.arrival)
+            )
             sequence.last_time = now
             metrics.generation_tokens.inc(len(output.token_ids))
         if delta.finish_reason is not None:
@@ -161,13 +197,19 @@ class Generation:
         metrics = self.serving.metrics
         metrics.prompt_tokens.inc(len(sequence.prompt_token_ids))
         metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
-        metrics.finished(finish_reason, len(sequence.prompt_token_ids), sequence.num_tokens, now - self.arrival)
+        metrics.finished(
+            finish_reason, len(sequence.prompt_token_ids), sequence.num_tokens, now - self.arrival
+        )
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict:
     """OpenAI's usage object."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached}}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def _advance(sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput) -> Delta:
@@ -176,13 +218,17 @@ def _advance(sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput
     if reason == FinishReason.ERROR:
         raise errors.internal(output.error or "The engine failed on this request.")
     if reason == FinishReason.ABORT:
-        raise errors.unavailable("The server is shutting down; this request was cut off.", retry_after=10)
+        raise errors.unavailable(
+            "The server is shutting down; this request was cut off.", retry_after=10
+        )
     before = len(detokenizer.token_offsets)
     sequence.num_cached_tokens = output.num_cached_tokens or sequence.num_cached_tokens
     if output.prompt_logprobs is not None:
         sequence.prompt_logprobs = output.prompt_logprobs
     text = detokenizer.push(output.token_ids)
-    pushed = len(detokenizer.token_offsets) - before  # fewer than came, if a stop string ended the text
+    pushed = (
+        len(detokenizer.token_offsets) - before
+    )  # fewer than came, if a stop string ended the text
     sequence.num_tokens += pushed
     if detokenizer.stopped:
         reason = FinishReason.STOP

@@ -53,7 +53,9 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_requests: int = 1024  # sequences beyond max_num_seqs that are admitted
 
 
-def serve(config: EngineConfig, options: ServeOptions, start_engine: StartEngine = AsyncEngine.start) -> int:
+def serve(
+    config: EngineConfig, options: ServeOptions, start_engine: StartEngine = AsyncEngine.start
+) -> int:
     """Serve until told to stop. Returns the exit code; UserError for bad input."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(config, options, start_engine))
@@ -68,7 +70,9 @@ async def _serve(config: EngineConfig, options: ServeOptions, start_engine: Star
     # The child is running before anything heavy is imported here.
     engine = asyncio.ensure_future(start_engine(config))
     await asyncio.sleep(0)
-    tokenizer = asyncio.ensure_future(asyncio.to_thread(Tokenizer.from_pretrained, config.model, config.revision))
+    tokenizer = asyncio.ensure_future(
+        asyncio.to_thread(Tokenizer.from_pretrained, config.model, config.revision)
+    )
     try:
         await asyncio.to_thread(import_module, ".app", __package__)
         return await Lifecycle(config, options, sock).run(engine, tokenizer)
@@ -87,15 +91,20 @@ class Lifecycle:
         from .serving import Serving
 
         self.options, self.sock = options, sock
-        self.serving = Serving(options.model_names, max_num_seqs=config.max_num_seqs,
-                               max_queued_requests=options.max_queued_requests)
+        self.serving = Serving(
+            options.model_names,
+            max_num_seqs=config.max_num_seqs,
+            max_queued_requests=options.max_queued_requests,
+        )
         self.http = _http_server(create_app(self.serving, options.api_keys))
         self.exit_code = 0
         self.error: UserError | None = None
         self.signals = 0
         self.tasks: set[asyncio.Task] = set()
 
-    async def run(self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]") -> int:
+    async def run(
+        self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]"
+    ) -> int:
         """Serve until told to stop or until the engine is lost."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,7 +121,9 @@ class Lifecycle:
             raise self.error
         return self.exit_code
 
-    async def _watch(self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]") -> None:
+    async def _watch(
+        self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]"
+    ) -> None:
         """Wait until ready, then for the engine's death."""
         try:
             loaded, ready_tokenizer = await asyncio.gather(engine, tokenizer)
@@ -151,8 +162,11 @@ class Lifecycle:
         try:
             await asyncio.wait_for(self.serving.idle.wait(), self.options.shutdown_timeout)
         except TimeoutError:
-            log.warning("%d sequences cut off after %g s", self.serving.active_sequences,
-                        self.options.shutdown_timeout)
+            log.warning(
+                "%d sequences cut off after %g s",
+                self.serving.active_sequences,
+                self.options.shutdown_timeout,
+            )
             self.http.should_exit = True  # before the engine goes: its end is no accident
             await self.serving.engine.shutdown()
         self._exit(self.exit_code)
@@ -178,11 +192,22 @@ def _http_server(app: Any) -> Any:
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    return Server(uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=CLOSE_SECONDS, h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
-    ))
+    return Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
+        )
+    )
 
 
 def _bind(options: ServeOptions) -> socket.socket:
@@ -194,19 +219,28 @@ def _bind(options: ServeOptions) -> socket.socket:
         sock.bind((options.host, options.port))
     except OSError as error:
         sock.close()
-        raise UserError(f"cannot listen on {options.host}:{options.port}: {error.strerror or error} "
-                          "(choose another --host or --port)") from None
+        raise UserError(
+            f"cannot listen on {options.host}:{options.port}: {error.strerror or error} "
+            "(choose another --host or --port)"
+        ) from None
     return sock
 
 
 def _ledger(ready: Ready, options: ServeOptions, sock: socket.socket) -> str:
     """What was loaded and where the memory went, as printed at start-up."""
-    lines = [f"nibble {__version__}: {options.model_names[0]}, {ready.quantization}, {ready.dtype} on {ready.device}, "
-             f"loaded in {ready.load_seconds:.1f} s"]
-    lines += [f"  {part.replace('_', ' '):<14}{size / 2**20:10.1f} MiB" for part, size in ready.ledger.items()]
+    lines = [
+        f"nibble {__version__}: {options.model_names[0]}, {ready.quantization}, {ready.dtype} on {ready.device}, "
+        f"loaded in {ready.load_seconds:.1f} s"
+    ]
+    lines += [
+        f"  {part.replace('_', ' '):<14}{size / 2**20:10.1f} MiB"
+        for part, size in ready.ledger.items()
+    ]
     lines.append(f"  {'KV blocks':<14}{ready.num_blocks:10} of {ready.block_size} tokens")
     lines.append(f"  {'context':<14}{ready.max_model_len:10} tokens")
-    lines += [f"  {'kernel':<14}{count:10} layers on {name}" for name, count in ready.kernels.items()]
+    lines += [
+        f"  {'kernel':<14}{count:10} layers on {name}" for name, count in ready.kernels.items()
+    ]
     host, port = sock.getsockname()[:2]
     lines.append(f"  http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not options.api_keys and not ipaddress.ip_address(host).is_loopback:

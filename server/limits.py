@@ -20,17 +20,31 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
-MAX_CHARS_PER_TOKEN = 256  # longer than any token of the vocabularies in use: bounds the text that is tokenised
+MAX_CHARS_PER_TOKEN = (
+    256  # longer than any token of the vocabularies in use: bounds the text that is tokenised
+)
 MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
 MAX_HEADER_BYTES = 65536  # h11: request line and headers together
 
 # The variables a request may set in the chat template. An allowlist: any other name could be an argument of the
 # renderer itself (`chat_template`, `tokenize`), which has been a way in elsewhere (CVE-2025-61620, CVE-2025-62426).
-TEMPLATE_KWARGS = frozenset({
-    "enable_thinking", "thinking", "thinking_budget", "reasoning_effort", "preserve_thinking", "clear_thinking",
-    "date_string", "current_date", "custom_instructions", "model_identity", "language", "lang",
-})
+TEMPLATE_KWARGS = frozenset(
+    {
+        "enable_thinking",
+        "thinking",
+        "thinking_budget",
+        "reasoning_effort",
+        "preserve_thinking",
+        "clear_thinking",
+        "date_string",
+        "current_date",
+        "custom_instructions",
+        "model_identity",
+        "language",
+        "lang",
+    }
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 _JSON = re.compile(r"application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
@@ -42,7 +56,8 @@ def check_template_kwargs(kwargs: dict | None) -> None:
         if name not in TEMPLATE_KWARGS:
             raise errors.bad_request(
                 f"chat_template_kwargs: '{name[:64]}' is not one of {', '.join(sorted(TEMPLATE_KWARGS))}",
-                "chat_template_kwargs")
+                "chat_template_kwargs",
+            )
 
 
 async def parse_body(request: Request, schema: type[Model]) -> Model:
@@ -52,7 +67,9 @@ async def parse_body(request: Request, schema: type[Model]) -> Model:
     parser refuses invalid UTF-8, lone surrogates and nesting deeper than 200.
     """
     if not _JSON.match(request.headers.get("content-type", "")):
-        raise errors.ApiError(415, "Send a JSON body with the header `Content-Type: application/json`.")
+        raise errors.ApiError(
+            415, "Send a JSON body with the header `Content-Type: application/json`."
+        )
     body = await read_body(request)
     try:
         return schema.model_validate_json(body)
@@ -61,10 +78,13 @@ async def parse_body(request: Request, schema: type[Model]) -> Model:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is known to be longer than MAX_BODY_BYTES, 408 if it is late.
-    """
-    too_long = errors.ApiError(413, f"The request body is larger than {MAX_BODY_BYTES} bytes.",
-                               code="request_too_large", headers={"connection": "close"})
+    """The whole body. Raises ApiError 413 once it is known to exceed MAX_BODY_BYTES, 408 if it is late."""
+    too_long = errors.ApiError(
+        413,
+        f"The request body is larger than {MAX_BODY_BYTES} bytes.",
+        code="request_too_large",
+        headers={"connection": "close"},
+    )
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
         raise too_long
@@ -77,6 +97,9 @@ async def read_body(request: Request) -> bytes:
                     raise too_long
                 chunks.append(chunk)
     except TimeoutError:
-        raise errors.ApiError(408, f"The request body did not arrive within {BODY_SECONDS:g} seconds.",
-                              headers={"connection": "close"}) from None
+        raise errors.ApiError(
+            408,
+            f"The request body did not arrive within {BODY_SECONDS:g} seconds.",
+            headers={"connection": "close"},
+        ) from None
     return b"".join(chunks)

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.samples import Sample
 
 from ..version import __version__
@@ -20,9 +25,53 @@ if TYPE_CHECKING:
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 # Bucket bounds in seconds, as vLLM has them (the names and the bounds together make its Grafana boards work).
-_TTFT = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
-_ITL = (.002, .005, .01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-_E2E = (.1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_TTFT = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+)
+_ITL = (
+    0.002,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+)
+_E2E = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _N = (1, 2, 5, 10, 20, 50, 100)
 
@@ -61,27 +110,54 @@ class Metrics:
         self.model_name = serving.model_names[0]
         self.registry.register(_EngineCollector(serving, self.model_name))  # type: ignore[arg-type]
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
-        self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache")
+        self.prompt_tokens_cached = self._counter(
+            "prompt_tokens_cached", "Prompt tokens found in the prefix cache"
+        )
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
-        self.disconnects = self._counter("http_requests_client_disconnected", "Clients that left before their answer")
-        self.success = Counter("nibble_request_success", "Finished sequences", ["model_name", "finished_reason"],
-                               registry=self.registry)
-        self.rejections = Counter("nibble_admission_rejections", "Requests refused with a 503",
-                                  ["model_name", "reason"], registry=self.registry)
-        self.ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _TTFT)
-        self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens of one sequence", _ITL)
-        self.e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token", _E2E)
-        self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a sequence", _TOKENS)
-        self.request_generation = self._histogram("request_generation_tokens", "Tokens of a sequence", _TOKENS)
+        self.disconnects = self._counter(
+            "http_requests_client_disconnected", "Clients that left before their answer"
+        )
+        self.success = Counter(
+            "nibble_request_success",
+            "Finished sequences",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self.rejections = Counter(
+            "nibble_admission_rejections",
+            "Requests refused with a 503",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token", _TTFT
+        )
+        self.itl = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of one sequence", _ITL
+        )
+        self.e2e = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token", _E2E
+        )
+        self.request_prompt = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a sequence", _TOKENS
+        )
+        self.request_generation = self._histogram(
+            "request_generation_tokens", "Tokens of a sequence", _TOKENS
+        )
         self.params_n = self._histogram("request_params_n", "n, as asked", _N)
-        self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens, as asked", _TOKENS)
+        self.params_max_tokens = self._histogram(
+            "request_params_max_tokens", "max_tokens, as asked", _TOKENS
+        )
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"nibble_{name}", text, ["model_name"], registry=self.registry).labels(self.model_name)
+        return Counter(f"nibble_{name}", text, ["model_name"], registry=self.registry).labels(
+            self.model_name
+        )
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
-        return Histogram(f"nibble_{name}", text, ["model_name"], registry=self.registry,
-                         buckets=tuple(buckets)).labels(self.model_name)
+        return Histogram(
+            f"nibble_{name}", text, ["model_name"], registry=self.registry, buckets=tuple(buckets)
+        ).labels(self.model_name)
 
     def finished(self, reason: str, prompt: int, generated: int, seconds: float) -> None:
         """Record the end of one sequence."""
@@ -111,29 +187,45 @@ class _EngineCollector:
         stats, ready = self.serving.engine.stats, self.serving.engine.ready
         used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Sequences in the batch", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Sequences waiting for a place", stats.num_waiting)
+        yield self._gauge(
+            "num_requests_waiting", "Sequences waiting for a place", stats.num_waiting
+        )
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", used)
         yield self._gauge("kv_blocks", "KV blocks", stats.num_blocks)
         yield self._gauge("kv_blocks_free", "KV blocks no sequence holds", stats.num_free_blocks)
         yield self._gauge("step_tokens", "Tokens in the last step", stats.step_tokens)
         yield self._gauge("model_load_seconds", "Start of the engine to ready", ready.load_seconds)
-        yield self._counter("num_preemptions", "Sequences set back for want of blocks", stats.num_preemptions)
+        yield self._counter(
+            "num_preemptions", "Sequences set back for want of blocks", stats.num_preemptions
+        )
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queries)
         yield self._counter("prefix_cache_hits", "Prompt tokens found", stats.prefix_hits)
-        memory = GaugeMetricFamily("nibble_memory_bytes", "Planned memory", labels=["model_name", "part"])
+        memory = GaugeMetricFamily(
+            "nibble_memory_bytes", "Planned memory", labels=["model_name", "part"]
+        )
         for part, size in ready.ledger.items():
             memory.add_metric([self.model_name, part], size)
         yield memory
-        yield self._info("nibble_cache_config", "The KV cache", {
-            "block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_blocks),
-            "model_name": self.model_name})
+        yield self._info(
+            "nibble_cache_config",
+            "The KV cache",
+            {
+                "block_size": str(ready.block_size),
+                "num_gpu_blocks": str(ready.num_blocks),
+                "model_name": self.model_name,
+            },
+        )
 
     def _build_info(self) -> dict[str, str]:
         info = {"version": __version__, "model_name": self.model_name}
         if self.serving.is_loaded:
             ready = self.serving.engine.ready
-            info |= {"quantization": ready.quantization, "dtype": ready.dtype, "device": ready.device,
-                     "kernels": ",".join(sorted(ready.kernels))}
+            info |= {
+                "quantization": ready.quantization,
+                "dtype": ready.dtype,
+                "device": ready.device,
+                "kernels": ",".join(sorted(ready.kernels)),
+            }
         return info
 
     def _info(self, name: str, text: str, values: dict[str, str]) -> Metric:

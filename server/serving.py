@@ -29,7 +29,13 @@ class Phase(enum.Enum):
 class Serving:
     """One model being served. Changed only on the event loop."""
 
-    def __init__(self, model_names: tuple[str, ...], *, max_num_seqs: int = 64, max_queued_requests: int = 1024):
+    def __init__(
+        self,
+        model_names: tuple[str, ...],
+        *,
+        max_num_seqs: int = 64,
+        max_queued_requests: int = 1024,
+    ):
         self.model_names = model_names
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING

@@ -107,12 +107,18 @@ class EventStream(Response):
                 self.silent = True
         return False
 
-    async def _send(self, send: Send, data: bytes, more: bool, gone: "asyncio.Future[None]") -> bool:
+    async def _send(
+        self, send: Send, data: bytes, more: bool, gone: "asyncio.Future[None]"
+    ) -> bool:
         """False if the reader did not take it in time, or left."""
         self.sending = True
-        task = asyncio.ensure_future(_as_task(send({"type": "http.response.body", "body": data, "more_body": more})))
+        task = asyncio.ensure_future(
+            _as_task(send({"type": "http.response.body", "body": data, "more_body": more}))
+        )
         try:
-            await asyncio.wait({task, gone}, timeout=SEND_TIMEOUT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {task, gone}, timeout=SEND_TIMEOUT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
             if task.done():
                 task.result()
                 return True

@@ -47,21 +47,30 @@ class ServerBackend:
     def __init__(self, url: str, api_key: str | None, sampling: dict[str, Any]):
         self.url, self.sampling, self.num_tokens = url.rstrip("/").removesuffix("/v1"), sampling, 0
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.client = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=httpx.Timeout(600, connect=5))
+        self.client = httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=httpx.Timeout(600, connect=5)
+        )
         self.model = ""
 
     async def open(self) -> None:
         try:
             response = await self.client.get("/v1/models")
         except httpx.TransportError:
-            raise UserError(f"no server answers at {self.url} (start one: nibble serve MODEL; or load a model here: "
-                              "nibble chat MODEL)") from None
+            raise UserError(
+                f"no server answers at {self.url} (start one: nibble serve MODEL; or load a model here: "
+                "nibble chat MODEL)"
+            ) from None
         await _check(response)
         self.model = response.json()["data"][0]["id"]
 
     async def reply(self, messages: Messages) -> AsyncGenerator[str, None]:
-        body = {"model": self.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True},
-                **self.sampling}
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.sampling,
+        }
         async with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             await _check(response)
             async for line in response.aiter_lines():
@@ -101,8 +110,12 @@ class LocalBackend:
         prompt = self.tokenizer.encode(text, add_special_tokens=False)
         room = ready.max_model_len - len(prompt)
         if room < 1:
-            raise UserError(f"the conversation is longer than the context of {ready.max_model_len} tokens (/clear)")
-        params = SamplingParams(**{**self.sampling, "max_tokens": min(room, self.sampling.get("max_tokens", room))})
+            raise UserError(
+                f"the conversation is longer than the context of {ready.max_model_len} tokens (/clear)"
+            )
+        params = SamplingParams(
+            **{**self.sampling, "max_tokens": min(room, self.sampling.get("max_tokens", room))}
+        )
         _check_params(params, ready.vocab_size)
         detokenizer = Detokenizer(self.tokenizer, params, prompt)
         self.num_tokens = 0
@@ -146,8 +159,11 @@ async def _answer(backend: Backend, messages: Messages) -> str:
             print(text, end="", flush=True)
     print(flush=True)
     seconds = time.perf_counter() - start
-    print(f"[{backend.num_tokens} tokens, {backend.num_tokens / seconds:.1f} tokens/s, first after "
-          f"{((first or start) - start) * 1000:.0f} ms]", file=sys.stderr)
+    print(
+        f"[{backend.num_tokens} tokens, {backend.num_tokens / seconds:.1f} tokens/s, first after "
+        f"{((first or start) - start) * 1000:.0f} ms]",
+        file=sys.stderr,
+    )
     return "".join(pieces)
 
 
@@ -168,20 +184,31 @@ def _converse(runner: asyncio.Runner, backend: Backend, opening: Messages) -> No
         elif line:
             turn = [*messages, {"role": "user", "content": line}]
             try:
-                messages = [*turn, {"role": "assistant", "content": runner.run(_answer(backend, turn))}]
+                messages = [
+                    *turn,
+                    {"role": "assistant", "content": runner.run(_answer(backend, turn))},
+                ]
             except KeyboardInterrupt:
                 print("\n[stopped]", file=sys.stderr)
 
 
 def chat_command(
-    model: Annotated[str | None, typer.Argument(help="a model to load; without it, the server at --url")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="a model to load; without it, the server at --url")
+    ] = None,
     url: Annotated[str, typer.Option(help="a running server")] = DEFAULT_URL,
-    api_key: Annotated[str | None, typer.Option(envvar="NIBBLE_API_KEY", help="the server's key")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="NIBBLE_API_KEY", help="the server's key")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
     prompt: Annotated[str | None, typer.Option(help="one question; answer it and end")] = None,
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token")] = None,
-    top_p: Annotated[float | None, typer.Option(help="sample from the likeliest tokens of this total")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="longest answer [default: the rest of the context]")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="sample from the likeliest tokens of this total")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="longest answer [default: the rest of the context]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="the same answer again")] = None,
 ) -> None:
     """Talk to a running server or to a model in the terminal.
@@ -191,7 +218,9 @@ def chat_command(
     given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     sampling = {name: value for name, value in given.items() if value is not None}
     opening = [{"role": "system", "content": system}] if system else []
-    backend: Backend = LocalBackend(model, sampling) if model else ServerBackend(url, api_key, sampling)
+    backend: Backend = (
+        LocalBackend(model, sampling) if model else ServerBackend(url, api_key, sampling)
+    )
     with asyncio.Runner() as runner:
         runner.run(backend.open())
         try:

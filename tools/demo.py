@@ -58,10 +58,19 @@ def convert(source: Path) -> Path:
     if (QUANTIZED / "nibble_quality.json").exists():
         console.print(f"Using {_shown(QUANTIZED)}, converted before")
         return QUANTIZED
-    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), "--awq", "--overwrite", "-o",
-               str(QUANTIZED)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "convert.py"),
+        str(source),
+        "--awq",
+        "--overwrite",
+        "-o",
+        str(QUANTIZED),
+    ]
     if code := subprocess.run(command, check=False).returncode:
-        raise UserError(f"{_shown(source)}: the conversion ended with code {code} (its message is above)")
+        raise UserError(
+            f"{_shown(source)}: the conversion ended with code {code} (its message is above)"
+        )
     return QUANTIZED
 
 
@@ -77,7 +86,9 @@ def serving(model: Path) -> Iterator[tuple[str, float]]:
     with SERVER_LOG.open("w") as log:
         server = subprocess.Popen(_serve_command(model, port), stdout=log, stderr=subprocess.STDOUT)
     try:
-        with Progress(TextColumn("Starting the server"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
+        with Progress(
+            TextColumn("Starting the server"), BarColumn(), TimeElapsedColumn(), console=console
+        ) as bar:
             bar.add_task("", total=None)  # how long it takes is not known
             _wait_until_ready(server, url)
         yield url, time.perf_counter() - started
@@ -99,25 +110,37 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise UserError(f"the server exited with code {server.returncode}; the end of {_shown(SERVER_LOG)}:\n"
-                              + "\n".join(SERVER_LOG.read_text().splitlines()[-10:]))
+            raise UserError(
+                f"the server exited with code {server.returncode}; the end of {_shown(SERVER_LOG)}:\n"
+                + "\n".join(SERVER_LOG.read_text().splitlines()[-10:])
+            )
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/readyz", timeout=5.0).status_code == 200:
                 return
         time.sleep(0.05)
-    raise UserError(f"the server was not ready within {READY_TIMEOUT:.0f} s (see {_shown(SERVER_LOG)})")
+    raise UserError(
+        f"the server was not ready within {READY_TIMEOUT:.0f} s (see {_shown(SERVER_LOG)})"
+    )
 
 
 def chat(url: str, question: str) -> Answer:
     """Stream the answer to one question to the terminal, through the OpenAI API."""
-    body = {"model": NAME, "messages": [{"role": "user", "content": question}], "temperature": 0,
-            "max_tokens": MAX_TOKENS, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     console.print(f"\n[bold]> {question}[/bold]\n")
     first, last, usage = None, 0.0, {}
     started = time.perf_counter()
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120.0) as response:
         if response.status_code != 200:
-            raise UserError(f"the server answered {response.status_code}: {response.read().decode()}")
+            raise UserError(
+                f"the server answered {response.status_code}: {response.read().decode()}"
+            )
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -142,16 +165,30 @@ def report(source: Path, model: Path, ready: float, answer: Answer) -> Table:
     table.add_row("Size in bfloat16", f"{in_16_bits / 1e6:.0f} MB")
     if original.nbytes < in_16_bits:
         table.add_row(f"Size of {source.name}, converted from", f"{original.nbytes / 1e6:.0f} MB")
-    table.add_row("Size now", f"{quality['bytes_after'] / 1e6:.0f} MB "
-                              f"({quality['bits_per_weight']:.2f} bits per weight in the decoder blocks)")
+    table.add_row(
+        "Size now",
+        f"{quality['bytes_after'] / 1e6:.0f} MB "
+        f"({quality['bits_per_weight']:.2f} bits per weight in the decoder blocks)",
+    )
     for row in quality["evaluation"]:
-        table.add_row(f"Quality against {source.name}, {row['domain']}",
-                      f"perplexity {row['perplexity_reference']:.2f} -> {row['perplexity']:.2f}, "
-                      f"KL {row['kl_mean']:.3f} nats, same top token {row['top1_agreement']:.1%}")
-    table.add_row("Conversion", f"{quality['minutes']:.1f} min, {quality['peak_rss_bytes'] / 1e9:.1f} GB of memory")
+        table.add_row(
+            f"Quality against {source.name}, {row['domain']}",
+            f"perplexity {row['perplexity_reference']:.2f} -> {row['perplexity']:.2f}, "
+            f"KL {row['kl_mean']:.3f} nats, same top token {row['top1_agreement']:.1%}",
+        )
+    table.add_row(
+        "Conversion",
+        f"{quality['minutes']:.1f} min, {quality['peak_rss_bytes'] / 1e9:.1f} GB of memory",
+    )
     table.add_row("Server ready after", f"{ready:.1f} s")
-    table.add_row("First token", f"{1e3 * answer.first_token:.0f} ms for a prompt of {answer.prompt_tokens} tokens")
-    table.add_row("Speed", f"{answer.tokens_per_second:.0f} tokens/s, {answer.completion_tokens} tokens, one client")
+    table.add_row(
+        "First token",
+        f"{1e3 * answer.first_token:.0f} ms for a prompt of {answer.prompt_tokens} tokens",
+    )
+    table.add_row(
+        "Speed",
+        f"{answer.tokens_per_second:.0f} tokens/s, {answer.completion_tokens} tokens, one client",
+    )
     return table
 
 
@@ -160,8 +197,12 @@ def _shown(path: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fetch a small model, convert it, serve it, chat with it.")
-    parser.add_argument("--serve", action="store_true", help="keep the server up instead of asking one question")
+    parser = argparse.ArgumentParser(
+        description="Fetch a small model, convert it, serve it, chat with it."
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="keep the server up instead of asking one question"
+    )
     parser.add_argument("--port", type=int, default=8000, help="port for --serve")
     args = parser.parse_args()
     try:

@@ -35,9 +35,13 @@ class Finding:
 
 
 def doctor_command(
-    model: Annotated[str | None, typer.Argument(help="local folder, .gguf file or Hub id to look at")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="local folder, .gguf file or Hub id to look at")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on standard output")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON list on standard output")
+    ] = False,
 ) -> int:
     """Say what this machine can do and, given a model, whether and on what it would run. Exit code 2: it would not."""
     findings = machine() + (checkpoint(model, device) if model else [])
@@ -55,15 +59,27 @@ def machine() -> list[Finding]:
     from nibble.engine.memory import available_bytes, gib
 
     packages = ", ".join(filter(None, map(_version, _PACKAGES)))
-    found = [Finding("python", "ok", f"{platform.python_version()}, {packages}"),
-             Finding("cpu", "ok", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process, "
-                                  f"{torch.get_num_threads()} threads"),
-             _cpp_kernels(),
-             Finding("memory", "ok", f"{gib(available_bytes(torch.device('cpu')))} free")]
+    found = [
+        Finding("python", "ok", f"{platform.python_version()}, {packages}"),
+        Finding(
+            "cpu",
+            "ok",
+            f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for this process, "
+            f"{torch.get_num_threads()} threads",
+        ),
+        _cpp_kernels(),
+        Finding("memory", "ok", f"{gib(available_bytes(torch.device('cpu')))} free"),
+    ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(Finding(f"cuda:{index}", "ok", f"{properties.name}, compute capability {properties.major}."
-                             f"{properties.minor}, {gib(torch.cuda.mem_get_info(index)[0])} free"))
+        found.append(
+            Finding(
+                f"cuda:{index}",
+                "ok",
+                f"{properties.name}, compute capability {properties.major}."
+                f"{properties.minor}, {gib(torch.cuda.mem_get_info(index)[0])} free",
+            )
+        )
         found.append(tiles(properties.name, 10 * properties.major + properties.minor))
     if not torch.cuda.is_available():
         found.append(Finding("gpu", "ok", "torch sees none: models run on the CPU"))
@@ -77,8 +93,12 @@ def tiles(card: str, cc: int) -> Finding:
     origin = table(card, cc).origin
     if origin:
         return Finding("tiles", "ok", f"of quantized products: {origin}")
-    return Finding("tiles", "ok", "of quantized products: by compute capability, not measured on this card",
-                   "nibble tune measures which are fastest (minutes)")
+    return Finding(
+        "tiles",
+        "ok",
+        "of quantized products: by compute capability, not measured on this card",
+        "nibble tune measures which are fastest (minutes)",
+    )
 
 
 def checkpoint(model: str, device_name: str) -> list[Finding]:
@@ -91,10 +111,18 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
     try:
         opened = open_checkpoint(model)
         scheme = opened.scheme.describe() if opened.scheme else "16-bit weights"
-        found.append(Finding("checkpoint", "ok", f"{opened.path}: {scheme}, {opened.nbytes / 1e9:.2f} GB"))
+        found.append(
+            Finding("checkpoint", "ok", f"{opened.path}: {scheme}, {opened.nbytes / 1e9:.2f} GB")
+        )
         config = decoder_config(opened.config)
-        found.append(Finding("architecture", "ok", f"{config.num_layers} layers of {config.hidden_size}, "
-                             f"{config.num_heads} heads, {config.num_kv_heads} of them with keys and values"))
+        found.append(
+            Finding(
+                "architecture",
+                "ok",
+                f"{config.num_layers} layers of {config.hidden_size}, "
+                f"{config.num_heads} heads, {config.num_kv_heads} of them with keys and values",
+            )
+        )
         device = resolve_device(device_name)
         dtype = resolve_dtype("auto", opened, device)
         found += _kernels(opened, config, dtype, device)
@@ -117,10 +145,18 @@ def _kernels(opened, config, dtype, device) -> list[Finding]:
         _, report = load_decoder(settings, opened, one, dtype, device)
     reason = why_torch(settings, config, dtype, device)
     best = "C++, one call a step" if device.type == "cpu" else "Triton kernels, CUDA graphs"
-    found = [Finding("decoder", "slow", "torch's operators", reason) if reason else Finding("decoder", "ok", best)]
+    found = [
+        Finding("decoder", "slow", "torch's operators", reason)
+        if reason
+        else Finding("decoder", "ok", best)
+    ]
     for name, count in report.used.items():
-        found.append(Finding("kernel", "ok", f"{name}: {count} matrices (of one layer and the head)"))
-    found += [Finding("kernel", "ok", f"not {name}: {reason}") for name, reason in report.refused.items()]
+        found.append(
+            Finding("kernel", "ok", f"{name}: {count} matrices (of one layer and the head)")
+        )
+    found += [
+        Finding("kernel", "ok", f"not {name}: {reason}") for name, reason in report.refused.items()
+    ]
     return found
 
 
@@ -131,14 +167,28 @@ def _memory(opened, config, dtype, device) -> list[Finding]:
     token = memory.kv_bytes_per_token(config, dtype)
     context = config.max_position_embeddings
     if weights > free:
-        return [Finding("fits", "no", f"weights {memory.gib(weights)}, free {memory.gib(free)}",
-                        "a smaller or a quantized checkpoint (nibble convert), or serve --quantize int4")]
+        return [
+            Finding(
+                "fits",
+                "no",
+                f"weights {memory.gib(weights)}, free {memory.gib(free)}",
+                "a smaller or a quantized checkpoint (nibble convert), or serve --quantize int4",
+            )
+        ]
     tokens = (free - weights) // token
     text = f"weights {memory.gib(weights)} of {memory.gib(free)} free; {token / 1024:.0f} KiB a token of context"
     if tokens < context:
-        return [Finding("fits", "slow", f"{text}: {tokens} tokens, the model could take {context}",
-                        "a shorter --max-model-len")]
-    return [Finding("fits", "ok", f"{text}: room for {tokens // context} requests of {context} tokens")]
+        return [
+            Finding(
+                "fits",
+                "slow",
+                f"{text}: {tokens} tokens, the model could take {context}",
+                "a shorter --max-model-len",
+            )
+        ]
+    return [
+        Finding("fits", "ok", f"{text}: room for {tokens // context} requests of {context} tokens")
+    ]
 
 
 def _cpp_kernels() -> Finding:
@@ -146,8 +196,12 @@ def _cpp_kernels() -> Finding:
 
     reason = library.why_missing()
     if reason:
-        return Finding("c++ kernels", "slow", "none: torch's operators serve, several times slower", reason)
-    return Finding("c++ kernels", "ok", f"built; instruction sets {', '.join(library.instruction_sets())}")
+        return Finding(
+            "c++ kernels", "slow", "none: torch's operators serve, several times slower", reason
+        )
+    return Finding(
+        "c++ kernels", "ok", f"built; instruction sets {', '.join(library.instruction_sets())}"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -169,5 +223,10 @@ def _cpu_name() -> str:
 def _table(findings: list[Finding]) -> Table:
     table = Table("", "", "found", "to do", box=None)
     for finding in findings:
-        table.add_row(finding.subject, f"[{_STYLES[finding.state]}]{finding.state}[/]", finding.text, finding.fix)
+        table.add_row(
+            finding.subject,
+            f"[{_STYLES[finding.state]}]{finding.state}[/]",
+            finding.text,
+            finding.fix,
+        )
     return table

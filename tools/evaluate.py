@@ -28,8 +28,14 @@ WINDOWS = 4  # per text
 LENGTH = 512  # tokens a window
 
 
-def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str] | None = None, windows: int = WINDOWS,
-             length: int = LENGTH, progress: Callable[[int, int], None] | None = None) -> list[Quality]:
+def evaluate(
+    reference: str | Path,
+    quantized: str | Path,
+    texts: dict[str, str] | None = None,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Quality]:
     """Compare two checkpoints on texts {name: text} (default: the bundled held-out prose, docs and code).
 
     progress(done, total) is called after every window. Raises UserError where a text is shorter than one window, or
@@ -38,7 +44,10 @@ def evaluate(reference: str | Path, quantized: str | Path, texts: dict[str, str]
     texts = texts or bundled_texts()
     original, candidate = LLM(str(reference), dtype="float32"), LLM(str(quantized), dtype="float32")
     served = _with_int8_activations(quantized)
-    ids = {name: evaluation_windows(original.tokenizer, text, windows, length) for name, text in texts.items()}
+    ids = {
+        name: evaluation_windows(original.tokenizer, text, windows, length)
+        for name, text in texts.items()
+    }
     if short := [name for name, text in ids.items() if not text]:
         raise UserError(f"{short[0]}: too short to evaluate on (one window is {length} tokens)")
     done, total = itertools.count(1), sum(map(len, ids.values()))
@@ -62,31 +71,53 @@ def bundled_texts() -> dict[str, str]:
     return {name: (DATA / f"eval_{name}.txt").read_text(encoding="utf-8") for name in EVALUATION}
 
 
-def _compare(name: str, windows: list[list[int]], original: LLM, candidate: LLM, served: LLM | None,
-             tell: Callable[[], None]) -> Quality:
+def _compare(
+    name: str,
+    windows: list[list[int]],
+    original: LLM,
+    candidate: LLM,
+    served: LLM | None,
+    tell: Callable[[], None],
+) -> Quality:
     parts = []
     for part in _divergences(windows, original, candidate, served):
         parts.append(part)
         tell()
-    nll_p, nll_q, kl, same, kl_served = (torch.cat(column).double() for column in zip(*parts, strict=True))
-    return Quality(domain=name, tokens=len(kl), perplexity=nll_q.mean().exp().item(),
-                   perplexity_reference=nll_p.mean().exp().item(), kl_mean=kl.mean().item(),
-                   kl_median=kl.median().item(), kl_p99=kl.quantile(0.99).item(), top1_agreement=same.mean().item(),
-                   kl_mean_int8=kl_served.mean().item() if served else None)
+    nll_p, nll_q, kl, same, kl_served = (
+        torch.cat(column).double() for column in zip(*parts, strict=True)
+    )
+    return Quality(
+        domain=name,
+        tokens=len(kl),
+        perplexity=nll_q.mean().exp().item(),
+        perplexity_reference=nll_p.mean().exp().item(),
+        kl_mean=kl.mean().item(),
+        kl_median=kl.median().item(),
+        kl_p99=kl.quantile(0.99).item(),
+        top1_agreement=same.mean().item(),
+        kl_mean_int8=kl_served.mean().item() if served else None,
+    )
 
 
-def _divergences(windows: list[list[int]], original: LLM, candidate: LLM,
-                 served: LLM | None) -> Iterator[tuple[Tensor, ...]]:
+def _divergences(
+    windows: list[list[int]], original: LLM, candidate: LLM, served: LLM | None
+) -> Iterator[tuple[Tensor, ...]]:
     """Per window and position: both negative log-likelihoods of the next token, KL in nats, whether the tops agree, KL
     as served (if it is)."""
     for ids in windows:
         p, q = (_log_probabilities(model, ids) for model in (original, candidate))
         if p.shape != q.shape:
-            raise UserError(f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens cannot be compared")
+            raise UserError(
+                f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens cannot be compared"
+            )
         following = torch.tensor(ids[1:]).unsqueeze(1)
-        yield (-p.gather(1, following).squeeze(1), -q.gather(1, following).squeeze(1),
-               _kl(p, q), (p.argmax(-1) == q.argmax(-1)).float(),
-               _kl(p, _log_probabilities(served, ids)) if served else torch.empty(0))
+        yield (
+            -p.gather(1, following).squeeze(1),
+            -q.gather(1, following).squeeze(1),
+            _kl(p, q),
+            (p.argmax(-1) == q.argmax(-1)).float(),
+            _kl(p, _log_probabilities(served, ids)) if served else torch.empty(0),
+        )
 
 
 def _log_probabilities(model: LLM, ids: list[int]) -> Tensor:
@@ -102,16 +133,26 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
     """What `evaluate` wants as `progress`: a bar on stderr, where that is a terminal."""
-    columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"), TimeElapsedColumn())
+    columns = (
+        TextColumn("Measuring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("windows"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def evaluate_command(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="The original: folder, .gguf file or Hub id")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="The original: folder, .gguf file or Hub id")
+    ],
     quantized: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized checkpoint")],
-    text: Annotated[list[Path] | None, typer.Option(help="UTF-8 text to measure on, instead of the bundled")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="UTF-8 text to measure on, instead of the bundled")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Measure what quantization cost: perplexity, KL divergence and top-1 agreement against the original."""

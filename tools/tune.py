@@ -33,22 +33,38 @@ if TYPE_CHECKING:
     from nibble.kernels.gptq.trial import Kind
 
 # What can be asked for: kind, bits, group, and what else its table serves.
-WEIGHTS = {"int4": ("int", 4, 128, ("int2", "int3", "int4")), "int8": ("int", 8, 128, ("int8",)),
-           "fp8": ("fp8", 8, 0, ("fp8",))}
+WEIGHTS = {
+    "int4": ("int", 4, 128, ("int2", "int3", "int4")),
+    "int8": ("int", 8, 128, ("int8",)),
+    "fp8": ("fp8", 8, 0, ("fp8",)),
+}
 NARROW = 32  # 4-bit weights with scales for so few features have tiles of their own: they need more registers
 BATCH = 4  # trials that a process compiles and checks at once: seconds
 WORKER_BYTES = 8 << 30  # of GPU memory that a process needs at most, for the largest projections
 
 
 def tune_command(
-    model: Annotated[str | None, typer.Argument(
-        help="local folder, .gguf file or Hub id whose projections to measure [default: Llama 3 8B's]")] = None,
-    weights: Annotated[list[str] | None, typer.Option(
-        help=f"{', '.join(WEIGHTS)}; repeatable [default: the model's own, else all]")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="local folder, .gguf file or Hub id whose projections to measure [default: Llama 3 8B's]"
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(WEIGHTS)}; repeatable [default: the model's own, else all]"),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N")] = "cuda",
-    out: Annotated[Path | None, typer.Option(
-        metavar="FILE", help=f"write here [default: {MEASURED}/<card>.json, which every start reads]")] = None,
-    workers: Annotated[int, typer.Option(help="processes that compile; 0: as many as cores and memory allow")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help=f"write here [default: {MEASURED}/<card>.json, which every start reads]",
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="processes that compile; 0: as many as cores and memory allow")
+    ] = 0,
 ) -> int:
     """Measure which tiles the quantized products are fastest with on this GPU. Takes minutes; let nothing else run."""
     card = need_card(device)
@@ -67,15 +83,20 @@ def tune_command(
     write_text(target, as_json(search.merge(measured_tables(target), found)))
     for table in found:
         Console().print(_printed(table))
-    print(f"{name}: written to {target}" + ("" if out is None else f"; starts read {MEASURED}/{file_name(name)}"))
+    print(
+        f"{name}: written to {target}"
+        + ("" if out is None else f"; starts read {MEASURED}/{file_name(name)}")
+    )
     return 0
 
 
 def need_card(name: str) -> torch.device:
     """The CUDA device to measure on. UserError where there is none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
-        raise UserError("nibble tune measures on an NVIDIA GPU, and torch sees none here; on a machine with one, "
-                          "`nibble doctor` says what is missing")
+        raise UserError(
+            "nibble tune measures on an NVIDIA GPU, and torch sees none here; on a machine with one, "
+            "`nibble doctor` says what is missing"
+        )
     device = torch.device(name)
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: use cuda or cuda:N, N below {torch.cuda.device_count()}")
@@ -102,7 +123,13 @@ def weights_of(model: str) -> list[str] | None:
     if scheme is None or scheme.default is None:
         return None
     bits = scheme.default.bits
-    return [next(name for name, (kind, most, _, _) in WEIGHTS.items() if kind == scheme.default.kind and bits <= most)]
+    return [
+        next(
+            name
+            for name, (kind, most, _, _) in WEIGHTS.items()
+            if kind == scheme.default.kind and bits <= most
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +155,15 @@ class Tuner:
     def _search(self, label: str, kind: "Kind", serves: tuple[str, ...]) -> Table:
         """The three rounds of search.py."""
         cc, done = Card.of(self.card).cc, []
-        for number, plan in enumerate((search.first_round, search.second_round, search.third_round), 1):
+        for number, plan in enumerate(
+            (search.first_round, search.second_round, search.third_round), 1
+        ):
             done += self._run(f"{label}, round {number} of 3", kind, plan(done, self.shapes, cc))
         broken = [m for m in done if m.trial.candidate == DEQUANTIZE and m.reason]
         if broken:
-            raise UserError(f"{label}: dequantization of {broken[0].trial.shape} {broken[0].reason}")
+            raise UserError(
+                f"{label}: dequantization of {broken[0].trial.shape} {broken[0].reason}"
+            )
         return search.build_table(done, self.shapes, cc, serves, _origin(self.card, self.shapes))
 
     def _run(self, label: str, kind: "Kind", trials: list[Trial]) -> list[Measurement]:
@@ -141,17 +172,22 @@ class Tuner:
 
         trials = sorted(trials, key=lambda t: (t.shape, t.rows))
         by_shape = [list(group) for _, group in groupby(trials, key=lambda t: t.shape)]
-        batches = [group[i:i + BATCH] for group in by_shape for i in range(0, len(group), BATCH)]
+        batches = [group[i : i + BATCH] for group in by_shape for i in range(0, len(group), BATCH)]
         why: dict[Trial, str] = {}
-        running = {self.pool.submit(reasons, kind, self.card.index, batch): batch for batch in batches}
+        running = {
+            self.pool.submit(reasons, kind, self.card.index, batch): batch for batch in batches
+        }
         for future in as_completed(running):
             why |= dict(zip(running[future], future.result(), strict=True))
             self.tell(f"{label}: compiling and checking", len(why), len(trials))
         done = []
         for trial in trials:
             reason = why[trial]
-            done.append(Measurement(trial, reason=reason) if reason
-                        else subject(kind, trial.shape, self.card.index).measure(trial))
+            done.append(
+                Measurement(trial, reason=reason)
+                if reason
+                else subject(kind, trial.shape, self.card.index).measure(trial)
+            )
             self.tell(f"{label}: timing", len(done), len(trials))
         return done
 
@@ -165,29 +201,43 @@ def _origin(card: torch.device, shapes: tuple[Shape, ...]) -> str:
     import triton
 
     sizes = ", ".join(f"{n}x{k}" for n, k in shapes)
-    return (f"nibble tune, {datetime.date.today().isoformat()}, {torch.cuda.get_device_name(card)}, torch "
-            f"{torch.__version__}, triton {triton.__version__}, {sizes}")
+    return (
+        f"nibble tune, {datetime.date.today().isoformat()}, {torch.cuda.get_device_name(card)}, torch "
+        f"{torch.__version__}, triton {triton.__version__}, {sizes}"
+    )
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+        yield lambda text, done, total: bar.update(
+            task, description=text, completed=done, total=total
+        )
 
 
 def _printed(table: Table) -> Printed:
     shown = Printed("rows", "path", title=", ".join(table.weights))
     if table.gemv_rows:
-        shown.add_row(f"1 to {table.gemv_rows}", f"GEMV, {table.gemv_block_n} outputs, {table.gemv_warps} warps")
+        shown.add_row(
+            f"1 to {table.gemv_rows}",
+            f"GEMV, {table.gemv_block_n} outputs, {table.gemv_warps} warps",
+        )
     first = table.gemv_rows + 1
     for tile in table.gemm:
         if not tile.max_group and first < min(tile.rows + 1, table.dequantize_rows):
             last = min(tile.rows, table.dequantize_rows - 1)
             shown.add_row(f"{first} to {last}", search.Candidate("gemm", tile).describe())
             first = last + 1
-    beyond = f"from {table.dequantize_rows}" + (" (not measured)" if table.dequantize_rows > ROWS[-1] else "")
+    beyond = f"from {table.dequantize_rows}" + (
+        " (not measured)" if table.dequantize_rows > ROWS[-1] else ""
+    )
     shown.add_row(beyond, "dequantize, cuBLAS")
     return shown
 

@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
-def why_torch(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_torch(
+    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> str | None:
     """None if there is a decoder better than torch's operators for this model, else why there is not."""
     if device.type == "cuda":
         return why_no_triton(device, dtype) or _why_no_triton_decoder(model)
@@ -38,8 +40,14 @@ def why_torch(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, de
     return native.why_not(model, config.block_size, dtype, device)
 
 
-def load_decoder(config: EngineConfig, checkpoint: Checkpoint, model: DecoderConfig, dtype: torch.dtype,
-                 device: torch.device, progress: Progress | None = None) -> tuple[Any, KernelReport]:
+def load_decoder(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> tuple[Any, KernelReport]:
     """The decoder with its weights, and the kernels they got. Raises UserError on bad input."""
     reason = why_torch(config, model, dtype, device)
     _check_flags(config, device, reason)
@@ -49,7 +57,9 @@ def load_decoder(config: EngineConfig, checkpoint: Checkpoint, model: DecoderCon
         loader = Loader(checkpoint, model, dtype, device)
     decoder = loader.load(progress)
     if reason is None and device.type == "cuda":
-        from .triton.decoder import TritonDecoder  # imports Triton, which a machine without a GPU need not have
+        from .triton.decoder import (
+            TritonDecoder,
+        )  # imports Triton, which a machine without a GPU need not have
 
         return TritonDecoder(decoder), loader.report
     if reason is not None:
@@ -67,30 +77,56 @@ def _why_no_triton_decoder(model: DecoderConfig) -> str | None:
 def _check_flags(config: EngineConfig, device: torch.device, reason: str | None) -> None:
     """Refuse what the decoder that serves cannot do; reason: why it is torch's."""
     if config.cpu_activations not in ("int8", "bf16"):
-        raise UserError(f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16")
+        raise UserError(
+            f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16"
+        )
     if config.lm_head_bits not in (None, 8, 16):
-        raise UserError(f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, 16, or leave it out")
+        raise UserError(
+            f"--lm-head-bits {config.lm_head_bits} is not supported; use 8, 16, or leave it out"
+        )
     if config.kv_cache_dtype not in ("auto", "int8", "fp8"):
-        raise UserError(f"--kv-cache-dtype {config.kv_cache_dtype!r} is unknown; use auto, int8 or fp8")
+        raise UserError(
+            f"--kv-cache-dtype {config.kv_cache_dtype!r} is unknown; use auto, int8 or fp8"
+        )
     on_cpu = device.type == "cpu"
     needs = "the C++ decoder, but it" if on_cpu else "the Triton decoder, but it"
     if config.kv_cache_dtype == "fp8" and on_cpu:
         raise UserError("--kv-cache-dtype fp8 needs a CUDA device; use int8 on a CPU")
     if config.kv_cache_dtype != "auto" and reason is not None:
-        raise UserError(f"--kv-cache-dtype {config.kv_cache_dtype} needs {needs} cannot serve this model: {reason}")
+        raise UserError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs {needs} cannot serve this model: {reason}"
+        )
     if config.lm_head_bits == 8 and (reason is not None or not on_cpu):
         why = reason or "it runs on a CUDA device"
-        raise UserError(f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {why}")
+        raise UserError(
+            f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {why}"
+        )
 
 
-def _native_loader(config: EngineConfig, checkpoint: Checkpoint, model: DecoderConfig, dtype: torch.dtype,
-                   device: torch.device) -> NativeLoader:
+def _native_loader(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> NativeLoader:
     pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
-    keep = config.prepared_cache if config.quantize is None else None  # what is quantized at load has no path
+    keep = (
+        config.prepared_cache if config.quantize is None else None
+    )  # what is quantized at load has no path
     head_bits = config.lm_head_bits or _head_bits(config, checkpoint)
     cache = PreparedCache.of(checkpoint, keep, f"head {head_bits}") if keep else None
-    return NativeLoader(checkpoint, model, dtype, device, pool=pool, int8=config.cpu_activations == "int8",
-                        block_size=config.block_size, head_bits=head_bits, cache=cache)
+    return NativeLoader(
+        checkpoint,
+        model,
+        dtype,
+        device,
+        pool=pool,
+        int8=config.cpu_activations == "int8",
+        block_size=config.block_size,
+        head_bits=head_bits,
+        cache=cache,
+    )
 
 
 def _head_bits(config: EngineConfig, checkpoint: Checkpoint) -> int:

@@ -29,12 +29,15 @@ class ScheduledRequest:
     @property
     def token_ids(self) -> list[int]:
         """The tokens to compute."""
-        return self.request.token_ids[self.start:self.end]
+        return self.request.token_ids[self.start : self.end]
 
     def slots(self, block_size: int) -> list[int]:
         """Where in the cache their keys and values go: block * block_size + offset."""
         table = self.request.block_table
-        return [table[p // block_size] * block_size + p % block_size for p in range(self.start, self.end)]
+        return [
+            table[p // block_size] * block_size + p % block_size
+            for p in range(self.start, self.end)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,9 @@ class StepResult:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     # One entry per computed prompt position p in the chunk, scoring token p + 1; the scheduler strings chunks together.
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)  # this request failed (NaN logits); its batch-mates did not
+    errors: dict[str, str] = field(
+        default_factory=dict
+    )  # this request failed (NaN logits); its batch-mates did not
 
 
 @runtime_checkable

@@ -75,7 +75,7 @@ class BlockPool:
             return matched
         parent = _root(salt)
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            parent = _chain(parent, token_ids[start:start + self.block_size])
+            parent = _chain(parent, token_ids[start : start + self.block_size])
             block = self._cached.get(parent)
             if block is None:
                 break
@@ -93,7 +93,9 @@ class BlockPool:
                 del self._free[block]
             self._refs[block] += 1
 
-    def commit(self, block_table: Sequence[int], index: int, token_ids: Sequence[int], salt: bytes = b"") -> None:
+    def commit(
+        self, block_table: Sequence[int], index: int, token_ids: Sequence[int], salt: bytes = b""
+    ) -> None:
         """Block `index` of this table is now full and computed; `token_ids` are its own block_size tokens.
 
         The blocks before it must have been committed (or matched) already: they carry the hash to chain from.
@@ -118,11 +120,17 @@ class BlockPool:
             name = self._hashes[block]
             serves = name is not None and self._cached.get(name) == block
             if refs != expected[block]:
-                raise RuntimeError(f"KV block {block}: {refs} references, but it is in {expected[block]} block tables")
+                raise RuntimeError(
+                    f"KV block {block}: {refs} references, but it is in {expected[block]} block tables"
+                )
             if (refs == 0) != (block in self._free):
-                raise RuntimeError(f"KV block {block}: {refs} references and {'' if refs else 'not '}in the free list")
+                raise RuntimeError(
+                    f"KV block {block}: {refs} references and {'' if refs else 'not '}in the free list"
+                )
             if refs == 0 and name is not None and not serves:
-                raise RuntimeError(f"KV block {block}: free, and keeps a hash that another block serves")
+                raise RuntimeError(
+                    f"KV block {block}: free, and keeps a hash that another block serves"
+                )
         if len(self._free) + sum(refs > 0 for refs in self._refs) != self.num_blocks:
             raise RuntimeError("the free list names a block that does not exist")
         for name, block in self._cached.items():

@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 class Scheduler:
     """Owns every request in the engine from `add` until it is finished, and the block pool with them."""
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int):
+    def __init__(
+        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    ):
         """max_model_len: tokens of prompt and output together; lowered here to what the pool can hold."""
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -40,7 +42,9 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
-        self._prompt_logprobs: dict[str, list[TokenLogprobs]] = {}  # the chunks so far, until they are sent
+        self._prompt_logprobs: dict[
+            str, list[TokenLogprobs]
+        ] = {}  # the chunks so far, until they are sent
         self._stats = EngineStats(num_blocks=pool.num_blocks)
 
     @property
@@ -54,8 +58,10 @@ class Scheduler:
         if not request.prompt_token_ids:
             raise ValueError("the prompt is empty")
         if request.num_tokens + 1 > self.max_model_len:
-            raise ValueError(f"the prompt has {request.num_tokens} tokens; the context of {self.max_model_len} "
-                             "tokens has no room for it and an answer")
+            raise ValueError(
+                f"the prompt has {request.num_tokens} tokens; the context of {self.max_model_len} "
+                "tokens has no room for it and an answer"
+            )
         self._requests[request.request_id] = request
         self.waiting.append(request)
         if request.params.prompt_logprobs is not None:
@@ -92,7 +98,9 @@ class Scheduler:
             error = result.errors.get(request.request_id)
             if error is not None:
                 self._finish(request, FinishReason.ERROR)
-                outputs.append(RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error))
+                outputs.append(
+                    RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+                )
                 continue
             if request.status is Status.RUNNING:
                 self._commit(item, result)
@@ -148,8 +156,12 @@ class Scheduler:
 
     def _hold_blocks(self, request: Request) -> bool:
         """Give a waiting request blocks for all its tokens, known prefixes first. False: not enough are free."""
-        scores_prompt = request.request_id in self._prompt_logprobs  # these need every prompt position computed
-        matched = [] if scores_prompt else self.pool.match_prefix(request.token_ids, request.cache_salt)
+        scores_prompt = (
+            request.request_id in self._prompt_logprobs
+        )  # these need every prompt position computed
+        matched = (
+            [] if scores_prompt else self.pool.match_prefix(request.token_ids, request.cache_salt)
+        )
         missing = self.pool.blocks_for(request.num_tokens) - len(matched)
         if missing + self.pool.num_idle(matched) > self.pool.num_free:
             return False
@@ -174,29 +186,35 @@ class Scheduler:
             self._prompt_logprobs[request.request_id] = []
         self._stats.num_preemptions += 1
         if self._stats.num_preemptions == 1:
-            logger.warning("the KV cache is full: a request was set back and will be computed again. If this happens "
-                           "often, raise --kv-cache-memory or lower --max-num-seqs")
+            logger.warning(
+                "the KV cache is full: a request was set back and will be computed again. If this happens "
+                "often, raise --kv-cache-memory or lower --max-num-seqs"
+            )
 
     def _commit(self, item: ScheduledRequest, result: StepResult) -> None:
         """Full blocks may be shared from now on."""
         request, size = item.request, self.pool.block_size
         for index in range(item.start // size, item.end // size):
-            tokens = request.token_ids[index * size:(index + 1) * size]
+            tokens = request.token_ids[index * size : (index + 1) * size]
             self.pool.commit(request.block_table, index, tokens, request.cache_salt)
         if request.request_id in self._prompt_logprobs:
-            self._prompt_logprobs[request.request_id] += result.prompt_logprobs.get(request.request_id, [])
+            self._prompt_logprobs[request.request_id] += result.prompt_logprobs.get(
+                request.request_id, []
+            )
 
     def _take_token(self, item: ScheduledRequest, result: StepResult) -> RequestOutput:
         request = item.request
         request.token_ids[item.end] = token = result.tokens[request.request_id]
-        output = RequestOutput(request.request_id, [token], num_cached_tokens=request.num_cached_tokens)
+        output = RequestOutput(
+            request.request_id, [token], num_cached_tokens=request.num_cached_tokens
+        )
         if request.params.logprobs is not None:
             output.logprobs = [result.logprobs[request.request_id]]
         if request.request_id in self._prompt_logprobs:
             output.prompt_logprobs = [None, *self._prompt_logprobs.pop(request.request_id)]
         reason = self._finish_reason(request, token, item.end + 1)
         if reason is not None:
-            del request.token_ids[item.end + 1:]
+            del request.token_ids[item.end + 1 :]
             self._finish(request, reason)
             output.finish_reason, output.stop_reason = reason, request.stop_reason
         return output
@@ -213,7 +231,10 @@ class Scheduler:
         return FinishReason.LENGTH if self._is_full(request, num_tokens) else None
 
     def _is_full(self, request: Request, num_tokens: int) -> bool:
-        return num_tokens - request.num_prompt_tokens >= request.params.max_tokens or num_tokens >= self.max_model_len
+        return (
+            num_tokens - request.num_prompt_tokens >= request.params.max_tokens
+            or num_tokens >= self.max_model_len
+        )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is Status.RUNNING:

@@ -54,9 +54,15 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping] | None = None,
-           add_generation_prompt: bool = True, continue_final_message: bool = False,
-           variables: Mapping[str, Any] | None = None) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The prompt text of one conversation. `variables` are further names that the template may use.
 
     With continue_final_message the text ends within the last message, for the model to go on with. ValueError, fit
@@ -67,8 +73,12 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], *, tools: Seque
     chat = [dict(_plain(message)) for message in messages]
     if continue_final_message:
         _mark_end(chat)
-    seen = {**_plain(variables or {}), "messages": chat, "tools": _plain(tools),
-            "add_generation_prompt": add_generation_prompt}
+    seen = {
+        **_plain(variables or {}),
+        "messages": chat,
+        "tools": _plain(tools),
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
         text = _compile(template).render(seen)
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
@@ -83,7 +93,10 @@ def _compile(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
+        raise_exception=_raise_exception,
+        strftime_now=_strftime_now,
+        dict=_Dict(),
+        namespace=_Namespace,
     )
     return environment.from_string(template)
 
@@ -105,7 +118,9 @@ def _plain(value: Any) -> Any:
 def _mark_end(chat: list[dict]) -> None:
     content = chat[-1].get("content") if chat else None
     if isinstance(content, list):
-        texts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        texts = [
+            part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        ]
         if texts:
             texts[-1]["text"] += _CONTINUE_HERE
             return
@@ -118,13 +133,22 @@ def _cut_at_mark(text: str) -> str:
     at = text.rfind(_CONTINUE_HERE.strip())
     if at < 0:
         raise ValueError("continue_final_message: the chat template leaves out the last message")
-    kept = text[:at]  # a template that trims the message has eaten the mark's space, and then trims the message too
+    kept = text[
+        :at
+    ]  # a template that trims the message has eaten the mark's space, and then trims the message too
     return kept if text.startswith(_CONTINUE_HERE, at) else kept.rstrip()
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-             sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:
@@ -137,4 +161,6 @@ def _strftime_now(format_string: str) -> str:
 
 def _check_public(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a chat template may not store {name!r} on a namespace")
+        raise jinja2.exceptions.SecurityError(
+            f"a chat template may not store {name!r} on a namespace"
+        )

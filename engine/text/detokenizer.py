@@ -18,7 +18,9 @@ from ..request import SamplingParams
 from .tokenizer import Tokenizer
 
 _CONTEXT = 6  # prompt tokens to start from
-_MAX_PENDING = 8  # tokens; a character has at most 4 bytes, so longer runs are not text and are let go
+_MAX_PENDING = (
+    8  # tokens; a character has at most 4 bytes, so longer runs are not text and are let go
+)
 
 
 class Detokenizer:
@@ -29,7 +31,9 @@ class Detokenizer:
     token_offsets the position in the text, in characters, at which each token pushed began to be decoded
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ):
         self.stopped = False
         self.stop_reason: str | None = None
         self.token_offsets: list[int] = []
@@ -72,9 +76,9 @@ class Detokenizer:
 
     def _take(self, text: str) -> str:
         """What is new in the window's text; the window moves up to keep the tokens just read as context."""
-        new = text[len(self._read_text):]
+        new = text[len(self._read_text) :]
         if new:
-            self._window = self._window[self._num_read:]
+            self._window = self._window[self._num_read :]
             self._num_read = len(self._window)
             self._read_text = self._decode(self._window)
             self._length += len(new)
@@ -96,14 +100,18 @@ class Detokenizer:
             return text[:keep]
         start, stop = found
         self.stopped, self.stop_reason, self._held = True, stop, ""
-        return text[:start + len(stop)] if self._params.include_stop_str_in_output else text[:start]
+        return (
+            text[: start + len(stop)] if self._params.include_stop_str_in_output else text[:start]
+        )
 
 
 def _silent_ids(tokenizer: Tokenizer, params: SamplingParams) -> frozenset[int]:
     """Tokens that end the generation and are no part of its text. They can only come last."""
     if params.include_stop_str_in_output:
         return frozenset()
-    return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else tokenizer.eos_token_ids)
+    return frozenset(params.stop_token_ids) | frozenset(
+        () if params.ignore_eos else tokenizer.eos_token_ids
+    )
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:

@@ -28,17 +28,38 @@ from ...errors import CheckpointError
 from ...version import __version__
 from . import chat_template
 
-_HUB_FILES = ("tokenizer*", "special_tokens_map.json", "*config.json", "chat_template*", "vocab.json", "merges.txt",
-              "added_tokens.json")
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_HUB_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "*config.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+_ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _CACHE = Path("~/.cache/nibble/tokenizers")
 
 
 class Tokenizer:
     """One checkpoint's tokenizer. Thread-safe: nothing changes after construction."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str] | None = None, *,
-                 chat_templates: Mapping[str, str] | None = None, eos_token_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        chat_templates: Mapping[str, str] | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ):
         """`special_tokens`: role -> content. `chat_templates`: name -> Jinja source; "default", perhaps "tool_use"."""
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
@@ -51,17 +72,22 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None) -> "Tokenizer":
-        """Read the tokenizer of a local folder, a .gguf file or a Hub id. CheckpointError if it is missing or damaged.
-        """
+        """Read the tokenizer of a local folder, a .gguf file or a Hub id. CheckpointError if missing or damaged."""
         folder = _folder_of(model, revision)
         config = _read_json(folder / "tokenizer_config.json")
         fallback = _read_json(folder / "special_tokens_map.json")
         contents = {role: _content(config.get(role, fallback.get(role))) for role in _ROLES}
-        special_tokens = {role: content for role, content in contents.items() if content is not None}
+        special_tokens = {
+            role: content for role, content in contents.items() if content is not None
+        }
         backend = _load_backend(folder)
         _add_missing_tokens(backend, config, special_tokens)
-        return cls(backend, special_tokens, chat_templates=_read_chat_templates(folder, config),
-                   eos_token_ids=_read_eos_token_ids(folder))
+        return cls(
+            backend,
+            special_tokens,
+            chat_templates=_read_chat_templates(folder, config),
+            eos_token_ids=_read_eos_token_ids(folder),
+        )
 
     @property
     def bos_token(self) -> str | None:
@@ -107,9 +133,14 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None = None,
-                            add_generation_prompt: bool = True, continue_final_message: bool = False,
-                            **kwargs: Any) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
         """The prompt text of a conversation; encode it with add_special_tokens=False, the template wrote them.
 
         ValueError if the checkpoint has no chat template, or its template refuses the messages.
@@ -118,15 +149,24 @@ class Tokenizer:
         template = templates.get("tool_use") if tools else None
         template = template or templates.get("default")
         if template is None:
-            raise ValueError("this model has no chat template; use text completions, or serve its instruct version")
-        return chat_template.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt,
-                                    continue_final_message=continue_final_message,
-                                    variables={**self.special_tokens, **kwargs})
+            raise ValueError(
+                "this model has no chat template; use text completions, or serve its instruct version"
+            )
+        return chat_template.render(
+            template,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**self.special_tokens, **kwargs},
+        )
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The tokens that `decode` skips with skip_special_tokens."""
-        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+        return frozenset(
+            i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
+        )
 
 
 def _folder_of(model: str | Path, revision: str | None) -> Path:
@@ -149,8 +189,11 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"has no tokenizer to be found: {reason}", file=name,
-                              fix="give a folder, a .gguf file or a Hub id owner/name") from None
+        raise CheckpointError(
+            f"has no tokenizer to be found: {reason}",
+            file=name,
+            fix="give a folder, a .gguf file or a Hub id owner/name",
+        ) from None
 
 
 def _gguf_folder(file: Path) -> Path:
@@ -160,7 +203,9 @@ def _gguf_folder(file: Path) -> Path:
     folder = _cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
     if folder.is_dir():
         return folder
-    from ...quant.checkpoint import open_checkpoint  # these import torch, for the weights beside the tokenizer
+    from ...quant.checkpoint import (
+        open_checkpoint,
+    )  # these import torch, for the weights beside the tokenizer
     from ...quant.checkpoint.side_files import copy_side_files
 
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
@@ -193,20 +238,33 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
         try:
             return tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"is not a tokenizer: {error}".splitlines()[0], file=file,
-                                  fix="download it again") from None
+            raise CheckpointError(
+                f"is not a tokenizer: {error}".splitlines()[0], file=file, fix="download it again"
+            ) from None
     if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json")):
-        raise CheckpointError("has no tokenizer.json", file=folder, fix="copy it from the original model")
-    from transformers import AutoTokenizer  # seconds to import; only for checkpoints without tokenizer.json
+        raise CheckpointError(
+            "has no tokenizer.json", file=folder, fix="copy it from the original model"
+        )
+    from transformers import (
+        AutoTokenizer,
+    )  # seconds to import; only for checkpoints without tokenizer.json
 
     return AutoTokenizer.from_pretrained(folder).backend_tokenizer
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: dict, special_tokens: Mapping[str, str]) -> None:
+def _add_missing_tokens(
+    backend: tokenizers.Tokenizer, config: dict, special_tokens: Mapping[str, str]
+) -> None:
     """Tokens that the configuration names and tokenizer.json lacks, in the order of their ids, as transformers does."""
-    listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda entry: int(entry[0]))
-    tokens = [AddedToken(**{**entry, "special": entry.get("special", False)}) for _, entry in listed]
-    tokens += [AddedToken(content, special=True, normalized=False) for content in special_tokens.values()]
+    listed = sorted(
+        (config.get("added_tokens_decoder") or {}).items(), key=lambda entry: int(entry[0])
+    )
+    tokens = [
+        AddedToken(**{**entry, "special": entry.get("special", False)}) for _, entry in listed
+    ]
+    tokens += [
+        AddedToken(content, special=True, normalized=False) for content in special_tokens.values()
+    ]
     backend.add_tokens([token for token in tokens if backend.token_to_id(token.content) is None])
     backend.add_special_tokens([token for token in tokens if token.special])
 
@@ -215,7 +273,9 @@ def _read_chat_templates(folder: Path, config: dict) -> dict[str, str]:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return {"default": file.read_text(encoding="utf-8")}
-    found = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    found = config.get("chat_template") or _read_json(folder / "chat_template.json").get(
+        "chat_template"
+    )
     if isinstance(found, list):
         return {entry["name"]: entry["template"] for entry in found}
     return {"default": found} if found else {}
@@ -234,7 +294,9 @@ def _read_json(file: Path) -> dict:
     try:
         return msgspec.json.decode(file.read_bytes(), type=dict)
     except msgspec.DecodeError as error:
-        raise CheckpointError(f"is not a JSON object: {error}", file=file, fix="download it again") from None
+        raise CheckpointError(
+            f"is not a JSON object: {error}", file=file, fix="download it again"
+        ) from None
 
 
 def _content(token: str | Mapping[str, Any] | None) -> str | None:
@@ -246,7 +308,9 @@ def _byte_alphabet() -> dict[str, int]:
     """GPT-2's visible stand-ins for the 256 bytes: printable ones stand for themselves, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 def _bytes_of_byte_level(token: str) -> bytes:

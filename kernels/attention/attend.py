@@ -72,10 +72,36 @@ def _logits(products, factor, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def _walk(q, position, top, mass, acc, unit, begin, end, keys, values, key_scales, value_scales, table, kv_stride_block,
-          kv_stride_offset, scale_stride_block, scale_stride_offset, factor, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-          BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, TOKEN_SCALES: tl.constexpr,
-          WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr):
+def _walk(
+    q,
+    position,
+    top,
+    mass,
+    acc,
+    unit,
+    begin,
+    end,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    table,
+    kv_stride_block,
+    kv_stride_offset,
+    scale_stride_block,
+    scale_stride_offset,
+    factor,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """Keys begin..end-1 into (top, mass, acc): running maximum and mass of each row, and its weighted values.
 
     acc is in units of `unit`, which follows the largest value scale met. Unless MASKED, every row sees every key.
@@ -93,7 +119,9 @@ def _walk(q, position, top, mass, acc, unit, begin, end, keys, values, key_scale
         if HEAD_DIM == DIM:
             k = tl.load(keys + token[None, :] + dims[:, None])
         else:
-            k = tl.load(keys + token[None, :] + dims[:, None], mask=dims[:, None] < HEAD_DIM, other=0.0)
+            k = tl.load(
+                keys + token[None, :] + dims[:, None], mask=dims[:, None] < HEAD_DIM, other=0.0
+            )
         products = tl.dot(q, decode(k, COMPUTE, ASM))
         if TOKEN_SCALES:
             scale_at = block * scale_stride_block + offset * scale_stride_offset
@@ -122,30 +150,60 @@ def _walk(q, position, top, mass, acc, unit, begin, end, keys, values, key_scale
         elif HEAD_DIM == DIM:
             v = tl.load(values + token[:, None] + dims[None, :], mask=live[:, None], other=0.0)
         else:
-            v = tl.load(values + token[:, None] + dims[None, :],
-                        mask=live[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
+            v = tl.load(
+                values + token[:, None] + dims[None, :],
+                mask=live[:, None] & (dims[None, :] < HEAD_DIM),
+                other=0.0,
+            )
         acc = tl.dot(weights.to(COMPUTE), decode(v, COMPUTE, ASM), acc * shrink[:, None])
     return top, mass, acc, unit
 
 
 # One compilation whatever the batch is: sequences, and where in it the chunks start, change from step to step.
-@triton.jit(do_not_specialize=["num_seqs", "table_stride"],
-            do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lengths"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lengths"],
+)
 def attend_kernel(
     q,  # [T, num_heads, HEAD_DIM]
     out,  # the same; float32 [T, num_heads, SPLITS, HEAD_DIM] where SPLITS > 1
     split_mass,  # float32 [T, num_heads, SPLITS]: log2 of the mass; not used where SPLITS == 1
-    keys, values,  # [num_kv_heads, num_blocks, BLOCK_SIZE, HEAD_DIM]; uint8: the bits of e4m3fn
-    key_scales, value_scales,  # float32 [1] ("tensor") or [num_blocks, BLOCK_SIZE, num_kv_heads] ("token")
+    keys,
+    values,  # [num_kv_heads, num_blocks, BLOCK_SIZE, HEAD_DIM]; uint8: the bits of e4m3fn
+    key_scales,
+    value_scales,  # float32 [1] ("tensor") or [num_blocks, BLOCK_SIZE, num_kv_heads] ("token")
     sinks,  # [num_heads], logits that take part in the softmax and have no value
     block_tables,  # int32 [num_seqs, max_blocks]
     query_starts,  # int32 [num_seqs + 1]
     context_lengths,  # int32 [num_seqs], this step's tokens included; 0: an empty slot, whose result is zeros
-    num_seqs, q_stride_token, q_stride_head, out_stride_token, out_stride_head, kv_stride_head, kv_stride_block,
-    kv_stride_offset, scale_stride_block, scale_stride_offset, scale_stride_head, table_stride, softmax_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, PER_SEQ: tl.constexpr, SCALES: tl.constexpr,
-    HAS_SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr,
+    num_seqs,
+    q_stride_token,
+    q_stride_head,
+    out_stride_token,
+    out_stride_head,
+    kv_stride_head,
+    kv_stride_block,
+    kv_stride_offset,
+    scale_stride_block,
+    scale_stride_offset,
+    scale_stride_head,
+    table_stride,
+    softmax_scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    PER_SEQ: tl.constexpr,
+    SCALES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid: (tiles, num_kv_heads, SPLITS). DIM: HEAD_DIM padded to a power of two. WINDOW, SOFT_CAP: 0 for none."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -203,13 +261,65 @@ def attend_kernel(
     if WINDOW == 0 and not PER_SEQ:
         masked_from = tl.maximum(first + 1, 0) // TILE * TILE
         top, mass, acc, unit = _walk(
-            q_tile, position, top, mass, acc, unit, begin, masked_from, keys, values, key_scales, value_scales, table,
-            kv_stride_block, kv_stride_offset, scale_stride_block, scale_stride_offset, key_factor, HEAD_DIM, DIM,
-            BLOCK_SIZE, TILE, False, SCALES == "token", WINDOW, SOFT_CAP, COMPUTE, ASM)
+            q_tile,
+            position,
+            top,
+            mass,
+            acc,
+            unit,
+            begin,
+            masked_from,
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            table,
+            kv_stride_block,
+            kv_stride_offset,
+            scale_stride_block,
+            scale_stride_offset,
+            key_factor,
+            HEAD_DIM,
+            DIM,
+            BLOCK_SIZE,
+            TILE,
+            False,
+            SCALES == "token",
+            WINDOW,
+            SOFT_CAP,
+            COMPUTE,
+            ASM,
+        )
     top, mass, acc, unit = _walk(
-        q_tile, position, top, mass, acc, unit, masked_from, end, keys, values, key_scales, value_scales, table,
-        kv_stride_block, kv_stride_offset, scale_stride_block, scale_stride_offset, key_factor, HEAD_DIM, DIM,
-        BLOCK_SIZE, TILE, True, SCALES == "token", WINDOW, SOFT_CAP, COMPUTE, ASM)
+        q_tile,
+        position,
+        top,
+        mass,
+        acc,
+        unit,
+        masked_from,
+        end,
+        keys,
+        values,
+        key_scales,
+        value_scales,
+        table,
+        kv_stride_block,
+        kv_stride_offset,
+        scale_stride_block,
+        scale_stride_offset,
+        key_factor,
+        HEAD_DIM,
+        DIM,
+        BLOCK_SIZE,
+        TILE,
+        True,
+        SCALES == "token",
+        WINDOW,
+        SOFT_CAP,
+        COMPUTE,
+        ASM,
+    )
 
     if SCALES == "token":
         value_factor *= unit
@@ -225,14 +335,27 @@ def attend_kernel(
 
 @triton.jit
 def reduce_kernel(
-    split_out, split_mass,  # what attend_kernel left
+    split_out,
+    split_mass,  # what attend_kernel left
     out,  # [T, num_heads, HEAD_DIM]
-    query_starts, context_lengths, out_stride_token, out_stride_head,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, MAX_QUERIES: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr,
+    query_starts,
+    context_lengths,
+    out_stride_token,
+    out_stride_head,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    MAX_QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """Grid: (num_seqs * MAX_QUERIES, num_heads). The splits of one query, weighted by their masses."""
-    seq, index, head = tl.program_id(0) // MAX_QUERIES, tl.program_id(0) % MAX_QUERIES, tl.program_id(1)
+    seq, index, head = (
+        tl.program_id(0) // MAX_QUERIES,
+        tl.program_id(0) % MAX_QUERIES,
+        tl.program_id(1),
+    )
     query_start = tl.load(query_starts + seq)
     num_queries = tl.load(query_starts + seq + 1) - query_start
     if index >= num_queries:
@@ -248,8 +371,14 @@ def reduce_kernel(
     top = tl.max(mass, 0)
     weights = tl.exp2(mass - tl.where(top == NONE, 0.0, top))
     total = tl.sum(weights, 0)
-    parts = tl.load(split_out + (row + splits)[:, None] * HEAD_DIM + dims[None, :],
-                    mask=live[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
+    parts = tl.load(
+        split_out + (row + splits)[:, None] * HEAD_DIM + dims[None, :],
+        mask=live[:, None] & (dims[None, :] < HEAD_DIM),
+        other=0.0,
+    )
     result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + token * out_stride_token + head * out_stride_head + dims, result.to(out.dtype.element_ty),
-             mask=dims < HEAD_DIM)
+    tl.store(
+        out + token * out_stride_token + head * out_stride_head + dims,
+        result.to(out.dtype.element_ty),
+        mask=dims < HEAD_DIM,
+    )

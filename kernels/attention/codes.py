@@ -30,7 +30,8 @@ def decode(codes, COMPUTE: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _int8(codes, ASM: tl.constexpr):
     if ASM:
-        return tl.inline_asm_elementwise("""
+        return tl.inline_asm_elementwise(
+            """
             {
                 .reg .b32 u, magic, bias;
                 xor.b32 u, $2, 0x80808080;
@@ -41,7 +42,13 @@ def _int8(codes, ASM: tl.constexpr):
                 sub.f16x2 $0, $0, bias;
                 sub.f16x2 $1, $1, bias;
             }
-            """, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+            """,
+            "=&r,=&r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
     else:
         return codes.to(tl.float16)
 
@@ -49,7 +56,8 @@ def _int8(codes, ASM: tl.constexpr):
 @triton.jit
 def _e4m3(bits, ASM: tl.constexpr):
     if ASM:
-        return tl.inline_asm_elementwise("""
+        return tl.inline_asm_elementwise(
+            """
             {
                 .reg .b32 s;
                 prmt.b32 $0, $2, 0, 0x1404;
@@ -61,7 +69,13 @@ def _e4m3(bits, ASM: tl.constexpr):
                 and.b32 s, s, 0x3f803f80;
                 lop3.b32 $1, $1, 0x80008000, s, 0xea;
             }
-            """, "=&r,=&r,r", [bits], dtype=tl.float16, is_pure=True, pack=4)
+            """,
+            "=&r,=&r,r",
+            [bits],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
     else:
         wide = bits.to(tl.uint16)
         return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)

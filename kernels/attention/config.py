@@ -34,7 +34,12 @@ def decode_config(cc: int, head_dim: int, rows: int, cache_bytes: int) -> TileCo
     if cc in LARGE_SHARED:
         warps = 8 if cc == 100 and dim == 128 and cache_bytes == 1 else 4  # four spill there
         return TileConfig(block_m, 64 if dim < 256 or cache_bytes == 1 else 32, warps, 3)
-    return TileConfig(block_m, 64 if dim <= 64 or (cache_bytes == 1 and dim <= 128) else 32, 4, 3 if dim < 256 else 2)
+    return TileConfig(
+        block_m,
+        64 if dim <= 64 or (cache_bytes == 1 and dim <= 128) else 32,
+        4,
+        3 if dim < 256 else 2,
+    )
 
 
 def prefill_config(cc: int, head_dim: int, group: int, cache_bytes: int) -> TileConfig:
@@ -54,13 +59,19 @@ def prefill_config(cc: int, head_dim: int, group: int, cache_bytes: int) -> Tile
         config = TileConfig(128, 64 if wide else 32, 8, 3 if cc == 80 else 2)
     else:
         config = TileConfig(64, 32, 8, 2)
-    return config if config.block_m >= least else TileConfig(least, config.tile, 8, config.num_stages)
+    return (
+        config if config.block_m >= least else TileConfig(least, config.tile, 8, config.num_stages)
+    )
 
 
-def num_splits(num_seqs: int, num_kv_heads: int, max_context: int, min_split: int, multiprocessors: int) -> int:
+def num_splits(
+    num_seqs: int, num_kv_heads: int, max_context: int, min_split: int, multiprocessors: int
+) -> int:
     """Programs that share the keys of one tile: about two per multiprocessor in all, a power of two, 64 at most.
 
     A function of maxima alone, so that a captured graph has one grid; short contexts leave splits unused.
     """
-    wanted = min(-(-2 * multiprocessors // (num_seqs * num_kv_heads)), -(-max_context // min_split), 64)
+    wanted = min(
+        -(-2 * multiprocessors // (num_seqs * num_kv_heads)), -(-max_context // min_split), 64
+    )
     return 1 << (max(wanted, 1).bit_length() - 1)

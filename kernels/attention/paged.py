@@ -34,13 +34,20 @@ class PagedCache:
 
     def __post_init__(self) -> None:
         keys, values = self.keys, self.values
-        _require(keys.dim() == 4 and keys.shape == values.shape and keys.stride() == values.stride(),
-                 f"keys {_form(keys)} and values {_form(values)} must have one shape and one layout "
-                 "[num_kv_heads, num_blocks, block_size, head_dim]")
+        _require(
+            keys.dim() == 4 and keys.shape == values.shape and keys.stride() == values.stride(),
+            f"keys {_form(keys)} and values {_form(values)} must have one shape and one layout "
+            "[num_kv_heads, num_blocks, block_size, head_dim]",
+        )
         _require(keys.stride(3) == 1, "the head_dim of the KV cache must be contiguous")
-        _require(keys.dtype == values.dtype and keys.dtype in (*ACTIVATIONS, FP8, torch.int8),
-                 f"KV cache of {keys.dtype} and {values.dtype}: use float16, bfloat16, float8_e4m3fn or int8")
-        _require(16 <= keys.shape[3] <= 256, f"head_dim {keys.shape[3]}: attention kernels take 16 to 256")
+        _require(
+            keys.dtype == values.dtype and keys.dtype in (*ACTIVATIONS, FP8, torch.int8),
+            f"KV cache of {keys.dtype} and {values.dtype}: use float16, bfloat16, float8_e4m3fn or int8",
+        )
+        _require(
+            16 <= keys.shape[3] <= 256,
+            f"head_dim {keys.shape[3]}: attention kernels take 16 to 256",
+        )
         self._check_scales()
 
     def _check_scales(self) -> None:
@@ -48,22 +55,37 @@ class PagedCache:
         if self.keys.dtype in ACTIVATIONS:
             _require(not scales, f"a KV cache of {self.keys.dtype} takes no scales")
             return
-        _require(len(scales) == 2, f"a KV cache of {self.keys.dtype} needs key_scales and value_scales")
+        _require(
+            len(scales) == 2, f"a KV cache of {self.keys.dtype} needs key_scales and value_scales"
+        )
         k, v = scales
         heads, blocks, size, _ = self.keys.shape
         shapes = [(blocks, size, heads)] + ([(1,)] if self.keys.dtype == FP8 else [])
-        _require(k.dtype == v.dtype == torch.float32 and k.shape == v.shape and tuple(k.shape) in shapes
-                 and k.stride() == v.stride() and k.device == v.device == self.keys.device,
-                 f"KV scales {_form(k)} and {_form(v)}: want float32 on {self.keys.device}, of shape "
-                 + " or ".join(map(str, shapes)))
+        _require(
+            k.dtype == v.dtype == torch.float32
+            and k.shape == v.shape
+            and tuple(k.shape) in shapes
+            and k.stride() == v.stride()
+            and k.device == v.device == self.keys.device,
+            f"KV scales {_form(k)} and {_form(v)}: want float32 on {self.keys.device}, of shape "
+            + " or ".join(map(str, shapes)),
+        )
 
     @property
     def scales(self) -> str:
-        """"none", "tensor" or "token"."""
-        return "none" if self.key_scales is None else "tensor" if self.key_scales.dim() == 1 else "token"
+        """ "none", "tensor" or "token"."""
+        return (
+            "none"
+            if self.key_scales is None
+            else "tensor"
+            if self.key_scales.dim() == 1
+            else "token"
+        )
 
 
-def allocate_scales(num_blocks: int, block_size: int, num_kv_heads: int, device: torch.device) -> Tensor:
+def allocate_scales(
+    num_blocks: int, block_size: int, num_kv_heads: int, device: torch.device
+) -> Tensor:
     """float32 zeros [num_blocks, block_size, num_kv_heads], a kv head's blocks after one another in memory."""
     return torch.zeros(num_kv_heads, num_blocks, block_size, device=device).permute(1, 2, 0)
 
@@ -85,16 +107,26 @@ class PagedBatch:
 
     def __post_init__(self) -> None:
         tables, starts, lengths = self.block_tables, self.query_starts, self.context_lengths
-        _require(tables.dim() == 2 and tables.stride(1) == 1 and starts.shape == (len(tables) + 1,)
-                 and lengths.shape == (len(tables),),
-                 f"block_tables {_form(tables)}, query_starts {_form(starts)}, context_lengths {_form(lengths)}: want "
-                 "[S, max_blocks], [S + 1] and [S]")
-        _require(tables.dtype == starts.dtype == lengths.dtype == torch.int32
-                 and tables.device == starts.device == lengths.device,
-                 "block_tables, query_starts and context_lengths must be int32 and on one device")
-        _require(0 <= self.num_decodes <= len(tables) and self.decode_queries >= 1 and self.max_context >= 0,
-                 f"num_decodes {self.num_decodes}, decode_queries {self.decode_queries}, max_context {self.max_context}"
-                 f" do not fit {len(tables)} sequences")
+        _require(
+            tables.dim() == 2
+            and tables.stride(1) == 1
+            and starts.shape == (len(tables) + 1,)
+            and lengths.shape == (len(tables),),
+            f"block_tables {_form(tables)}, query_starts {_form(starts)}, context_lengths {_form(lengths)}: want "
+            "[S, max_blocks], [S + 1] and [S]",
+        )
+        _require(
+            tables.dtype == starts.dtype == lengths.dtype == torch.int32
+            and tables.device == starts.device == lengths.device,
+            "block_tables, query_starts and context_lengths must be int32 and on one device",
+        )
+        _require(
+            0 <= self.num_decodes <= len(tables)
+            and self.decode_queries >= 1
+            and self.max_context >= 0,
+            f"num_decodes {self.num_decodes}, decode_queries {self.decode_queries}, max_context {self.max_context}"
+            f" do not fit {len(tables)} sequences",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +138,22 @@ class AttentionSpec:
     window: int | None = None
     soft_cap: float | None = None
     sinks: Tensor | None = None
-    splits: int | None = None  # a power of two; None: chosen. Results are the same in every batch only if it is given
+    splits: int | None = (
+        None  # a power of two; None: chosen. Results are the same in every batch only if it is given
+    )
 
     def __post_init__(self) -> None:
-        _require(self.window is None or self.window >= 1, f"sliding window {self.window}: must be 1 or more")
-        _require(self.soft_cap is None or self.soft_cap > 0, f"soft cap {self.soft_cap}: must be above 0")
-        _require(self.splits is None or self.splits in (1, 2, 4, 8, 16, 32, 64),
-                 f"{self.splits} splits: must be a power of two, 64 at most")
+        _require(
+            self.window is None or self.window >= 1,
+            f"sliding window {self.window}: must be 1 or more",
+        )
+        _require(
+            self.soft_cap is None or self.soft_cap > 0, f"soft cap {self.soft_cap}: must be above 0"
+        )
+        _require(
+            self.splits is None or self.splits in (1, 2, 4, 8, 16, 32, 64),
+            f"{self.splits} splits: must be a power of two, 64 at most",
+        )
 
 
 def paged_attention(q: Tensor, cache: PagedCache, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
@@ -128,51 +169,137 @@ def paged_attention(q: Tensor, cache: PagedCache, batch: PagedBatch, spec: Atten
     num_decodes, num_seqs = batch.num_decodes, len(batch.context_lengths)
     group, head_dim = q.shape[1] // cache.keys.shape[0], q.shape[2]
     if num_decodes:
-        config = decode_config(cc, head_dim, group * batch.decode_queries, cache.keys.element_size())
+        config = decode_config(
+            cc, head_dim, group * batch.decode_queries, cache.keys.element_size()
+        )
         max_context = batch.max_context or batch.block_tables.shape[1] * cache.keys.shape[2]
         seen = min(max_context, spec.window or max_context)
-        splits = spec.splits or num_splits(num_decodes, cache.keys.shape[0], seen, MIN_SPLIT, multiprocessors)
+        splits = spec.splits or num_splits(
+            num_decodes, cache.keys.shape[0], seen, MIN_SPLIT, multiprocessors
+        )
         _decode(q, out, cache, batch, spec, config, splits)
     if num_decodes < num_seqs:
         config = prefill_config(cc, head_dim, group, cache.keys.element_size())
         count = num_seqs - num_decodes
-        tiles = (q.shape[0] - num_decodes if num_decodes else q.shape[0]) // (config.block_m // group) + count
-        _attend(q, out, None, cache, batch, slice(num_decodes, num_seqs), spec, config, (tiles, 1), per_seq=False)
+        tiles = (q.shape[0] - num_decodes if num_decodes else q.shape[0]) // (
+            config.block_m // group
+        ) + count
+        _attend(
+            q,
+            out,
+            None,
+            cache,
+            batch,
+            slice(num_decodes, num_seqs),
+            spec,
+            config,
+            (tiles, 1),
+            per_seq=False,
+        )
     return out
 
 
-def _decode(q: Tensor, out: Tensor, cache: PagedCache, batch: PagedBatch, spec: AttentionSpec, config: TileConfig,
-            splits: int) -> None:
+def _decode(
+    q: Tensor,
+    out: Tensor,
+    cache: PagedCache,
+    batch: PagedBatch,
+    spec: AttentionSpec,
+    config: TileConfig,
+    splits: int,
+) -> None:
     seqs = slice(0, batch.num_decodes)
     if splits == 1:
-        _attend(q, out, None, cache, batch, seqs, spec, config, (batch.num_decodes, 1), per_seq=True)
+        _attend(
+            q, out, None, cache, batch, seqs, spec, config, (batch.num_decodes, 1), per_seq=True
+        )
         return
     _, num_heads, head_dim = q.shape
     rows = min(batch.num_decodes * batch.decode_queries, q.shape[0])
     parts = torch.empty(rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
     mass = torch.empty(rows, num_heads, splits, dtype=torch.float32, device=q.device)
-    _attend(q, parts, mass, cache, batch, seqs, spec, config, (batch.num_decodes, splits), per_seq=True)
+    _attend(
+        q, parts, mass, cache, batch, seqs, spec, config, (batch.num_decodes, splits), per_seq=True
+    )
     reduce_kernel[(batch.num_decodes * batch.decode_queries, num_heads)](
-        parts, mass, out, batch.query_starts, batch.context_lengths, out.stride(0), out.stride(1), HEAD_DIM=head_dim,
-        DIM=padded_dim(head_dim), MAX_QUERIES=batch.decode_queries, TILE=config.tile, SPLITS=splits,
-        MIN_SPLIT=MIN_SPLIT, WINDOW=spec.window or 0, num_warps=4)
+        parts,
+        mass,
+        out,
+        batch.query_starts,
+        batch.context_lengths,
+        out.stride(0),
+        out.stride(1),
+        HEAD_DIM=head_dim,
+        DIM=padded_dim(head_dim),
+        MAX_QUERIES=batch.decode_queries,
+        TILE=config.tile,
+        SPLITS=splits,
+        MIN_SPLIT=MIN_SPLIT,
+        WINDOW=spec.window or 0,
+        num_warps=4,
+    )
 
 
-def _attend(q: Tensor, out: Tensor, mass: Tensor | None, cache: PagedCache, batch: PagedBatch, seqs: slice,
-            spec: AttentionSpec, config: TileConfig, grid: tuple[int, int], per_seq: bool) -> None:
+def _attend(
+    q: Tensor,
+    out: Tensor,
+    mass: Tensor | None,
+    cache: PagedCache,
+    batch: PagedBatch,
+    seqs: slice,
+    spec: AttentionSpec,
+    config: TileConfig,
+    grid: tuple[int, int],
+    per_seq: bool,
+) -> None:
     num_kv_heads, _, block_size, head_dim = cache.keys.shape
     keys, values = _codes(cache.keys), _codes(cache.values)
-    tables, starts, lengths = batch.block_tables[seqs], batch.query_starts[seqs.start:], batch.context_lengths[seqs]
+    tables, starts, lengths = (
+        batch.block_tables[seqs],
+        batch.query_starts[seqs.start :],
+        batch.context_lengths[seqs],
+    )
     scale_strides = cache.key_scales.stride() if cache.scales == "token" else (0, 0, 0)
     interpreted = triton.knobs.runtime.interpret
     attend_kernel[(grid[0], num_kv_heads, grid[1])](
-        q, out, mass, keys, values, cache.key_scales, cache.value_scales, spec.sinks, tables, starts, lengths,
-        len(lengths), q.stride(0), q.stride(1), out.stride(0), out.stride(1), *keys.stride()[:3], *scale_strides,
-        tables.stride(0), spec.scale, GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim, DIM=padded_dim(head_dim),
-        BLOCK_SIZE=block_size, BLOCK_M=config.block_m, TILE=config.tile, SPLITS=grid[1], MIN_SPLIT=MIN_SPLIT,
-        PER_SEQ=per_seq, SCALES=cache.scales, HAS_SINKS=spec.sinks is not None, WINDOW=spec.window or 0,
-        SOFT_CAP=spec.soft_cap or 0.0, COMPUTE=_compute_type(q.dtype, interpreted), ASM=not interpreted,
-        num_warps=config.num_warps, num_stages=config.num_stages)
+        q,
+        out,
+        mass,
+        keys,
+        values,
+        cache.key_scales,
+        cache.value_scales,
+        spec.sinks,
+        tables,
+        starts,
+        lengths,
+        len(lengths),
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        *keys.stride()[:3],
+        *scale_strides,
+        tables.stride(0),
+        spec.scale,
+        GROUP=q.shape[1] // num_kv_heads,
+        HEAD_DIM=head_dim,
+        DIM=padded_dim(head_dim),
+        BLOCK_SIZE=block_size,
+        BLOCK_M=config.block_m,
+        TILE=config.tile,
+        SPLITS=grid[1],
+        MIN_SPLIT=MIN_SPLIT,
+        PER_SEQ=per_seq,
+        SCALES=cache.scales,
+        HAS_SINKS=spec.sinks is not None,
+        WINDOW=spec.window or 0,
+        SOFT_CAP=spec.soft_cap or 0.0,
+        COMPUTE=_compute_type(q.dtype, interpreted),
+        ASM=not interpreted,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def _compute_type(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
@@ -182,7 +309,9 @@ def _compute_type(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
 
 def _codes(cached: Tensor) -> Tensor:
     """FP8 as its bits where the card cannot convert it."""
-    return cached.view(torch.uint8) if cached.dtype == FP8 and _card(cached.device)[0] < 89 else cached
+    return (
+        cached.view(torch.uint8) if cached.dtype == FP8 and _card(cached.device)[0] < 89 else cached
+    )
 
 
 def _card(device: torch.device) -> tuple[int, int]:
@@ -195,20 +324,34 @@ def _card(device: torch.device) -> tuple[int, int]:
 
 def _check(q: Tensor, cache: PagedCache, batch: PagedBatch, spec: AttentionSpec) -> None:
     kv_heads, _, _, head_dim = cache.keys.shape
-    _require(q.dim() == 3 and q.dtype in ACTIVATIONS and q.stride(2) == 1 and len(q) > 0,
-             f"queries {_form(q)}: want float16 or bfloat16 [T, num_heads, head_dim], head_dim contiguous")
-    _require(q.shape[2] == head_dim and q.shape[1] % kv_heads == 0,
-             f"queries {_form(q)} do not fit keys {_form(cache.keys)}: same head_dim, a multiple of the kv heads")
-    _require(cache.keys.dtype == q.dtype or cache.keys.dtype not in ACTIVATIONS,
-             f"queries of {q.dtype} over a KV cache of {cache.keys.dtype}: they must agree")
-    _require(q.device == cache.keys.device == batch.block_tables.device,
-             f"queries on {q.device}, KV cache on {cache.keys.device}, block tables on {batch.block_tables.device}")
-    _require(q.device.type == "cuda" or triton.knobs.runtime.interpret,
-             f"Triton attention runs on a CUDA device, not on {q.device}")
-    _require(spec.sinks is None or (spec.sinks.shape == (q.shape[1],) and spec.sinks.device == q.device),
-             "sinks must be [num_heads], on the queries' device")
-    _require(_card(q.device)[0] >= 80 or q.dtype == torch.float16 or q.device.type != "cuda",
-             "bfloat16 attention needs compute capability 8.0 or later: use float16")
+    _require(
+        q.dim() == 3 and q.dtype in ACTIVATIONS and q.stride(2) == 1 and len(q) > 0,
+        f"queries {_form(q)}: want float16 or bfloat16 [T, num_heads, head_dim], head_dim contiguous",
+    )
+    _require(
+        q.shape[2] == head_dim and q.shape[1] % kv_heads == 0,
+        f"queries {_form(q)} do not fit keys {_form(cache.keys)}: same head_dim, a multiple of the kv heads",
+    )
+    _require(
+        cache.keys.dtype == q.dtype or cache.keys.dtype not in ACTIVATIONS,
+        f"queries of {q.dtype} over a KV cache of {cache.keys.dtype}: they must agree",
+    )
+    _require(
+        q.device == cache.keys.device == batch.block_tables.device,
+        f"queries on {q.device}, KV cache on {cache.keys.device}, block tables on {batch.block_tables.device}",
+    )
+    _require(
+        q.device.type == "cuda" or triton.knobs.runtime.interpret,
+        f"Triton attention runs on a CUDA device, not on {q.device}",
+    )
+    _require(
+        spec.sinks is None or (spec.sinks.shape == (q.shape[1],) and spec.sinks.device == q.device),
+        "sinks must be [num_heads], on the queries' device",
+    )
+    _require(
+        _card(q.device)[0] >= 80 or q.dtype == torch.float16 or q.device.type != "cuda",
+        "bfloat16 attention needs compute capability 8.0 or later: use float16",
+    )
 
 
 def _form(tensor: Tensor) -> str:

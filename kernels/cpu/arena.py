@@ -29,7 +29,9 @@ class Arena:
 
 
 def _new_chunk(nbytes: int) -> mmap.mmap:
-    chunk = mmap.mmap(-1, -(-nbytes // _CHUNK) * _CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    chunk = mmap.mmap(
+        -1, -(-nbytes // _CHUNK) * _CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         chunk.madvise(mmap.MADV_HUGEPAGE)
     return chunk

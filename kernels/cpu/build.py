@@ -23,7 +23,8 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 _ALWAYS = {"pool.cpp": [], "library.cpp": []}
 FLAGS = {  # by architecture
-    "x86_64": _ALWAYS | {
+    "x86_64": _ALWAYS
+    | {
         "isa_avx2.cpp": _AVX2,
         "isa_avxvnni.cpp": [*_AVX2, "-mavxvnni"],
         "isa_avx512vnni.cpp": _AVX512,
@@ -47,7 +48,9 @@ def source_hash() -> str | None:
     files = [*headers(), *(HERE / name for name in SOURCES)]
     if not all(file.is_file() for file in files):
         return None
-    return hashlib.sha256(b"\0".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
+    return hashlib.sha256(
+        b"\0".join(file.name.encode() + file.read_bytes() for file in files)
+    ).hexdigest()[:16]
 
 
 def architecture() -> str:
@@ -58,7 +61,9 @@ def architecture() -> str:
 
 def find_compiler() -> str:
     if architecture() not in FLAGS:
-        raise BuildError(f"there are no kernels for {architecture()}, only for {' and '.join(FLAGS)}")
+        raise BuildError(
+            f"there are no kernels for {architecture()}, only for {' and '.join(FLAGS)}"
+        )
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return path
@@ -76,13 +81,17 @@ def build(library: Path, compiler: str | None = None, extra: tuple[str, ...] = (
         linked.replace(library)
 
 
-def compile_objects(folder: Path, compiler: str, target: str, extra: tuple[str, ...] = ()) -> list[str]:
+def compile_objects(
+    folder: Path, compiler: str, target: str, extra: tuple[str, ...] = ()
+) -> list[str]:
     """The object files of a target architecture, in `folder`. compiler: a command, with its first arguments if it has
     any. Raises BuildError."""
     common = [*shlex.split(compiler), *_COMMON, f'-DNB_SOURCES="{source_hash()}"']
     objects = {name: str(folder / f"{name}.o") for name in FLAGS[target]}
-    commands = [[*common, *flags, *extra, "-c", str(HERE / name), "-o", objects[name]]
-                for name, flags in FLAGS[target].items()]
+    commands = [
+        [*common, *flags, *extra, "-c", str(HERE / name), "-o", objects[name]]
+        for name, flags in FLAGS[target].items()
+    ]
     with ThreadPoolExecutor() as pool:
         list(pool.map(run, commands))
     return list(objects.values())

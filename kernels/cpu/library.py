@@ -9,10 +9,14 @@ from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
 _ABI_VERSION = 2
-_HOW_TO_BUILD = "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
+_HOW_TO_BUILD = (
+    "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
+)
 
-_NEEDED_CPU = {"x86_64": "the C++ kernels need a CPU with AVX2",
-               "aarch64": "the C++ kernels need a CPU with the dot product instructions (asimddp in /proc/cpuinfo)"}
+_NEEDED_CPU = {
+    "x86_64": "the C++ kernels need a CPU with AVX2",
+    "aarch64": "the C++ kernels need a CPU with the dot product instructions (asimddp in /proc/cpuinfo)",
+}
 
 U4, U8, FP8, DENSE = range(4)  # NbFormat
 MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
@@ -20,36 +24,91 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # NbActivation
 
 
 class NbLinear(ctypes.Structure):
-    _fields_ = [("format", c_int32), ("offset", c_int32), ("n", c_int32), ("group", c_int32), ("groups", c_int32),
-                ("midpoint", c_int32), ("input", c_int32), ("multiplier", c_float), ("data", c_void_p),
-                ("scales", c_void_p), ("offsets", c_void_p), ("bias", c_void_p)]
+    _fields_ = [
+        ("format", c_int32),
+        ("offset", c_int32),
+        ("n", c_int32),
+        ("group", c_int32),
+        ("groups", c_int32),
+        ("midpoint", c_int32),
+        ("input", c_int32),
+        ("multiplier", c_float),
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+        ("bias", c_void_p),
+    ]
 
 
 class NbInput(ctypes.Structure):
-    _fields_ = [("k", c_int32), ("k_padded", c_int32), ("group", c_int32), ("sum_group", c_int32), ("perm", c_void_p)]
+    _fields_ = [
+        ("k", c_int32),
+        ("k_padded", c_int32),
+        ("group", c_int32),
+        ("sum_group", c_int32),
+        ("perm", c_void_p),
+    ]
 
 
 class NbSite(ctypes.Structure):
-    _fields_ = [("num_inputs", c_int32), ("num_linears", c_int32), ("inputs", NbInput * 3), ("linears", NbLinear * 3)]
+    _fields_ = [
+        ("num_inputs", c_int32),
+        ("num_linears", c_int32),
+        ("inputs", NbInput * 3),
+        ("linears", NbLinear * 3),
+    ]
 
 
 class NbLayer(ctypes.Structure):
-    _fields_ = [("input_norm", c_void_p), ("mlp_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p),
-                ("post_attention_norm", c_void_p), ("post_mlp_norm", c_void_p), ("rope", c_int32), ("window", c_int32),
-                ("qkv", NbSite), ("o", NbSite), ("gate_up", NbSite), ("down", NbSite)]
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("post_attention_norm", c_void_p),
+        ("post_mlp_norm", c_void_p),
+        ("rope", c_int32),
+        ("window", c_int32),
+        ("qkv", NbSite),
+        ("o", NbSite),
+        ("gate_up", NbSite),
+        ("down", NbSite),
+    ]
 
 
 class NbModel(ctypes.Structure):
-    _fields_ = [("hidden", c_int32), ("intermediate", c_int32), ("num_layers", c_int32), ("num_heads", c_int32),
-                ("num_kv_heads", c_int32), ("head_dim", c_int32), ("vocab", c_int32), ("activation", c_int32),
-                ("eps", c_float), ("attention_scale", c_float), ("embedding_scale", c_float), ("block_size", c_int32),
-                ("layers", POINTER(NbLayer)), ("embedding", c_void_p), ("norm", c_void_p), ("inv_freq", c_void_p * 2),
-                ("head", NbSite)]
+    _fields_ = [
+        ("hidden", c_int32),
+        ("intermediate", c_int32),
+        ("num_layers", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("vocab", c_int32),
+        ("activation", c_int32),
+        ("eps", c_float),
+        ("attention_scale", c_float),
+        ("embedding_scale", c_float),
+        ("block_size", c_int32),
+        ("layers", POINTER(NbLayer)),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("inv_freq", c_void_p * 2),
+        ("head", NbSite),
+    ]
 
 
 class NbBatch(ctypes.Structure):
-    _fields_ = [("num_tokens", c_int32), ("num_items", c_int32), ("tokens", c_void_p), ("items", c_void_p),
-                ("tables", c_void_p), ("cache", c_void_p), ("num_blocks", c_int64), ("cache_int8", c_int32)]
+    _fields_ = [
+        ("num_tokens", c_int32),
+        ("num_items", c_int32),
+        ("tokens", c_void_p),
+        ("items", c_void_p),
+        ("tables", c_void_p),
+        ("cache", c_void_p),
+        ("num_blocks", c_int64),
+        ("cache_int8", c_int32),
+    ]
 
 
 _FUNCTIONS = {
@@ -76,7 +135,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"the C++ kernels do not load ({error}): {_HOW_TO_BUILD}"
-    if library.nb_abi_version() != _ABI_VERSION or source_hash() not in (None, library.nb_build().decode()):
+    if library.nb_abi_version() != _ABI_VERSION or source_hash() not in (
+        None,
+        library.nb_build().decode(),
+    ):
         return None, f"the C++ kernels were built from other sources than these: {_HOW_TO_BUILD}"
     if not library.nb_isas():
         return None, _NEEDED_CPU[architecture()]

@@ -17,7 +17,9 @@ from . import library as lib
 from .arena import Arena
 from .library import NbInput, NbLinear, NbSite, Pool
 
-LAYOUT = 2  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
+LAYOUT = (
+    2  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
+)
 _INT_GROUP, _WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
 _HEAD_GROUP = 32  # of an 8-bit output head: with 64, what rounding it costs is twice as much
 
@@ -83,8 +85,16 @@ def quantize_head(weight: Tensor) -> QuantizedWeight:
     rows, columns = weight.shape
     groups = F.pad(weight.float(), (0, -columns % _HEAD_GROUP)).view(rows, -1, _HEAD_GROUP)
     scales = (groups.abs().amax(-1) / 127).half()
-    codes = (groups / scales.float().clamp_min(1e-12)[..., None]).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
-    return QuantizedWeight(codes.view(rows, -1)[:, :columns].contiguous(), scales, bits=8, block=(1, _HEAD_GROUP))
+    codes = (
+        (groups / scales.float().clamp_min(1e-12)[..., None])
+        .round_()
+        .clamp_(-127, 127)
+        .add_(128)
+        .to(torch.uint8)
+    )
+    return QuantizedWeight(
+        codes.view(rows, -1)[:, :columns].contiguous(), scales, bits=8, block=(1, _HEAD_GROUP)
+    )
 
 
 def _kernel_group(weight: QuantizedWeight) -> int | None:
@@ -111,7 +121,7 @@ def _by_group(values: Tensor, weight: QuantizedWeight, group: int) -> Tensor:
     """Scales (zeros, minima) of a weight's blocks -> [n/16, groups, 16], one for every kernel group."""
     rows, columns = weight.block
     if rows != 1:
-        values = values.repeat_interleave(rows, 0)[:weight.out_features]
+        values = values.repeat_interleave(rows, 0)[: weight.out_features]
     starts = torch.arange(0, weight.in_features, group)
     values = values[:, starts // columns]
     values = F.pad(values, (0, 0, 0, -len(values) % 16))
@@ -121,14 +131,28 @@ def _by_group(values: Tensor, weight: QuantizedWeight, group: int) -> Tensor:
 def _integer(weight: QuantizedWeight, group: int) -> Prepared:
     if weight.bits <= 4:
         pairs = _tiles(weight.codes, 8).unflatten(3, (2, 4))
-        format, tiles = lib.U4, (pairs[:, :, :, 0] | (pairs[:, :, :, 1] << 4)).transpose(1, 2).contiguous()
+        format, tiles = (
+            lib.U4,
+            (pairs[:, :, :, 0] | (pairs[:, :, :, 1] << 4)).transpose(1, 2).contiguous(),
+        )
     else:
         format, tiles = lib.U8, _tiles(weight.codes, 4).transpose(1, 2).contiguous()
-    largest = max(float(t.float().abs().max()) for t in (weight.scales, weight.mins) if t is not None)
+    largest = max(
+        float(t.float().abs().max()) for t in (weight.scales, weight.mins) if t is not None
+    )
     exponent = 14 - math.ceil(math.log2(largest)) if largest > 0 else 0
     scales = _by_group(weight.scales.float() * 2.0**exponent, weight, group).half()
-    prepared = Prepared(format, weight.out_features, weight.in_features, group, tiles, scales,
-                        midpoint=2 ** (weight.bits - 1), multiplier=2.0**-exponent, perm=_perm(weight))
+    prepared = Prepared(
+        format,
+        weight.out_features,
+        weight.in_features,
+        group,
+        tiles,
+        scales,
+        midpoint=2 ** (weight.bits - 1),
+        multiplier=2.0**-exponent,
+        perm=_perm(weight),
+    )
     if weight.mins is not None:
         prepared.offset, prepared.midpoint = lib.MINS, 0
         prepared.offsets = _by_group(weight.mins.float() * 2.0**exponent, weight, group).half()
@@ -140,8 +164,16 @@ def _integer(weight: QuantizedWeight, group: int) -> Prepared:
 def _fp8(weight: QuantizedWeight, group: int) -> Prepared:
     tiles = _tiles(weight.codes.view(torch.uint8), 2).permute(0, 2, 3, 1).contiguous()
     scales = _by_group(weight.scales.float(), weight, group)
-    return Prepared(lib.FP8, weight.out_features, weight.in_features, group, tiles, scales, multiplier=256.0,
-                    perm=_perm(weight))
+    return Prepared(
+        lib.FP8,
+        weight.out_features,
+        weight.in_features,
+        group,
+        tiles,
+        scales,
+        multiplier=256.0,
+        perm=_perm(weight),
+    )
 
 
 def _perm(weight: QuantizedWeight) -> Tensor | None:
@@ -169,8 +201,20 @@ class Site:
             site.inputs[i] = NbInput(first.k, first.k_padded, group, sums, pointer(first.perm))
         for i, w in enumerate(self.linears):
             chosen = next(j for j, first in enumerate(self.inputs) if self._same_input(w, first))
-            site.linears[i] = NbLinear(w.format, w.offset, w.n, w.group, w.groups, w.midpoint, chosen, w.multiplier,
-                                       pointer(w.data), pointer(w.scales), pointer(w.offsets), pointer(w.bias))
+            site.linears[i] = NbLinear(
+                w.format,
+                w.offset,
+                w.n,
+                w.group,
+                w.groups,
+                w.midpoint,
+                chosen,
+                w.multiplier,
+                pointer(w.data),
+                pointer(w.scales),
+                pointer(w.offsets),
+                pointer(w.bias),
+            )
         return site
 
     def _input_groups(self, linear: Prepared) -> tuple[int, int]:
@@ -181,14 +225,17 @@ class Site:
 
     def _same_input(self, a: Prepared, b: Prepared) -> bool:
         same_perm = (a.perm is None and b.perm is None) or (
-            a.perm is not None and b.perm is not None and torch.equal(a.perm, b.perm))
+            a.perm is not None and b.perm is not None and torch.equal(a.perm, b.perm)
+        )
         return same_perm and self._input_groups(a) == self._input_groups(b)
 
     def __call__(self, pool: Pool, x: Tensor) -> Tensor:
         """x float32 [rows, k] -> float32 [rows, outputs of all linears]. For tests and other single products."""
         x = x.float().contiguous()
         y = torch.empty(len(x), sum(w.n for w in self.linears))
-        pool.library.nb_linear(pool.handle, ctypes.byref(self.struct()), x.data_ptr(), len(x), y.data_ptr())
+        pool.library.nb_linear(
+            pool.handle, ctypes.byref(self.struct()), x.data_ptr(), len(x), y.data_ptr()
+        )
         return y
 
 

@@ -14,7 +14,9 @@ from ...quant.weight import QuantizedWeight
 from ..reference import DenseKernel
 from ..spec import LinearSpec
 
-_TYPICAL_ROWS = 8  # rows oneDNN should expect; the order of a reordered weight depends on it a little
+_TYPICAL_ROWS = (
+    8  # rows oneDNN should expect; the order of a reordered weight depends on it a little
+)
 
 
 class OneDnnDenseKernel(DenseKernel):
@@ -34,7 +36,9 @@ class OneDnnDenseKernel(DenseKernel):
         return None
 
     def prepare(self, weight: QuantizedWeight | Tensor, spec: LinearSpec) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(super().prepare(weight, spec).contiguous(), _TYPICAL_ROWS)
+        return torch.ops.mkldnn._reorder_linear_weight(
+            super().prepare(weight, spec).contiguous(), _TYPICAL_ROWS
+        )
 
     def apply(self, x: Tensor, prepared: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, prepared, bias, "none", [], "")
@@ -77,14 +81,18 @@ class Int4PackKernel:
         else:
             offsets = torch.zeros_like(scales)
         packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
-        pairs = torch.stack((scales, offsets), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+        pairs = (
+            torch.stack((scales, offsets), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+        )
         return _Int4Packed(packed, pairs, weight.group_size, weight.perm)
 
     def apply(self, x: Tensor, prepared: _Int4Packed, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if prepared.perm is not None:
             rows = rows.index_select(1, prepared.perm)
-        y = torch._weight_int4pack_mm_for_cpu(rows, prepared.codes, prepared.group_size, prepared.scales_and_offsets)
+        y = torch._weight_int4pack_mm_for_cpu(
+            rows, prepared.codes, prepared.group_size, prepared.scales_and_offsets
+        )
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], -1)

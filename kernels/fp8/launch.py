@@ -23,18 +23,41 @@ def quantize(x: Tensor, group: int, static: Tensor | None = None) -> tuple[Tenso
     rows, width = x.shape
     codes = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     count = -(-width // group) if group else 1
-    scales = static if static is not None else torch.empty(count, rows, dtype=torch.float32, device=x.device)
+    scales = (
+        static
+        if static is not None
+        else torch.empty(count, rows, dtype=torch.float32, device=x.device)
+    )
     block = CHUNK if static is not None else group or triton.next_power_of_2(width)
     together = max(1, CHUNK // block)
     programs = triton.cdiv(width, block * together)
     products.quantize[(rows, programs)](
-        x, bytes_of(codes), scales, x.stride(0), rows, width, count, GROUP=block, GROUPS=together,
-        STATIC=static is not None, NATIVE_FP8=native_fp8(x), num_warps=warps(block * together))
+        x,
+        bytes_of(codes),
+        scales,
+        x.stride(0),
+        rows,
+        width,
+        count,
+        GROUP=block,
+        GROUPS=together,
+        STATIC=static is not None,
+        NATIVE_FP8=native_fp8(x),
+        num_warps=warps(block * together),
+    )
     return codes, static.expand(rows, 1) if static is not None else scales.t()
 
 
-def gemm(x: Tensor, x_scales: Tensor | None, weight: Fp8Weight, bias: Tensor | None, dtype: torch.dtype, tile: Tile,
-         promote: bool, processors: int) -> Tensor:
+def gemm(
+    x: Tensor,
+    x_scales: Tensor | None,
+    weight: Fp8Weight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+    promote: bool,
+    processors: int,
+) -> Tensor:
     """x [M, K] -> y [M, N] in `dtype`. x is e4m3 with x_scales float32 [M, groups], or of 16 bits with None: then the
     product quantizes what it reads, a scale per row and trip, or the weight's static scale."""
     rows = x.shape[0]
@@ -49,16 +72,49 @@ def gemm(x: Tensor, x_scales: Tensor | None, weight: Fp8Weight, bias: Tensor | N
     y = torch.empty(rows, weight.out_features, dtype=dtype, device=x.device)
     partials = y.new_empty((parts, *y.shape), dtype=torch.float32) if parts > 1 else y
     own = "no" if x_scales is not None else "static" if weight.input_scale is not None else "group"
-    scales = x_scales if x_scales is not None else weight.input_scale if own == "static" else weight.scales
+    scales = (
+        x_scales
+        if x_scales is not None
+        else weight.input_scale
+        if own == "static"
+        else weight.scales
+    )
     by_row, by_group = x_scales.stride() if x_scales is not None else (0, 0)
     products.gemm[(programs, parts)](
-        x, scales, weight.codes, weight.scales, bias, y, partials, weight.locks, rows, weight.out_features,
-        weight.in_features, x.stride(0), weight.codes.stride(0), weight.scales.stride(0), by_row, by_group, trips,
-        QUANTIZE=own, X_GROUP=weight.x_group if own == "no" and x_scales.shape[1] > 1 else 0,
-        W_ROWS=weight.block_rows, W_GROUP=weight.group, HAS_BIAS=bias is not None,
-        EVEN_K=weight.in_features % step == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=step, SPLIT_K=parts,
-        SWAP=tile.swap, PROMOTE=promote, NATIVE_FP8=native_fp8(x), GROUP_M=GROUP_M, num_warps=tile.warps,
-        num_stages=tile.stages)
+        x,
+        scales,
+        weight.codes,
+        weight.scales,
+        bias,
+        y,
+        partials,
+        weight.locks,
+        rows,
+        weight.out_features,
+        weight.in_features,
+        x.stride(0),
+        weight.codes.stride(0),
+        weight.scales.stride(0),
+        by_row,
+        by_group,
+        trips,
+        QUANTIZE=own,
+        X_GROUP=weight.x_group if own == "no" and x_scales.shape[1] > 1 else 0,
+        W_ROWS=weight.block_rows,
+        W_GROUP=weight.group,
+        HAS_BIAS=bias is not None,
+        EVEN_K=weight.in_features % step == 0,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=step,
+        SPLIT_K=parts,
+        SWAP=tile.swap,
+        PROMOTE=promote,
+        NATIVE_FP8=native_fp8(x),
+        GROUP_M=GROUP_M,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return y
 
 
@@ -69,16 +125,28 @@ def tile_width(tile: Tile, weight: Fp8Weight) -> int:
 
 def _check(x: Tensor, x_scales: Tensor | None, weight: Fp8Weight) -> None:
     if x.dim() != 2 or x.shape[1] != weight.in_features or x.stride(1) != 1:
-        raise ValueError(f"activations {tuple(x.shape)} must be rows of {weight.in_features} contiguous features")
+        raise ValueError(
+            f"activations {tuple(x.shape)} must be rows of {weight.in_features} contiguous features"
+        )
     if x.device != weight.codes.device:
         raise ValueError(f"activations are on {x.device}, the weight on {weight.codes.device}")
     if x_scales is None:
         if x.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"activations must be float16, bfloat16, or e4m3 codes with their scales, not {x.dtype}")
+            raise ValueError(
+                f"activations must be float16, bfloat16, or e4m3 codes with their scales, not {x.dtype}"
+            )
         return
     groups = -(-weight.in_features // weight.x_group) if weight.x_group else 1
     if x.dtype != torch.float8_e4m3fn or x_scales.dtype != torch.float32:
-        raise ValueError(f"codes must be float8_e4m3fn and scales float32, not {x.dtype} and {x_scales.dtype}")
-    if x_scales.dim() != 2 or x_scales.shape[0] != x.shape[0] or x_scales.shape[1] not in (1, groups):
-        raise ValueError(f"scales {tuple(x_scales.shape)} must be ({x.shape[0]}, 1), a scale per row, or "
-                         f"({x.shape[0]}, {groups}), one per {weight.x_group or weight.in_features} features")
+        raise ValueError(
+            f"codes must be float8_e4m3fn and scales float32, not {x.dtype} and {x_scales.dtype}"
+        )
+    if (
+        x_scales.dim() != 2
+        or x_scales.shape[0] != x.shape[0]
+        or x_scales.shape[1] not in (1, groups)
+    ):
+        raise ValueError(
+            f"scales {tuple(x_scales.shape)} must be ({x.shape[0]}, 1), a scale per row, or "
+            f"({x.shape[0]}, {groups}), one per {weight.x_group or weight.in_features} features"
+        )

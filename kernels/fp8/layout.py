@@ -27,7 +27,9 @@ TILE_OUT = 64  # outputs of the narrowest tile
 class Fp8Weight:
     codes: Tensor  # float8_e4m3fn [out, padded_in]
     scales: Tensor  # see above
-    input_scale: Tensor | None  # float32 [1] where the format has a static scale for the activations
+    input_scale: (
+        Tensor | None
+    )  # float32 [1] where the format has a static scale for the activations
     in_features: int
     block_rows: int  # outputs that share a scale
     group: int  # features of a weight that share a scale; 0: all
@@ -57,7 +59,9 @@ def fp8_weight(weight: QuantizedWeight) -> Fp8Weight:
     out_features, in_features = weight.codes.shape
     group, x_group = groups(weight.block[1], in_features, weight.act_quant)
     if step(group, x_group) < MIN_STEP:
-        raise ValueError(f"no FP8 product for groups of {weight.group_size}; the kernel's can_implement says so")
+        raise ValueError(
+            f"no FP8 product for groups of {weight.group_size}; the kernel's can_implement says so"
+        )
     padded = -(-in_features // STEP) * STEP
     codes = weight.codes.contiguous()
     if padded != in_features:
@@ -69,5 +73,14 @@ def fp8_weight(weight: QuantizedWeight) -> Fp8Weight:
         scales, rows = scales.reshape(-1).repeat_interleave(rows)[:out_features].contiguous(), 1
     static = weight.input_scale if weight.act_quant == "tensor" else None
     locks = torch.zeros(8 * -(-out_features // TILE_OUT), dtype=torch.int32, device=codes.device)
-    return Fp8Weight(codes, scales, None if static is None else static.float(), in_features, rows, group, x_group,
-                     step(group, x_group), locks)
+    return Fp8Weight(
+        codes,
+        scales,
+        None if static is None else static.float(),
+        in_features,
+        rows,
+        group,
+        x_group,
+        step(group, x_group),
+        locks,
+    )

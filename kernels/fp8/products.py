@@ -14,11 +14,19 @@ from ..gptq.products import finish
 
 
 @triton.jit
-def quantize(x,  # [M, K] float16 or bfloat16
-             codes,  # uint8 [M, K], bits of e4m3
-             scales,  # float32 [groups, M]; static: read, [1]
-             x_stride, M, K, groups,
-             GROUP: tl.constexpr, GROUPS: tl.constexpr, STATIC: tl.constexpr, NATIVE_FP8: tl.constexpr):
+def quantize(
+    x,  # [M, K] float16 or bfloat16
+    codes,  # uint8 [M, K], bits of e4m3
+    scales,  # float32 [groups, M]; static: read, [1]
+    x_stride,
+    M,
+    K,
+    groups,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STATIC: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
     """Codes and scales of a row, GROUPS groups of GROUP features a program (static: no group means anything).
     Grid (M, ceil(groups / GROUPS))."""
     row = tl.program_id(0).to(tl.int64)
@@ -55,36 +63,65 @@ def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
 
 
 @triton.jit
-def gemm(x,  # [M, K] e4m3, or 16 bits where the product quantizes
-         x_scales,  # float32: row m, group g at m * x_scale_row + g * x_scale_group
-         weight,  # [N, weight_stride] e4m3, columns from K on are 0
-         w_scales,  # float32 [blocks of rows, blocks of columns] or [N]
-         bias,  # [N] like y
-         y,  # [M, N] float16 or bfloat16
-         partials,  # float32 [SPLIT_K, M, N]
-         locks, M, N, K, x_stride, weight_stride, w_scale_stride, x_scale_row, x_scale_group, trips,
-         QUANTIZE: tl.constexpr,  # x is quantized here: "no", "group" (a scale per row and trip) or "static"
-         X_GROUP: tl.constexpr, W_ROWS: tl.constexpr, W_GROUP: tl.constexpr,  # features (0: all) and rows to a scale
-         HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-         BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PROMOTE: tl.constexpr,
-         NATIVE_FP8: tl.constexpr, GROUP_M: tl.constexpr):
+def gemm(
+    x,  # [M, K] e4m3, or 16 bits where the product quantizes
+    x_scales,  # float32: row m, group g at m * x_scale_row + g * x_scale_group
+    weight,  # [N, weight_stride] e4m3, columns from K on are 0
+    w_scales,  # float32 [blocks of rows, blocks of columns] or [N]
+    bias,  # [N] like y
+    y,  # [M, N] float16 or bfloat16
+    partials,  # float32 [SPLIT_K, M, N]
+    locks,
+    M,
+    N,
+    K,
+    x_stride,
+    weight_stride,
+    w_scale_stride,
+    x_scale_row,
+    x_scale_group,
+    trips,
+    QUANTIZE: tl.constexpr,  # x is quantized here: "no", "group" (a scale per row and trip) or "static"
+    X_GROUP: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    W_GROUP: tl.constexpr,  # features (0: all) and rows to a scale
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
     """One tile of y. SWAP computes y^T = W x^T: few rows then need no padding to the 64 that a warp-group MMA has."""
     ONE_BLOCK: tl.constexpr = W_ROWS % BLOCK_N == 0  # the tile's rows of W share their scales
     SCALE_X: tl.constexpr = QUANTIZE == "group" or X_GROUP > 0 or (W_GROUP > 0 and ONE_BLOCK)
-    POLICY: tl.constexpr = "evict_first" if BLOCK_M <= 64 else ""  # weights that hardly anyone reads again
+    POLICY: tl.constexpr = (
+        "evict_first" if BLOCK_M <= 64 else ""
+    )  # weights that hardly anyone reads again
     tile, split = tl.program_id(0), tl.program_id(1)
     first_m, first_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    row, column = tl.minimum(m, M - 1), tl.minimum(n, N - 1)  # scales and weights past the end: any, never written
-    live = (m < M)[:, None]  # rows past the end are not read: a tile of one row would read it sixteen times
+    row, column = (
+        tl.minimum(m, M - 1),
+        tl.minimum(n, N - 1),
+    )  # scales and weights past the end: any, never written
+    live = (m < M)[
+        :, None
+    ]  # rows past the end are not read: a tile of one row would read it sixteen times
     x_at = x + row[:, None].to(tl.int64) * x_stride + k[None, :]
     w_at = weight + column[:, None].to(tl.int64) * weight_stride + k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for trip in range(split, trips, SPLIT_K):
         first = trip * BLOCK_K
-        a = tl.load(x_at + first, mask=live if EVEN_K else live & (first + k < K)[None, :], other=0.0)
+        a = tl.load(
+            x_at + first, mask=live if EVEN_K else live & (first + k < K)[None, :], other=0.0
+        )
         b = tl.load(w_at + first, eviction_policy=POLICY)
         x_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
         w_scale = tl.full((BLOCK_N,), 1.0, tl.float32)
@@ -100,7 +137,9 @@ def gemm(x,  # [M, K] e4m3, or 16 bits where the product quantizes
             x_scale *= tl.load(w_scales + first // W_GROUP + first_n // W_ROWS * w_scale_stride)
         elif W_GROUP:
             w_scale = tl.load(w_scales + first // W_GROUP + column // W_ROWS * w_scale_stride)
-        acc = _add_trip(acc, a, b, x_scale, w_scale, SCALE_X, W_GROUP and not ONE_BLOCK, SWAP, PROMOTE)
+        acc = _add_trip(
+            acc, a, b, x_scale, w_scale, SCALE_X, W_GROUP and not ONE_BLOCK, SWAP, PROMOTE
+        )
     if SWAP:
         acc = tl.trans(acc)
     if QUANTIZE != "group" and not X_GROUP:
@@ -111,8 +150,17 @@ def gemm(x,  # [M, K] e4m3, or 16 bits where the product quantizes
 
 
 @triton.jit
-def _add_trip(acc, a, b, x_scale, w_scale, SCALE_X: tl.constexpr, SCALE_W: tl.constexpr, SWAP: tl.constexpr,
-              PROMOTE: tl.constexpr):
+def _add_trip(
+    acc,
+    a,
+    b,
+    x_scale,
+    w_scale,
+    SCALE_X: tl.constexpr,
+    SCALE_W: tl.constexpr,
+    SWAP: tl.constexpr,
+    PROMOTE: tl.constexpr,
+):
     """acc + a b^T, times the scales of this trip: of each row of a, of each row of b."""
     left, right = (b, tl.trans(a)) if SWAP else (a, tl.trans(b))
     if SCALE_X or SCALE_W or PROMOTE:

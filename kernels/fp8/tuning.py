@@ -42,10 +42,14 @@ def table(device_name: str, cc: int) -> Table:
     own = FOLDER / file_name(device_name)
     if own.exists():
         return tables(own)[0]
-    return max((t for t in tables(FOLDER / "heuristic.json") if t.min_cc <= cc), key=lambda t: t.min_cc)
+    return max(
+        (t for t in tables(FOLDER / "heuristic.json") if t.min_cc <= cc), key=lambda t: t.min_cc
+    )
 
 
 def tables(file: Path) -> list[Table]:
     """Every table of a file."""
-    return [Table(**{**entry, "gemm": tuple(Tile(**tile) for tile in entry["gemm"])})
-            for entry in json.loads(file.read_text())]
+    return [
+        Table(**{**entry, "gemm": tuple(Tile(**tile) for tile in entry["gemm"])})
+        for entry in json.loads(file.read_text())
+    ]

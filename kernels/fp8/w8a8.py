@@ -62,8 +62,14 @@ class TritonFp8ActivationsKernel:
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         return multiply(rows, prepared, bias).view(*x.shape[:-1], prepared.weight.out_features)
 
-    def apply_codes(self, codes: Tensor, scales: Tensor, prepared: Prepared, bias: Tensor | None,
-                    dtype: torch.dtype) -> Tensor:
+    def apply_codes(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        prepared: Prepared,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """For who has quantized already: e4m3 codes [M, K]; float32 scales [M, 1], or [M, groups] where the format has
         groups -> [M, N] in `dtype`."""
         return multiply_codes(codes, scales, prepared, bias, dtype)
@@ -78,16 +84,29 @@ def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
     if rows == 0:
         return x.new_empty(0, weight.out_features)
     if rows <= chosen.quantize_rows:
-        return launch.gemm(x, None, weight, bias, x.dtype, chosen.tile(rows), chosen.promote, prepared.processors)
-    return multiply_codes(*launch.quantize(x, weight.x_group, weight.input_scale), prepared, bias, x.dtype)
+        return launch.gemm(
+            x, None, weight, bias, x.dtype, chosen.tile(rows), chosen.promote, prepared.processors
+        )
+    return multiply_codes(
+        *launch.quantize(x, weight.x_group, weight.input_scale), prepared, bias, x.dtype
+    )
 
 
-def multiply_codes(codes: Tensor, scales: Tensor, prepared: Prepared, bias: Tensor | None,
-                   dtype: torch.dtype) -> Tensor:
+def multiply_codes(
+    codes: Tensor, scales: Tensor, prepared: Prepared, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """codes [M, K], scales [M, groups] -> [M, N] in `dtype`."""
     from . import launch
 
     if codes.shape[0] == 0:
         return codes.new_empty((0, prepared.weight.out_features), dtype=dtype)
-    return launch.gemm(codes, scales, prepared.weight, bias, dtype, prepared.table.tile(codes.shape[0]),
-                       prepared.table.promote, prepared.processors)
+    return launch.gemm(
+        codes,
+        scales,
+        prepared.weight,
+        bias,
+        dtype,
+        prepared.table.tile(codes.shape[0]),
+        prepared.table.promote,
+        prepared.processors,
+    )

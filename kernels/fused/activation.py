@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import CODES, FLOATS, bytes_of, empty_codes, native_fp8, need, need_rows, row_scale, to_code, warps
+from .rows import (
+    CODES,
+    FLOATS,
+    bytes_of,
+    empty_codes,
+    native_fp8,
+    need,
+    need_rows,
+    row_scale,
+    to_code,
+    warps,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 MAX_QUANTIZED_WIDTH = 32768  # a row in the registers of one program
@@ -36,7 +47,11 @@ def _gated_kernel(
     out_ptr,  # [T, WIDTH]: 16 bits, or codes int8 or uint8
     scale_ptr,  # float32 [T]
     gate_up_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, CODE: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CODE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +69,9 @@ def _gated_kernel(
         tl.store(out, to_code(y * (1.0 / scale), CODE, NATIVE_FP8), mask=inside)
 
 
-def gated(gate_up: Tensor, activation: str, *, quantize: str = "none") -> tuple[Tensor, Tensor | None]:
+def gated(
+    gate_up: Tensor, activation: str, *, quantize: str = "none"
+) -> tuple[Tensor, Tensor | None]:
     """act(gate) * up. gate_up [T, 2 I] float16, bfloat16 or float32, gate in the first half of each row.
 
     activation: "silu" or "gelu_tanh". quantize: "none", "int8" or "fp8".
@@ -64,16 +81,36 @@ def gated(gate_up: Tensor, activation: str, *, quantize: str = "none") -> tuple[
     name = "gated"
     need_rows(name, "gate_up", gate_up, FLOATS, None, None)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    need(width > 0 and gate_up.shape[1] == 2 * width, name, f"gate_up has {gate_up.shape[1]} columns, not 2 halves")
-    need(activation in ACTIVATIONS, name, f"activation is {activation!r}, want one of {list(ACTIVATIONS)}")
+    need(
+        width > 0 and gate_up.shape[1] == 2 * width,
+        name,
+        f"gate_up has {gate_up.shape[1]} columns, not 2 halves",
+    )
+    need(
+        activation in ACTIVATIONS,
+        name,
+        f"activation is {activation!r}, want one of {list(ACTIVATIONS)}",
+    )
     need(quantize in CODES, name, f"quantize is {quantize!r}, want one of {list(CODES)}")
-    need(quantize == "none" or width <= MAX_QUANTIZED_WIDTH, name,
-         f"rows of {width} numbers; at most {MAX_QUANTIZED_WIDTH} can be quantized in one program")
+    need(
+        quantize == "none" or width <= MAX_QUANTIZED_WIDTH,
+        name,
+        f"rows of {width} numbers; at most {MAX_QUANTIZED_WIDTH} can be quantized in one program",
+    )
     out, scales = empty_codes((rows, width), quantize, gate_up)
     if rows:
         block = triton.next_power_of_2(width)
         block = block if quantize != "none" else min(block, PIECE)
         _gated_kernel[(rows, triton.cdiv(width, block))](
-            gate_up, bytes_of(out), scales, gate_up.stride(0), WIDTH=width, BLOCK=block, ACTIVATION=activation,
-            CODE=quantize, NATIVE_FP8=native_fp8(gate_up), num_warps=warps(block))
+            gate_up,
+            bytes_of(out),
+            scales,
+            gate_up.stride(0),
+            WIDTH=width,
+            BLOCK=block,
+            ACTIVATION=activation,
+            CODE=quantize,
+            NATIVE_FP8=native_fp8(gate_up),
+            num_warps=warps(block),
+        )
     return out, scales

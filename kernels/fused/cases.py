@@ -19,91 +19,243 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for code, native in (("none", False), ("int8", False), ("fp8", False), ("fp8", True)):
         cases += [_norm(width, code, native) for width in (576, 4096, 8192)]
-        cases += [_gated(width, activation, code, native) for width in (1536, 14336, 28672)
-                  for activation in ("silu", "gelu_tanh")]
-        cases += [_rope(code, native, code != "none", heads, dim, norm)
-                  for heads, dim, norm in ((9, 64, False), (32, 128, True), (4, 256, True), (32, 96, False))]
-    cases += [_norm(4096, "none", False, dtype="bf16", gemma=True), _norm(4096, "none", False, place=True),
-              _gated(14336, "silu", "none", False, dtype="bf16"),
-              _rope("fp8", True, False, 32, 128, True, dtype="bf16"),
-              _rope("none", False, False, 32, 128, True, dtype="bf16")]
-    return cases + _sample(False, False) + _sample(True, False) + _sample(True, True) + _state_cases()
+        cases += [
+            _gated(width, activation, code, native)
+            for width in (1536, 14336, 28672)
+            for activation in ("silu", "gelu_tanh")
+        ]
+        cases += [
+            _rope(code, native, code != "none", heads, dim, norm)
+            for heads, dim, norm in (
+                (9, 64, False),
+                (32, 128, True),
+                (4, 256, True),
+                (32, 96, False),
+            )
+        ]
+    cases += [
+        _norm(4096, "none", False, dtype="bf16", gemma=True),
+        _norm(4096, "none", False, place=True),
+        _gated(14336, "silu", "none", False, dtype="bf16"),
+        _rope("fp8", True, False, 32, 128, True, dtype="bf16"),
+        _rope("none", False, False, 32, 128, True, dtype="bf16"),
+    ]
+    return (
+        cases + _sample(False, False) + _sample(True, False) + _sample(True, True) + _state_cases()
+    )
 
 
-def _norm(width: int, code: str, native: bool, dtype: str = "fp16", gemma: bool = False,
-          place: bool = False) -> CompileCase:
+def _norm(
+    width: int,
+    code: str,
+    native: bool,
+    dtype: str = "fp16",
+    gemma: bool = False,
+    place: bool = False,
+) -> CompileCase:
     block = triton.next_power_of_2(width)
-    pointers = {"x_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "weight_ptr": "*fp32" if gemma else f"*{dtype}",
-                "post_weight_ptr": "*fp32" if gemma else None, "place_ptr": "*i32" if place else None,
-                "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
-                "scale_ptr": "*fp32" if code != "none" else None}
+    pointers = {
+        "x_ptr": f"*{dtype}",
+        "residual_ptr": f"*{dtype}",
+        "weight_ptr": "*fp32" if gemma else f"*{dtype}",
+        "post_weight_ptr": "*fp32" if gemma else None,
+        "place_ptr": "*i32" if place else None,
+        "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
+        "scale_ptr": "*fp32" if code != "none" else None,
+    }
     numbers = {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
-    constants = {"WIDTH": width, "BLOCK": block, "OFFSET": 1.0 if gemma else 0.0, "CODE": code, "NATIVE_FP8": native}
+    constants = {
+        "WIDTH": width,
+        "BLOCK": block,
+        "OFFSET": 1.0 if gemma else 0.0,
+        "CODE": code,
+        "NATIVE_FP8": native,
+    }
     extra = "-gemma" * gemma + "-place" * place
-    return _case(f"norm-{width}-{dtype}-{code}{extra}", _rms_norm_kernel, pointers, numbers, constants, warps(block))
+    return _case(
+        f"norm-{width}-{dtype}-{code}{extra}",
+        _rms_norm_kernel,
+        pointers,
+        numbers,
+        constants,
+        warps(block),
+    )
 
 
-def _gated(width: int, activation: str, code: str, native: bool, dtype: str = "fp16") -> CompileCase:
+def _gated(
+    width: int, activation: str, code: str, native: bool, dtype: str = "fp16"
+) -> CompileCase:
     block = triton.next_power_of_2(width)
     block = block if code != "none" else min(block, PIECE)
-    pointers = {"gate_up_ptr": f"*{dtype}", "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
-                "scale_ptr": "*fp32" if code != "none" else None}
-    constants = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation, "CODE": code, "NATIVE_FP8": native}
-    return _case(f"gated-{width}-{activation}-{dtype}-{code}", _gated_kernel, pointers, {"gate_up_stride": "i32"},
-                 constants, warps(block))
+    pointers = {
+        "gate_up_ptr": f"*{dtype}",
+        "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
+        "scale_ptr": "*fp32" if code != "none" else None,
+    }
+    constants = {
+        "WIDTH": width,
+        "BLOCK": block,
+        "ACTIVATION": activation,
+        "CODE": code,
+        "NATIVE_FP8": native,
+    }
+    return _case(
+        f"gated-{width}-{activation}-{dtype}-{code}",
+        _gated_kernel,
+        pointers,
+        {"gate_up_stride": "i32"},
+        constants,
+        warps(block),
+    )
 
 
-def _rope(code: str, native: bool, per_head: bool, heads: int, dim: int, norm: bool,
-          dtype: str = "fp16") -> CompileCase:
+def _rope(
+    code: str, native: bool, per_head: bool, heads: int, dim: int, norm: bool, dtype: str = "fp16"
+) -> CompileCase:
     pairs = triton.next_power_of_2(dim // 2)
     program_heads = min(triton.next_power_of_2(heads), PROGRAM // (2 * pairs))
     page = f"*{dtype}" if code == "none" else OUTPUTS[code]
     scale = "*fp32" if code != "none" else None
-    pointers = {"qkv_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64",
-                "slot_ptr": "*i64", "q_weight_ptr": f"*{dtype}" if norm else None,
-                "k_weight_ptr": f"*{dtype}" if norm else None, "keys_ptr": page, "values_ptr": page,
-                "key_scales_ptr": scale, "value_scales_ptr": scale}
+    pointers = {
+        "qkv_ptr": f"*{dtype}",
+        "cos_ptr": "*fp32",
+        "sin_ptr": "*fp32",
+        "position_ptr": "*i64",
+        "slot_ptr": "*i64",
+        "q_weight_ptr": f"*{dtype}" if norm else None,
+        "k_weight_ptr": f"*{dtype}" if norm else None,
+        "keys_ptr": page,
+        "values_ptr": page,
+        "key_scales_ptr": scale,
+        "value_scales_ptr": scale,
+    }
     numbers = dict.fromkeys(("qkv_stride", "table_stride", "block_size"), "i32") | {"eps": "fp32"}
-    numbers |= dict.fromkeys([f"{kind}_stride_{axis}" for kind in ("k", "v", "ks", "vs")
-                              for axis in (("h", "b", "o") if len(kind) == 1 else ("b", "o", "h"))], "i32")
-    constants = {"Q_HEADS": heads, "KV_HEADS": max(1, heads // 4), "DIM": dim, "ROTARY": dim, "HEADS": program_heads,
-                 "PAIRS": pairs, "OFFSET": 0.0, "CODE": code, "PER_HEAD": per_head, "NATIVE_FP8": native}
+    numbers |= dict.fromkeys(
+        [
+            f"{kind}_stride_{axis}"
+            for kind in ("k", "v", "ks", "vs")
+            for axis in (("h", "b", "o") if len(kind) == 1 else ("b", "o", "h"))
+        ],
+        "i32",
+    )
+    constants = {
+        "Q_HEADS": heads,
+        "KV_HEADS": max(1, heads // 4),
+        "DIM": dim,
+        "ROTARY": dim,
+        "HEADS": program_heads,
+        "PAIRS": pairs,
+        "OFFSET": 0.0,
+        "CODE": code,
+        "PER_HEAD": per_head,
+        "NATIVE_FP8": native,
+    }
     kind = "head" if per_head else "tensor" if code != "none" else "16bit"
-    return _case(f"rope-{heads}x{dim}-{dtype}-{code}-{kind}", _rope_kernel, pointers, numbers, constants,
-                 warps(2 * program_heads * pairs))
+    return _case(
+        f"rope-{heads}x{dim}-{dtype}-{code}-{kind}",
+        _rope_kernel,
+        pointers,
+        numbers,
+        constants,
+        warps(2 * program_heads * pairs),
+    )
 
 
 def _sample(sampled: bool, penalties: bool) -> list[CompileCase]:
     """Both launches, for a vocabulary of 128256."""
-    parts = {"part_max_ptr": "*fp32", "part_sum_ptr": "*fp32", "part_best_ptr": "*fp32", "part_id_ptr": "*i32"}
+    parts = {
+        "part_max_ptr": "*fp32",
+        "part_sum_ptr": "*fp32",
+        "part_best_ptr": "*fp32",
+        "part_id_ptr": "*i32",
+    }
     rows = {"x_ptr": "*fp32", "filter_ptr": "*fp32", "key_ptr": "*i32"}
     state = {"penalty_ptr": "*fp32", "state_row_ptr": "*i32", "state_ptr": "*i32"}
-    pointers = parts | (rows if sampled else dict.fromkeys(rows)) | (state if penalties else dict.fromkeys(state))
+    pointers = (
+        parts
+        | (rows if sampled else dict.fromkeys(rows))
+        | (state if penalties else dict.fromkeys(state))
+    )
     constants = {"SAMPLED": sampled, "PIECE": SAMPLE_PIECE}
     kind = ("sample" if sampled else "greedy") + "-penalties" * penalties
-    choose = {name: pointer for name, pointer in pointers.items() if name != "penalty_ptr"} | {"token_ptr": "*i64"}
-    return [_case(f"scan-{kind}", scan_kernel, pointers | {"logits_ptr": "*fp32"},
-                  {"logits_stride": "i32", "vocab": "i32"}, constants, 4),
-            _case(f"choose-{kind}", choose_kernel, choose, {"vocab": "i32", "pieces": "i32"},
-                  constants | {"PARTS": 64}, 8)]
+    choose = {name: pointer for name, pointer in pointers.items() if name != "penalty_ptr"} | {
+        "token_ptr": "*i64"
+    }
+    return [
+        _case(
+            f"scan-{kind}",
+            scan_kernel,
+            pointers | {"logits_ptr": "*fp32"},
+            {"logits_stride": "i32", "vocab": "i32"},
+            constants,
+            4,
+        ),
+        _case(
+            f"choose-{kind}",
+            choose_kernel,
+            choose,
+            {"vocab": "i32", "pieces": "i32"},
+            constants | {"PARTS": 64},
+            8,
+        ),
+    ]
 
 
 def _state_cases() -> list[CompileCase]:
     tokens = {"state_ptr": "*i32", "token_ptr": "*i64"}
     biases = {"logits_ptr": "*fp32", "row_ptr": "*i64", "token_ptr": "*i64", "bias_ptr": "*fp32"}
-    return [_case("record-prompt", record_kernel, tokens, {"count": "i32"}, {"OUTPUT": False, "BLOCK": BLOCK}, 2),
-            _case("record-output", record_kernel, tokens, {"count": "i32"}, {"OUTPUT": True, "BLOCK": BLOCK}, 2),
-            _case("bias", bias_kernel, biases, {"count": "i32", "logits_stride": "i32"}, {"BLOCK": BLOCK}, 2)]
+    return [
+        _case(
+            "record-prompt",
+            record_kernel,
+            tokens,
+            {"count": "i32"},
+            {"OUTPUT": False, "BLOCK": BLOCK},
+            2,
+        ),
+        _case(
+            "record-output",
+            record_kernel,
+            tokens,
+            {"count": "i32"},
+            {"OUTPUT": True, "BLOCK": BLOCK},
+            2,
+        ),
+        _case(
+            "bias",
+            bias_kernel,
+            biases,
+            {"count": "i32", "logits_stride": "i32"},
+            {"BLOCK": BLOCK},
+            2,
+        ),
+    ]
 
 
-def _case(name: str, kernel, pointers: dict[str, str | None], numbers: dict[str, str], constants: dict,
-          num_warps: int) -> CompileCase:
+def _case(
+    name: str,
+    kernel,
+    pointers: dict[str, str | None],
+    numbers: dict[str, str],
+    constants: dict,
+    num_warps: int,
+) -> CompileCase:
     absent = {argument: None for argument, kind in pointers.items() if kind is None}
     kinds = {argument: kind or "constexpr" for argument, kind in pointers.items()} | numbers
     kinds |= dict.fromkeys(constants, "constexpr")
-    aligned = [name for name, kind in kinds.items()
-               if kind.startswith("*") or name.endswith("stride") or name == "vocab"]
+    aligned = [
+        name
+        for name, kind in kinds.items()
+        if kind.startswith("*") or name.endswith("stride") or name == "vocab"
+    ]
     native, bf16 = constants.get("NATIVE_FP8", False), "-bf16" in name
-    return CompileCase(f"fused-{name}" + "-native" * native, kernel, {name: kinds[name] for name in kernel.arg_names},
-                       absent | constants, num_warps, num_stages=1, min_cc=89 if native else 80 if bf16 else 75,
-                       aligned=tuple(aligned))
+    return CompileCase(
+        f"fused-{name}" + "-native" * native,
+        kernel,
+        {name: kinds[name] for name in kernel.arg_names},
+        absent | constants,
+        num_warps,
+        num_stages=1,
+        min_cc=89 if native else 80 if bf16 else 75,
+        aligned=tuple(aligned),
+    )

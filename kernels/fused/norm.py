@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import CODES, FLOATS, bytes_of, empty_codes, native_fp8, need, need_rows, row_scale, to_code, warps
+from .rows import (
+    CODES,
+    FLOATS,
+    bytes_of,
+    empty_codes,
+    native_fp8,
+    need,
+    need_rows,
+    row_scale,
+    to_code,
+    warps,
+)
 
 MAX_WIDTH = 32768  # a row in the registers of one program
 
@@ -31,15 +42,23 @@ def _rms_norm_kernel(
     place_ptr,  # int32 [WIDTH]: where each column goes; None: it stays
     out_ptr,  # [T, WIDTH]: 16 bits, or codes int8 or uint8
     scale_ptr,  # float32 [T]
-    x_stride, residual_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, CODE: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    x_stride,
+    residual_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CODE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if post_weight_ptr is not None:
-        post_weight = tl.load(post_weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+        post_weight = (
+            tl.load(post_weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+        )
         x = _normalized(x, post_weight, eps, WIDTH)
     if residual_ptr is not None:
         residual = residual_ptr + row * residual_stride + column
@@ -61,9 +80,17 @@ def _rms_norm_kernel(
         tl.store(out, to_code(y * (1.0 / scale), CODE, NATIVE_FP8), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, offset: float = 0.0,
-             post_weight: Tensor | None = None, place: Tensor | None = None,
-             quantize: str = "none") -> tuple[Tensor, Tensor | None]:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    offset: float = 0.0,
+    post_weight: Tensor | None = None,
+    place: Tensor | None = None,
+    quantize: str = "none",
+) -> tuple[Tensor, Tensor | None]:
     """RMSNorm of x, or of residual + x, over the last axis.
 
     x [T, H] float16, bfloat16 or float32, its rows contiguous. weight [H]; the factor is offset + weight (Gemma stores
@@ -76,7 +103,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     name = "rms_norm"
     need_rows(name, "x", x, FLOATS, None, None)
     rows, width = x.shape
-    need(0 < width <= MAX_WIDTH, name, f"rows of {width} numbers; at most {MAX_WIDTH} fit one program")
+    need(
+        0 < width <= MAX_WIDTH,
+        name,
+        f"rows of {width} numbers; at most {MAX_WIDTH} fit one program",
+    )
     need(quantize in CODES, name, f"quantize is {quantize!r}, want one of {list(CODES)}")
     need_rows(name, "weight", weight, FLOATS, width)
     if residual is not None:
@@ -89,7 +120,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     out, scales = empty_codes((rows, width), quantize, x)
     if rows:
         block = triton.next_power_of_2(width)
-        _rms_norm_kernel[(rows,)](x, residual, weight, post_weight, place, bytes_of(out), scales, x.stride(0),
-                                  residual.stride(0) if residual is not None else 0, eps, WIDTH=width, BLOCK=block,
-                                  OFFSET=offset, CODE=quantize, NATIVE_FP8=native_fp8(x), num_warps=warps(block))
+        _rms_norm_kernel[(rows,)](
+            x,
+            residual,
+            weight,
+            post_weight,
+            place,
+            bytes_of(out),
+            scales,
+            x.stride(0),
+            residual.stride(0) if residual is not None else 0,
+            eps,
+            WIDTH=width,
+            BLOCK=block,
+            OFFSET=offset,
+            CODE=quantize,
+            NATIVE_FP8=native_fp8(x),
+            num_warps=warps(block),
+        )
     return out, scales

@@ -32,7 +32,9 @@ def to_code(x, CODE: tl.constexpr, NATIVE_FP8: tl.constexpr):
     """float32, already divided by its scale, to int8, or to the bits of e4m3 as uint8; nearest, ties to even."""
     if CODE == "int8":
         x = tl.minimum(tl.maximum(x, -127.0), 127.0)
-        code = ((x + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2**23: its unit in the last place is 1
+        code = ((x + 12582912.0) - 12582912.0).to(
+            tl.int8
+        )  # 1.5 * 2**23: its unit in the last place is 1
     elif NATIVE_FP8:
         code = tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
@@ -45,8 +47,12 @@ def _e4m3_bits(x):
     """float32 within +-448 to e4m3 in integer operations, for cards that cannot (and for the interpreter)."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)  # bias 127 to bias 7
-    steps = magnitude.to(tl.float32, bitcast=True) + 16384.0  # below 2**-6 codes count steps of 2**-9
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (
+        120 << 3
+    )  # bias 127 to bias 7
+    steps = (
+        magnitude.to(tl.float32, bitcast=True) + 16384.0
+    )  # below 2**-6 codes count steps of 2**-9
     subnormal = steps.to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(magnitude < 0x3C800000, subnormal, normal)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
@@ -59,15 +65,23 @@ def native_fp8(x: Tensor) -> bool:
 
 def bytes_of(codes: Tensor | None) -> Tensor | None:
     """FP8 codes as the uint8 that the kernels write; anything else as it is."""
-    return codes.view(torch.uint8) if codes is not None and codes.dtype == torch.float8_e4m3fn else codes
+    return (
+        codes.view(torch.uint8)
+        if codes is not None and codes.dtype == torch.float8_e4m3fn
+        else codes
+    )
 
 
-def empty_codes(shape: tuple[int, int], quantize: str, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def empty_codes(
+    shape: tuple[int, int], quantize: str, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Room for rows [rows, width]: in the dtype of `like`, or codes and their scales float32 [rows, 1]."""
     if quantize == "none":
         return torch.empty(shape, dtype=like.dtype, device=like.device), None
-    return (torch.empty(shape, dtype=CODES[quantize], device=like.device),
-            torch.empty((shape[0], 1), dtype=torch.float32, device=like.device))
+    return (
+        torch.empty(shape, dtype=CODES[quantize], device=like.device),
+        torch.empty((shape[0], 1), dtype=torch.float32, device=like.device),
+    )
 
 
 def need(ok: bool, kernel: str, problem: str) -> None:
@@ -76,12 +90,22 @@ def need(ok: bool, kernel: str, problem: str) -> None:
         raise UnsupportedError(f"{kernel}: {problem}")
 
 
-def need_rows(kernel: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], *shape: int | None) -> None:
+def need_rows(
+    kernel: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], *shape: int | None
+) -> None:
     """x has this many axes, these sizes (None: any), one of these dtypes, and its last axis lies side by side."""
-    fits = x.dim() == len(shape) and all(want in (None, size) for want, size in zip(shape, x.shape, strict=True))
-    need(fits, kernel, f"{name} has shape {list(x.shape)}, want {['any' if n is None else n for n in shape]}")
+    fits = x.dim() == len(shape) and all(
+        want in (None, size) for want, size in zip(shape, x.shape, strict=True)
+    )
+    need(
+        fits,
+        kernel,
+        f"{name} has shape {list(x.shape)}, want {['any' if n is None else n for n in shape]}",
+    )
     need(x.dtype in dtypes, kernel, f"{name} is {x.dtype}, want {' or '.join(map(str, dtypes))}")
-    need(x.shape[-1] <= 1 or x.stride(-1) == 1, kernel, f"the last axis of {name} is not contiguous")
+    need(
+        x.shape[-1] <= 1 or x.stride(-1) == 1, kernel, f"the last axis of {name} is not contiguous"
+    )
 
 
 def warps(block: int) -> int:

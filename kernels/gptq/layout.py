@@ -36,7 +36,9 @@ LOCK_OUT = 64  # outputs a lock is for: the narrowest tile
 class ShuffledWeight:
     words: Tensor  # int32 [tiles, padded_out, 16]
     scales: Tensor  # see above
-    packed_scale: torch.dtype | None  # of packed scales: torch.float16 or torch.bfloat16; None: float32 with minima
+    packed_scale: (
+        torch.dtype | None
+    )  # of packed scales: torch.float16 or torch.bfloat16; None: float32 with minima
     perm: Tensor | None  # int64 [in]: column j of the product is feature perm[j]
     bits: int
     group: int  # features that share a scale; 0: all
@@ -65,10 +67,14 @@ def shuffle(weight: QuantizedWeight) -> ShuffledWeight:
     bits, planes = weight.bits, 16 // weight.bits
     group = kernel_group(weight.group_size, in_features, bits)
     if group is None:
-        raise ValueError(f"no layout for groups of {weight.group_size}; the kernel's can_implement says so")
+        raise ValueError(
+            f"no layout for groups of {weight.group_size}; the kernel's can_implement says so"
+        )
     padded_out = -(-out_features // PAD_OUT) * PAD_OUT
     tiles = -(-in_features // (PLANE * planes))
-    codes = torch.zeros(padded_out, tiles * PLANE * planes, dtype=torch.uint8, device=weight.codes.device)
+    codes = torch.zeros(
+        padded_out, tiles * PLANE * planes, dtype=torch.uint8, device=weight.codes.device
+    )
     codes[:out_features, :in_features] = weight.codes.view(torch.uint8)
     # [n, tile, plane, j, t, half]: feature 8j + 2t + half of the plane
     halves = codes.view(padded_out, tiles, planes, 4, 4, 2).int()
@@ -80,32 +86,57 @@ def shuffle(weight: QuantizedWeight) -> ShuffledWeight:
     groups = 1 if group == 0 else -(-tiles * PLANE * planes // group)
     scales, packed_scale = _scales(weight, group, groups, padded_out)
     locks = torch.zeros(8 * padded_out // LOCK_OUT, dtype=torch.int32, device=codes.device)
-    return ShuffledWeight(words, scales, packed_scale, weight.perm, bits, group, in_features, out_features,
-                          weight.kind == "fp8", locks)
+    return ShuffledWeight(
+        words,
+        scales,
+        packed_scale,
+        weight.perm,
+        bits,
+        group,
+        in_features,
+        out_features,
+        weight.kind == "fp8",
+        locks,
+    )
 
 
-def _scales(weight: QuantizedWeight, group: int, groups: int, padded_out: int) -> tuple[Tensor, torch.dtype | None]:
+def _scales(
+    weight: QuantizedWeight, group: int, groups: int, padded_out: int
+) -> tuple[Tensor, torch.dtype | None]:
     scales = weight.scales.float()
     if weight.kind == "fp8":
         return _spread(scales, weight, group, groups, padded_out), None
-    kept = next((t for t in (torch.float16, torch.bfloat16) if torch.equal(scales.to(t).float(), scales)), None)
+    kept = next(
+        (t for t in (torch.float16, torch.bfloat16) if torch.equal(scales.to(t).float(), scales)),
+        None,
+    )
     if weight.mins is None and kept is not None:
-        zeros = weight.zeros if weight.zeros is not None else torch.full_like(scales, 2 ** (weight.bits - 1))
+        zeros = (
+            weight.zeros
+            if weight.zeros is not None
+            else torch.full_like(scales, 2 ** (weight.bits - 1))
+        )
         packed = (scales.to(kept).view(torch.int16).int() << 16) | zeros.int()
         return _spread(packed, weight, group, groups, padded_out), kept
     if weight.mins is not None:
         mins = weight.mins.float()
     else:
-        mins = -scales * (weight.zeros.float() if weight.zeros is not None else 2 ** (weight.bits - 1))
-    return torch.stack([_spread(t, weight, group, groups, padded_out) for t in (scales, mins)]), None
+        mins = -scales * (
+            weight.zeros.float() if weight.zeros is not None else 2 ** (weight.bits - 1)
+        )
+    return torch.stack(
+        [_spread(t, weight, group, groups, padded_out) for t in (scales, mins)]
+    ), None
 
 
-def _spread(values: Tensor, weight: QuantizedWeight, group: int, groups: int, padded_out: int) -> Tensor:
+def _spread(
+    values: Tensor, weight: QuantizedWeight, group: int, groups: int, padded_out: int
+) -> Tensor:
     """[out blocks, in blocks] -> [groups, padded_out], each value repeated over the rows and groups it covers."""
     rows, cols = weight.block
-    values = values.repeat_interleave(rows, 0)[:weight.out_features]
+    values = values.repeat_interleave(rows, 0)[: weight.out_features]
     if group:
         values = values.repeat_interleave(cols // group, 1)[:, :groups]
     spread = values.new_zeros(groups, padded_out)
-    spread[:values.shape[1], :weight.out_features] = values.t()
+    spread[: values.shape[1], : weight.out_features] = values.t()
     return spread

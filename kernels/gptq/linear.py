@@ -84,5 +84,7 @@ def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
     if x.shape[0] <= chosen.gemv_rows:
         return launch.gemv(x, weight, bias, chosen, prepared.processors)
     if x.shape[0] < chosen.dequantize_rows:
-        return launch.gemm(x, weight, bias, chosen.tile(x.shape[0], weight.group), prepared.processors)
+        return launch.gemm(
+            x, weight, bias, chosen.tile(x.shape[0], weight.group), prepared.processors
+        )
     return F.linear(x, launch.dequantize(weight, x.dtype), bias)

@@ -13,8 +13,12 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_FP16 = tl.constexpr("{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xEA; fma.rn.f16x2 t, t, $5, $6; mov.b32 {$0, $1}, t; }")
-_BF16 = tl.constexpr("{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xEA; fma.rn.bf16x2 t, t, $5, $6; mov.b32 {$0, $1}, t; }")
+_FP16 = tl.constexpr(
+    "{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xEA; fma.rn.f16x2 t, t, $5, $6; mov.b32 {$0, $1}, t; }"
+)
+_BF16 = tl.constexpr(
+    "{ .reg .b32 t; lop3.b32 t, $2, $3, $4, 0xEA; fma.rn.bf16x2 t, t, $5, $6; mov.b32 {$0, $1}, t; }"
+)
 _FP16_E4M3 = tl.constexpr("{ .reg .b32 t; fma.rn.f16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
 _BF16_E4M3 = tl.constexpr("{ .reg .b32 t; fma.rn.bf16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
 _PAIR = tl.constexpr("=h,=h,r,r,r,r,r")
@@ -29,7 +33,9 @@ def _planes_per_group(planes, group):
 
 
 @triton.jit
-def decode(words, zero, PLANE: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr):
+def decode(
+    words, zero, PLANE: tl.constexpr, BITS: tl.constexpr, FP8: tl.constexpr, BF16: tl.constexpr
+):
     """Plane PLANE of int32 `words`, minus `zero` (float32, broadcast): (even features, odd features), exact.
 
     A mantissa holds 10 bits (float16) or 7 (bfloat16) under the magic exponent, so as many planes need no shift of
@@ -55,26 +61,41 @@ def _decode_packed(words, zero, PLANE: tl.constexpr, BITS: tl.constexpr, BF16: t
     shifted = words >> SHIFT
     if INTERPRETED:
         pair = (shifted & MASK) | MAGIC
-        even = pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) / (1 << LOW) - (OFFSET + zero)
-        odd = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) / (1 << LOW) - (OFFSET + zero)
+        even = pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) / (1 << LOW) - (
+            OFFSET + zero
+        )
+        odd = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) / (1 << LOW) - (
+            OFFSET + zero
+        )
         return even.to(DTYPE), odd.to(DTYPE)
     FACTOR: tl.constexpr = (((127 - LOW) << 7) if BF16 else ((15 - LOW) << 10)) * 0x10001
     half = (-(OFFSET + zero)).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     addend = half | (half << 16)
     if BF16:
-        even, odd = tl.inline_asm_elementwise(_BF16, _PAIR, [shifted, MASK, MAGIC, FACTOR, addend],
-                                              (tl.bfloat16, tl.bfloat16), True, 1)
+        even, odd = tl.inline_asm_elementwise(
+            _BF16,
+            _PAIR,
+            [shifted, MASK, MAGIC, FACTOR, addend],
+            (tl.bfloat16, tl.bfloat16),
+            True,
+            1,
+        )
     else:
-        even, odd = tl.inline_asm_elementwise(_FP16, _PAIR, [shifted, MASK, MAGIC, FACTOR, addend],
-                                              (tl.float16, tl.float16), True, 1)
+        even, odd = tl.inline_asm_elementwise(
+            _FP16, _PAIR, [shifted, MASK, MAGIC, FACTOR, addend], (tl.float16, tl.float16), True, 1
+        )
     return even, odd
 
 
 @triton.jit
 def _decode_bytes(words, zero, PLANE: tl.constexpr):
     """8 bits do not fit a bfloat16 mantissa: 2**23 + q in float32, then rounded (exactly: |q - zero| < 256)."""
-    even = (((words >> (8 * PLANE)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
-    odd = (((words >> (8 * PLANE + 16)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
+    even = (((words >> (8 * PLANE)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (
+        8388608.0 + zero
+    )
+    odd = (((words >> (8 * PLANE + 16)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - (
+        8388608.0 + zero
+    )
     return even.to(tl.bfloat16), odd.to(tl.bfloat16)
 
 
@@ -92,16 +113,37 @@ def _decode_e4m3(words, PLANE: tl.constexpr, BF16: tl.constexpr):
         odd = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) * FACTOR
         return even.to(DTYPE), odd.to(DTYPE)
     if BF16:
-        even, odd = tl.inline_asm_elementwise(_BF16_E4M3, "=h,=h,r,r,r", [pair, 0x7B807B80, -2147450880],
-                                              (tl.bfloat16, tl.bfloat16), True, 1)
+        even, odd = tl.inline_asm_elementwise(
+            _BF16_E4M3,
+            "=h,=h,r,r,r",
+            [pair, 0x7B807B80, -2147450880],
+            (tl.bfloat16, tl.bfloat16),
+            True,
+            1,
+        )
     else:
-        even, odd = tl.inline_asm_elementwise(_FP16_E4M3, "=h,=h,r,r,r", [pair, 0x5C005C00, -2147450880],
-                                              (tl.float16, tl.float16), True, 1)
+        even, odd = tl.inline_asm_elementwise(
+            _FP16_E4M3,
+            "=h,=h,r,r,r",
+            [pair, 0x5C005C00, -2147450880],
+            (tl.float16, tl.float16),
+            True,
+            1,
+        )
     return even, odd
 
 
 @triton.jit
-def _group_scale(scales, group, n, groups, stride, FP8: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr):
+def _group_scale(
+    scales,
+    group,
+    n,
+    groups,
+    stride,
+    FP8: tl.constexpr,
+    MINS: tl.constexpr,
+    BF16_SCALE: tl.constexpr,
+):
     """(scale, zero, minimum) of `group` for outputs n, float32."""
     if FP8:
         scale = tl.load(scales + group * stride + n)
@@ -127,7 +169,21 @@ def mma(a, b, acc):
 
 
 @triton.jit
-def finish(acc, y, bias, partials, locks, m, n, M, N, tile, split, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr):
+def finish(
+    acc,
+    y,
+    bias,
+    partials,
+    locks,
+    m,
+    n,
+    M,
+    N,
+    tile,
+    split,
+    SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """Write acc [BM, BN]; of a split product, whoever comes last adds up all parts in order and writes that."""
     inside = (m[:, None] < M) & (n[None, :] < N)
     at = m[:, None].to(tl.int64) * N + n[None, :]
@@ -140,8 +196,9 @@ def finish(acc, y, bias, partials, locks, m, n, M, N, tile, split, SPLIT_K: tl.c
         if SPLIT_K > 1:
             acc = tl.zeros_like(acc)
             for part in range(SPLIT_K):
-                acc += tl.load(partials + part * M * N + at, mask=inside, other=0.0,
-                               cache_modifier=".cg")
+                acc += tl.load(
+                    partials + part * M * N + at, mask=inside, other=0.0, cache_modifier=".cg"
+                )
             tl.store(locks + tile, 0)
         if HAS_BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -149,15 +206,32 @@ def finish(acc, y, bias, partials, locks, m, n, M, N, tile, split, SPLIT_K: tl.c
 
 
 @triton.jit
-def gemm(x,  # [M, K] float16 or bfloat16, contiguous
-         words, scales,  # ShuffledWeight's
-         bias,  # [N] like x
-         y,  # [M, N] like x
-         partials,  # float32 [SPLIT_K, M, N]
-         locks, M, N, K, stride, tiles, groups,
-         BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
-         HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-         SPLIT_K: tl.constexpr, SWAP: tl.constexpr):
+def gemm(
+    x,  # [M, K] float16 or bfloat16, contiguous
+    words,
+    scales,  # ShuffledWeight's
+    bias,  # [N] like x
+    y,  # [M, N] like x
+    partials,  # float32 [SPLIT_K, M, N]
+    locks,
+    M,
+    N,
+    K,
+    stride,
+    tiles,
+    groups,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    GROUP: tl.constexpr,
+    MINS: tl.constexpr,
+    BF16_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SWAP: tl.constexpr,
+):
     """Tensor-core product, one tile of K a trip. SWAP computes y^T = W x^T: on cc 90 the decoded weight is then the
     operand that a warp-group MMA takes from registers, and few rows need no padding to 64. Grid (M tiles * N tiles,
     SPLIT_K), M fastest: the tiles that read the same weights run together."""
@@ -175,7 +249,9 @@ def gemm(x,  # [M, K] float16 or bfloat16, contiguous
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for trip in range(split, tiles, SPLIT_K):
         held = tl.load(weight_at + trip * stride * 16, eviction_policy="evict_first")
-        held = held.reshape(BLOCK_N, 4, 4).permute(2, 1, 0).reshape(16, BLOCK_N)  # rows in a plane's order
+        held = (
+            held.reshape(BLOCK_N, 4, 4).permute(2, 1, 0).reshape(16, BLOCK_N)
+        )  # rows in a plane's order
         part = tl.zeros_like(acc)
         for plane in tl.static_range(PLANES):
             first = trip * (32 * PLANES) + plane * 32
@@ -185,10 +261,16 @@ def gemm(x,  # [M, K] float16 or bfloat16, contiguous
             for half in tl.static_range(HALVES):
                 if plane % PER_GROUP == 0:
                     group = 0 if GROUP == 0 else (first + 16 * half) // GROUP
-                    scale, zero, minimum = _group_scale(scales, group, n, groups, stride, FP8, MINS, BF16_SCALE)
+                    scale, zero, minimum = _group_scale(
+                        scales, group, n, groups, stride, FP8, MINS, BF16_SCALE
+                    )
                     part = tl.zeros_like(acc)
                     total = tl.zeros((BLOCK_M,), tl.float32)
-                used = a if HALVES == 1 else tl.where((feature // 16 == half)[None, :], a, 0.0).to(a.dtype)
+                used = (
+                    a
+                    if HALVES == 1
+                    else tl.where((feature // 16 == half)[None, :], a, 0.0).to(a.dtype)
+                )
                 if MINS:
                     total += tl.sum(used.to(tl.float32), 1)
                 even, odd = decode(held, zero[None, :], plane, BITS, FP8, BF16)
@@ -214,18 +296,45 @@ def _pair(x, at, K, EVEN_K: tl.constexpr):
     if EVEN_K:
         pair = tl.load(x.to(tl.pointer_type(tl.int32), bitcast=True) + at)
         if x.dtype.element_ty == tl.bfloat16:
-            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-        return (pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
-                (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
+            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(
+                tl.float32, bitcast=True
+            )
+        return (
+            pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+            (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+        )
     else:
-        return (tl.load(x + 2 * at, mask=2 * at < K, other=0.0).to(tl.float32),
-                tl.load(x + 2 * at + 1, mask=2 * at + 1 < K, other=0.0).to(tl.float32))
+        return (
+            tl.load(x + 2 * at, mask=2 * at < K, other=0.0).to(tl.float32),
+            tl.load(x + 2 * at + 1, mask=2 * at + 1 < K, other=0.0).to(tl.float32),
+        )
 
 
 @triton.jit
-def gemv(x, words, scales, bias, y, partials, locks, M, N, K, stride, tiles, groups,
-         BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
-         HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):
+def gemv(
+    x,
+    words,
+    scales,
+    bias,
+    y,
+    partials,
+    locks,
+    M,
+    N,
+    K,
+    stride,
+    tiles,
+    groups,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    GROUP: tl.constexpr,
+    MINS: tl.constexpr,
+    BF16_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
     """Without tensor cores: float32 FMA on whole words, one reduction over the words at the end. Arguments as gemm's. A
     thread's loads are 128 bits of weights. Grid (N tiles * M, SPLIT_K), M fastest: a row's weights are the next's."""
     PLANES: tl.constexpr = 16 // BITS
@@ -244,40 +353,75 @@ def gemv(x, words, scales, bias, y, partials, locks, M, N, K, stride, tiles, gro
             at = (trip * (16 * PLANES) + plane * 16 + pair)[None, :]
             if plane % PER_GROUP == 0:
                 group = at // 8 if GROUP == 16 else 0 if GROUP == 0 else first // GROUP
-                scale, zero, minimum = _group_scale(scales, group, n[:, None], groups, stride, FP8, MINS, BF16_SCALE)
+                scale, zero, minimum = _group_scale(
+                    scales, group, n[:, None], groups, stride, FP8, MINS, BF16_SCALE
+                )
                 part = tl.zeros_like(acc)
             x_even, x_odd = _pair(x + row * K, at, K, EVEN_K)
-            even, odd = decode(held, zero, plane, BITS, FP8, False)  # float16 holds the integers of either dtype
+            even, odd = decode(
+                held, zero, plane, BITS, FP8, False
+            )  # float16 holds the integers of either dtype
             part += x_even * even.to(tl.float32)
             part += x_odd * odd.to(tl.float32)
             if (plane + 1) % PER_GROUP == 0:
                 acc += part * scale
             if MINS:
                 acc += (x_even + x_odd) * minimum
-    finish(tl.sum(acc, 1)[None, :], y, bias, partials, locks, row + tl.arange(0, 1), n, M, N, tile, split, SPLIT_K,
-           HAS_BIAS)
+    finish(
+        tl.sum(acc, 1)[None, :],
+        y,
+        bias,
+        partials,
+        locks,
+        row + tl.arange(0, 1),
+        n,
+        M,
+        N,
+        tile,
+        split,
+        SPLIT_K,
+        HAS_BIAS,
+    )
 
 
 @triton.jit
-def dequantize(words, scales, dense,  # [N, K] float16 or bfloat16
-               N, K, stride, groups,
-               BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, MINS: tl.constexpr, BF16_SCALE: tl.constexpr,
-               BLOCK_N: tl.constexpr):
+def dequantize(
+    words,
+    scales,
+    dense,  # [N, K] float16 or bfloat16
+    N,
+    K,
+    stride,
+    groups,
+    BITS: tl.constexpr,
+    FP8: tl.constexpr,
+    GROUP: tl.constexpr,
+    MINS: tl.constexpr,
+    BF16_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The dense weight, columns in canonical order. Grid (N tiles, tiles of K)."""
     PLANES: tl.constexpr = 16 // BITS
     DTYPE: tl.constexpr = dense.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     trip = tl.program_id(1)
-    held = tl.load(words + trip * stride * 16 + n[:, None] * 16 + tl.arange(0, 16)[None, :],
-                   eviction_policy="evict_first")
+    held = tl.load(
+        words + trip * stride * 16 + n[:, None] * 16 + tl.arange(0, 16)[None, :],
+        eviction_policy="evict_first",
+    )
     held = held.reshape(BLOCK_N, 4, 4).permute(0, 2, 1).reshape(BLOCK_N, 16)
     feature = tl.arange(0, 32)
     for plane in tl.static_range(PLANES):
         k = trip * (32 * PLANES) + plane * 32 + feature
         group = tl.zeros_like(k) if GROUP == 0 else k // GROUP
-        scale, zero, minimum = _group_scale(scales, group[None, :], n[:, None], groups, stride, FP8, MINS, BF16_SCALE)
+        scale, zero, minimum = _group_scale(
+            scales, group[None, :], n[:, None], groups, stride, FP8, MINS, BF16_SCALE
+        )
         even, odd = decode(held, tl.zeros((1, 1), tl.float32), plane, BITS, FP8, False)
         q = tl.join(even, odd).reshape(BLOCK_N, 32).to(tl.float32)
         value = (q - zero) * scale + minimum
-        tl.store(dense + n[:, None].to(tl.int64) * K + k[None, :], value.to(DTYPE),
-                 mask=(n[:, None] < N) & (k[None, :] < K))
+        tl.store(
+            dense + n[:, None].to(tl.int64) * K + k[None, :],
+            value.to(DTYPE),
+            mask=(n[:, None] < N) & (k[None, :] < K),
+        )

@@ -53,7 +53,9 @@ class Trial:
 class Measurement:
     trial: Trial
     microseconds: float = math.inf
-    reason: str = ""  # why there is no time: it did not compile, spilled, or computed something else
+    reason: str = (
+        ""  # why there is no time: it did not compile, spilled, or computed something else
+    )
 
 
 DEQUANTIZE = Candidate("dequantize")
@@ -65,10 +67,14 @@ def gemm_candidates(rows: int, cc: int) -> list[Candidate]:
         return []
     few = rows < 64
     # With many rows and the weight on the right, every warp decodes all of it (docs/KERNELS.md): only swapped there.
-    return [Candidate("gemm", Tile(0, block_m, block_n, warps, stages, swap))
-            for block_m in sorted({min(rows, 64), min(rows, 128)}) for block_n in (64, 128)
-            for warps in _warps(block_m, block_n) for stages in ((3, 4) if few else (2, 3))
-            for swap in ((True, False) if few else (True,))]
+    return [
+        Candidate("gemm", Tile(0, block_m, block_n, warps, stages, swap))
+        for block_m in sorted({min(rows, 64), min(rows, 128)})
+        for block_n in (64, 128)
+        for warps in _warps(block_m, block_n)
+        for stages in ((3, 4) if few else (2, 3))
+        for swap in ((True, False) if few else (True,))
+    ]
 
 
 def _warps(block_m: int, block_n: int) -> tuple[int, ...]:
@@ -79,57 +85,92 @@ def _warps(block_m: int, block_n: int) -> tuple[int, ...]:
 
 def gemv_candidates() -> list[Candidate]:
     """Each width with each number of warps, K split little or much."""
-    return [Candidate("gemv", Tile(0, 1, block_n, warps, 1, programs=programs))
-            for block_n in (64, 128) for warps in (4, 8) for programs in (2, 8)]
+    return [
+        Candidate("gemv", Tile(0, 1, block_n, warps, 1, programs=programs))
+        for block_n in (64, 128)
+        for warps in (4, 8)
+        for programs in (2, 8)
+    ]
 
 
 def first_round(done: list[Measurement], shapes: tuple[Shape, ...], cc: int) -> list[Trial]:
     """Of the card's own tiles. The rounds take the same: what was measured before, the shapes, the capability."""
-    return [Trial(shape, rows, candidate)
-            for shape in shapes for rows in ANCHORS for candidate in gemm_candidates(rows, cc)]
+    return [
+        Trial(shape, rows, candidate)
+        for shape in shapes
+        for rows in ANCHORS
+        for candidate in gemm_candidates(rows, cc)
+    ]
 
 
 def second_round(done: list[Measurement], shapes: tuple[Shape, ...], cc: int) -> list[Trial]:
     """Of the tiles that did best."""
-    return [Trial(shape, rows, replace(candidate, tile=replace(candidate.tile, programs=programs)))
-            for rows in ANCHORS for candidate in ranking(done, shapes, rows, ("gemm",))[:SURVIVORS]
-            for programs in PROGRAMS for shape in shapes]
+    return [
+        Trial(shape, rows, replace(candidate, tile=replace(candidate.tile, programs=programs)))
+        for rows in ANCHORS
+        for candidate in ranking(done, shapes, rows, ("gemm",))[:SURVIVORS]
+        for programs in PROGRAMS
+        for shape in shapes
+    ]
 
 
 def third_round(done: list[Measurement], shapes: tuple[Shape, ...], cc: int) -> list[Trial]:
     """Of the other paths, and of few rows."""
     few = [*ranking(done, shapes, ANCHORS[0], ("gemm",))[:1], *gemv_candidates()]
-    trials = [Trial(shape, rows, candidate) for shape in shapes for rows in FEW for candidate in few]
+    trials = [
+        Trial(shape, rows, candidate) for shape in shapes for rows in FEW for candidate in few
+    ]
     return trials + [Trial(shape, rows, DEQUANTIZE) for shape in shapes for rows in ROWS]
 
 
-def ranking(done: list[Measurement], shapes: tuple[Shape, ...], rows: int, paths: tuple[str, ...]) -> list[Candidate]:
+def ranking(
+    done: list[Measurement], shapes: tuple[Shape, ...], rows: int, paths: tuple[str, ...]
+) -> list[Candidate]:
     """The candidates that were measured right at `rows` for every shape, fastest first."""
     means = means_at(done, shapes, rows)
     return sorted((c for c in means if c.path in paths), key=means.__getitem__)
 
 
-def means_at(done: list[Measurement], shapes: tuple[Shape, ...], rows: int) -> dict[Candidate, float]:
+def means_at(
+    done: list[Measurement], shapes: tuple[Shape, ...], rows: int
+) -> dict[Candidate, float]:
     """Geometric mean over the shapes, in microseconds, of each candidate that has a time for all of them."""
     spilled = {m.trial.candidate for m in done if m.reason}
     times: dict[Candidate, dict[Shape, float]] = defaultdict(dict)
     for m in done:
         if m.trial.rows == rows and m.trial.candidate not in spilled:
             times[m.trial.candidate][m.trial.shape] = m.microseconds
-    return {candidate: math.exp(sum(map(math.log, by_shape.values())) / len(by_shape))
-            for candidate, by_shape in times.items() if set(shapes) <= set(by_shape)}
+    return {
+        candidate: math.exp(sum(map(math.log, by_shape.values())) / len(by_shape))
+        for candidate, by_shape in times.items()
+        if set(shapes) <= set(by_shape)
+    }
 
 
-def build_table(done: list[Measurement], shapes: tuple[Shape, ...], cc: int, weights: tuple[str, ...],
-                origin: str) -> Table:
+def build_table(
+    done: list[Measurement],
+    shapes: tuple[Shape, ...],
+    cc: int,
+    weights: tuple[str, ...],
+    origin: str,
+) -> Table:
     """The fastest of everything that was measured."""
     means = {rows: means_at(done, shapes, rows) for rows in ROWS}
     best = {rows: _fastest(means[rows], "gemm") for rows in ANCHORS}
     tiles = [replace(candidate.tile, rows=rows) for rows, candidate in best.items() if candidate]
     gemv = _fastest(means[FEW[0]], "gemv") or gemv_candidates()[0]
     gemv_rows = _served_by_gemv(means, gemv)
-    return Table(cc, gemv_rows, gemv.tile.block_n, gemv.tile.warps, max(_dequantize_rows(means), gemv_rows + 1),
-                 tuple(_merged(tiles)), gemv.tile.programs, weights, origin)
+    return Table(
+        cc,
+        gemv_rows,
+        gemv.tile.block_n,
+        gemv.tile.warps,
+        max(_dequantize_rows(means), gemv_rows + 1),
+        tuple(_merged(tiles)),
+        gemv.tile.programs,
+        weights,
+        origin,
+    )
 
 
 def _fastest(means: dict[Candidate, float], path: str) -> Candidate | None:
@@ -141,7 +182,10 @@ def _served_by_gemv(means: dict[int, dict[Candidate, float]], gemv: Candidate) -
     served = 0
     for rows in FEW:
         others = [time for candidate, time in means[rows].items() if candidate.path != "gemv"]
-        if means[rows].get(gemv, math.inf) > min(others, default=math.inf) or gemv not in means[rows]:
+        if (
+            means[rows].get(gemv, math.inf) > min(others, default=math.inf)
+            or gemv not in means[rows]
+        ):
             break
         served = rows
     return served
@@ -152,7 +196,10 @@ def _dequantize_rows(means: dict[int, dict[Candidate, float]]) -> int:
     first = ROWS[-1] + 1
     for rows in reversed(ROWS):
         gemm = [time for candidate, time in means[rows].items() if candidate.path == "gemm"]
-        if means[rows].get(DEQUANTIZE, math.inf) > min(gemm, default=math.inf) or DEQUANTIZE not in means[rows]:
+        if (
+            means[rows].get(DEQUANTIZE, math.inf) > min(gemm, default=math.inf)
+            or DEQUANTIZE not in means[rows]
+        ):
             break
         first = rows
     return first

@@ -34,23 +34,39 @@ class Kind:
         return weights_name(self.kind, self.bits)
 
 
-def random_weight(kind: Kind, out: int, inner: int, device: torch.device, zero: str = "zeros") -> QuantizedWeight:
+def random_weight(
+    kind: Kind, out: int, inner: int, device: torch.device, zero: str = "zeros"
+) -> QuantizedWeight:
     """Random codes, and scales that make outputs of random activations about as large as these.
 
     zero: "mid", "zeros" or "mins", for integers.
     """
-    codes = torch.randint(0, 256 if kind.kind == "fp8" else 2**kind.bits, (out, inner), dtype=torch.uint8,
-                          device=device)
+    codes = torch.randint(
+        0,
+        256 if kind.kind == "fp8" else 2**kind.bits,
+        (out, inner),
+        dtype=torch.uint8,
+        device=device,
+    )
     group = kind.group or inner
     rows = kind.group if kind.kind == "fp8" and kind.group else 1
     shape = (-(-out // rows), -(-inner // group))
     spread = torch.rand(shape, device=device) + 0.5
     if kind.kind == "fp8":
         codes[codes & 0x7F == 0x7F] = 0  # NaN
-        return QuantizedWeight(codes.view(torch.float8_e4m3fn), spread / (128 * inner**0.5), kind="fp8", bits=8,
-                               block=(rows, group))
+        return QuantizedWeight(
+            codes.view(torch.float8_e4m3fn),
+            spread / (128 * inner**0.5),
+            kind="fp8",
+            bits=8,
+            block=(rows, group),
+        )
     scales = (spread * 3 / (2**kind.bits * inner**0.5)).half()
-    zeros = torch.randint(0, 2**kind.bits, shape, dtype=torch.uint8, device=device) if zero == "zeros" else None
+    zeros = (
+        torch.randint(0, 2**kind.bits, shape, dtype=torch.uint8, device=device)
+        if zero == "zeros"
+        else None
+    )
     mins = -scales.float() * 2 ** (kind.bits - 1) * spread if zero == "mins" else None
     return QuantizedWeight(codes, scales, zeros, mins, bits=kind.bits, block=(1, group))
 
@@ -58,8 +74,15 @@ def random_weight(kind: Kind, out: int, inner: int, device: torch.device, zero: 
 def rotated(weight: ShuffledWeight, l2_bytes: int) -> list[ShuffledWeight]:
     """The weight, and as many copies as keep it out of the L2 cache."""
     count = rotations(weight.words.nbytes + weight.scales.nbytes, l2_bytes)
-    return [weight] + [replace(weight, words=weight.words.clone(), scales=weight.scales.clone(),
-                               locks=weight.locks.clone()) for _ in range(count - 1)]
+    return [weight] + [
+        replace(
+            weight,
+            words=weight.words.clone(),
+            scales=weight.scales.clone(),
+            locks=weight.locks.clone(),
+        )
+        for _ in range(count - 1)
+    ]
 
 
 class Subject:
@@ -92,12 +115,16 @@ class Subject:
         weight, before = self.weights[0], _spills()
         try:
             y = self.call(candidate, rows, weight)
-        except Exception as error:  # compilers report in many ways; whatever it was, this candidate is out
+        except (
+            Exception
+        ) as error:  # compilers report in many ways; whatever it was, this candidate is out
             return f"does not run: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise UserError(f"{candidate.describe()} with {rows} rows crashed the device: {error}") from error
+            raise UserError(
+                f"{candidate.describe()} with {rows} rows crashed the device: {error}"
+            ) from error
         new = [count for key, count in _spills().items() if key not in before]
         if any(new):
             return f"spills {max(new)} registers"
@@ -109,6 +136,7 @@ class Subject:
 
     def measure(self, trial: Trial) -> Measurement:
         """Time of a candidate that is known to be right."""
+
         def with_weight(weight: ShuffledWeight) -> Callable[[], Tensor]:
             return lambda: self.call(trial.candidate, trial.rows, weight)
 
@@ -118,8 +146,11 @@ class Subject:
 def _spills() -> dict:
     """Spilled registers of every compiled product that this process has launched, by Triton's own key."""
     device = torch.cuda.current_device()
-    return {(kernel.__name__, key): compiled.n_spills for kernel in (products.gemv, products.gemm)
-            for key, compiled in kernel.device_caches[device][0].items()}
+    return {
+        (kernel.__name__, key): compiled.n_spills
+        for kernel in (products.gemv, products.gemm)
+        for key, compiled in kernel.device_caches[device][0].items()
+    }
 
 
 @lru_cache(maxsize=1)

@@ -79,9 +79,16 @@ def table(device_name: str, cc: int, weights: str = "int4") -> Table:
 
 def tables(file: Path) -> list[Table]:
     """Every table of a file. ValueError, TypeError or KeyError where it is none."""
-    return [Table(**{**entry, "gemm": tuple(Tile(**tile) for tile in entry["gemm"]),
-                     "weights": tuple(entry.get("weights", ()))})
-            for entry in json.loads(file.read_text())]
+    return [
+        Table(
+            **{
+                **entry,
+                "gemm": tuple(Tile(**tile) for tile in entry["gemm"]),
+                "weights": tuple(entry.get("weights", ())),
+            }
+        )
+        for entry in json.loads(file.read_text())
+    ]
 
 
 def measured_tables(file: Path) -> list[Table]:
@@ -95,7 +102,11 @@ def measured_tables(file: Path) -> list[Table]:
     try:
         return tables(file)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("%s holds no tables of tiles (%s): ignored; run `nibble tune` again, or remove it", file, error)
+        logger.warning(
+            "%s holds no tables of tiles (%s): ignored; run `nibble tune` again, or remove it",
+            file,
+            error,
+        )
         return []
 
 

@@ -25,11 +25,17 @@ class CompileCase:
     min_cc: int = 75
     max_cc: int = 1000
     aligned: tuple[str, ...] = ()
-    weights_per_program: int = 0  # quantized weights one trip of the main loop decodes; 0: not a product
+    weights_per_program: int = (
+        0  # quantized weights one trip of the main loop decodes; 0: not a product
+    )
     fp8_dot: bool = False  # its products must be those of FP8 tensor cores
 
 
 def compile_cases(rooms: tuple[str, ...] = ROOMS) -> list[CompileCase]:
     """The cases of these rooms."""
     kernels = __package__.rpartition(".")[0]
-    return [case for room in rooms for case in importlib.import_module(f"{kernels}.{room}.cases").compile_cases()]
+    return [
+        case
+        for room in rooms
+        for case in importlib.import_module(f"{kernels}.{room}.cases").compile_cases()
+    ]

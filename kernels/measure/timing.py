@@ -24,8 +24,12 @@ class Card:
     @classmethod
     def of(cls, device: torch.device) -> "Card":
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count,
-                   properties.L2_cache_size)
+        return cls(
+            properties.name,
+            10 * properties.major + properties.minor,
+            properties.multi_processor_count,
+            properties.L2_cache_size,
+        )
 
 
 def rotations(nbytes: int, l2_bytes: int) -> int:
@@ -57,7 +61,9 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) 
         event.record()
         graph.replay()
     torch.cuda.synchronize()
-    times = [first.elapsed_time(second) for first, second in pairwise(events[1:])]  # replay 0 warms up
+    times = [
+        first.elapsed_time(second) for first, second in pairwise(events[1:])
+    ]  # replay 0 warms up
     return statistics.median(times) * 1000 / (rounds * len(calls))
 
 

@@ -47,13 +47,18 @@ class SamplingRows:
 
     def check(self, kernel: str, rows: int, vocab: int) -> None:
         """Raise UnsupportedError naming the tensor that does not fit [rows, vocab] logits."""
-        fields = [("filters", self.filters, torch.float32, (rows, 4)), ("keys", self.keys, torch.int32, (rows, 2))]
+        fields = [
+            ("filters", self.filters, torch.float32, (rows, 4)),
+            ("keys", self.keys, torch.int32, (rows, 2)),
+        ]
         given = [t is not None for t in (self.penalties, self.state_rows, self.state)]
         need(all(given) or not any(given), kernel, "penalties, state_rows and state come together")
         if self.penalties is not None and self.state_rows is not None and self.state is not None:
-            fields += [("penalties", self.penalties, torch.float32, (rows, 3)),
-                       ("state_rows", self.state_rows, torch.int32, (rows,)),
-                       ("state", self.state, torch.int32, (None, vocab))]
+            fields += [
+                ("penalties", self.penalties, torch.float32, (rows, 3)),
+                ("state_rows", self.state_rows, torch.int32, (rows,)),
+                ("state", self.state, torch.int32, (None, vocab)),
+            ]
         for name, tensor, dtype, shape in fields:
             need_rows(kernel, name, tensor, (dtype,), *shape)
             need(tensor.is_contiguous(), kernel, f"{name} is not contiguous")
@@ -79,8 +84,9 @@ def record(state: Tensor, row: int, prompt: Tensor, output: Tensor) -> None:
     for tokens, is_output in ((prompt, False), (output, True)):
         need_rows("record", "tokens", tokens, (torch.int64,), None)
         if len(tokens):
-            record_kernel[(triton.cdiv(len(tokens), BLOCK),)](state[row], tokens, len(tokens), OUTPUT=is_output,
-                                                              BLOCK=BLOCK, num_warps=2)
+            record_kernel[(triton.cdiv(len(tokens), BLOCK),)](
+                state[row], tokens, len(tokens), OUTPUT=is_output, BLOCK=BLOCK, num_warps=2
+            )
 
 
 def add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> None:
@@ -91,8 +97,9 @@ def add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> No
     need_rows("add_bias", "tokens", tokens, (torch.int64,), len(rows))
     need_rows("add_bias", "biases", biases, (torch.float32,), len(rows))
     if len(rows):
-        bias_kernel[(triton.cdiv(len(rows), BLOCK),)](logits, rows, tokens, biases, len(rows), logits.stride(0),
-                                                      BLOCK=BLOCK, num_warps=2)
+        bias_kernel[(triton.cdiv(len(rows), BLOCK),)](
+            logits, rows, tokens, biases, len(rows), logits.stride(0), BLOCK=BLOCK, num_warps=2
+        )
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -113,12 +120,16 @@ def sample(logits: Tensor, sampling: SamplingRows) -> Tensor:
 def _select(name: str, logits: Tensor, sampling: SamplingRows | None) -> Tensor:
     need_rows(name, "logits", logits, FLOATS, None, None)
     rows, vocab = logits.shape
-    need(0 < vocab < 2**24, name, f"a vocabulary of {vocab} tokens; from 1 to 2**24 - 1 are possible")
+    need(
+        0 < vocab < 2**24, name, f"a vocabulary of {vocab} tokens; from 1 to 2**24 - 1 are possible"
+    )
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
         return tokens
     pieces = triton.cdiv(vocab, PIECE)
-    part_max, part_sum, part_best = torch.empty((3, rows, pieces), dtype=torch.float32, device=logits.device)
+    part_max, part_sum, part_best = torch.empty(
+        (3, rows, pieces), dtype=torch.float32, device=logits.device
+    )
     part_id = torch.empty((rows, pieces), dtype=torch.int32, device=logits.device)
     x = filters = keys = penalties = state_rows = state = None
     if sampling is not None:
@@ -126,9 +137,40 @@ def _select(name: str, logits: Tensor, sampling: SamplingRows | None) -> Tensor:
         x = torch.empty((rows, vocab), dtype=torch.float32, device=logits.device)
         filters, keys, penalties = sampling.filters, sampling.keys, sampling.penalties
         state_rows, state = sampling.state_rows, sampling.state
-    scan_kernel[(rows, pieces)](logits, x, part_max, part_sum, part_best, part_id, filters, keys, penalties, state_rows,
-                                state, logits.stride(0), vocab, SAMPLED=sampling is not None, PIECE=PIECE, num_warps=4)
-    choose_kernel[(rows,)](x, part_max, part_sum, part_best, part_id, filters, keys, state_rows, state, tokens, vocab,
-                           pieces, SAMPLED=sampling is not None, PARTS=triton.next_power_of_2(pieces), PIECE=PIECE,
-                           num_warps=8)
+    scan_kernel[(rows, pieces)](
+        logits,
+        x,
+        part_max,
+        part_sum,
+        part_best,
+        part_id,
+        filters,
+        keys,
+        penalties,
+        state_rows,
+        state,
+        logits.stride(0),
+        vocab,
+        SAMPLED=sampling is not None,
+        PIECE=PIECE,
+        num_warps=4,
+    )
+    choose_kernel[(rows,)](
+        x,
+        part_max,
+        part_sum,
+        part_best,
+        part_id,
+        filters,
+        keys,
+        state_rows,
+        state,
+        tokens,
+        vocab,
+        pieces,
+        SAMPLED=sampling is not None,
+        PARTS=triton.next_power_of_2(pieces),
+        PIECE=PIECE,
+        num_warps=8,
+    )
     return tokens

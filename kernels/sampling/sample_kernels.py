@@ -33,7 +33,9 @@ def _penalized(x, row, column, inside, state_ptr, state_row_ptr, penalty_ptr, vo
         repetition = tl.load(penalty_ptr + row * 3)
         x = tl.where(state > 0, tl.where(x > 0, x / repetition, x * repetition), x)
         count = (state >> 1).to(tl.float32)
-        lessened = x - (tl.load(penalty_ptr + row * 3 + 1) + tl.load(penalty_ptr + row * 3 + 2) * count)
+        lessened = x - (
+            tl.load(penalty_ptr + row * 3 + 1) + tl.load(penalty_ptr + row * 3 + 2) * count
+        )
         x = tl.where(count > 0, lessened, x)
     return x
 
@@ -48,22 +50,28 @@ def _number(x):
 def scan_kernel(
     logits_ptr,  # [B, VOCAB]
     x_ptr,  # float32 [B, VOCAB], written: logits after penalties and temperature
-    part_max_ptr, part_sum_ptr, part_best_ptr,  # float32 [B, pieces]: largest x, sum of exp(x - largest), best race
+    part_max_ptr,
+    part_sum_ptr,
+    part_best_ptr,  # float32 [B, pieces]: largest x, sum of exp(x - largest), best race
     part_id_ptr,  # int32 [B, pieces]: who won it
     filter_ptr,  # float32 [B, 4]: temperature, top_k, top_p, min_p
     key_ptr,  # int32 [B, 2]
     penalty_ptr,  # float32 [B, 3]
     state_row_ptr,  # int32 [B]
     state_ptr,  # int32 [state rows, VOCAB]: 2 * (times among output tokens) + (is in the prompt)
-    logits_stride, vocab,
-    SAMPLED: tl.constexpr, PIECE: tl.constexpr,
+    logits_stride,
+    vocab,
+    SAMPLED: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """One piece of one row. Greedy rows race with x itself; without SAMPLED all rows are greedy and x is not kept."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     column = piece * PIECE + tl.arange(0, PIECE)
     inside = column < vocab
-    x = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=float("-inf")).to(
+        tl.float32
+    )
     temperature = 0.0
     if SAMPLED:
         if state_ptr is not None:
@@ -111,7 +119,9 @@ def _mass_of_top_k(x_ptr, part_max_ptr, top_k, largest, vocab, pieces, PIECE: tl
                 alike = inside & ((key & fixed) == low)
                 counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=alike)
         above = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
-        found = tl.sum((above >= wanted).to(tl.int32), axis=0)  # above falls: how many bins lie below the k-th's
+        found = tl.sum(
+            (above >= wanted).to(tl.int32), axis=0
+        )  # above falls: how many bins lie below the k-th's
         wanted -= tl.sum(tl.where(tl.arange(0, 256) == found, above, 0), axis=0)
         low = low | (found.to(tl.uint32) << shift)
         fixed = (fixed >> 8) | 0xFF000000
@@ -128,7 +138,9 @@ def _mass_of_top_k(x_ptr, part_max_ptr, top_k, largest, vocab, pieces, PIECE: tl
 
 
 @triton.jit
-def _before(x_ptr, part_max_ptr, candidate, key_0, key_1, min_p, largest, vocab, pieces, PIECE: tl.constexpr):
+def _before(
+    x_ptr, part_max_ptr, candidate, key_0, key_1, min_p, largest, vocab, pieces, PIECE: tl.constexpr
+):
     """Of the tokens more probable than the candidate (of equals, those with lower ids): their number, their mass, and
     who among them wins the race."""
     pivot = tl.load(x_ptr + candidate)
@@ -153,8 +165,19 @@ def _before(x_ptr, part_max_ptr, candidate, key_0, key_1, min_p, largest, vocab,
 
 
 @triton.jit
-def _filtered(candidate, row, x_ptr, part_max_ptr, filter_ptr, key_ptr, largest, total, vocab, pieces,
-              PIECE: tl.constexpr):
+def _filtered(
+    candidate,
+    row,
+    x_ptr,
+    part_max_ptr,
+    filter_ptr,
+    key_ptr,
+    largest,
+    total,
+    vocab,
+    pieces,
+    PIECE: tl.constexpr,
+):
     """The winner among the tokens that top_k, top_p and min_p keep; the candidate won among all.
 
     A token is kept if fewer than top_k, of less than top_p of the mass, come before it. If it is not, neither is any
@@ -165,14 +188,17 @@ def _filtered(candidate, row, x_ptr, part_max_ptr, filter_ptr, key_ptr, largest,
     min_p = tl.load(filter_ptr + row * 4 + 3)
     key_0 = tl.load(key_ptr + row * 2).to(tl.uint32, bitcast=True)
     key_1 = tl.load(key_ptr + row * 2 + 1).to(tl.uint32, bitcast=True)
-    limit = tl.where(top_k > 0, tl.minimum(top_k, vocab.to(tl.float32)), vocab.to(tl.float32)).to(tl.int32)
+    limit = tl.where(top_k > 0, tl.minimum(top_k, vocab.to(tl.float32)), vocab.to(tl.float32)).to(
+        tl.int32
+    )
     wanted = tl.where(top_p < 1.0, top_p * total, float("inf"))
     pending = ((limit < vocab) | (top_p < 1.0) | (min_p > 0.0)).to(tl.int32)
     if (top_p < 1.0) & (limit < vocab):
         wanted = top_p * _mass_of_top_k(x_ptr, part_max_ptr, limit, largest, vocab, pieces, PIECE)
     while pending > 0:
-        count, mass, weight, winner = _before(x_ptr, part_max_ptr, candidate, key_0, key_1, min_p, largest, vocab,
-                                              pieces, PIECE)
+        count, mass, weight, winner = _before(
+            x_ptr, part_max_ptr, candidate, key_0, key_1, min_p, largest, vocab, pieces, PIECE
+        )
         kept = (count == 0) | ((count < limit) & (mass < wanted) & (weight >= min_p))
         candidate = tl.where(kept, candidate, winner)
         pending = tl.where(kept, 0, 1)
@@ -181,11 +207,21 @@ def _filtered(candidate, row, x_ptr, part_max_ptr, filter_ptr, key_ptr, largest,
 
 @triton.jit
 def choose_kernel(
-    x_ptr, part_max_ptr, part_sum_ptr, part_best_ptr, part_id_ptr,  # of the scan
-    filter_ptr, key_ptr, state_row_ptr, state_ptr,
+    x_ptr,
+    part_max_ptr,
+    part_sum_ptr,
+    part_best_ptr,
+    part_id_ptr,  # of the scan
+    filter_ptr,
+    key_ptr,
+    state_row_ptr,
+    state_ptr,
     token_ptr,  # int64 [B], written; -1: the row holds NaN, +inf or nothing but -inf
-    vocab, pieces,
-    SAMPLED: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr,
+    vocab,
+    pieces,
+    SAMPLED: tl.constexpr,
+    PARTS: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
@@ -205,8 +241,19 @@ def choose_kernel(
     sound = (total > 0) & (total < float("inf"))  # neither is NaN
     if SAMPLED:
         if sound & (temperature > 0):
-            token = _filtered(token, row, x_ptr + row * vocab, part_max_ptr + row * pieces, filter_ptr, key_ptr,
-                              largest, total, vocab, pieces, PIECE)
+            token = _filtered(
+                token,
+                row,
+                x_ptr + row * vocab,
+                part_max_ptr + row * pieces,
+                filter_ptr,
+                key_ptr,
+                largest,
+                total,
+                vocab,
+                pieces,
+                PIECE,
+            )
         if state_ptr is not None:
             state_row = tl.load(state_row_ptr + row)
             if sound & (state_row >= 0):
@@ -228,7 +275,9 @@ def record_kernel(state_ptr, token_ptr, count, OUTPUT: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def bias_kernel(logits_ptr, row_ptr, token_ptr, bias_ptr, count, logits_stride, BLOCK: tl.constexpr):
+def bias_kernel(
+    logits_ptr, row_ptr, token_ptr, bias_ptr, count, logits_stride, BLOCK: tl.constexpr
+):
     """logits[row, token] += bias for `count` distinct pairs."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count

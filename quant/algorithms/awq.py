@@ -45,7 +45,11 @@ def search_scales(mean_abs: Tensor, weight_mean: Tensor, loss: Callable[[Tensor]
             if scales is not None and (value := loss(scales)) < best_loss:
                 best, best_loss, best_ratio, best_duo = scales, value, ratio, duo
         if step is not None:
-            points = [(ratio, best_duo) for ratio in (best_ratio - step, best_ratio + step) if 0 <= ratio < 1]
+            points = [
+                (ratio, best_duo)
+                for ratio in (best_ratio - step, best_ratio + step)
+                if 0 <= ratio < 1
+            ]
     return Search(best, best_loss, identity_loss)
 
 
@@ -65,13 +69,15 @@ def relative_magnitude(weights: list[Tensor], group_size: int) -> Tensor:
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).mean(0).flatten()
 
 
-def expected_loss(weight: Tensor, variance: Tensor, bits: int, group_size: int,
-                  symmetric: bool) -> Callable[[Tensor], float]:
+def expected_loss(
+    weight: Tensor, variance: Tensor, bits: int, group_size: int, symmetric: bool
+) -> Callable[[Tensor], float]:
     """The loss of scales [in]: what rounding weight [out, in] times them will cost, up to a factor, nothing rounded.
 
     On a grid of step d a weight errs by d^2 / 12 on average; with error compensation that costs the variance [in] of
     its input that the inputs after it cannot make up for (`gptq.unexplained_variance`), over the square of its scale.
     """
+
     def loss(scales: Tensor) -> float:
         steps, _ = make_grid(*extent(to_groups(weight * scales, group_size)), bits, symmetric)
         cost = (variance / scales.square()).reshape(steps.shape[1], -1).sum(1)
@@ -85,7 +91,9 @@ def hessian_loss(error: Tensor, hessian: Tensor) -> float:
     return torch.sum((error @ hessian) * error).item()
 
 
-def divide_norm(weight: Tensor, scales: Tensor, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def divide_norm(
+    weight: Tensor, scales: Tensor, offset: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Fold scales into a norm that multiplies by weight + offset.
 
     Returns the new stored weight, already rounded to dtype, and the scales it really amounts to, so that multiplying
@@ -93,7 +101,9 @@ def divide_norm(weight: Tensor, scales: Tensor, offset: float, dtype: torch.dtyp
     """
     multiplier = weight.float() + offset
     stored = (multiplier / scales - offset).to(dtype).float()
-    usable = (multiplier != 0) & (stored + offset != 0) & ((stored + offset).sign() == multiplier.sign())
+    usable = (
+        (multiplier != 0) & (stored + offset != 0) & ((stored + offset).sign() == multiplier.sign())
+    )
     stored = torch.where(usable, stored, weight.float())
     return stored, torch.where(usable, multiplier / (stored + offset), torch.ones_like(scales))
 

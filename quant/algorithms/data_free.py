@@ -13,7 +13,9 @@ from . import fp8, search
 GROUP_LEAST = 16
 
 
-def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, min_zero: int = 0) -> QuantizedWeight | None:
+def quantize(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, min_zero: int = 0
+) -> QuantizedWeight | None:
     """A dense weight [out, in] on an integer grid; None where no group of that size or its halves divides the width.
 
     group_size -1: the whole row. min_zero 1: for GPTQ v1, which cannot hold a zero point of 0.

@@ -15,7 +15,9 @@ from ..weight import QuantizedWeight
 E4M3_MAX = 448.0
 
 
-def quantize(weight: Tensor, block: tuple[int, int] | None = None, absmax: Tensor | None = None) -> QuantizedWeight:
+def quantize(
+    weight: Tensor, block: tuple[int, int] | None = None, absmax: Tensor | None = None
+) -> QuantizedWeight:
     """Round a weight [out, in] to float8_e4m3fn codes with float32 scales, one for each block of (rows, columns).
 
     block None: one row each, a scale per output channel; the shape of the weight: a scale for all of it; the blocks at
@@ -29,8 +31,14 @@ def quantize(weight: Tensor, block: tuple[int, int] | None = None, absmax: Tenso
         absmax = blocks.abs().amax((1, 3))
     scales = to_scale(absmax)
     codes = (blocks / scales[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return QuantizedWeight(codes=codes.reshape(padded.shape)[:out_features, :in_features].contiguous(), scales=scales,
-                           kind="fp8", bits=8, block=(rows, cols), act_quant=_act_quant((rows, cols), weight.shape))
+    return QuantizedWeight(
+        codes=codes.reshape(padded.shape)[:out_features, :in_features].contiguous(),
+        scales=scales,
+        kind="fp8",
+        bits=8,
+        block=(rows, cols),
+        act_quant=_act_quant((rows, cols), weight.shape),
+    )
 
 
 def _act_quant(block: tuple[int, int], shape: tuple[int, int]) -> ActQuant:

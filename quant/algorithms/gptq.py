@@ -23,7 +23,12 @@ from .rtn import encode, to_weight
 
 BLOCK = 128
 # (damping as a fraction of mean(diag H), dtype of the factorisation), tried in turn
-ATTEMPTS = ((0.05, torch.float32), (0.05, torch.float64), (0.2, torch.float64), (1.0, torch.float64))
+ATTEMPTS = (
+    (0.05, torch.float32),
+    (0.05, torch.float64),
+    (0.2, torch.float64),
+    (1.0, torch.float64),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,9 @@ class Result:
     fallback: str | None  # why GPTQ could not be used, in words; None: it was
 
 
-def quantize(weight: Tensor, hessian: Tensor, bits: int, group_size: int, symmetric: bool,
-             min_zero: int = 0) -> Result:
+def quantize(
+    weight: Tensor, hessian: Tensor, bits: int, group_size: int, symmetric: bool, min_zero: int = 0
+) -> Result:
     """Quantize a float32 weight [out, in] given hessian [in, in] = E[x x^T] (any positive multiple).
 
     Rows are independent, so layers that share their inputs (q, k, v) may be stacked and split afterwards. min_zero: see
@@ -102,11 +108,16 @@ def _cholesky(hessian: Tensor) -> tuple[Tensor | None, float | None, str | None]
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.item():
             return lower, damping, None
-    return None, None, f"Hessian not positive definite even with damping {ATTEMPTS[-1][0]}; use more samples"
+    return (
+        None,
+        None,
+        f"Hessian not positive definite even with damping {ATTEMPTS[-1][0]}; use more samples",
+    )
 
 
-def _sweep(weight: Tensor, factor: Tensor, size: int, bits: int, symmetric: bool,
-           min_zero: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sweep(
+    weight: Tensor, factor: Tensor, size: int, bits: int, symmetric: bool, min_zero: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [out, in], scales and zeros [out, n_groups], all in the order of the columns of weight."""
     out_features, in_features = weight.shape
     weight = weight.clone()
@@ -123,15 +134,24 @@ def _sweep(weight: Tensor, factor: Tensor, size: int, bits: int, symmetric: bool
         for j in range(stop - start):
             column, group = start + j, (start + j) // size
             if column % size == 0:
-                ahead = inner[j:j + size].t() if j + size <= len(inner) else weight[:, column:column + size]
-                grid = search.fit_grid(ahead.unsqueeze(1).contiguous(), importance[column:column + size].unsqueeze(0),
-                                       bits, symmetric, min_zero)
+                ahead = (
+                    inner[j : j + size].t()
+                    if j + size <= len(inner)
+                    else weight[:, column : column + size]
+                )
+                grid = search.fit_grid(
+                    ahead.unsqueeze(1).contiguous(),
+                    importance[column : column + size].unsqueeze(0),
+                    bits,
+                    symmetric,
+                    min_zero,
+                )
                 scales[:, group], zeros[:, group] = grid[0].squeeze(1), grid[1].squeeze(1)
                 scale, zero = scales[:, group].contiguous(), zeros[:, group].contiguous()
             code = encode(inner[j].unsqueeze(1), scale, zero, bits).squeeze(1)
             codes[:, column] = code
             errors[j] = (inner[j] - (code - zero) * scale) / local[j, j]
-            inner[j + 1:].addr_(local[j, j + 1:], errors[j], alpha=-1)
+            inner[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
         weight[:, stop:].addmm_(errors.t(), factor[start:stop, stop:], alpha=-1)
     return codes, scales, zeros
 

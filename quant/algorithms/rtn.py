@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..weight import QuantizedWeight
 
-SCALE_FLOOR = 2.0**-20  # float16 still keeps four significant bits here; a group this small is as good as zero
+SCALE_FLOOR = (
+    2.0**-20
+)  # float16 still keeps four significant bits here; a group this small is as good as zero
 FLOAT16_MAX = 65504.0
 
 
@@ -32,7 +34,9 @@ def extent(groups: Tensor) -> tuple[Tensor, Tensor]:
     return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
 
 
-def make_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, min_zero: int = 0) -> tuple[Tensor, Tensor]:
+def make_grid(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, min_zero: int = 0
+) -> tuple[Tensor, Tensor]:
     """The grid that spans [low, high]: float32 scales (already float16 values) and float32 integer zeros.
 
     Symmetric grids have their zero at 2**(bits-1) and span absmax on both sides. min_zero 1 is for GPTQ v1, which
@@ -73,14 +77,18 @@ def decode(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return (codes - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
 
 
-def round_trip(weight: Tensor, bits: int, group_size: int, symmetric: bool, min_zero: int = 0) -> Tensor:
+def round_trip(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, min_zero: int = 0
+) -> Tensor:
     """What `quantize` would make of a weight [out, in], as float32: for searches, which need no codes."""
     groups = to_groups(weight, group_size)
     scales, zeros = make_grid(*extent(groups), bits, symmetric, min_zero)
     return decode(encode(groups, scales, zeros, bits), scales, zeros).reshape(weight.shape)
 
 
-def to_weight(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric: bool) -> QuantizedWeight:
+def to_weight(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric: bool
+) -> QuantizedWeight:
     """Wrap float codes [out, n_groups, group_size] and their grid in the canonical form."""
     out_features, n_groups, group_size = codes.shape
     return QuantizedWeight(
@@ -92,7 +100,9 @@ def to_weight(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, symmetric
     )
 
 
-def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool, min_zero: int = 0) -> QuantizedWeight:
+def quantize(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, min_zero: int = 0
+) -> QuantizedWeight:
     """Round a float32 weight [out, in] to the nearest point of the grid that spans each group.
 
     group_size -1 means the whole row. Raises ValueError if the group size does not divide the width.

@@ -14,7 +14,13 @@ from .gguf import GgufCheckpoint
 from .headers import read_json
 from .hub import download
 
-__all__ = ["BitsAndBytesCheckpoint", "Checkpoint", "FolderCheckpoint", "GgufCheckpoint", "open_checkpoint"]
+__all__ = [
+    "BitsAndBytesCheckpoint",
+    "Checkpoint",
+    "FolderCheckpoint",
+    "GgufCheckpoint",
+    "open_checkpoint",
+]
 
 
 def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Checkpoint:
@@ -28,15 +34,23 @@ def open_checkpoint(path_or_id: str | Path, revision: str | None = None) -> Chec
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             if (split := SPLIT_NAME.fullmatch(path.name)) and int(split[2]) > 1:
-                path = path.with_name(f"{split[1]}-00001-of-{split[3]}.gguf")  # any part names the model
+                path = path.with_name(
+                    f"{split[1]}-00001-of-{split[3]}.gguf"
+                )  # any part names the model
             return GgufCheckpoint(path)
-        raise CheckpointError("is neither a folder nor a .gguf file", file=path, fix="give the folder that holds it")
+        raise CheckpointError(
+            "is neither a folder nor a .gguf file", file=path, fix="give the folder that holds it"
+        )
     gguf_files = sorted(path.glob("*.gguf"))
     if gguf_files and not any(path.glob("*.safetensors")):
         if len(gguf_files) > 1 and not is_split(gguf_files):
-            raise CheckpointError(f"holds {len(gguf_files)} .gguf files", file=path, fix="name one of them")
+            raise CheckpointError(
+                f"holds {len(gguf_files)} .gguf files", file=path, fix="name one of them"
+            )
         return GgufCheckpoint(gguf_files[0])
-    return (BitsAndBytesCheckpoint if _is_bitsandbytes(path / "config.json") else FolderCheckpoint)(path)
+    return (BitsAndBytesCheckpoint if _is_bitsandbytes(path / "config.json") else FolderCheckpoint)(
+        path
+    )
 
 
 def _is_bitsandbytes(config: Path) -> bool:

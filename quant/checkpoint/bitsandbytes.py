@@ -19,9 +19,17 @@ class BitsAndBytesCheckpoint(FolderCheckpoint):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._states = {name.removesuffix(suffix) + "weight": self._state(name, suffix)
-                        for name in self._entries for suffix in bitsandbytes.STATES if name.endswith(f".{suffix}")}
-        logger.warning("%s: bitsandbytes weights are dequantized as they are read: %.1f GB", path, self.nbytes / 1e9)
+        self._states = {
+            name.removesuffix(suffix) + "weight": self._state(name, suffix)
+            for name in self._entries
+            for suffix in bitsandbytes.STATES
+            if name.endswith(f".{suffix}")
+        }
+        logger.warning(
+            "%s: bitsandbytes weights are dequantized as they are read: %.1f GB",
+            path,
+            self.nbytes / 1e9,
+        )
 
     def names(self) -> set[str]:
         sides = tuple(f".{suffix}" for suffix in bitsandbytes.SUFFIXES)

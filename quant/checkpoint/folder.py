@@ -56,11 +56,16 @@ class FolderCheckpoint(Checkpoint):
         layer = self._layer(module)
         found = self._suffixes(module)
         if layer is None:
-            raise self._error(f"{module}.{next(iter(found))}", "is quantized, but config.json does not say how",
-                              "add the quantization_config the checkpoint was made with")
+            raise self._error(
+                f"{module}.{next(iter(found))}",
+                "is quantized, but config.json does not say how",
+                "add the quantization_config the checkpoint was made with",
+            )
         reader = formats.by_method(self.scheme.method)
         try:
-            return reader.read({s: self._raw(f"{module}.{s}") for s in found}, layer, self.scheme.format)
+            return reader.read(
+                {s: self._raw(f"{module}.{s}") for s in found}, layer, self.scheme.format
+            )
         except BadTensor as error:
             raise self._error(f"{module}.{error.suffix}", error.problem) from None
 
@@ -82,7 +87,9 @@ class FolderCheckpoint(Checkpoint):
 
     def _suffixes(self, module: str) -> list[str]:
         quantized = formats.by_method(self.scheme.method).SUFFIXES if self.scheme else ()
-        known = dict.fromkeys((*quantized, "weight"))  # modules that stay dense are in every checkpoint
+        known = dict.fromkeys(
+            (*quantized, "weight")
+        )  # modules that stay dense are in every checkpoint
         return [s for s in known if f"{module}.{s}" in self._entries]
 
     def _layer(self, module: str) -> LayerScheme | None:
@@ -103,19 +110,26 @@ class FolderCheckpoint(Checkpoint):
             raise self._error(name, "is missing")
         return self._entries[name]
 
-    def _error(self, name: str, problem: str, fix: str = "download it again, or convert it again") -> CheckpointError:
+    def _error(
+        self, name: str, problem: str, fix: str = "download it again, or convert it again"
+    ) -> CheckpointError:
         file = self._entries[name].file if name in self._entries else self.path
         return CheckpointError(problem, file=file, tensor=name, fix=fix)
 
     def _read_scheme(self) -> QuantScheme | None:
         """From config.json, or from the side file that older AutoGPTQ and AutoAWQ and ModelOpt leave instead."""
         found = self.config.get("quantization_config") or self.config.get("compression_config")
-        for side_file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq"),
-                                  ("hf_quant_config.json", "modelopt")):
+        for side_file, method in (
+            ("quantize_config.json", "gptq"),
+            ("quant_config.json", "awq"),
+            ("hf_quant_config.json", "modelopt"),
+        ):
             if not found and (self.path / side_file).is_file():
                 found = {"quant_method": method} | read_json(self.path / side_file)
         if not found:
             return None
         if not isinstance(found, dict):
-            raise CheckpointError("quantization_config is no JSON object", file=self.path / "config.json")
+            raise CheckpointError(
+                "quantization_config is no JSON object", file=self.path / "config.json"
+            )
         return QuantScheme.from_config(found)

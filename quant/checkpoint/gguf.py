@@ -46,7 +46,11 @@ class GgufCheckpoint(Checkpoint):
         if len(shape) == 1:
             offset = gguf_model.norm_offset(self.file, self._gguf_name(name))
             vector = self._dense_rows(name, 0, 1).reshape(shape)
-            return (vector.float() - offset).to(dtype or vector.dtype) if offset else vector.to(dtype or vector.dtype)
+            return (
+                (vector.float() - offset).to(dtype or vector.dtype)
+                if offset
+                else vector.to(dtype or vector.dtype)
+            )
         out = torch.empty(shape, dtype=dtype or self.dtype(name))
         step = max(1, _CHUNK // shape[-1])
         for first in range(0, shape[0], step):
@@ -58,13 +62,17 @@ class GgufCheckpoint(Checkpoint):
         return self._blocks(name, 0, None) if self.is_quantized(module) else self.tensor(name)
 
     def dense(self, module: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.tensor(f"{module}.weight", dtype)  # a few rows at a time, which a large vocabulary needs
+        return self.tensor(
+            f"{module}.weight", dtype
+        )  # a few rows at a time, which a large vocabulary needs
 
     def is_quantized(self, module: str) -> bool:
         return self.file.tensors[self._gguf_name(f"{module}.weight")].kind not in gguf.DENSE
 
     def modules(self) -> set[str]:
-        return {name.removesuffix(".weight") for name in self._gguf_names if name.endswith(".weight")}
+        return {
+            name.removesuffix(".weight") for name in self._gguf_names if name.endswith(".weight")
+        }
 
     def weight_names(self, module: str) -> list[str]:
         return [f"{module}.weight"] if self.has(f"{module}.weight") else []
@@ -78,16 +86,24 @@ class GgufCheckpoint(Checkpoint):
 
     def _gguf_name(self, name: str) -> str:
         if name not in self._gguf_names:
-            raise CheckpointError("is missing", file=self.path, tensor=name, fix="download it again")
+            raise CheckpointError(
+                "is missing", file=self.path, tensor=name, fix="download it again"
+            )
         return self._gguf_names[name]
 
     def _rows(self, name: str, first: int, last: int | None) -> Any:
         gguf_name = self._gguf_name(name)
         order = gguf_model.hf_row_order(self.file, gguf_name)
-        return self.file.rows(gguf_name, first, last) if order is None else self.file.rows(gguf_name)[order[first:last]]
+        return (
+            self.file.rows(gguf_name, first, last)
+            if order is None
+            else self.file.rows(gguf_name)[order[first:last]]
+        )
 
     def _blocks(self, name: str, first: int, last: int | None) -> QuantizedWeight:
-        weight = gguf.read_blocks(self._rows(name, first, last), self.file.tensors[self._gguf_name(name)].kind)
+        weight = gguf.read_blocks(
+            self._rows(name, first, last), self.file.tensors[self._gguf_name(name)].kind
+        )
         self._check_finite(name, weight.scales, weight.mins)
         return weight
 
@@ -105,12 +121,20 @@ class GgufCheckpoint(Checkpoint):
                 if tensor is not None:
                     check_finite(name, tensor)
         except BadTensor as error:
-            raise CheckpointError(error.problem, file=self.path, tensor=self._gguf_names[name],
-                                  fix="download it again") from None
+            raise CheckpointError(
+                error.problem,
+                file=self.path,
+                tensor=self._gguf_names[name],
+                fix="download it again",
+            ) from None
 
     def _describe_blocks(self) -> QuantScheme | None:
         """The commonest block type of the matrices, for reports; each module's own type is read from the file."""
-        kinds = Counter(t.kind for n, t in self.file.tensors.items() if n.startswith("blk.") and len(t.shape) == 2)
+        kinds = Counter(
+            t.kind
+            for n, t in self.file.tensors.items()
+            if n.startswith("blk.") and len(t.shape) == 2
+        )
         kind = kinds.most_common(1)[0][0] if kinds else "F32"
         if kind in gguf.DENSE:
             return None

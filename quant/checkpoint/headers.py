@@ -44,12 +44,18 @@ def scan(folder: Path) -> dict[str, TensorEntry]:
     for file in files:
         for name, entry in read_header(file).items():
             if name in entries:
-                raise CheckpointError(f"is also in {entries[name].file.name}", file=file, tensor=name, fix=_AGAIN)
+                raise CheckpointError(
+                    f"is also in {entries[name].file.name}", file=file, tensor=name, fix=_AGAIN
+                )
             entries[name] = entry
     for name, file_name in index.items():
         if name not in entries or entries[name].file.name != file_name:
-            raise CheckpointError(f"does not hold the tensor that {folder.name}'s index places there",
-                                  file=folder / file_name, tensor=name, fix=_AGAIN)
+            raise CheckpointError(
+                f"does not hold the tensor that {folder.name}'s index places there",
+                file=folder / file_name,
+                tensor=name,
+                fix=_AGAIN,
+            )
     return entries
 
 
@@ -59,14 +65,23 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if index_file.exists():
         index = read_json(index_file).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
-            raise CheckpointError("has no weight_map of tensor to file names", file=index_file, fix=_AGAIN)
+            raise CheckpointError(
+                "has no weight_map of tensor to file names", file=index_file, fix=_AGAIN
+            )
         for name, file_name in index.items():
             if Path(file_name).name != file_name:
-                raise CheckpointError(f"points outside its folder: {file_name!r}", file=index_file, tensor=name,
-                                      fix="do not use this checkpoint")
+                raise CheckpointError(
+                    f"points outside its folder: {file_name!r}",
+                    file=index_file,
+                    tensor=name,
+                    fix="do not use this checkpoint",
+                )
             if not (folder / file_name).is_file():
-                raise CheckpointError(f"shard is missing; it should hold {name!r}", file=folder / file_name,
-                                      fix="download it")
+                raise CheckpointError(
+                    f"shard is missing; it should hold {name!r}",
+                    file=folder / file_name,
+                    fix="download it",
+                )
         return [folder / f for f in sorted(set(index.values()))], index
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"], {}
@@ -79,17 +94,27 @@ def _unindexed(folder: Path) -> list[Path]:
     if numbered and len(numbered) == len(found):
         total = int(numbered[0][2])
         if missing := set(range(1, total + 1)) - {int(m[1]) for m in numbered}:
-            raise CheckpointError(f"shard {min(missing)} of {total} is missing", file=folder, fix="download it")
+            raise CheckpointError(
+                f"shard {min(missing)} of {total} is missing", file=folder, fix="download it"
+            )
         return found
     if len(found) == 1:
         return found
     if found:
-        raise CheckpointError(f"has {len(found)} safetensors files and no model.safetensors.index.json", file=folder,
-                              fix="download the index, or keep only the model's own file")
+        raise CheckpointError(
+            f"has {len(found)} safetensors files and no model.safetensors.index.json",
+            file=folder,
+            fix="download the index, or keep only the model's own file",
+        )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise CheckpointError("has its weights only in pickle files, which can run code and are never opened",
-                              file=folder, fix="use a safetensors version of the model")
-    raise CheckpointError("has no .safetensors weights", file=folder, fix="give a checkpoint folder or a .gguf file")
+        raise CheckpointError(
+            "has its weights only in pickle files, which can run code and are never opened",
+            file=folder,
+            fix="use a safetensors version of the model",
+        )
+    raise CheckpointError(
+        "has no .safetensors weights", file=folder, fix="give a checkpoint folder or a .gguf file"
+    )
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -101,17 +126,32 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         try:
             dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
         except (ValueError, KeyError, TypeError):
-            raise CheckpointError("has a damaged header entry", file=file, tensor=name, fix=_AGAIN) from None
+            raise CheckpointError(
+                "has a damaged header entry", file=file, tensor=name, fix=_AGAIN
+            ) from None
         if dtype not in DTYPES:
-            raise CheckpointError(f"has dtype {dtype}, which is not supported", file=file, tensor=name)
+            raise CheckpointError(
+                f"has dtype {dtype}, which is not supported", file=file, tensor=name
+            )
         if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-            raise CheckpointError("has a damaged shape or offset", file=file, tensor=name, fix=_AGAIN)
+            raise CheckpointError(
+                "has a damaged shape or offset", file=file, tensor=name, fix=_AGAIN
+            )
         if end > data_size:
-            raise CheckpointError(f"file is truncated: the tensor ends at byte {end} of the data, the file has "
-                                  f"{data_size}", file=file, tensor=name, fix=_AGAIN)
+            raise CheckpointError(
+                f"file is truncated: the tensor ends at byte {end} of the data, the file has "
+                f"{data_size}",
+                file=file,
+                tensor=name,
+                fix=_AGAIN,
+            )
         if end - begin != prod(shape) * DTYPES[dtype].itemsize:
-            raise CheckpointError(f"has {end - begin} bytes for shape {list(shape)} of {dtype}", file=file,
-                                  tensor=name, fix=_AGAIN)
+            raise CheckpointError(
+                f"has {end - begin} bytes for shape {list(shape)} of {dtype}",
+                file=file,
+                tensor=name,
+                fix=_AGAIN,
+            )
         entries[name] = TensorEntry(file, DTYPES[dtype], shape, end - begin)
     return entries
 
@@ -122,7 +162,9 @@ def read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as stream:
         start = stream.read(8)
         if start == b"version ":
-            raise CheckpointError("is a Git LFS pointer, not the weights", file=file, fix="run `git lfs pull`")
+            raise CheckpointError(
+                "is a Git LFS pointer, not the weights", file=file, fix="run `git lfs pull`"
+            )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, 100_000_000):
             raise CheckpointError("is truncated or no safetensors file", file=file, fix=_AGAIN)
@@ -142,7 +184,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot be read as JSON: {error}".splitlines()[0], file=file, fix=_AGAIN) from None
+        raise CheckpointError(
+            f"cannot be read as JSON: {error}".splitlines()[0], file=file, fix=_AGAIN
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError("holds no JSON object", file=file, fix=_AGAIN)
     return content

@@ -46,21 +46,29 @@ class Journal:
         if journal._file.exists():
             content = read_json(journal._file)
             if content.get("fingerprint") != fingerprint:
-                raise CheckpointError("was begun from another model, with another recipe or by another version",
-                                      file=writer.out_dir, fix=_START_AGAIN)
+                raise CheckpointError(
+                    "was begun from another model, with another recipe or by another version",
+                    file=writer.out_dir,
+                    fix=_START_AGAIN,
+                )
             journal.entries, journal._state = content["parts"], content["state"]
             journal._verify()
         journal._drop_the_rest()
         return journal
 
-    def record(self, part: Path, sha256: str, report: dict[str, Any], state: dict[str, Tensor] | None) -> None:
+    def record(
+        self, part: Path, sha256: str, report: dict[str, Any], state: dict[str, Tensor] | None
+    ) -> None:
         """A part is done; state: what the next block needs, None where it needs nothing."""
         previous = self._state
         if state is not None:
             file = self.writer.work / f"state-{len(self.entries):05d}.safetensors"
             self._state = {"file": file.name, "sha256": save_tensors(file, state)}
         self.entries.append({"file": part.name, "sha256": sha256, "report": report})
-        write_json(self._file, {"fingerprint": self.fingerprint, "parts": self.entries, "state": self._state})
+        write_json(
+            self._file,
+            {"fingerprint": self.fingerprint, "parts": self.entries, "state": self._state},
+        )
         if previous is not None and state is not None:
             (self.writer.work / previous["file"]).unlink(missing_ok=True)
 
@@ -72,7 +80,9 @@ class Journal:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def _verify(self) -> None:
-        joining = (self.writer.work / "layout.json").exists()  # parts go as the shards that hold them are done
+        joining = (
+            self.writer.work / "layout.json"
+        ).exists()  # parts go as the shards that hold them are done
         wanted = [*self.entries, *([self._state] if self._state and not joining else [])]
         for entry in wanted:
             file = self.writer.work / entry["file"]
@@ -102,7 +112,9 @@ def lock(partial: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise CheckpointError("is being written by another conversion", file=partial, fix="wait for it") from None
+        raise CheckpointError(
+            "is being written by another conversion", file=partial, fix="wait for it"
+        ) from None
     return file
 
 
@@ -111,5 +123,7 @@ def fingerprint(checkpoint: Checkpoint, *facts: object) -> str:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     files = sorted(folder.glob("*.safetensors")) if checkpoint.path.is_dir() else [checkpoint.path]
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    text = json.dumps([stats, checkpoint.config, [repr(fact) for fact in facts]], sort_keys=True, default=str)
+    text = json.dumps(
+        [stats, checkpoint.config, [repr(fact) for fact in facts]], sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()

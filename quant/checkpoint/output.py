@@ -28,10 +28,15 @@ def check_output(output: Path, checkpoint: Checkpoint, overwrite: bool, resume: 
     if output.is_file():
         raise CheckpointError("is a file", file=output, fix="give a folder that does not exist yet")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise CheckpointError("exists and is not empty", file=output, fix="give another folder, or --overwrite")
+        raise CheckpointError(
+            "exists and is not empty", file=output, fix="give another folder, or --overwrite"
+        )
     if (done := begun(partial_of(output))) and not (overwrite or resume):
-        raise CheckpointError(f"holds a conversion that was interrupted after {done} parts", file=partial_of(output),
-                              fix="--resume to go on, --overwrite to start again")
+        raise CheckpointError(
+            f"holds a conversion that was interrupted after {done} parts",
+            file=partial_of(output),
+            fix="--resume to go on, --overwrite to start again",
+        )
 
 
 def unpublish(output: Path) -> None:
@@ -43,11 +48,15 @@ def unpublish(output: Path) -> None:
 def check_disk(output: Path, needed: int) -> None:
     """Raise UserError unless the disk that `output` is on has `needed` bytes, counting what is in OUT.partial."""
     partial = partial_of(output)
-    there = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
+    there = (
+        sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
+    )
     free = free_bytes(output)
     if needed - there > free:
-        raise UserError(f"{output}: needs {gigabytes(needed - there)} of disk, {gigabytes(free)} are free (free "
-                          "some, or give a folder on another disk)")
+        raise UserError(
+            f"{output}: needs {gigabytes(needed - there)} of disk, {gigabytes(free)} are free (free "
+            "some, or give a folder on another disk)"
+        )
 
 
 @contextmanager
@@ -61,8 +70,11 @@ def writing(output: Path, needed: int, resume: bool) -> Iterator[Path]:
     try:
         (partial / WORK).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"cannot be made: {error.strerror}", file=partial,
-                              fix="give an output folder where you may write") from None
+        raise CheckpointError(
+            f"cannot be made: {error.strerror}",
+            file=partial,
+            fix="give an output folder where you may write",
+        ) from None
     with lock(partial):
         if not resume:
             _empty(partial)
@@ -72,8 +84,10 @@ def writing(output: Path, needed: int, resume: bool) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            raise UserError(f"{output}: the disk is full: the conversion needs {gigabytes(needed)} in all, "
-                              f"{gigabytes(free_bytes(output))} are free (free some and give --resume)") from error
+            raise UserError(
+                f"{output}: the disk is full: the conversion needs {gigabytes(needed)} in all, "
+                f"{gigabytes(free_bytes(output))} are free (free some and give --resume)"
+            ) from error
         finally:
             if partial.exists() and not begun(partial):
                 shutil.rmtree(partial, ignore_errors=True)

@@ -60,7 +60,11 @@ class ShardWriter:
         if not self._layout_file.exists():
             write_json(self._layout_file, self._plan_shards())
         layout = json.loads(self._layout_file.read_text(encoding="utf-8"))
-        last_use = {piece["part"]: i for i, shard in enumerate(layout["shards"]) for piece in shard["pieces"]}
+        last_use = {
+            piece["part"]: i
+            for i, shard in enumerate(layout["shards"])
+            for piece in shard["pieces"]
+        }
         files = [self.out_dir / shard["name"] for shard in layout["shards"]]
         for i, (file, shard) in enumerate(zip(files, layout["shards"], strict=True)):
             if not file.exists():
@@ -78,12 +82,20 @@ class ShardWriter:
     def _plan_shards(self) -> dict[str, Any]:
         shards = self._group()
         total = len(shards)
-        names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)] if total > 1 else [
-            "model.safetensors"]
-        where = {p["name"]: name for name, pieces in zip(names, shards, strict=True) for p in pieces}
+        names = (
+            [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+            if total > 1
+            else ["model.safetensors"]
+        )
+        where = {
+            p["name"]: name for name, pieces in zip(names, shards, strict=True) for p in pieces
+        }
         size = sum(p["nbytes"] for pieces in shards for p in pieces)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        return {"shards": [{"name": n, "pieces": p} for n, p in zip(names, shards, strict=True)], "index": index}
+        return {
+            "shards": [{"name": n, "pieces": p} for n, p in zip(names, shards, strict=True)],
+            "index": index,
+        }
 
     def _group(self) -> list[list[dict[str, Any]]]:
         """Tensors in part order, cut into shards of at most max_shard_bytes (one larger tensor: a shard of its own)."""
@@ -95,13 +107,18 @@ class ShardWriter:
                 size = 0
             shards[-1].append(piece)
             size += piece["nbytes"]
-        return [sorted(pieces, key=lambda p: (-DTYPES[p["dtype"]].itemsize, p["name"])) for pieces in shards]
+        return [
+            sorted(pieces, key=lambda p: (-DTYPES[p["dtype"]].itemsize, p["name"]))
+            for pieces in shards
+        ]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file durably under its name; returns the SHA-256 of its bytes. Raises OSError."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    entries = [(name, _NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for name, t in ordered]
+    entries = [
+        (name, _NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for name, t in ordered
+    ]
     digest = hashlib.sha256()
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as out:
@@ -118,7 +135,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _chunks(entries: list[tuple[str, str, list[int], int]], tensors: Iterable[Tensor]) -> Iterable[Any]:
+def _chunks(
+    entries: list[tuple[str, str, list[int], int]], tensors: Iterable[Tensor]
+) -> Iterable[Any]:
     yield _header(entries)
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -142,9 +161,17 @@ def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:
 def _pieces(part: Path) -> list[dict[str, Any]]:
     header, data_start = read_raw_header(part)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return [{"name": name, "dtype": e["dtype"], "shape": e["shape"], "part": part.name,
-             "start": data_start + e["data_offsets"][0], "nbytes": e["data_offsets"][1] - e["data_offsets"][0]}
-            for name, e in entries]
+    return [
+        {
+            "name": name,
+            "dtype": e["dtype"],
+            "shape": e["shape"],
+            "part": part.name,
+            "start": data_start + e["data_offsets"][0],
+            "nbytes": e["data_offsets"][1] - e["data_offsets"][0],
+        }
+        for name, e in entries
+    ]
 
 
 def _join(folder: Path, pieces: list[dict[str, Any]], path: Path) -> None:
@@ -191,7 +218,9 @@ def write_text(path: Path, content: str) -> None:
     _commit(temporary, path)
 
 
-def dequantize_checkpoint(checkpoint: Checkpoint, out_dir: Path | str, dtype: torch.dtype = torch.bfloat16) -> None:
+def dequantize_checkpoint(
+    checkpoint: Checkpoint, out_dir: Path | str, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Write any checkpoint as a plain HF folder in dtype (16 or 32 bit floats), which every other tool reads."""
     writer = ShardWriter(out_dir)
     writer.clean()
@@ -199,12 +228,18 @@ def dequantize_checkpoint(checkpoint: Checkpoint, out_dir: Path | str, dtype: to
     modules = checkpoint.modules()
     consumed = {name for module in modules for name in checkpoint.weight_names(module)}
     parts: dict[str, list[str]] = {}
-    for name in sorted({f"{module}.weight" for module in modules} | (checkpoint.names() - consumed)):
+    for name in sorted(
+        {f"{module}.weight" for module in modules} | (checkpoint.names() - consumed)
+    ):
         parts.setdefault(block_of(name), []).append(name)
     for names in parts.values():
         writer.add({name: _dense(checkpoint, name, modules, dtype) for name in names})
     writer.finish()
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")}
+    config = {
+        k: v
+        for k, v in checkpoint.config.items()
+        if k not in ("quantization_config", "compression_config")
+    }
     config.pop("torch_dtype", None)
     copy_side_files(checkpoint, Path(out_dir))
     write_json(Path(out_dir) / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

@@ -32,16 +32,28 @@ class BlockResult:
     """What became of a block."""
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)  # by name within the block
-    layer_error: dict[str, float] = field(default_factory=dict)  # full name -> |(W - Q) x|^2 / |W x|^2 on calibration
-    fallbacks: dict[str, str] = field(default_factory=dict)  # full name -> why round-to-nearest was used
-    scales: dict[str, Tensor] = field(default_factory=dict)  # of the KV cache, by name within the block
+    layer_error: dict[str, float] = field(
+        default_factory=dict
+    )  # full name -> |(W - Q) x|^2 / |W x|^2 on calibration
+    fallbacks: dict[str, str] = field(
+        default_factory=dict
+    )  # full name -> why round-to-nearest was used
+    scales: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # of the KV cache, by name within the block
 
 
 class Activations:
     """What enters the next block: hidden states [n, T, hidden], and each block's other arguments for them."""
 
-    def __init__(self, source: BlockSource, samples: Samples, state: dict[str, Tensor] | None = None,
-                 folder: Path | None = None, bound: int = ACTIVATION_BYTES):
+    def __init__(
+        self,
+        source: BlockSource,
+        samples: Samples,
+        state: dict[str, Tensor] | None = None,
+        folder: Path | None = None,
+        bound: int = ACTIVATION_BYTES,
+    ):
         """state: what `state()` gave before the block to go on with; None: before the first.
 
         bound: bytes of activations in memory. Hidden states that are more lie in a file in `folder`, mapped; and inside
@@ -53,7 +65,11 @@ class Activations:
             self.hidden = _on_disk((*samples.token_ids.shape, source.config.hidden_size), folder)
             for first in range(0, len(self.hidden), self.at_once):
                 part = slice(first, first + self.at_once)
-                self.hidden[part] = source.embed(samples.token_ids[part]) if state is None else state["hidden"][part]
+                self.hidden[part] = (
+                    source.embed(samples.token_ids[part])
+                    if state is None
+                    else state["hidden"][part]
+                )
         elif state is None:
             self.hidden = source.embed(samples.token_ids)
         else:
@@ -74,13 +90,21 @@ def windows_at_once(source: BlockSource, length: int, bound: int) -> int:
 def _on_disk(shape: tuple[int, ...], folder: Path) -> Tensor:
     """A float32 tensor in a file without a name, which the system writes out as it needs memory."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, prod(shape) * 4)  # a full disk is an error here, not a signal later
+        os.posix_fallocate(
+            file.fileno(), 0, prod(shape) * 4
+        )  # a full disk is an error here, not a signal later
         return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 
 @torch.no_grad()
-def quantize_block(source: BlockSource, index: int, block: nn.Module, activations: Activations | None, plan: Plan,
-                   recipe: Recipe) -> BlockResult:
+def quantize_block(
+    source: BlockSource,
+    index: int,
+    block: nn.Module,
+    activations: Activations | None,
+    plan: Plan,
+    recipe: Recipe,
+) -> BlockResult:
     """Quantize the linears of a block and take the activations through it (None: the method needs none)."""
     full = {name: f"{source.name(index)}.{name}" for stage in source.map.stages for name in stage}
     stages = {stage[0]: stage for stage in source.map.stages if full[stage[0]] in plan.group_sizes}
@@ -92,44 +116,67 @@ def quantize_block(source: BlockSource, index: int, block: nn.Module, activation
         return result
     arguments = activations.arguments[index]
     grids = {name: plan.grid(full[name], recipe) for stage in stages.values() for name in stage}
-    first = activations.hidden[:FOLD_WINDOWS]  # their statistics are as large as all Hessians: they must not live on
-    fold_block(block, source.map, calibration.input_statistics(block, first, arguments, stages), grids, plan.dtype)
+    first = activations.hidden[
+        :FOLD_WINDOWS
+    ]  # their statistics are as large as all Hessians: they must not live on
+    fold_block(
+        block,
+        source.map,
+        calibration.input_statistics(block, first, arguments, stages),
+        grids,
+        plan.dtype,
+    )
 
     def quantize(site: str, hessian: Tensor) -> None:
         linears = {full[name]: block.get_submodule(name) for name in stages[site]}
-        weights = _quantize_stage({name: linear.weight for name, linear in linears.items()}, hessian, plan, recipe,
-                                  result)
+        weights = _quantize_stage(
+            {name: linear.weight for name, linear in linears.items()}, hessian, plan, recipe, result
+        )
         for name, linear, weight in zip(stages[site], linears.values(), weights, strict=True):
             linear.weight.copy_(weight.dequantize())
             result.weights[name] = weight
 
-    calibration.run_quantizing(block, activations.hidden, cache.put_into(arguments), stages, quantize,
-                               activations.at_once)
+    calibration.run_quantizing(
+        block, activations.hidden, cache.put_into(arguments), stages, quantize, activations.at_once
+    )
     result.scales = cache.scales() if recipe.kv_scales else {}
     return result
 
 
-def _quantize_float(block: nn.Module, full: dict[str, str], stages: dict[str, tuple[str, ...]],
-                    activations: Activations | None, index: int, cache: KeyValueRange, plan: Plan,
-                    result: BlockResult) -> None:
+def _quantize_float(
+    block: nn.Module,
+    full: dict[str, str],
+    stages: dict[str, tuple[str, ...]],
+    activations: Activations | None,
+    index: int,
+    cache: KeyValueRange,
+    plan: Plan,
+    result: BlockResult,
+) -> None:
     """FP8: each stage by itself, its error that on inputs of no preferred direction."""
     for stage in stages.values():
         linears = [block.get_submodule(name) for name in stage]
-        weights = float_quantizer.quantize([linear.weight for linear in linears], plan.scheme.default)
+        weights = float_quantizer.quantize(
+            [linear.weight for linear in linears], plan.scheme.default
+        )
         for name, linear, weight in zip(stage, linears, weights, strict=True):
             rounded = weight.dequantize()
-            error = (rounded - linear.weight).square().sum() / linear.weight.square().sum().clamp(min=1e-30)
+            error = (rounded - linear.weight).square().sum() / linear.weight.square().sum().clamp(
+                min=1e-30
+            )
             result.layer_error[full[name]] = error.item()
             linear.weight.copy_(rounded)
             result.weights[name] = weight
     if activations is not None:
         arguments = cache.put_into(activations.arguments[index])
-        result.weights = float_quantizer.with_static_scales(result.weights, stages, block, activations.hidden,
-                                                            arguments, activations.at_once)
+        result.weights = float_quantizer.with_static_scales(
+            result.weights, stages, block, activations.hidden, arguments, activations.at_once
+        )
 
 
-def _quantize_stage(weights: dict[str, Tensor], hessian: Tensor, plan: Plan, recipe: Recipe,
-                    report: BlockResult) -> list[QuantizedWeight]:
+def _quantize_stage(
+    weights: dict[str, Tensor], hessian: Tensor, plan: Plan, recipe: Recipe, report: BlockResult
+) -> list[QuantizedWeight]:
     """Quantize linears {full name: [out_i, in]} that share their input, whose E[x x^T] is given."""
     matrices = list(weights.values())
     # GPTQ v1 stores zero - 1 and so cannot hold a zero point of 0
@@ -144,11 +191,15 @@ def _quantize_stage(weights: dict[str, Tensor], hessian: Tensor, plan: Plan, rec
     quantized = split(result.weight, [len(matrix) for matrix in matrices])
     for (name, matrix), q in zip(weights.items(), quantized, strict=True):
         norm = awq.hessian_loss(matrix, hessian)
-        report.layer_error[name] = awq.hessian_loss(q.dequantize() - matrix, hessian) / max(norm, 1e-30)
+        report.layer_error[name] = awq.hessian_loss(q.dequantize() - matrix, hessian) / max(
+            norm, 1e-30
+        )
     return quantized
 
 
-def _in_order_of_importance(weight: Tensor, hessian: Tensor, grid: Grid, min_zero: int) -> gptq.Result:
+def _in_order_of_importance(
+    weight: Tensor, hessian: Tensor, grid: Grid, min_zero: int
+) -> gptq.Result:
     """GPTQ with act-order: columns sorted by E[x^2] before groups are cut, so each holds columns that matter alike."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
     result = gptq.quantize(weight[:, order], hessian[order][:, order], *grid, min_zero)

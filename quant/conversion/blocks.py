@@ -31,8 +31,11 @@ class BlockSource:
                 causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         except Exception as error:  # whatever transformers makes of a value that it did not expect
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"config.json describes no model: {reason}", file=checkpoint.path,
-                                  fix="download it again") from error
+            raise CheckpointError(
+                f"config.json describes no model: {reason}",
+                file=checkpoint.path,
+                fix="download it again",
+            ) from error
         self._model = causal_lm.model
         self._layers = list(self._model.layers)
         self._check_shapes()
@@ -48,7 +51,9 @@ class BlockSource:
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Names within block `index` -> [out, in], of all its linears."""
-        linears = ((n, m) for n, m in self._layers[index].named_modules() if isinstance(m, nn.Linear))
+        linears = (
+            (n, m) for n, m in self._layers[index].named_modules() if isinstance(m, nn.Linear)
+        )
         return {name: (module.out_features, module.in_features) for name, module in linears}
 
     def _check_shapes(self) -> None:
@@ -56,11 +61,17 @@ class BlockSource:
         for index, layer in enumerate(self._layers):
             for name, parameter in layer.named_parameters():
                 full = f"{self.name(index)}.{name}"
-                if not full.endswith("_proj.weight") or not self.checkpoint.is_quantized(full.removesuffix(".weight")):
+                if not full.endswith("_proj.weight") or not self.checkpoint.is_quantized(
+                    full.removesuffix(".weight")
+                ):
                     there = tuple(self.checkpoint.shape(full))
                     if there != tuple(parameter.shape):
-                        raise CheckpointError(f"has shape {list(there)}, config.json implies {list(parameter.shape)}",
-                                              file=self.checkpoint.path, tensor=full, fix="download it again")
+                        raise CheckpointError(
+                            f"has shape {list(there)}, config.json implies {list(parameter.shape)}",
+                            file=self.checkpoint.path,
+                            tensor=full,
+                            fix="download it again",
+                        )
 
     def name(self, index: int) -> str:
         """The module name of a block, e.g. model.layers.3"""

@@ -35,7 +35,11 @@ class Samples:
 
 def bundled_samples(tokenizer: Any, count: int, length: int, seed: int) -> Samples:
     """`count` windows of `length` tokens from the bundled mix, by SHARES, shuffled."""
-    texts = {name: (DATA / f"calib_{name}.txt").read_text(encoding="utf-8") for name in SHARES if name != "chat"}
+    texts = {
+        name: (DATA / f"calib_{name}.txt").read_text(encoding="utf-8")
+        for name in SHARES
+        if name != "chat"
+    }
     chats = (DATA / "calib_chat.json").read_text(encoding="utf-8")
     digest = hashlib.sha256("".join([*texts.values(), chats]).encode()).hexdigest()
     texts["chat"] = render_chats(tokenizer, json.loads(chats))
@@ -56,8 +60,10 @@ def file_samples(tokenizer: Any, file: Path, count: int, length: int, seed: int)
         raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     ids = tokenize(tokenizer, text)
     if len(ids) < length:
-        raise UserError(f"{file}: holds {len(ids)} tokens, fewer than one window of {length} (give more text, or a "
-                          "smaller --calib-seqlen)")
+        raise UserError(
+            f"{file}: holds {len(ids)} tokens, fewer than one window of {length} (give more text, or a "
+            "smaller --calib-seqlen)"
+        )
     generator = torch.Generator().manual_seed(seed)
     windows = draw_windows(ids, count, length, bos_token(tokenizer), generator)
     return Samples(windows, file.name, hashlib.sha256(text.encode()).hexdigest())
@@ -77,7 +83,9 @@ def render_chats(tokenizer: Any, chats: list[list[dict[str, str]]]) -> str:
     """Conversations in the model's own chat template, or as plain turns where it has none."""
     if getattr(tokenizer, "chat_template", None):
         return "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats)
-    return "\n\n".join("\n".join(f"{turn['role']}: {turn['content']}" for turn in chat) for chat in chats)
+    return "\n\n".join(
+        "\n".join(f"{turn['role']}: {turn['content']}" for turn in chat) for chat in chats
+    )
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
@@ -91,7 +99,9 @@ def bos_token(tokenizer: Any) -> list[int]:
     return full[:1] if full[:1] != plain[:1] else []
 
 
-def draw_windows(ids: Tensor, count: int, length: int, bos: list[int], generator: torch.Generator) -> Tensor:
+def draw_windows(
+    ids: Tensor, count: int, length: int, bos: list[int], generator: torch.Generator
+) -> Tensor:
     """`count` windows [count, length] from token ids [n]: one at random from each of `count` equal stretches."""
     body = length - len(bos)
     if len(ids) < body:
@@ -99,8 +109,13 @@ def draw_windows(ids: Tensor, count: int, length: int, bos: list[int], generator
     stretch = (len(ids) - body) / max(count, 1)
     jitter = torch.rand(count, generator=generator)
     starts = [int((i + jitter[i].item()) * stretch) for i in range(count)]
-    return torch.stack([torch.cat([torch.tensor(bos, dtype=ids.dtype), ids[s : s + body]]) for s in starts]) \
-        if count else torch.empty(0, length, dtype=torch.int64)
+    return (
+        torch.stack(
+            [torch.cat([torch.tensor(bos, dtype=ids.dtype), ids[s : s + body]]) for s in starts]
+        )
+        if count
+        else torch.empty(0, length, dtype=torch.int64)
+    )
 
 
 def _apportion(count: int) -> list[int]:
@@ -119,8 +134,9 @@ class InputStatistics:
 
 
 @torch.no_grad()
-def input_statistics(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
-                     sites: Iterable[str]) -> dict[str, InputStatistics]:
+def input_statistics(
+    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str]
+) -> dict[str, InputStatistics]:
     """Run a block on hidden states [n, T, hidden]; returns what the inputs of some of its submodules are like."""
     tokens = hidden.shape[:-1].numel()
     sums: dict[str, InputStatistics] = {}
@@ -128,7 +144,9 @@ def input_statistics(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
     def add(site: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
         if site not in sums:
-            sums[site] = InputStatistics(x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
+            sums[site] = InputStatistics(
+                x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
+            )
         sums[site].mean_abs.add_(x.abs().sum(0), alpha=1 / tokens)
         sums[site].products.addmm_(x.t(), x, alpha=1 / tokens)
 
@@ -139,8 +157,14 @@ def input_statistics(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any],
 
 
 @torch.no_grad()
-def run_quantizing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
-                   quantize: Callable[[str, Tensor], None], at_once: int | None = None) -> None:
+def run_quantizing(
+    block: nn.Module,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    sites: Iterable[str],
+    quantize: Callable[[str, Tensor], None],
+    at_once: int | None = None,
+) -> None:
     """Replace hidden states [n, T, hidden], in place, by a block's outputs, quantizing the block on the way.
 
     The moment the inputs x of a site arrive, `quantize(site, E[x x^T])` may replace the weights that will read them, so
@@ -162,8 +186,9 @@ def run_quantizing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sit
 
 
 @torch.no_grad()
-def run_observing(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
-                  at_once: int) -> dict[str, Tensor]:
+def run_observing(
+    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str], at_once: int
+) -> dict[str, Tensor]:
     """Replace hidden states [n, T, hidden], in place, by a block's outputs; max|x| [1] of the inputs of each site."""
     absmax = {site: hidden.new_zeros(1) for site in sites}
 
@@ -181,8 +206,14 @@ class _Met(Exception):
     """The block has run as far as it was wanted to."""
 
 
-def _run_in_parts(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str],
-                  quantize: Callable[[str, Tensor], None], at_once: int) -> None:
+def _run_in_parts(
+    block: nn.Module,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    sites: Iterable[str],
+    quantize: Callable[[str, Tensor], None],
+    at_once: int,
+) -> None:
     tokens = hidden.shape[:-1].numel()
     for site in sites:
         hessian: list[Tensor] = []
@@ -203,8 +234,11 @@ def _run_in_parts(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], site
 
 
 @contextmanager
-def _watching(block: nn.Module, sites: Iterable[str], meet: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watching(
+    block: nn.Module, sites: Iterable[str], meet: Callable[[str, Tensor], None]
+) -> Iterator[None]:
     """Call `meet(site, input)` whenever one of these submodules is about to run."""
+
     def hook_of(site: str) -> Callable:
         return lambda _module, args: meet(site, args[0])
 

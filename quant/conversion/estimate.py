@@ -31,24 +31,41 @@ class Estimate:
     seconds: float
 
 
-def estimate(checkpoint: Checkpoint, source: BlockSource, plan: Plan, recipe: Recipe, tokens: int) -> Estimate:
+def estimate(
+    checkpoint: Checkpoint, source: BlockSource, plan: Plan, recipe: Recipe, tokens: int
+) -> Estimate:
     """For a conversion calibrated on `tokens` tokens."""
-    shapes = {f"{source.name(i)}.{name}": shape for i in range(len(source))
-              for name, shape in source.linear_shapes(i).items()}
-    output = sum(_stored_bytes(shapes[m], recipe.auto_bits or recipe.bits, size, recipe)
-                 for m, size in plan.group_sizes.items())
+    shapes = {
+        f"{source.name(i)}.{name}": shape
+        for i in range(len(source))
+        for name, shape in source.linear_shapes(i).items()
+    }
+    output = sum(
+        _stored_bytes(shapes[m], recipe.auto_bits or recipe.bits, size, recipe)
+        for m, size in plan.group_sizes.items()
+    )
     skipped = {name for m in plan.group_sizes for name in checkpoint.weight_names(m)}
-    output += sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped) * plan.dtype.itemsize
+    output += (
+        sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped)
+        * plan.dtype.itemsize
+    )
     hidden = 0 if not recipe.calibrated else tokens * source.config.hidden_size * 4
     disk = output + min(output, MAX_SHARD_BYTES) + 2 * hidden
     block = [shape for name, shape in shapes.items() if name.startswith(source.name(0) + ".")]
-    return Estimate(output, disk, _memory(block, hidden, tokens, recipe), _seconds(block, len(source), tokens, recipe))
+    return Estimate(
+        output,
+        disk,
+        _memory(block, hidden, tokens, recipe),
+        _seconds(block, len(source), tokens, recipe),
+    )
 
 
 def _stored_bytes(shape: tuple[int, int], bits: float, group_size: int, recipe: Recipe) -> int:
     out_features, in_features = shape
     if recipe.method == "fp8":
-        rows, cols = recipe.fp8_layer.block or ((1, in_features) if recipe.fp8_scheme == "channel" else shape)
+        rows, cols = recipe.fp8_layer.block or (
+            (1, in_features) if recipe.fp8_scheme == "channel" else shape
+        )
         return out_features * in_features + 4 * -(-out_features // rows) * -(-in_features // cols)
     groups = out_features * -(-in_features // group_size)
     g_idx = 4 * in_features if recipe.target in ("gptq", "gptq_v2") else 0
@@ -60,7 +77,9 @@ def _memory(block: list[tuple[int, int]], hidden: int, tokens: int, recipe: Reci
     if not recipe.calibrated:
         return _PROCESS + 3 * weights
     widest = max(width for _, width in block)
-    inner = min(ACTIVATION_BYTES, 4 * tokens * sum(max(shape) for shape in block))  # between the block's linears
+    inner = min(
+        ACTIVATION_BYTES, 4 * tokens * sum(max(shape) for shape in block)
+    )  # between the block's linears
     hessians = 0 if recipe.method == "fp8" else 6 * 4 * widest**2
     return _PROCESS + 3 * weights + min(2 * hidden, ACTIVATION_BYTES) + inner + hessians
 
@@ -73,8 +92,12 @@ def _seconds(block: list[tuple[int, int]], blocks: int, tokens: int, recipe: Rec
     forward = 2 * weights * tokens * 1.5  # the pass itself, and some windows for the scale search
     searches = 1 if recipe.auto_bits is None else 1 + len(recipe.widths)
     hessians = sum(2 * tokens * width**2 for width in {width for _, width in block})
-    compensation = sum(out * width**2 for out, width in block) + 3 * sum(width**3 for _, width in block)
-    return blocks * (1.5 * (forward + hessians + compensation) / _flops() + weights * 300e-9 * searches)
+    compensation = sum(out * width**2 for out, width in block) + 3 * sum(
+        width**3 for _, width in block
+    )
+    return blocks * (
+        1.5 * (forward + hessians + compensation) / _flops() + weights * 300e-9 * searches
+    )
 
 
 def _flops() -> float:

@@ -24,10 +24,14 @@ class KeyValueRange:
     def __init__(self) -> None:
         self.absmax = {"k": torch.zeros(1), "v": torch.zeros(1)}
 
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """What an attention layer calls with the states it would cache, rotary embedding applied."""
         for name, states in (("k", keys), ("v", values)):
-            self.absmax[name] = torch.maximum(self.absmax[name], states.abs().max().float().cpu().reshape(1))
+            self.absmax[name] = torch.maximum(
+                self.absmax[name], states.abs().max().float().cpu().reshape(1)
+            )
         return keys, values
 
     def put_into(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +40,9 @@ class KeyValueRange:
 
     def scales(self) -> dict[str, Tensor]:
         """float32 [1] each, by the names that compressed-tensors gives them within a block."""
-        return {f"self_attn.{name}_scale": fp8.to_scale(absmax) for name, absmax in self.absmax.items()}
+        return {
+            f"self_attn.{name}_scale": fp8.to_scale(absmax) for name, absmax in self.absmax.items()
+        }
 
 
 def quantize(matrices: list[Tensor], layer: LayerScheme) -> list[QuantizedWeight]:
@@ -47,13 +53,23 @@ def quantize(matrices: list[Tensor], layer: LayerScheme) -> list[QuantizedWeight
     return [fp8.quantize(matrix, tuple(matrix.shape), widest) for matrix in matrices]
 
 
-def with_static_scales(weights: dict[str, QuantizedWeight], stages: dict[str, tuple[str, ...]], block: nn.Module,
-                       hidden: Tensor, arguments: dict[str, Any], at_once: int) -> dict[str, QuantizedWeight]:
+def with_static_scales(
+    weights: dict[str, QuantizedWeight],
+    stages: dict[str, tuple[str, ...]],
+    block: nn.Module,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    at_once: int,
+) -> dict[str, QuantizedWeight]:
     """Run a block whose stages (by their first linear) are quantized, and give its weights the range of their inputs.
 
     hidden [n, T, hidden] becomes the block's outputs, in place.
     """
     absmax = calibration.run_observing(block, hidden, arguments, stages, at_once)
-    scales = {name: fp8.to_scale(absmax[site]).cpu() for site, stage in stages.items() for name in stage}
-    return {name: replace(weight, input_scale=scales[name]) if weight.act_quant == "tensor" else weight
-            for name, weight in weights.items()}
+    scales = {
+        name: fp8.to_scale(absmax[site]).cpu() for site, stage in stages.items() for name in stage
+    }
+    return {
+        name: replace(weight, input_scale=scales[name]) if weight.act_quant == "tensor" else weight
+        for name, weight in weights.items()
+    }

@@ -15,8 +15,13 @@ Grid = tuple[int, int, bool]  # bits, group_size, symmetric
 
 
 @torch.no_grad()
-def fold_block(block: nn.Module, layer_map: LayerMap, inputs: dict[str, InputStatistics], grids: dict[str, Grid],
-               dtype: torch.dtype) -> dict[str, float]:
+def fold_block(
+    block: nn.Module,
+    layer_map: LayerMap,
+    inputs: dict[str, InputStatistics],
+    grids: dict[str, Grid],
+    dtype: torch.dtype,
+) -> dict[str, float]:
     """Scale a block in place. grids: of each linear that will be quantized; dtype: what norms are stored in.
 
     inputs: of each fold's first consumer, before any fold. No linear consumes two folds, and what is folded into a
@@ -27,7 +32,9 @@ def fold_block(block: nn.Module, layer_map: LayerMap, inputs: dict[str, InputSta
     for fold in layer_map.folds:
         if fold.consumers[0] in grids:
             linears = [block.get_submodule(name) for name in fold.consumers]
-            found = _search(block, fold, linears, inputs[fold.consumers[0]], grids[fold.consumers[0]])
+            found = _search(
+                block, fold, linears, inputs[fold.consumers[0]], grids[fold.consumers[0]]
+            )
             scales = _divide_source(block, fold, found.scales, layer_map.norm_offset, dtype)
             for linear in linears:
                 linear.weight.mul_(scales)
@@ -35,7 +42,9 @@ def fold_block(block: nn.Module, layer_map: LayerMap, inputs: dict[str, InputSta
     return gains
 
 
-def _search(block: nn.Module, fold: Fold, linears: list[nn.Linear], inputs: InputStatistics, grid: Grid) -> awq.Search:
+def _search(
+    block: nn.Module, fold: Fold, linears: list[nn.Linear], inputs: InputStatistics, grid: Grid
+) -> awq.Search:
     weights = [linear.weight for linear in linears]
     mean_abs, weight_mean = inputs.mean_abs, awq.relative_magnitude(weights, grid[1])
     loss = awq.expected_loss(torch.cat(weights), gptq.unexplained_variance(inputs.products), *grid)
@@ -44,12 +53,16 @@ def _search(block: nn.Module, fold: Fold, linears: list[nn.Linear], inputs: Inpu
     head_dim = block.self_attn.head_dim
     kv_heads = block.get_submodule(fold.source).out_features // head_dim
     query_heads = len(mean_abs) // head_dim
-    return awq.search_scales(awq.share_over_heads(mean_abs, kv_heads, head_dim),
-                             awq.share_over_heads(weight_mean, kv_heads, head_dim),
-                             lambda scales: loss(awq.repeat_over_heads(scales, query_heads, head_dim)))
+    return awq.search_scales(
+        awq.share_over_heads(mean_abs, kv_heads, head_dim),
+        awq.share_over_heads(weight_mean, kv_heads, head_dim),
+        lambda scales: loss(awq.repeat_over_heads(scales, query_heads, head_dim)),
+    )
 
 
-def _divide_source(block: nn.Module, fold: Fold, scales: Tensor, norm_offset: float, dtype: torch.dtype) -> Tensor:
+def _divide_source(
+    block: nn.Module, fold: Fold, scales: Tensor, norm_offset: float, dtype: torch.dtype
+) -> Tensor:
     """Divide what produces the consumers' inputs; returns the scales [in] their columns must be multiplied by."""
     source = block.get_submodule(fold.source)
     if fold.kind == "norm":

@@ -31,7 +31,9 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 FP8_LAYERS: dict[str, LayerScheme] = {
     "channel": LayerScheme("fp8", 8, -1, True, strategy="channel", act_quant="token"),
     "tensor": LayerScheme("fp8", 8, -1, True, strategy="tensor", act_quant="tensor"),
-    "block": LayerScheme("fp8", 8, 128, True, strategy="block", act_quant="group", block=(128, 128)),
+    "block": LayerScheme(
+        "fp8", 8, 128, True, strategy="block", act_quant="group", block=(128, 128)
+    ),
 }
 
 
@@ -47,33 +49,62 @@ class Recipe:
     fp8_scheme: FP8Scheme = "channel"
     kv_scales: bool = False  # scales for an FP8 KV cache beside the weights
     desc_act: bool = False  # groups of columns of like importance, wherever these are
-    auto_bits: float | None = None  # bits per weight on average, chosen layer by layer; then `bits` is only the default
+    auto_bits: float | None = (
+        None  # bits per weight on average, chosen layer by layer; then `bits` is only the default
+    )
 
     @classmethod
-    def of(cls, method: Method, bits: int | None = None, group_size: int = 128, symmetric: bool | None = None, *,
-           target: Target | None = None, fp8_scheme: FP8Scheme | None = None, kv_scales: bool = False,
-           desc_act: bool = False, auto_bits: float | None = None) -> "Recipe":
+    def of(
+        cls,
+        method: Method,
+        bits: int | None = None,
+        group_size: int = 128,
+        symmetric: bool | None = None,
+        *,
+        target: Target | None = None,
+        fp8_scheme: FP8Scheme | None = None,
+        kv_scales: bool = False,
+        desc_act: bool = False,
+        auto_bits: float | None = None,
+    ) -> "Recipe":
         """Fill in the method's defaults. Raises UnsupportedError for what the format cannot hold."""
         if method not in BITS:
             raise UnsupportedError(f"method {method!r} is not supported ({', '.join(BITS)} are)")
         if auto_bits is not None and bits is not None:
-            raise UnsupportedError("--auto-bits chooses the bits of each layer: give no --bits beside it")
+            raise UnsupportedError(
+                "--auto-bits chooses the bits of each layer: give no --bits beside it"
+            )
         if bits is None:
             bits = BITS[method][0]
         if bits not in BITS[method]:
-            raise UnsupportedError(f"--bits {bits} is not possible with {method} "
-                                   f"({', '.join(map(str, sorted(BITS[method])))} are)")
+            raise UnsupportedError(
+                f"--bits {bits} is not possible with {method} "
+                f"({', '.join(map(str, sorted(BITS[method])))} are)"
+            )
         if group_size != -1 and (group_size < GROUP_MIN or group_size % GROUP_MIN):
-            raise UnsupportedError(f"--group-size {group_size} is not possible (a multiple of {GROUP_MIN}, or -1)")
+            raise UnsupportedError(
+                f"--group-size {group_size} is not possible (a multiple of {GROUP_MIN}, or -1)"
+            )
         if fp8_scheme is not None and (method != "fp8" or fp8_scheme not in FP8_LAYERS):
-            raise UnsupportedError(f"--fp8-scheme {fp8_scheme} is not possible with --{method} (with --fp8: "
-                                   f"{', '.join(FP8_LAYERS)})")
+            raise UnsupportedError(
+                f"--fp8-scheme {fp8_scheme} is not possible with --{method} (with --fp8: "
+                f"{', '.join(FP8_LAYERS)})"
+            )
         symmetric = method != "awq" if symmetric is None else symmetric
         if method == "fp8":
             group_size, symmetric, fp8_scheme = -1, True, fp8_scheme or "channel"
         target = target or ("fp8" if fp8_scheme == "block" else TARGETS[method][0])
-        recipe = cls(method, bits, group_size, symmetric, target, fp8_scheme or "channel", kv_scales, desc_act,
-                     auto_bits)
+        recipe = cls(
+            method,
+            bits,
+            group_size,
+            symmetric,
+            target,
+            fp8_scheme or "channel",
+            kv_scales,
+            desc_act,
+            auto_bits,
+        )
         if problem := recipe._misfit():
             raise UnsupportedError(problem)
         return recipe
@@ -107,8 +138,10 @@ class Recipe:
         if self.auto_bits is not None and self.method != "gptq":
             return f"--auto-bits needs --gptq: layers of {self.method} all have {self.bits} bits"
         if self.auto_bits is not None and not self.widths[0] <= self.auto_bits <= self.widths[-1]:
-            return (f"--auto-bits {self.auto_bits:g} is not possible: {self.target} holds "
-                    f"{', '.join(map(str, self.widths))} bits")
+            return (
+                f"--auto-bits {self.auto_bits:g} is not possible: {self.target} holds "
+                f"{', '.join(map(str, self.widths))} bits"
+            )
         if self.kv_scales and self.target != "compressed-tensors":
             return f"--kv-scales needs --to compressed-tensors: {self.target} has no place for them"
         return None
@@ -123,7 +156,9 @@ class Plan:
     group_sizes: dict[str, int]  # quantized module -> columns per scale
     dense: dict[str, str] = field(default_factory=dict)  # module that stays dense -> why
     notes: tuple[str, ...] = ()  # for people: where the rule above had to step in
-    bits: dict[str, int] = field(default_factory=dict)  # quantized module -> bits, where not all have the recipe's
+    bits: dict[str, int] = field(
+        default_factory=dict
+    )  # quantized module -> bits, where not all have the recipe's
 
     def grid(self, module: str, recipe: Recipe) -> tuple[int, int, bool]:
         """(bits, group_size, symmetric) of a quantized module."""
@@ -132,9 +167,16 @@ class Plan:
 
 def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Plan:
     """Decide for every linear in the blocks. Raises UnsupportedError if nothing could be quantized."""
-    shapes = {f"{source.name(i)}.{name}": shape for i in range(len(source))
-              for name, shape in source.linear_shapes(i).items()}
-    stages = [[f"{source.name(i)}.{n}" for n in stage] for i in range(len(source)) for stage in source.map.stages]
+    shapes = {
+        f"{source.name(i)}.{name}": shape
+        for i in range(len(source))
+        for name, shape in source.linear_shapes(i).items()
+    }
+    stages = [
+        [f"{source.name(i)}.{n}" for n in stage]
+        for i in range(len(source))
+        for stage in source.map.stages
+    ]
     sizes: dict[str, int] = {}
     dense: dict[str, str] = {}
     for stage in stages:
@@ -144,13 +186,19 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         else:
             sizes |= dict.fromkeys(stage, size)
     if not sizes:
-        raise UnsupportedError(f"{checkpoint.path}: no layer can be quantized ({next(iter(dense.values()))})")
+        raise UnsupportedError(
+            f"{checkpoint.path}: no layer can be quantized ({next(iter(dense.values()))})"
+        )
     if recipe.target == "awq" and recipe.group_size != -1:
         sizes = dict.fromkeys(sizes, min(sizes.values()))
     notes = _notes(recipe, sizes, dense)
-    if recipe.fp8_scheme == "block" and any(shapes[m][0] % 128 for stage in stages if len(stage) > 1 for m in stage):
-        notes += ("blocks of 128 rows do not divide every q, k, v, gate and up: vLLM, which fuses them, will refuse "
-                  "this checkpoint (--fp8-scheme channel suits any shape)",)
+    if recipe.fp8_scheme == "block" and any(
+        shapes[m][0] % 128 for stage in stages if len(stage) > 1 for m in stage
+    ):
+        notes += (
+            "blocks of 128 rows do not divide every q, k, v, gate and up: vLLM, which fuses them, will refuse "
+            "this checkpoint (--fp8-scheme channel suits any shape)",
+        )
     return Plan(_scheme(recipe, sizes, {}, dense), source.dtype, sizes, dense, notes)
 
 
@@ -158,8 +206,12 @@ def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
     """The plan with bits of its own for each quantized module."""
     counts = {width: sum(b == width for b in bits.values()) for width in sorted(set(bits.values()))}
     note = ", ".join(f"{width} bits in {count}" for width, count in counts.items())
-    return replace(plan, scheme=_scheme(recipe, plan.group_sizes, bits, plan.dense), bits=bits,
-                   notes=(*plan.notes, f"chosen by what rounding does to each layer: {note}"))
+    return replace(
+        plan,
+        scheme=_scheme(recipe, plan.group_sizes, bits, plan.dense),
+        bits=bits,
+        notes=(*plan.notes, f"chosen by what rounding does to each layer: {note}"),
+    )
 
 
 def fits_words(shapes: list[tuple[int, int]], bits: int) -> bool:
@@ -180,10 +232,16 @@ def _group_size(shapes: list[tuple[int, int]], recipe: Recipe) -> tuple[int | No
     size = recipe.group_size
     while width % size and size % 2 == 0 and size // 2 >= GROUP_MIN:
         size //= 2
-    return (size, "") if width % size == 0 else (None, f"no group of {recipe.group_size} or its halves divides {width}")
+    return (
+        (size, "")
+        if width % size == 0
+        else (None, f"no group of {recipe.group_size} or its halves divides {width}")
+    )
 
 
-def _scheme(recipe: Recipe, sizes: dict[str, int], bits: dict[str, int], dense: dict[str, str]) -> QuantScheme:
+def _scheme(
+    recipe: Recipe, sizes: dict[str, int], bits: dict[str, int], dense: dict[str, str]
+) -> QuantScheme:
     ignore = ("lm_head", *dense)
     kv_cache: Literal["fp8"] | None = "fp8" if recipe.kv_scales else None
     if recipe.method == "fp8":
@@ -191,13 +249,25 @@ def _scheme(recipe: Recipe, sizes: dict[str, int], bits: dict[str, int], dense: 
         return QuantScheme(recipe.target, fmt, recipe.fp8_layer, ignore=ignore, kv_cache=kv_cache)
     if recipe.target == "awq":
         uniform = recipe.group_size if recipe.group_size == -1 else min(sizes.values())
-        return QuantScheme("awq", "gemm", LayerScheme("int", recipe.bits, uniform, recipe.symmetric), ignore=ignore)
-    layer = LayerScheme("int", recipe.bits, recipe.group_size, recipe.symmetric, desc_act=recipe.desc_act)
-    own = {module: replace(layer, bits=bits.get(module, recipe.bits),
-                           group_size=-1 if recipe.group_size == -1 else size) for module, size in sizes.items()}
+        return QuantScheme(
+            "awq", "gemm", LayerScheme("int", recipe.bits, uniform, recipe.symmetric), ignore=ignore
+        )
+    layer = LayerScheme(
+        "int", recipe.bits, recipe.group_size, recipe.symmetric, desc_act=recipe.desc_act
+    )
+    own = {
+        module: replace(
+            layer,
+            bits=bits.get(module, recipe.bits),
+            group_size=-1 if recipe.group_size == -1 else size,
+        )
+        for module, size in sizes.items()
+    }
     overrides = tuple((exactly(module), other) for module, other in own.items() if other != layer)
     if recipe.target == "compressed-tensors":
-        return QuantScheme("compressed-tensors", "pack-quantized", layer, overrides, ignore, kv_cache=kv_cache)
+        return QuantScheme(
+            "compressed-tensors", "pack-quantized", layer, overrides, ignore, kv_cache=kv_cache
+        )
     return QuantScheme("gptq", recipe.target, layer, overrides, ignore=tuple(dense))
 
 
@@ -206,9 +276,11 @@ def _notes(recipe: Recipe, sizes: dict[str, int], dense: dict[str, str]) -> tupl
     if recipe.group_size != -1:
         for size in sorted({s for s in sizes.values() if s != recipe.group_size}, reverse=True):
             count = sum(s == size for s in sizes.values())
-            notes.append(f"group size {size} instead of {recipe.group_size} in {count} of {len(sizes)} layers, because "
-                         f"{recipe.group_size} does not divide a width"
-                         + (" and AWQ has one group size a checkpoint" if recipe.target == "awq" else ""))
+            notes.append(
+                f"group size {size} instead of {recipe.group_size} in {count} of {len(sizes)} layers, because "
+                f"{recipe.group_size} does not divide a width"
+                + (" and AWQ has one group size a checkpoint" if recipe.target == "awq" else "")
+            )
     for why in sorted(set(dense.values())):
         notes.append(f"{sum(w == why for w in dense.values())} layers stay dense: {why}")
     return tuple(notes)

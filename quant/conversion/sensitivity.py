@@ -32,8 +32,13 @@ Damage = dict[int, float]  # by bits
 
 
 @torch.no_grad()
-def allocate(source: BlockSource, samples: Samples, plan: Plan, recipe: Recipe,
-             tell: Callable[[int, float], None]) -> Plan:
+def allocate(
+    source: BlockSource,
+    samples: Samples,
+    plan: Plan,
+    recipe: Recipe,
+    tell: Callable[[int, float], None],
+) -> Plan:
     """The plan with bits for each module, at most recipe.auto_bits on average over all quantized weights.
 
     One block is in memory at a time; tell(blocks done, seconds) is called after each.
@@ -45,17 +50,28 @@ def allocate(source: BlockSource, samples: Samples, plan: Plan, recipe: Recipe,
     sizes: dict[Stage, int] = {}
     for index in range(len(source)):
         block, shapes = source.load(index), source.linear_shapes(index)
-        full = {stage: tuple(f"{source.name(index)}.{name}" for name in stage) for stage in source.map.stages}
+        full = {
+            stage: tuple(f"{source.name(index)}.{name}" for name in stage)
+            for stage in source.map.stages
+        }
         stages = [stage for stage in source.map.stages if full[stage][0] in plan.group_sizes]
-        inputs = calibration.input_statistics(block, hidden, arguments[index], [stage[0] for stage in stages])
+        inputs = calibration.input_statistics(
+            block, hidden, arguments[index], [stage[0] for stage in stages]
+        )
         output = _run(block, hidden, arguments[index])
         for stage in stages:
             sizes[full[stage]] = sum(prod(shapes[name]) for name in stage)
             damage[full[stage]] = {}
             for bits in recipe.widths:
                 if fits_words([shapes[name] for name in stage], bits):
-                    noisy = _rounded_run(block, stage, hidden, arguments[index], inputs[stage[0]].products.diagonal(),
-                                         (bits, plan.group_sizes[full[stage][0]], recipe.symmetric))
+                    noisy = _rounded_run(
+                        block,
+                        stage,
+                        hidden,
+                        arguments[index],
+                        inputs[stage[0]].products.diagonal(),
+                        (bits, plan.group_sizes[full[stage][0]], recipe.symmetric),
+                    )
                     damage[full[stage]][bits] = _relative(noisy - output, output)
         hidden = output
         source.checkpoint.release()
@@ -64,12 +80,19 @@ def allocate(source: BlockSource, samples: Samples, plan: Plan, recipe: Recipe,
     return with_bits(plan, recipe, {name: bits for stage, bits in chosen.items() for name in stage})
 
 
-def distribute(damage: dict[Stage, Damage], sizes: dict[Stage, int], average: float) -> dict[Stage, int]:
+def distribute(
+    damage: dict[Stage, Damage], sizes: dict[Stage, int], average: float
+) -> dict[Stage, int]:
     """Bits for each stage, so that the mean over sizes is at most `average` and the damage as small as steps go."""
     chosen = {stage: min(curve) for stage, curve in damage.items()}
-    left = average * sum(sizes.values()) - sum(bits * sizes[stage] for stage, bits in chosen.items())
-    steps = [(saved / sizes[stage], stage, low, high)
-             for stage, curve in damage.items() for saved, low, high in _hull(curve)]
+    left = average * sum(sizes.values()) - sum(
+        bits * sizes[stage] for stage, bits in chosen.items()
+    )
+    steps = [
+        (saved / sizes[stage], stage, low, high)
+        for stage, curve in damage.items()
+        for saved, low, high in _hull(curve)
+    ]
     for _, stage, low, high in sorted(steps, key=lambda step: -step[0]):
         cost = (high - low) * sizes[stage]
         if chosen[stage] == low and cost <= left:
@@ -80,16 +103,25 @@ def distribute(damage: dict[Stage, Damage], sizes: dict[Stage, int], average: fl
 def _hull(curve: Damage) -> list[tuple[float, int, int]]:
     """Steps (damage saved per bit, from, to) up the lower hull of a curve, each saving less than the one before."""
     steps, low = [], min(curve)
-    while rises := [((curve[low] - curve[bits]) / (bits - low), bits) for bits in curve
-                    if bits > low and curve[bits] < curve[low]]:
+    while rises := [
+        ((curve[low] - curve[bits]) / (bits - low), bits)
+        for bits in curve
+        if bits > low and curve[bits] < curve[low]
+    ]:
         saved, high = max(rises)
         steps.append((saved, low, high))
         low = high
     return steps
 
 
-def _rounded_run(block: nn.Module, stage: tuple[str, ...], hidden: Tensor, kwargs: dict[str, Any], importance: Tensor,
-                 grid: tuple[int, int, bool]) -> Tensor:
+def _rounded_run(
+    block: nn.Module,
+    stage: tuple[str, ...],
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    importance: Tensor,
+    grid: tuple[int, int, bool],
+) -> Tensor:
     """The block's output with the linears of one stage rounded; they are as before afterwards."""
     linears = [block.get_submodule(name) for name in stage]
     originals = [linear.weight.clone() for linear in linears]

@@ -15,8 +15,13 @@ import torch
 from . import awq, compressed_tensors, fp8, gptq, hqq
 from .base import BadTensor
 
-_BY_METHOD = {"awq": awq, "gptq": gptq, "fp8": fp8, "compressed-tensors": compressed_tensors,
-              "hqq": hqq}
+_BY_METHOD = {
+    "awq": awq,
+    "gptq": gptq,
+    "fp8": fp8,
+    "compressed-tensors": compressed_tensors,
+    "hqq": hqq,
+}
 _DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -37,9 +37,15 @@ def write(weight: QuantizedWeight, fmt: str = "gemm") -> dict[str, Tensor]:
     """QuantizedWeight -> the GEMM tensors by suffix. Raises ValueError if the layout cannot hold it exactly."""
     refuse(weight, "AWQ", bits=(4,))
     if fmt != "gemm" or weight.in_features % weight.group_size or weight.out_features % 8:
-        raise ValueError(f"AWQ {fmt} cannot hold [{weight.out_features}, {weight.in_features}] in groups of "
-                         f"{weight.group_size}: want gemm, out a multiple of 8, in a multiple of the group")
-    zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
+        raise ValueError(
+            f"AWQ {fmt} cannot hold [{weight.out_features}, {weight.in_features}] in groups of "
+            f"{weight.group_size}: want gemm, out a multiple of 8, in a multiple of the group"
+        )
+    zeros = (
+        torch.full_like(weight.scales, 8, dtype=torch.uint8)
+        if weight.zeros is None
+        else weight.zeros
+    )
     return {
         "qweight": pack_awq(weight.codes.T.contiguous()),
         "qzeros": pack_awq(zeros.T.contiguous()),
@@ -59,8 +65,13 @@ def _read_gemm(tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeigh
         qzeros = need(tensors, "qzeros", torch.int32)
         check_shape("qzeros", qzeros, n_groups, out_features // 8)
         zeros = unpack_awq(qzeros).T.contiguous()
-    return QuantizedWeight(codes=unpack_awq(qweight).T.contiguous(), scales=scales.T.contiguous(), zeros=zeros,
-                           bits=4, block=(1, group))
+    return QuantizedWeight(
+        codes=unpack_awq(qweight).T.contiguous(),
+        scales=scales.T.contiguous(),
+        zeros=zeros,
+        bits=4,
+        block=(1, group),
+    )
 
 
 def _read_gemv(tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
@@ -73,8 +84,13 @@ def _read_gemv(tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeigh
     if scales.shape[1] < n_groups:
         raise BadTensor("scales", f"has {scales.shape[1]} groups, want at least {n_groups}")
     check_shape("qzeros", qzeros, out_features, scales.shape[1] // 8)
-    return QuantizedWeight(codes=unpack(qweight, 4), scales=scales[:, :n_groups].contiguous(),
-                           zeros=unpack(qzeros, 4)[:, :n_groups].contiguous(), bits=4, block=(1, group))
+    return QuantizedWeight(
+        codes=unpack(qweight, 4),
+        scales=scales[:, :n_groups].contiguous(),
+        zeros=unpack(qzeros, 4)[:, :n_groups].contiguous(),
+        bits=4,
+        block=(1, group),
+    )
 
 
 def _read_gemv_fast(tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
@@ -90,8 +106,13 @@ def _read_gemv_fast(tensors: dict[str, Tensor], layer: LayerScheme) -> Quantized
     if scales.shape[0] < n_groups:
         raise BadTensor("scales", f"has {scales.shape[0]} groups, want at least {n_groups}")
     check_shape(suffix, mins, *scales.shape)
-    return QuantizedWeight(codes=_unpack_fast(qweight), scales=scales[:n_groups].T.contiguous(),
-                           mins=mins[:n_groups].T.float().contiguous(), bits=4, block=(1, group))
+    return QuantizedWeight(
+        codes=_unpack_fast(qweight),
+        scales=scales[:n_groups].T.contiguous(),
+        mins=mins[:n_groups].T.float().contiguous(),
+        bits=4,
+        block=(1, group),
+    )
 
 
 def _unpack_fast(words: Tensor) -> Tensor:
@@ -103,7 +124,11 @@ def _unpack_fast(words: Tensor) -> Tensor:
     quads, in_features = words.shape
     shifts = torch.arange(0, 16, 4)
     nibbles = (words.to(torch.int32).unsqueeze(-1) >> shifts) & 15  # [out/4, in, 4]
-    rows = nibbles.reshape(quads, in_features // 64, 4, 64).transpose(1, 2).reshape(quads * 4, in_features // 32, 32)
+    rows = (
+        nibbles.reshape(quads, in_features // 64, 4, 64)
+        .transpose(1, 2)
+        .reshape(quads * 4, in_features // 32, 32)
+    )
     pairs = torch.arange(32).reshape(4, 4, 2).transpose(0, 1).reshape(4, 8)
     source = pairs[:, list(AWQ_ORDER)].flatten()  # permuted column i came from column source[i]
     codes = torch.empty_like(rows).index_copy_(2, source, rows)

@@ -58,22 +58,33 @@ def columns_per_group(suffix: str, in_features: int, n_groups: int, configured: 
         return min(size, in_features)
     if n_groups and in_features % n_groups == 0:
         return in_features // n_groups
-    raise BadTensor(suffix, f"has {n_groups} groups, which do not divide {in_features} input features (group_size "
-                            f"{configured})")
+    raise BadTensor(
+        suffix,
+        f"has {n_groups} groups, which do not divide {in_features} input features (group_size "
+        f"{configured})",
+    )
 
 
-def order_of_groups(g_idx: Tensor, in_features: int, n_groups: int, suffix: str) -> tuple[Tensor | None, int]:
+def order_of_groups(
+    g_idx: Tensor, in_features: int, n_groups: int, suffix: str
+) -> tuple[Tensor | None, int]:
     """GPTQ's group of each input feature, int32 [in] -> (perm that makes groups contiguous or None, group size)."""
     check_shape(suffix, g_idx, in_features)
     groups = g_idx.long()
     if groups.min() < 0 or groups.max() >= n_groups:
-        raise BadTensor(suffix, f"names group {int(groups.max() if groups.min() >= 0 else groups.min())}, but there "
-                                f"are {n_groups}")
+        raise BadTensor(
+            suffix,
+            f"names group {int(groups.max() if groups.min() >= 0 else groups.min())}, but there "
+            f"are {n_groups}",
+        )
     counts = torch.bincount(groups, minlength=n_groups)
     size = int(counts[0])
     if (counts[:-1] != size).any() or not 0 < counts[-1] <= size:
-        raise BadTensor(suffix, f"gives its {n_groups} groups unequal sizes ({int(counts.min())} to "
-                                f"{int(counts.max())})")
+        raise BadTensor(
+            suffix,
+            f"gives its {n_groups} groups unequal sizes ({int(counts.min())} to "
+            f"{int(counts.max())})",
+        )
     if torch.equal(groups, torch.arange(in_features) // size):
         return None, size
     return torch.argsort(groups, stable=True), size
@@ -87,7 +98,9 @@ def to_half(scales: Tensor) -> Tensor:
     return half
 
 
-def refuse(weight: QuantizedWeight, name: str, bits: tuple[int, ...] = (), perm: bool = False) -> None:
+def refuse(
+    weight: QuantizedWeight, name: str, bits: tuple[int, ...] = (), perm: bool = False
+) -> None:
     """ValueError unless the format can hold the weight: integer, of these bits, one row per scale, no float minimum."""
     reasons = {
         f"{weight.kind} weights": weight.kind != "int",

@@ -22,8 +22,15 @@ from torch import Tensor
 from .base import FLOATS, BadTensor, check_shape, need
 
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-SUFFIXES = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *STATES, "SCB",
-            "weight_format")  # beside the weight itself
+SUFFIXES = (
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    *STATES,
+    "SCB",
+    "weight_format",
+)  # beside the weight itself
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -42,9 +49,21 @@ def read_state(suffix: str, raw: Tensor) -> State:
     """The JSON in a uint8 tensor, checked. Raises BadTensor."""
     try:
         fields: dict[str, Any] = json.loads(bytes(raw.tolist()))
-        state = State(tuple(map(int, fields["shape"])), _DTYPES[fields["dtype"]], int(fields["blocksize"]),
-                      int(fields.get("nested_blocksize", 1)), float(fields.get("nested_offset", 0)))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        state = State(
+            tuple(map(int, fields["shape"])),
+            _DTYPES[fields["dtype"]],
+            int(fields["blocksize"]),
+            int(fields.get("nested_blocksize", 1)),
+            float(fields.get("nested_offset", 0)),
+        )
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise BadTensor(suffix, f"is no quantization state: {error!r}") from None
     if len(state.shape) != 2 or min(*state.shape, state.blocksize, state.nested_blocksize) < 1:
         raise BadTensor(suffix, f"has shape {list(state.shape)} and blocks of {state.blocksize}")
@@ -60,7 +79,11 @@ def dequantize_4bit(tensors: dict[str, Tensor], state: State) -> Tensor:
     check_shape("weight.quant_map", table, 16)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:numel].long()
     absmax = _absmax(tensors, state, -(-numel // state.blocksize))
-    return (table[codes] * absmax.repeat_interleave(state.blocksize)[:numel]).reshape(state.shape).to(state.dtype)
+    return (
+        (table[codes] * absmax.repeat_interleave(state.blocksize)[:numel])
+        .reshape(state.shape)
+        .to(state.dtype)
+    )
 
 
 def dequantize_8bit(tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -68,7 +91,9 @@ def dequantize_8bit(tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     weight, scale = need(tensors, "weight", torch.int8), need(tensors, "SCB", *FLOATS, ndim=1)
     check_shape("SCB", scale, weight.shape[0])
     if tensors.get("weight_format", torch.zeros(1)).any():
-        raise BadTensor("weight_format", "is not row-major: save the model with a newer bitsandbytes")
+        raise BadTensor(
+            "weight_format", "is not row-major: save the model with a newer bitsandbytes"
+        )
     return (weight.float() * (scale.float() / 127).unsqueeze(1)).to(dtype)
 
 
@@ -80,7 +105,9 @@ def _absmax(tensors: dict[str, Tensor], state: State, blocks: int) -> Tensor:
         return absmax.float()
     codes = need(tensors, "weight.absmax", torch.uint8, ndim=1)
     check_shape("weight.absmax", codes, blocks)
-    table, nested = (need(tensors, f"weight.nested_{name}", *FLOATS, ndim=1) for name in ("quant_map", "absmax"))
+    table, nested = (
+        need(tensors, f"weight.nested_{name}", *FLOATS, ndim=1) for name in ("quant_map", "absmax")
+    )
     check_shape("weight.nested_quant_map", table, 256)
     check_shape("weight.nested_absmax", nested, -(-blocks // state.nested_blocksize))
     spread = nested.repeat_interleave(state.nested_blocksize)[:blocks]

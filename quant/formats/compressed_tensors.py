@@ -25,7 +25,9 @@ SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "wei
             "input_scale")  # fmt: skip
 
 
-def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "pack-quantized") -> QuantizedWeight:
+def read(
+    tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "pack-quantized"
+) -> QuantizedWeight:
     """Tensors by suffix -> QuantizedWeight [out, in]. Raises BadTensor."""
     if "weight_packed" in tensors:
         return _read_packed(tensors, layer)
@@ -44,8 +46,11 @@ def write(weight: QuantizedWeight, fmt: str = "pack-quantized") -> dict[str, Ten
     if fmt != "pack-quantized":
         raise ValueError(f"compressed-tensors {fmt} cannot be written for this weight")
     shape = torch.tensor([weight.out_features, weight.in_features], dtype=torch.int64)
-    tensors = {"weight_packed": _pack_padded(weight.codes, weight.bits), "weight_scale": weight.scales,
-               "weight_shape": shape}
+    tensors = {
+        "weight_packed": _pack_padded(weight.codes, weight.bits),
+        "weight_scale": weight.scales,
+        "weight_shape": shape,
+    }
     if weight.zeros is not None:
         tensors["weight_zero_point"] = _pack_padded(weight.zeros.T, weight.bits).T.contiguous()
     return tensors
@@ -69,11 +74,20 @@ def _read_packed(tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWei
         zeros = unpack(packed_zeros.T.contiguous(), bits, out_features).T.contiguous()
     codes = unpack(packed, bits, in_features)
     perm, group = None, columns_per_group("weight_scale", in_features, n_groups, layer.group_size)
-    if "weight_g_idx" in tensors and (tensors["weight_g_idx"] != -1).any():  # all -1: not initialised, natural order
+    if (
+        "weight_g_idx" in tensors and (tensors["weight_g_idx"] != -1).any()
+    ):  # all -1: not initialised, natural order
         g_idx = need(tensors, "weight_g_idx", torch.int32, torch.int64, ndim=1)
         perm, group = order_of_groups(g_idx, in_features, n_groups, "weight_g_idx")
-    return QuantizedWeight(codes=codes if perm is None else codes[:, perm], scales=scales, zeros=zeros, perm=perm,
-                           bits=bits, block=(1, group), act_quant=layer.act_quant)
+    return QuantizedWeight(
+        codes=codes if perm is None else codes[:, perm],
+        scales=scales,
+        zeros=zeros,
+        perm=perm,
+        bits=bits,
+        block=(1, group),
+        act_quant=layer.act_quant,
+    )
 
 
 def _read_int(tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight:
@@ -85,11 +99,21 @@ def _read_int(tensors: dict[str, Tensor], layer: LayerScheme) -> QuantizedWeight
     scales = _row_scales(tensors, out_features)
     zeros = None
     if "weight_zero_point" in tensors and not layer.symmetric:
-        stored = need(tensors, "weight_zero_point", torch.int8, ndim=tensors["weight_zero_point"].ndim)
-        zeros = _unsigned(stored.reshape(-1, scales.shape[1]).expand(out_features, -1), midpoint).contiguous()
+        stored = need(
+            tensors, "weight_zero_point", torch.int8, ndim=tensors["weight_zero_point"].ndim
+        )
+        zeros = _unsigned(
+            stored.reshape(-1, scales.shape[1]).expand(out_features, -1), midpoint
+        ).contiguous()
     group = columns_per_group("weight_scale", in_features, scales.shape[1], layer.group_size)
-    return QuantizedWeight(codes=_unsigned(weight, midpoint), scales=scales, zeros=zeros, bits=layer.bits,
-                           block=(1, group), act_quant=layer.act_quant)
+    return QuantizedWeight(
+        codes=_unsigned(weight, midpoint),
+        scales=scales,
+        zeros=zeros,
+        bits=layer.bits,
+        block=(1, group),
+        act_quant=layer.act_quant,
+    )
 
 
 def _unsigned(signed: Tensor, midpoint: int) -> Tensor:
@@ -120,4 +144,7 @@ def _write_float(weight: QuantizedWeight) -> dict[str, Tensor]:
         raise ValueError("float-quantized cannot hold integer weights")
     whole = weight.block == (weight.out_features, weight.in_features)
     static = {} if weight.input_scale is None else {"input_scale": weight.input_scale.reshape(1)}
-    return {"weight": weight.codes, "weight_scale": weight.scales.reshape(-1) if whole else weight.scales} | static
+    return {
+        "weight": weight.codes,
+        "weight_scale": weight.scales.reshape(-1) if whole else weight.scales,
+    } | static

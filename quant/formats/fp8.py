@@ -30,8 +30,15 @@ def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "fp8") -> Qu
         input_scale = check_finite(static, tensors[static]).float().reshape(-1)
         if input_scale.numel() != 1:
             raise BadTensor(static, f"has shape {list(tensors[static].shape)}, want one value")
-    return QuantizedWeight(codes=weight, scales=scale, kind="fp8", bits=8, block=block, input_scale=input_scale,
-                           act_quant=layer.act_quant)
+    return QuantizedWeight(
+        codes=weight,
+        scales=scale,
+        kind="fp8",
+        bits=8,
+        block=block,
+        input_scale=input_scale,
+        act_quant=layer.act_quant,
+    )
 
 
 def write(weight: QuantizedWeight, fmt: str = "fp8") -> dict[str, Tensor]:
@@ -48,8 +55,12 @@ def write(weight: QuantizedWeight, fmt: str = "fp8") -> dict[str, Tensor]:
     return {"weight": weight.codes} | scales | static
 
 
-def scale_grid(tensors: dict[str, Tensor], suffix: str, shape: tuple[int, int], configured: tuple[int, int] | None,
-               ) -> tuple[Tensor, tuple[int, int]]:
+def scale_grid(
+    tensors: dict[str, Tensor],
+    suffix: str,
+    shape: tuple[int, int],
+    configured: tuple[int, int] | None,
+) -> tuple[Tensor, tuple[int, int]]:
     """A scale in any of the shapes above -> (scales [rows, columns], block), the shape deciding which it is."""
     if suffix not in tensors:
         raise BadTensor(suffix, "is missing")
@@ -61,7 +72,13 @@ def scale_grid(tensors: dict[str, Tensor], suffix: str, shape: tuple[int, int], 
         return scale.reshape(1, 1), shape
     if tuple(scale.shape) in ((out_features,), (out_features, 1)):
         return scale.reshape(-1, 1), (1, in_features)
-    if configured and tuple(scale.shape) == (-(-out_features // configured[0]), -(-in_features // configured[1])):
+    if configured and tuple(scale.shape) == (
+        -(-out_features // configured[0]),
+        -(-in_features // configured[1]),
+    ):
         return scale, configured
-    raise BadTensor(suffix, f"has shape {list(scale.shape)}, want one value, {out_features} or blocks of "
-                            f"{configured or 'a weight_block_size'} for a weight {list(shape)}")
+    raise BadTensor(
+        suffix,
+        f"has shape {list(scale.shape)}, want one value, {out_features} or blocks of "
+        f"{configured or 'a weight_block_size'} for a weight {list(shape)}",
+    )

@@ -19,7 +19,15 @@ from ..weight import QuantizedWeight
 from . import marlin
 from .base import FLOATS, check_shape, columns_per_group, need, order_of_groups, refuse, to_half
 
-SUFFIXES = ("qweight", "scales", "qzeros", "g_idx", "B", "s", "workspace")  # the last three: marlin's
+SUFFIXES = (
+    "qweight",
+    "scales",
+    "qzeros",
+    "g_idx",
+    "B",
+    "s",
+    "workspace",
+)  # the last three: marlin's
 
 
 def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "gptq") -> QuantizedWeight:
@@ -30,8 +38,12 @@ def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "gptq") -> Q
     qweight = need(tensors, "qweight", torch.int32)
     words, out_features = qweight.shape
     in_features = tensors["g_idx"].numel() if "g_idx" in tensors else words * 32 // bits
-    check_shape("qweight", qweight, -(-in_features // 32) * bits if bits == 3 else -(-in_features * bits // 32),
-                out_features)
+    check_shape(
+        "qweight",
+        qweight,
+        -(-in_features // 32) * bits if bits == 3 else -(-in_features * bits // 32),
+        out_features,
+    )
     scales = need(tensors, "scales", *FLOATS)
     n_groups = scales.shape[0]
     check_shape("scales", scales, n_groups, out_features)
@@ -41,24 +53,37 @@ def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "gptq") -> Q
     else:
         perm, group = None, columns_per_group("scales", in_features, n_groups, layer.group_size)
     codes = unpack(qweight.T.contiguous(), bits, in_features)
-    return QuantizedWeight(codes=codes if perm is None else codes[:, perm], scales=scales.T.contiguous(),
-                           zeros=_zeros(tensors, layer, fmt, n_groups, out_features), perm=perm, bits=bits,
-                           block=(1, group))
+    return QuantizedWeight(
+        codes=codes if perm is None else codes[:, perm],
+        scales=scales.T.contiguous(),
+        zeros=_zeros(tensors, layer, fmt, n_groups, out_features),
+        perm=perm,
+        bits=bits,
+        block=(1, group),
+    )
 
 
 def write(weight: QuantizedWeight, fmt: str = "gptq") -> dict[str, Tensor]:
     """QuantizedWeight -> tensors by suffix. Raises ValueError if the layout cannot hold it exactly."""
     bits = weight.bits
     refuse(weight, "GPTQ", bits=(2, 3, 4, 8), perm=True)
-    if weight.in_features * bits % 32 or weight.out_features * bits % 32 or (bits == 3 and weight.in_features % 32):
-        raise ValueError(f"GPTQ cannot hold [{weight.out_features}, {weight.in_features}] at {bits} bits: both must "
-                         f"fill whole 32-bit words")
+    if (
+        weight.in_features * bits % 32
+        or weight.out_features * bits % 32
+        or (bits == 3 and weight.in_features % 32)
+    ):
+        raise ValueError(
+            f"GPTQ cannot hold [{weight.out_features}, {weight.in_features}] at {bits} bits: both must "
+            f"fill whole 32-bit words"
+        )
     zeros = weight.zeros
     if zeros is None:
         zeros = torch.full_like(weight.scales, 2 ** (bits - 1), dtype=torch.uint8)
     if fmt == "gptq":
         if (zeros == 0).any():
-            raise ValueError("GPTQ v1 cannot hold a zero point of 0: quantize with zero points from 1, or use gptq_v2")
+            raise ValueError(
+                "GPTQ v1 cannot hold a zero point of 0: quantize with zero points from 1, or use gptq_v2"
+            )
         zeros = zeros - 1
     g_idx = torch.arange(weight.in_features) // weight.group_size
     codes = weight.codes
@@ -73,7 +98,9 @@ def write(weight: QuantizedWeight, fmt: str = "gptq") -> dict[str, Tensor]:
     }
 
 
-def _zeros(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str, n_groups: int, out_features: int) -> Tensor | None:
+def _zeros(
+    tensors: dict[str, Tensor], layer: LayerScheme, fmt: str, n_groups: int, out_features: int
+) -> Tensor | None:
     """Zero points uint8 [out, groups]; None for the midpoint."""
     if layer.symmetric and "qzeros" not in tensors:
         return None

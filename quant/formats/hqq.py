@@ -20,16 +20,35 @@ from ..scheme import LayerScheme
 from ..weight import QuantizedWeight
 from .base import FLOATS, BadTensor, check_shape, need
 
-_META = ("nbits", "group_size", "view_as_float", "unpack_view_dtype", "compute_dtype", "offload_meta",
-         "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero", "quant_scale",
-         "quant_zero")
+_META = (
+    "nbits",
+    "group_size",
+    "view_as_float",
+    "unpack_view_dtype",
+    "compute_dtype",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "channel_wise",
+    "optimize",
+    "round_zero",
+    "quant_scale",
+    "quant_zero",
+)
 SUFFIXES = ("W_q", "scale", "zero", "shape", "axis", "packing", *_META)
 
 _BITS = {"8bit_u8": 8, "4bit_u8": 4, "3bit_32": 3, "2bit_u8": 2, "1bit_u8": 1}
-_VIEWS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)  # "view as float" stores the same bytes
+_VIEWS = (
+    torch.uint8,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+)  # "view as float" stores the same bytes
 
 
-def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "hqq") -> QuantizedWeight | Tensor:
+def read(
+    tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "hqq"
+) -> QuantizedWeight | Tensor:
     """Tensors by suffix -> QuantizedWeight, or the dense weight [out, in]. Raises BadTensor."""
     bits = _packing(tensors)
     out_features, in_features = _shape(tensors)
@@ -39,14 +58,26 @@ def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "hqq") -> Qu
     groups = scale.numel()
     group = out_features * in_features // max(groups, 1)
     if axis not in (0, 1) or group * groups != out_features * in_features or scale.shape[axis] != 1:
-        raise BadTensor("scale", f"has shape {list(scale.shape)}, not that of groups along axis {axis} of a weight "
-                                 f"{[out_features, in_features]}")
+        raise BadTensor(
+            "scale",
+            f"has shape {list(scale.shape)}, not that of groups along axis {axis} of a weight "
+            f"{[out_features, in_features]}",
+        )
     codes = _unpack(tensors, bits, *((groups, group) if axis == 1 else (group, groups)))
     if axis == 0 or in_features % group or bits == 1:
-        return ((codes.float() - zero.float()) * scale.float()).reshape(out_features, in_features).to(scale.dtype)
+        return (
+            ((codes.float() - zero.float()) * scale.float())
+            .reshape(out_features, in_features)
+            .to(scale.dtype)
+        )
     scales, zeros = (t.float().view(out_features, in_features // group) for t in (scale, zero))
-    return QuantizedWeight(codes.view(out_features, in_features), scales, mins=-zeros * scales, bits=bits,
-                           block=(1, group))
+    return QuantizedWeight(
+        codes.view(out_features, in_features),
+        scales,
+        mins=-zeros * scales,
+        bits=bits,
+        block=(1, group),
+    )
 
 
 def _unpack(tensors: dict[str, Tensor], bits: int, rows: int, columns: int) -> Tensor:
@@ -59,7 +90,9 @@ def _unpack(tensors: dict[str, Tensor], bits: int, rows: int, columns: int) -> T
         per = 8 // bits
     check_shape("W_q", packed, -(-rows // per), columns)
     shifts = range(bits * (per - 1), -1, -bits)
-    return torch.cat([(packed >> shift & (1 << bits) - 1).to(torch.uint8) for shift in shifts])[:rows].contiguous()
+    return torch.cat([(packed >> shift & (1 << bits) - 1).to(torch.uint8) for shift in shifts])[
+        :rows
+    ].contiguous()
 
 
 def _packing(tensors: dict[str, Tensor]) -> int:
@@ -83,6 +116,9 @@ def _integers(tensors: dict[str, Tensor], suffix: str, count: int | None) -> Ten
         raise BadTensor(suffix, "is missing (Nibble reads what hqq encodes for safetensors)")
     values = tensors[suffix].flatten()
     if values.dtype.is_floating_point or count not in (None, len(values)):
-        raise BadTensor(suffix, f"has shape {list(tensors[suffix].shape)} and type {values.dtype}, want "
-                                f"{'any number of' if count is None else count} integers")
+        raise BadTensor(
+            suffix,
+            f"has shape {list(tensors[suffix].shape)} and type {values.dtype}, want "
+            f"{'any number of' if count is None else count} integers",
+        )
     return values

@@ -33,13 +33,16 @@ def read(tensors: dict[str, Tensor], layer: LayerScheme, names: tuple[str, str])
     codes[:, _order()] = stored
     tiles = codes.reshape(in_features // _TILE, out_features // _TILE, _TILE, _TILE)
     codes = tiles.transpose(1, 2).reshape(in_features, out_features)
-    return QuantizedWeight(codes=codes.T.contiguous(), scales=_scales(scales).T.contiguous(), bits=4, block=(1, group))
+    return QuantizedWeight(
+        codes=codes.T.contiguous(), scales=_scales(scales).T.contiguous(), bits=4, block=(1, group)
+    )
 
 
 def _order() -> Tensor:
     """Where in a run of 1024 codes (four tiles of 16 x 16, row by row) each stored one belongs."""
-    thread, tile, half, part = torch.meshgrid(torch.arange(32), torch.arange(4), torch.arange(2), torch.arange(4),
-                                              indexing="ij")
+    thread, tile, half, part = torch.meshgrid(
+        torch.arange(32), torch.arange(4), torch.arange(2), torch.arange(4), indexing="ij"
+    )
     row = 2 * (thread % 4) + part % 2 + 8 * (part // 2)
     order = (256 * tile + 16 * row + thread // 4 + 8 * half).reshape(-1, 8)
     return order[:, list(AWQ_ORDER)].flatten()

@@ -34,7 +34,12 @@ class Answer:
 
     def begin(self, generation: Generation) -> None:
         self.id = self.id_prefix + generation.id
-        fields = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model}
+        fields = {
+            "id": self.id,
+            "object": self.chunk_object,
+            "created": self.created,
+            "model": self.model,
+        }
         self.head = b"data: " + encode(fields)[:-1] + b',"choices":['
 
     def choice(self, whole: Delta, generation: Generation) -> dict:
@@ -61,21 +66,39 @@ class Answer:
         """One event with one choice, an encoded JSON object."""
         if not self.body.continuous_usage:
             return self.head + choice + b"]" + self.tail
-        so_far = usage(len(sequence.prompt_token_ids), sequence.num_tokens, sequence.num_cached_tokens)
+        so_far = usage(
+            len(sequence.prompt_token_ids), sequence.num_tokens, sequence.num_cached_tokens
+        )
         return self.head + choice + b'],"usage":' + encode(so_far) + b"}\n\n"
 
     def whole(self, deltas: list[Delta], generation: Generation) -> Response:
         choices = [self.choice(delta, generation) for delta in deltas]
-        return json_response({"id": self.id, "object": self.object, "created": self.created, "model": self.model,
-                              "choices": choices, "usage": self.usage(generation)})
+        return json_response(
+            {
+                "id": self.id,
+                "object": self.object,
+                "created": self.created,
+                "model": self.model,
+                "choices": choices,
+                "usage": self.usage(generation),
+            }
+        )
 
 
 def json_response(body: object) -> Response:
     return Response(encode(body), media_type="application/json")
 
 
-async def run(request: Request, serving: Serving, answer: Answer, prompts: list[list[int]], params: SamplingParams,
-              n: int, salt: str | None, arrival: float) -> Response:
+async def run(
+    request: Request,
+    serving: Serving,
+    answer: Answer,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    n: int,
+    salt: str | None,
+    arrival: float,
+) -> Response:
     """Admit the request's sequences, generate, answer. They are released when the answer ends, however it ends."""
     sequences = len(prompts) * n
     serving.admit(sequences)
@@ -86,7 +109,9 @@ async def run(request: Request, serving: Serving, answer: Answer, prompts: list[
         answer.begin(generation)
         if answer.body.stream:
             streamed = True
-            return sse.EventStream(AnswerEvents(answer, generation), _release_later(serving, sequences))
+            return sse.EventStream(
+                AnswerEvents(answer, generation), _release_later(serving, sequences)
+            )
         try:
             deltas = await sse.until_disconnect(request.receive, generation.collect())
         except sse.ClientGone:

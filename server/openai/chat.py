@@ -68,11 +68,19 @@ class Message(Schema):
 
     def for_template(self) -> dict[str, str]:
         """`developer` is OpenAI's newer name for what every template calls `system`."""
-        message = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        message = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.text,
+        }
         return message | ({"name": self.name} if self.name else {})
 
 
-TemplateValue = StrictBool | StrictInt | Annotated[StrictStr, Field(max_length=limits.MAX_TEMPLATE_KWARG_CHARS)] | None
+TemplateValue = (
+    StrictBool
+    | StrictInt
+    | Annotated[StrictStr, Field(max_length=limits.MAX_TEMPLATE_KWARG_CHARS)]
+    | None
+)
 
 
 class ChatRequest(SamplingFields):
@@ -96,7 +104,9 @@ class ChatRequest(SamplingFields):
     reasoning_effort: Literal["none"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: OnlyFalse = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None  # of use only with store
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = (
+        None  # of use only with store
+    )
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     web_search_options: OnlyNone = None
@@ -106,7 +116,9 @@ class ChatRequest(SamplingFields):
     def num_logprobs(self) -> int | None:
         if not self.logprobs:
             if self.top_logprobs:
-                raise errors.bad_request("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+                raise errors.bad_request(
+                    "'top_logprobs' needs 'logprobs' to be true.", "top_logprobs"
+                )
             return None
         return self.top_logprobs or 0
 
@@ -122,7 +134,9 @@ async def create(request: Request, serving: Serving) -> Response:
     params = _params(body, serving, len(prompt))
     n = body.n or 1
     check_size(n, params.max_tokens)
-    return await run(request, serving, ChatAnswer(body, serving), [prompt], params, n, body.cache_salt, arrival)
+    return await run(
+        request, serving, ChatAnswer(body, serving), [prompt], params, n, body.cache_salt, arrival
+    )
 
 
 def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
@@ -130,17 +144,24 @@ def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
     limits.check_template_kwargs(body.chat_template_kwargs)
     continued = bool(body.continue_final_message)
     if continued and body.add_generation_prompt:
-        raise errors.bad_request("'continue_final_message' and 'add_generation_prompt' exclude each other.",
-                                 "continue_final_message")
+        raise errors.bad_request(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+            "continue_final_message",
+        )
     if continued and body.messages[-1].role != "assistant":
-        raise errors.bad_request("'continue_final_message' needs a last message of the assistant.", "messages")
+        raise errors.bad_request(
+            "'continue_final_message' needs a last message of the assistant.", "messages"
+        )
     check_text_length(sum(len(message.text) for message in body.messages), limit, "messages")
     generation = not continued if body.add_generation_prompt is None else body.add_generation_prompt
     kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
     try:
-        text = tokenizer.apply_chat_template([message.for_template() for message in body.messages],
-                                             add_generation_prompt=generation, continue_final_message=continued,
-                                             **kwargs)
+        text = tokenizer.apply_chat_template(
+            [message.for_template() for message in body.messages],
+            add_generation_prompt=generation,
+            continue_final_message=continued,
+            **kwargs,
+        )
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     except ValueError as error:
         raise errors.bad_request(str(error), "messages") from None
@@ -151,7 +172,9 @@ def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
 
 def _params(body: ChatRequest, serving: Serving, prompt_tokens: int) -> SamplingParams:
     ready = serving.engine.ready
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    asked = (
+        body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    )
     max_tokens = completion_room(ready.max_model_len, prompt_tokens, asked, None, "messages")
     return body.sampling_params(ready.vocab_size, max_tokens, body.num_logprobs)
 
@@ -167,24 +190,43 @@ class ChatAnswer(Answer):
         self.top_n = body.top_logprobs or 0
 
     def choice(self, whole: Delta, generation: Generation) -> dict:
-        return {"index": whole.index, "message": {"role": "assistant", "content": whole.text, "refusal": None},
-                "logprobs": self._logprobs(whole), "finish_reason": whole.finish_reason}
+        return {
+            "index": whole.index,
+            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "logprobs": self._logprobs(whole),
+            "finish_reason": whole.finish_reason,
+        }
 
     def opening(self, generation: Generation) -> bytes:
-        return b"".join(self.chunk(b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-                                   b'"finish_reason":null}' % sequence.index, sequence)
-                        for sequence in generation.sequences)
+        return b"".join(
+            self.chunk(
+                b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
+                b'"finish_reason":null}' % sequence.index,
+                sequence,
+            )
+            for sequence in generation.sequences
+        )
 
     def event(self, delta: Delta, generation: Generation) -> bytes:
         sequence, data = generation.sequences[delta.index], b""
         if delta.text or delta.logprobs:
             logprobs = encode(self._logprobs(delta)) if delta.logprobs else b"null"
-            data = self.chunk(b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}' % (
-                delta.index, encode(delta.text), logprobs), sequence)
+            data = self.chunk(
+                b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}'
+                % (delta.index, encode(delta.text), logprobs),
+                sequence,
+            )
         if delta.finish_reason is not None:
-            data += self.chunk(b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}' % (
-                delta.index, encode(delta.finish_reason)), sequence)
+            data += self.chunk(
+                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}'
+                % (delta.index, encode(delta.finish_reason)),
+                sequence,
+            )
         return data
 
     def _logprobs(self, delta: Delta) -> dict | None:
-        return None if delta.logprobs is None else chat_logprobs(self.tokenizer, delta.logprobs, self.top_n)
+        return (
+            None
+            if delta.logprobs is None
+            else chat_logprobs(self.tokenizer, delta.logprobs, self.top_n)
+        )

@@ -36,8 +36,11 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="after")
     def _no_search(self) -> "CompletionRequest":
         if self.best_of not in (None, 1, self.n):
-            raise errors.bad_request("'best_of' is not supported other than equal to 'n'.", "best_of",
-                                     "unsupported_parameter")
+            raise errors.bad_request(
+                "'best_of' is not supported other than equal to 'n'.",
+                "best_of",
+                "unsupported_parameter",
+            )
         if self.max_tokens == 0 and not self.echo:
             raise errors.bad_request("max_tokens must be at least 1, or 0 with echo", "max_tokens")
         return self
@@ -70,26 +73,36 @@ async def create(request: Request, serving: Serving) -> Response:
     return await run(request, serving, answer, prompts, params, n, body.cache_salt, arrival)
 
 
-def _token_ids(body: CompletionRequest, given: list[str] | list[list[int]], serving: Serving) -> list[list[int]]:
+def _token_ids(
+    body: CompletionRequest, given: list[str] | list[list[int]], serving: Serving
+) -> list[list[int]]:
     ready = serving.engine.ready
     if isinstance(given[0], str):
         check_text_length(max(map(len, given)), ready.max_model_len, "prompt")
-        prompts = [serving.tokenizer.encode(text, body.add_special_tokens is not False) for text in given]
+        prompts = [
+            serving.tokenizer.encode(text, body.add_special_tokens is not False) for text in given
+        ]
     else:
         prompts = given
     for token_ids in prompts:
         if not token_ids:
             raise errors.bad_request("'prompt' must have at least one token.", "prompt")
         if not 0 <= min(token_ids) <= max(token_ids) < ready.vocab_size:
-            raise errors.bad_request(f"Token ids must be between 0 and {ready.vocab_size - 1}.", "prompt")
+            raise errors.bad_request(
+                f"Token ids must be between 0 and {ready.vocab_size - 1}.", "prompt"
+            )
     return prompts
 
 
 def _params(body: CompletionRequest, serving: Serving, prompt_tokens: int) -> SamplingParams:
     ready = serving.engine.ready
     asked = body.max_tokens if body.max_tokens is None else max(1, body.max_tokens)
-    max_tokens = completion_room(ready.max_model_len, prompt_tokens, asked, DEFAULT_MAX_TOKENS, "prompt")
-    return body.sampling_params(ready.vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None)
+    max_tokens = completion_room(
+        ready.max_model_len, prompt_tokens, asked, DEFAULT_MAX_TOKENS, "prompt"
+    )
+    return body.sampling_params(
+        ready.vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None
+    )
 
 
 class _Echo:
@@ -120,7 +133,12 @@ class CompletionAnswer(Answer):
     def choice(self, whole: Delta, generation: Generation) -> dict:
         text, logprobs = self._content(whole, generation, first=True)
         finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
-        return {"index": whole.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {
+            "index": whole.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
 
     def usage(self, generation: Generation) -> dict:
         return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else generation.usage()
@@ -131,21 +149,45 @@ class CompletionAnswer(Answer):
             return b""
         self.started.add(delta.index)
         text, logprobs = self._content(delta, generation, first)
-        return self.chunk(b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
-            delta.index, encode(text), b"null" if logprobs is None else encode(logprobs),
-            b"null" if delta.finish_reason is None else encode(delta.finish_reason),
-        ), generation.sequences[delta.index])
+        return self.chunk(
+            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}'
+            % (
+                delta.index,
+                encode(text),
+                b"null" if logprobs is None else encode(logprobs),
+                b"null" if delta.finish_reason is None else encode(delta.finish_reason),
+            ),
+            generation.sequences[delta.index],
+        )
 
     def echo_alone(self, n: int) -> Response:
         """max_tokens 0 without logprobs: nothing needs to be computed."""
         if self.body.stream:
             raise errors.bad_request("max_tokens 0 needs logprobs when streamed", "max_tokens")
-        choices = [{"index": i * n + j, "text": echo.text, "logprobs": None, "finish_reason": FinishReason.LENGTH}
-                   for i, echo in enumerate(self.echoes) for j in range(n)]
-        return json_response({"id": f"{self.id_prefix}echo", "object": self.object, "created": self.created,
-                              "model": self.model, "choices": choices, "usage": usage(self.num_prompt_tokens, 0, 0)})
+        choices = [
+            {
+                "index": i * n + j,
+                "text": echo.text,
+                "logprobs": None,
+                "finish_reason": FinishReason.LENGTH,
+            }
+            for i, echo in enumerate(self.echoes)
+            for j in range(n)
+        ]
+        return json_response(
+            {
+                "id": f"{self.id_prefix}echo",
+                "object": self.object,
+                "created": self.created,
+                "model": self.model,
+                "choices": choices,
+                "usage": usage(self.num_prompt_tokens, 0, 0),
+            }
+        )
 
-    def _content(self, delta: Delta, generation: Generation, first: bool) -> tuple[str, dict | None]:
+    def _content(
+        self, delta: Delta, generation: Generation, first: bool
+    ) -> tuple[str, dict | None]:
         """Text and logprobs of one delta, the prompt's before them if it is to be echoed and this is the first."""
         text, positions, offsets = delta.text, delta.logprobs, delta.offsets
         if self.prompt_only:
@@ -155,10 +197,19 @@ class CompletionAnswer(Answer):
                 return text, None
             ids = [position.token_id for position in positions]
             return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
-        return self._echoed(text, positions, offsets, generation.sequences[delta.index], generation.n, first)
+        return self._echoed(
+            text, positions, offsets, generation.sequences[delta.index], generation.n, first
+        )
 
-    def _echoed(self, text: str, positions: list | None, offsets: list[int], sequence: Sequence, n: int,
-                first: bool) -> tuple[str, dict | None]:
+    def _echoed(
+        self,
+        text: str,
+        positions: list | None,
+        offsets: list[int],
+        sequence: Sequence,
+        n: int,
+        first: bool,
+    ) -> tuple[str, dict | None]:
         echo = self.echoes[sequence.index // n]
         positions = positions or []
         ids = [position.token_id for position in positions]

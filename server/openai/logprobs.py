@@ -19,18 +19,32 @@ def chat_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs], top_
     """`positions` in the chat style, with `top_n` alternatives each."""
     content = []
     for position in positions:
-        top = [_chat_token(tokenizer, token_id, logprob) for token_id, logprob in _top(position, top_n)]
-        content.append(_chat_token(tokenizer, position.token_id, _own(position)) | {"top_logprobs": top})
+        top = [
+            _chat_token(tokenizer, token_id, logprob) for token_id, logprob in _top(position, top_n)
+        ]
+        content.append(
+            _chat_token(tokenizer, position.token_id, _own(position)) | {"top_logprobs": top}
+        )
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs | None], token_ids: Sequence[int],
-                        offsets: Sequence[int], top_n: int) -> dict:
+def completion_logprobs(
+    tokenizer: Tokenizer,
+    positions: Sequence[TokenLogprobs | None],
+    token_ids: Sequence[int],
+    offsets: Sequence[int],
+    top_n: int,
+) -> dict:
     """`positions` in the completions style; None (a prompt's first token) has no probability, only its token id.
 
     `offsets` says where in the choice's text each token starts, in characters.
     """
-    result: dict[str, list] = {"text_offset": list(offsets), "token_logprobs": [], "tokens": [], "top_logprobs": []}
+    result: dict[str, list] = {
+        "text_offset": list(offsets),
+        "token_logprobs": [],
+        "tokens": [],
+        "top_logprobs": [],
+    }
     for position, token_id in zip(positions, token_ids, strict=True):
         token = tokenizer.token_str(token_id)
         own = None if position is None else _own(position)
@@ -41,13 +55,18 @@ def completion_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs 
             continue
         top: dict[str, float] = {}
         for alternative, logprob in _top(position, top_n):
-            top.setdefault(tokenizer.token_str(alternative), logprob)  # two ids may read the same: the likelier counts
+            top.setdefault(
+                tokenizer.token_str(alternative), logprob
+            )  # two ids may read the same: the likelier counts
         result["top_logprobs"].append(top | {token: own})
     return result
 
 
 def _top(position: TokenLogprobs, n: int) -> list[tuple[int, float]]:
-    return [(i, max(lp, _LOWEST)) for i, lp in zip(position.top_ids[:n], position.top_logprobs[:n], strict=True)]
+    return [
+        (i, max(lp, _LOWEST))
+        for i, lp in zip(position.top_ids[:n], position.top_logprobs[:n], strict=True)
+    ]
 
 
 def _own(position: TokenLogprobs) -> float:
@@ -60,4 +79,3 @@ def _own(position: TokenLogprobs) -> float:
 def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict:
     raw = tokenizer.token_bytes(token_id)
     return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
-

@@ -11,7 +11,9 @@ _STARTED = int(time.time())
 
 
 def list_models(serving: Serving) -> Response:
-    return json_response({"object": "list", "data": [_card(name, serving) for name in serving.model_names]})
+    return json_response(
+        {"object": "list", "data": [_card(name, serving) for name in serving.model_names]}
+    )
 
 
 def retrieve(model: str, serving: Serving) -> Response:
@@ -23,5 +25,13 @@ def _card(name: str, serving: Serving) -> dict:
     """OpenAI's model object, with vLLM's `max_model_len` and `root`, and what the weights are."""
     serving.check_ready()
     ready = serving.engine.ready
-    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "nibble", "root": serving.model_names[0],
-            "parent": None, "max_model_len": ready.max_model_len, "quantization": ready.quantization}
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "nibble",
+        "root": serving.model_names[0],
+        "parent": None,
+        "max_model_len": ready.max_model_len,
+        "quantization": ready.quantization,
+    }

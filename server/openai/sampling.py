@@ -15,7 +15,9 @@ OnlyNone: TypeAlias = None
 OnlyFalse = Literal[False] | None
 OnlyZero = Annotated[int, Field(ge=0, le=0)] | None
 OnlyEmptyList = Annotated[list[Any], Field(max_length=0)] | None
-Ignored = Annotated[str, Field(max_length=1024)] | None  # the sender's own label; changes nothing in the answer
+Ignored = (
+    Annotated[str, Field(max_length=1024)] | None
+)  # the sender's own label; changes nothing in the answer
 
 
 class Schema(BaseModel):
@@ -76,8 +78,10 @@ class SamplingFields(Schema):
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "SamplingFields":
         if self.stream_options is not None and not self.stream:
-            raise errors.bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.",
-                                     "stream_options")
+            raise errors.bad_request(
+                "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+                "stream_options",
+            )
         return self
 
     @property
@@ -86,15 +90,30 @@ class SamplingFields(Schema):
 
     @property
     def continuous_usage(self) -> bool:
-        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
 
-    def sampling_params(self, vocab_size: int, max_tokens: int, logprobs: int | None,
-                        prompt_logprobs: int | None = None) -> SamplingParams:
+    def sampling_params(
+        self,
+        vocab_size: int,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """The engine's form of these fields. ApiError 400 names the first that is out of range."""
-        given = {name: getattr(self, name) for name in _SAME_NAME if getattr(self, name) is not None}
+        given = {
+            name: getattr(self, name) for name in _SAME_NAME if getattr(self, name) is not None
+        }
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        params = SamplingParams(**given, stop=stop, stop_token_ids=tuple(self.stop_token_ids or ()),
-                                max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        params = SamplingParams(
+            **given,
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
         try:
             params.verify(vocab_size)
         except ValueError as error:
@@ -102,11 +121,26 @@ class SamplingFields(Schema):
         return params
 
 
-_SAME_NAME = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "top_k", "min_p",
-              "repetition_penalty", "min_tokens", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+_SAME_NAME = (
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+)
 
 
-def completion_room(limit: int, prompt_tokens: int, max_tokens: int | None, default: int | None, param: str) -> int:
+def completion_room(
+    limit: int, prompt_tokens: int, max_tokens: int | None, default: int | None, param: str
+) -> int:
     """How many tokens to generate: `max_tokens`, or `default`, or all that the context has room for.
 
     ApiError 400 context_length_exceeded if prompt and max_tokens together are longer than `limit`, the context.
@@ -122,14 +156,20 @@ def completion_room(limit: int, prompt_tokens: int, max_tokens: int | None, defa
 def check_size(sequences: int, max_tokens: int, param: str = "n") -> None:
     """Bound what one request may cost in all."""
     if sequences > limits.MAX_SEQUENCES:
-        raise errors.bad_request(f"prompts x n must be at most {limits.MAX_SEQUENCES}, got {sequences}", param)
+        raise errors.bad_request(
+            f"prompts x n must be at most {limits.MAX_SEQUENCES}, got {sequences}", param
+        )
     if sequences * max_tokens > limits.MAX_REQUEST_TOKENS and sequences > 1:
         raise errors.bad_request(
             f"prompts x n x max_tokens must be at most {limits.MAX_REQUEST_TOKENS}, got {sequences * max_tokens}; "
-            "give a smaller max_tokens", "max_tokens")
+            "give a smaller max_tokens",
+            "max_tokens",
+        )
 
 
 def check_text_length(text_chars: int, limit: int, param: str) -> None:
     """Refuse text that cannot fit, before the work of tokenising it."""
     if text_chars > limit * limits.MAX_CHARS_PER_TOKEN:
-        raise errors.context_length_exceeded(limit, text_chars // limits.MAX_CHARS_PER_TOKEN, 1, param)
+        raise errors.context_length_exceeded(
+            limit, text_chars // limits.MAX_CHARS_PER_TOKEN, 1, param
+        )

@@ -18,7 +18,9 @@ class TokenizeRequest(Schema):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None
+    ) = None
     add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -40,8 +42,14 @@ async def tokenize(request: Request, serving: Serving) -> Response:
         raise errors.bad_request("Give either 'prompt' or 'messages'.", "prompt")
     tokens = await asyncio.to_thread(_encode, body, serving)
     strings = [serving.tokenizer.token_str(i) for i in tokens] if body.return_token_strs else None
-    return json_response({"count": len(tokens), "max_model_len": serving.engine.ready.max_model_len, "tokens": tokens,
-                          "token_strs": strings})
+    return json_response(
+        {
+            "count": len(tokens),
+            "max_model_len": serving.engine.ready.max_model_len,
+            "tokens": tokens,
+            "token_strs": strings,
+        }
+    )
 
 
 async def detokenize(request: Request, serving: Serving) -> Response:
@@ -63,9 +71,12 @@ def _encode(body: TokenizeRequest, serving: Serving) -> list[int]:
     limits.check_template_kwargs(body.chat_template_kwargs)
     kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
     try:
-        text = tokenizer.apply_chat_template([message.for_template() for message in body.messages or ()],
-                                             add_generation_prompt=body.add_generation_prompt,
-                                             continue_final_message=body.continue_final_message, **kwargs)
+        text = tokenizer.apply_chat_template(
+            [message.for_template() for message in body.messages or ()],
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            **kwargs,
+        )
     except ValueError as error:
         raise errors.bad_request(str(error), "messages") from None
     return tokenizer.encode(text, bool(body.add_special_tokens))

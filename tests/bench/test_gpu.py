@@ -24,12 +24,18 @@ import torch
 from nibble import LLM, SamplingParams
 from nibble.kernels.measure.timing import Card
 
-SECTIONS = {"products": gpu_products, "attention": gpu_attention, "glue": gpu_glue, "engine": gpu_engine}
+SECTIONS = {
+    "products": gpu_products,
+    "attention": gpu_attention,
+    "glue": gpu_glue,
+    "engine": gpu_engine,
+}
 
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> gpu_cells.Lab:
     """A CPU in the place of the GPU: every call runs once, and takes a microsecond."""
+
     def once(calls):
         for call in calls:
             call()
@@ -60,18 +66,31 @@ def test_products_of_every_kind(kind: str, lab: gpu_cells.Lab) -> None:
 
 @pytest.mark.parametrize("kind", [*gpu_attention.CACHES, gpu_report.SDPA])
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_attention_of_every_cache(kind: str, phase: str, lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_every_cache(
+    kind: str, phase: str, lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (("HEADS", 4), ("KV_HEADS", 2), ("DIM", 64)):
         monkeypatch.setattr(gpu_attention, name, value)
     batch = 2 if phase == "decode" else 1
-    cell = gpu_cells.Cell("attention", kind, {"phase": phase, "batch": batch, "context": 32, "kind": kind})
+    cell = gpu_cells.Cell(
+        "attention", kind, {"phase": phase, "batch": batch, "context": 32, "kind": kind}
+    )
     (row,) = gpu_attention.measure(cell, lab)
     out = row.calls[0]()
-    assert out.numel() == batch * (1 if phase == "decode" else 32) * 4 * 64 and bool(torch.isfinite(out).all())
+    assert out.numel() == batch * (1 if phase == "decode" else 32) * 4 * 64 and bool(
+        torch.isfinite(out).all()
+    )
 
 
 def test_glue_of_every_operation(lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("HIDDEN", 128), ("INNER", 96), ("HEADS", 4), ("KV_HEADS", 2), ("DIM", 32), ("VOCAB", 300)):
+    for name, value in (
+        ("HIDDEN", 128),
+        ("INNER", 96),
+        ("HEADS", 4),
+        ("KV_HEADS", 2),
+        ("DIM", 32),
+        ("VOCAB", 300),
+    ):
         monkeypatch.setattr(gpu_glue, name, value)
     for operation in gpu_glue.OPERATIONS:
         cell = gpu_cells.Cell("glue", operation, {"operation": operation, "m": 3})
@@ -81,8 +100,9 @@ def test_glue_of_every_operation(lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyP
             row.calls[0]()
 
 
-def test_a_failing_row_says_why_and_the_next_follows(lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture) -> None:
+def test_a_failing_row_says_why_and_the_next_follows(
+    lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     class Section:
         @staticmethod
         def measure(cell, lab):
@@ -96,7 +116,12 @@ def test_a_failing_row_says_why_and_the_next_follows(lab: gpu_cells.Lab, monkeyp
     assert gpu_cells.run_cells(Section, cells, lab) == 0
     lines = [gpu_cells.json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.get("reason", line.get("us", "done")) for line in lines] == [
-        "ValueError: no such weight", "done", "ZeroDivisionError: division by zero", 1.0, "done"]
+        "ValueError: no such weight",
+        "done",
+        "ZeroDivisionError: division by zero",
+        1.0,
+        "done",
+    ]
 
 
 CHILD = """
@@ -117,25 +142,60 @@ def test_a_dead_or_silent_process_costs_one_cell(monkeypatch: pytest.MonkeyPatch
     cells = [gpu_cells.Cell("products", str(i)) for i in range(5)]
     monkeypatch.setattr(gpu_products, "plan", lambda quick: cells)
     monkeypatch.setattr(gpu, "SILENCE", 2)
-    monkeypatch.setattr(gpu, "_command", lambda section, quick, flag, skip: [sys.executable, "-c", CHILD, skip])
+    monkeypatch.setattr(
+        gpu, "_command", lambda section, quick, flag, skip: [sys.executable, "-c", CHILD, skip]
+    )
     rows = list(gpu.rows_of("products", True, time.monotonic() + 60))
-    assert [(row["name"], "reason" in row) for row in rows] == [("0", False), ("1", True), ("2", False), ("3", True),
-                                                                ("4", False)]
+    assert [(row["name"], "reason" in row) for row in rows] == [
+        ("0", False),
+        ("1", True),
+        ("2", False),
+        ("3", True),
+        ("4", False),
+    ]
 
 
 def _product(kind: str, m: int, us: float, n: int = 28672, k: int = 4096) -> dict:
-    return {"section": "products", "name": f"{kind} {m}", "model": "Llama-3-8B", "layer": "gate_up", "n": n, "k": k,
-            "kind": kind, "m": m, "us": us, "bytes": n * k // 2}
+    return {
+        "section": "products",
+        "name": f"{kind} {m}",
+        "model": "Llama-3-8B",
+        "layer": "gate_up",
+        "n": n,
+        "k": k,
+        "kind": kind,
+        "m": m,
+        "us": us,
+        "bytes": n * k // 2,
+    }
 
 
 def test_ratios_and_goals_follow_from_the_rows() -> None:
-    rows = [_product(gpu_report.DENSE, 1, 60.0), _product("int4 g128 asym", 1, 20.0),
-            _product("int4 g128 asym", 16, 22.0), _product("fp8", 1, 40.0),
-            _product(gpu_report.INT4PACK, 1, 25.0),
-            {"section": "products", "name": "gemlite", "reason": "not installed"},
-            {"section": "attention", "name": "d", "phase": "decode", "batch": 32, "context": 4096, "kind": "bf16",
-             "us": 100.0, "bytes": 10**9 // 3},
-            {"section": "engine", "name": "e", "format": "awq", "figure": "tokens per second at 1", "value": 510.0}]
+    rows = [
+        _product(gpu_report.DENSE, 1, 60.0),
+        _product("int4 g128 asym", 1, 20.0),
+        _product("int4 g128 asym", 16, 22.0),
+        _product("fp8", 1, 40.0),
+        _product(gpu_report.INT4PACK, 1, 25.0),
+        {"section": "products", "name": "gemlite", "reason": "not installed"},
+        {
+            "section": "attention",
+            "name": "d",
+            "phase": "decode",
+            "batch": 32,
+            "context": 4096,
+            "kind": "bf16",
+            "us": 100.0,
+            "bytes": 10**9 // 3,
+        },
+        {
+            "section": "engine",
+            "name": "e",
+            "format": "awq",
+            "figure": "tokens per second at 1",
+            "value": 510.0,
+        },
+    ]
     rows = gpu_report.with_ratios(rows, 4e12)
     assert rows[1]["ratios"] == {gpu_report.DENSE: 3.0, gpu_report.INT4PACK: 1.25}
     assert rows[1]["share"] == pytest.approx(58720256 / 20e-6 / 4e12, abs=1e-3)
@@ -150,14 +210,17 @@ def test_ratios_and_goals_follow_from_the_rows() -> None:
     assert gpu_report.goals_table(rows).row_count == len(gpu_report.goals(rows))
 
 
-def test_a_run_leaves_its_rows_and_says_what_was_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                     capsys: pytest.CaptureFixture) -> None:
+def test_a_run_leaves_its_rows_and_says_what_was_met(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     found = {"name": "A Card", "copy_bytes_per_second": 4e12}
     rows = [_product(gpu_report.DENSE, 1, 60.0), _product("int4 g128 asym", 1, 18.0)]
     monkeypatch.setattr(gpu, "card", lambda: found)
     monkeypatch.setattr(gpu, "warm", lambda *args: None)
     monkeypatch.setattr(gpu, "rows_of", lambda section, quick, deadline: iter(rows))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--sections", "products", "--out", str(tmp_path / "r.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--sections", "products", "--out", str(tmp_path / "r.json")]
+    )
     assert gpu.main() == 0
     written = gpu_cells.json.loads((tmp_path / "r.json").read_text())
     assert written["card"] == found and len(written["rows"]) == 2 and written["versions"]["torch"]
@@ -165,9 +228,13 @@ def test_a_run_leaves_its_rows_and_says_what_was_met(monkeypatch: pytest.MonkeyP
     assert "3.33" in shown and "not measured" in shown and "met" in shown and "r.json" in shown
 
 
-def test_the_engines_figures_are_those_of_the_goals(lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_figures_are_those_of_the_goals(
+    lab: gpu_cells.Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A small model, end to end, another process for its start included."""
-    shape = dataclasses.replace(random_llama.Shape(), hidden=256, inner=384, layers=1, heads=4, kv_heads=2, vocab=30000)
+    shape = dataclasses.replace(
+        random_llama.Shape(), hidden=256, inner=384, layers=1, heads=4, kv_heads=2, vocab=30000
+    )
     monkeypatch.setattr(random_llama, "Shape", lambda: shape)
     monkeypatch.setattr(gpu_engine, "PROMPTS", (16, 32))
     monkeypatch.setattr(gpu_engine, "BATCHES", (1, 2))
@@ -175,8 +242,12 @@ def test_the_engines_figures_are_those_of_the_goals(lab: gpu_cells.Lab, monkeypa
     cell = gpu_cells.Cell("engine", "small", {"format": "awq", "tokens": 4})
     rows = [row.fields for row in gpu_engine.measure(cell, lab)]
     assert [row["figure"] for row in rows] == [
-        "time to first token at 16, ms", "time to first token at 32, ms", "tokens per second at 1",
-        "tokens per second at 2", gpu_engine.STARTED]
+        "time to first token at 16, ms",
+        "time to first token at 32, ms",
+        "tokens per second at 1",
+        "tokens per second at 2",
+        gpu_engine.STARTED,
+    ]
     assert all(row["value"] > 0 for row in rows)
     goals = gpu_report.goals([{"section": "engine", "name": "small", **row} for row in rows])
     assert {met for goal, _, met in goals if goal.startswith(("G2", "G9"))} <= {True, False}
@@ -184,8 +255,12 @@ def test_the_engines_figures_are_those_of_the_goals(lab: gpu_cells.Lab, monkeypa
 
 @pytest.mark.parametrize("fmt", list(random_llama.FORMATS))
 def test_random_checkpoints_are_served(fmt: str, tmp_path: Path) -> None:
-    shape = dataclasses.replace(random_llama.Shape(), hidden=256, inner=384, layers=2, heads=4, kv_heads=2, vocab=500)
+    shape = dataclasses.replace(
+        random_llama.Shape(), hidden=256, inner=384, layers=2, heads=4, kv_heads=2, vocab=500
+    )
     random_llama.write(tmp_path / "model", fmt, shape, torch.device("cpu"))
     llm = LLM(str(tmp_path / "model"), device="cpu", max_model_len=32, prepared_cache=None)
-    done = llm.generate([[5, 6, 7], [8]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    done = llm.generate(
+        [[5, 6, 7], [8]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    )
     assert [len(completion.token_ids) for completion in done] == [4, 4]

@@ -31,8 +31,14 @@ def next_token(history: list[int], vocab_size: int = VOCAB_SIZE) -> int:
 class FakeRunner:
     eos_token_ids = [EOS]
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, step_seconds: float = 0.0,
-                 vocab_size: int = VOCAB_SIZE):
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 64,
+        step_seconds: float = 0.0,
+        vocab_size: int = VOCAB_SIZE,
+    ):
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
         self.vocab_size = vocab_size
         self.step_seconds = step_seconds
@@ -42,12 +48,24 @@ class FakeRunner:
         self.batches: list[list[tuple[str, int, int]]] = []
 
     def ready(self) -> Ready:
-        return Ready(self.max_model_len, self.vocab_size, self.eos_token_ids, self.num_blocks, self.block_size,
-                     "float32", "fake", "none", {}, {})
+        return Ready(
+            self.max_model_len,
+            self.vocab_size,
+            self.eos_token_ids,
+            self.num_blocks,
+            self.block_size,
+            "float32",
+            "fake",
+            "none",
+            {},
+            {},
+        )
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         time.sleep(self.step_seconds)
-        self.batches.append([(item.request.request_id, item.start, item.end) for item in batch.items])
+        self.batches.append(
+            [(item.request.request_id, item.start, item.end) for item in batch.items]
+        )
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
@@ -59,11 +77,15 @@ class FakeRunner:
     def _compute(self, item: ScheduledRequest, result: StepResult) -> None:
         request, size = item.request, self.block_size
         for position in range(item.start, item.end):
-            self.slots[request.block_table[position // size]][position % size] = request.token_ids[position]
+            self.slots[request.block_table[position // size]][position % size] = request.token_ids[
+                position
+            ]
         history = [self.slots[request.block_table[p // size]][p % size] for p in range(item.end)]
         if request.params.prompt_logprobs is not None:
-            scored = request.prompt_token_ids[item.start + 1:item.end + 1]
-            result.prompt_logprobs[request.request_id] = [TokenLogprobs(t, -1.0, 1, [], []) for t in scored]
+            scored = request.prompt_token_ids[item.start + 1 : item.end + 1]
+            result.prompt_logprobs[request.request_id] = [
+                TokenLogprobs(t, -1.0, 1, [], []) for t in scored
+            ]
         if request.request_id in self.nan_ids:
             result.errors[request.request_id] = "the logits are not finite"
         elif item.samples:
@@ -93,8 +115,11 @@ class OverlappingRunner(FakeRunner):
 
     def execute(self, batch: ScheduledBatch) -> FakePending:
         fails, self.fail_next = self.fail_next > 0, max(0, self.fail_next - 1)
-        unknown = [(item.request, self.sampled.get(item.request.request_id, 0)) for item in batch.items
-                   if item.request.token_ids[-1] == UNKNOWN]
+        unknown = [
+            (item.request, self.sampled.get(item.request.request_id, 0))
+            for item in batch.items
+            if item.request.token_ids[-1] == UNKNOWN
+        ]
         for request, token in unknown:
             request.token_ids[-1] = token
         result = super().execute(batch)

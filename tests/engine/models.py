@@ -13,22 +13,43 @@ from transformers import (
     Qwen3Config,
 )
 
-_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "vocab_size": 199, "max_position_embeddings": 256, "pad_token_id": 0,
-          "bos_token_id": 1, "eos_token_id": 2}
-_LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama3-rope": LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE),
-    "llama-linear-rope": LlamaConfig(**_SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0,
-                                                                "factor": 4.0}),
+    "llama-linear-rope": LlamaConfig(
+        **_SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    ),
     "mistral-window": MistralConfig(**_SIZES, sliding_window=24, head_dim=16),
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES, head_dim=32),
-    "gemma3": Gemma3TextConfig(**_SIZES, head_dim=32, sliding_window=24, query_pre_attn_scalar=20,
-                               layer_types=["sliding_attention", "full_attention"] * 2),
+    "gemma3": Gemma3TextConfig(
+        **_SIZES,
+        head_dim=32,
+        sliding_window=24,
+        query_pre_attn_scalar=20,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
 }
 
 

@@ -28,8 +28,11 @@ async def start(model: str = "good", **config) -> AsyncEngine:
     return await AsyncEngine.start(EngineConfig(model=model, **config), COMMAND)
 
 
-def with_engine(test: Callable[[AsyncEngine], Awaitable[None]], model: str = "good", **config) -> None:
+def with_engine(
+    test: Callable[[AsyncEngine], Awaitable[None]], model: str = "good", **config
+) -> None:
     """Run `test` with an engine of its own, all within 30 s."""
+
     async def main() -> None:
         engine = await start(model, **config)
         try:
@@ -41,7 +44,9 @@ def with_engine(test: Callable[[AsyncEngine], Awaitable[None]], model: str = "go
     asyncio.run(main())
 
 
-async def collect(engine: AsyncEngine, request_id: str, prompt: list[int], params: SamplingParams) -> list[int]:
+async def collect(
+    engine: AsyncEngine, request_id: str, prompt: list[int], params: SamplingParams
+) -> list[int]:
     tokens = []
     async for output in engine.generate(request_id, prompt, params):
         tokens += output.token_ids
@@ -68,7 +73,11 @@ def test_many_at_once_each_get_their_own_tokens() -> None:
 
 def test_ready_is_what_the_runner_said() -> None:
     async def test(engine: AsyncEngine) -> None:
-        assert (engine.ready.num_blocks, engine.ready.block_size, engine.ready.device) == (64, 4, "fake")
+        assert (engine.ready.num_blocks, engine.ready.block_size, engine.ready.device) == (
+            64,
+            4,
+            "fake",
+        )
         assert engine.is_alive
 
     with_engine(test)
@@ -95,7 +104,9 @@ def test_abort_from_outside_ends_the_stream() -> None:
             reasons.append(output.finish_reason)
             engine.abort("a")
         assert reasons[-1] == "abort"
-        assert await collect(engine, "a", [1], SamplingParams(max_tokens=2, ignore_eos=True)) == solo([1], 2)
+        assert await collect(
+            engine, "a", [1], SamplingParams(max_tokens=2, ignore_eos=True)
+        ) == solo([1], 2)
 
     with_engine(test, "slow")
 
@@ -163,11 +174,14 @@ def test_shutdown_ends_open_streams_with_abort() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("model", "error", "message"), [
-    ("bad-input", UserError, "model.safetensors: is truncated"),
-    ("defect", EngineDeadError, "KeyError"),
-    ("dies", EngineDeadError, "exit code 9"),
-])
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        ("bad-input", UserError, "model.safetensors: is truncated"),
+        ("defect", EngineDeadError, "KeyError"),
+        ("dies", EngineDeadError, "exit code 9"),
+    ],
+)
 def test_start_up_failures(model: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         asyncio.run(start(model))
@@ -190,9 +204,17 @@ def test_the_engine_dies_with_its_parent() -> None:
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "asyncio.run(main())\n"
     )
-    parent = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=30)
-    asyncio.run(until(lambda: not Path(f"/proc/{int(parent.stdout)}/cmdline").is_file()
-                      or not Path(f"/proc/{int(parent.stdout)}/cmdline").read_bytes()))
+    parent = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=30
+    )
+    asyncio.run(
+        until(
+            lambda: (
+                not Path(f"/proc/{int(parent.stdout)}/cmdline").is_file()
+                or not Path(f"/proc/{int(parent.stdout)}/cmdline").read_bytes()
+            )
+        )
+    )
 
 
 def test_frames_survive_any_cutting() -> None:
@@ -200,7 +222,11 @@ def test_frames_survive_any_cutting() -> None:
     stream = b"".join(frame(message) for message in messages)
     for size in (1, 3, 4, 5, 1000, len(stream)):
         reader = FrameReader()
-        bodies = [body for at in range(0, len(stream), size) for body in reader.feed(stream[at:at + size])]
+        bodies = [
+            body
+            for at in range(0, len(stream), size)
+            for body in reader.feed(stream[at : at + size])
+        ]
         assert [decode_to_engine(body) for body in bodies] == messages
 
 

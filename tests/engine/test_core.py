@@ -16,7 +16,11 @@ def make_core(**runner) -> EngineCore:
 
 
 def add(core: EngineCore, request_id: str, prompt: list[int], **params) -> None:
-    core.add(AddRequest(request_id, prompt, SamplingParams(**{"ignore_eos": True, "max_tokens": 4, **params})))
+    core.add(
+        AddRequest(
+            request_id, prompt, SamplingParams(**{"ignore_eos": True, "max_tokens": 4, **params})
+        )
+    )
 
 
 def run(core: EngineCore) -> dict[str, list[RequestOutput]]:
@@ -38,14 +42,17 @@ def test_generates_and_ends_idle() -> None:
     assert core.stats().num_free_blocks == core.stats().num_blocks
 
 
-@pytest.mark.parametrize(("prompt", "params", "message"), [
-    ([], {}, "the prompt is empty"),
-    ([VOCAB_SIZE], {}, "token ids outside"),
-    ([-1], {}, "token ids outside"),
-    (list(range(64)), {}, "no room"),
-    ([1], {"temperature": -1.0}, "temperature must be between 0 and 10"),
-    ([1], {"stop_token_ids": (VOCAB_SIZE,)}, "stop_token_ids"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([VOCAB_SIZE], {}, "token ids outside"),
+        ([-1], {}, "token ids outside"),
+        (list(range(64)), {}, "no room"),
+        ([1], {"temperature": -1.0}, "temperature must be between 0 and 10"),
+        ([1], {"stop_token_ids": (VOCAB_SIZE,)}, "stop_token_ids"),
+    ],
+)
 def test_bad_requests_are_refused(prompt: list[int], params: dict, message: str) -> None:
     core = make_core()
     with pytest.raises(ValueError, match=message):
@@ -61,7 +68,9 @@ def test_a_failing_step_fails_its_requests_and_the_engine_lives_on() -> None:
     core.runner.fail_next = 1
     failed = core.step()
     assert {output.request_id for output in failed} == {"a", "b"}
-    assert all(output.finish_reason == "error" and "on fire" not in output.error for output in failed)
+    assert all(
+        output.finish_reason == "error" and "on fire" not in output.error for output in failed
+    )
     core.check_idle()
     add(core, "c", [3])
     assert [t for o in run(core)["c"] for t in o.token_ids] == solo([3], 4)
@@ -74,7 +83,12 @@ def test_an_overlapping_engine_is_one_step_ahead() -> None:
     assert core.step() == []  # launched, and nothing to take in
     assert [output.request_id for output in core.step()] == ["a", "b"]
     outputs = run(core)
-    assert core.runner.batches == [[("a", 0, 3), ("b", 0, 1)], [("a", 3, 4), ("b", 1, 2)], [("a", 4, 5)], [("a", 5, 6)]]
+    assert core.runner.batches == [
+        [("a", 0, 3), ("b", 0, 1)],
+        [("a", 3, 4), ("b", 1, 2)],
+        [("a", 4, 5)],
+        [("a", 5, 6)],
+    ]
     tokens = [token for output in outputs["a"] for token in output.token_ids]
     assert tokens == solo([1, 2, 3], 4)[1:]
     assert core.stats().num_free_blocks == core.stats().num_blocks

@@ -15,7 +15,9 @@ from .text.tiny_tokenizers import CHATML, byte_level
 def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LLM:
     folder = byte_level(tmp_path, chat_template=CHATML)
     vocab_size = Tokenizer.from_pretrained(folder).vocab_size
-    monkeypatch.setattr("nibble.engine.core._load_runner", lambda *_: FakeRunner(vocab_size=vocab_size))
+    monkeypatch.setattr(
+        "nibble.engine.core._load_runner", lambda *_: FakeRunner(vocab_size=vocab_size)
+    )
     return LLM(str(folder), max_num_seqs=4)
 
 
@@ -27,7 +29,7 @@ def expected_ids(llm: LLM, prompt: list[int], n: int) -> list[int]:
     history = list(prompt)
     for _ in range(n):
         history.append(next_token(history, llm.tokenizer.vocab_size))
-    return history[len(prompt):]
+    return history[len(prompt) :]
 
 
 def test_text_and_token_prompts_alone_and_in_batches(llm: LLM) -> None:
@@ -37,14 +39,18 @@ def test_text_and_token_prompts_alone_and_in_batches(llm: LLM) -> None:
     assert [c.token_ids for c in many] == [expected_ids(llm, prompt, 8) for prompt in ids]
     assert [c.prompt_token_ids for c in many] == ids
     assert [c.text for c in many] == [llm.tokenizer.decode(c.token_ids) for c in many]
-    assert llm.generate(ids, params()) == llm.generate(texts, params())  # both now with warm prefixes
+    assert llm.generate(ids, params()) == llm.generate(
+        texts, params()
+    )  # both now with warm prefixes
     assert [c.token_ids for c in llm.generate(texts[0], params())] == [many[0].token_ids]
     assert [c.token_ids for c in llm.generate(ids[0], params())] == [many[0].token_ids]
     assert llm.generate([], params()) == []
 
 
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
-    short, long = llm.generate(["a", "b"], [params(max_tokens=2), params(max_tokens=5, logprobs=0, prompt_logprobs=0)])
+    short, long = llm.generate(
+        ["a", "b"], [params(max_tokens=2), params(max_tokens=5, logprobs=0, prompt_logprobs=0)]
+    )
     assert (len(short.token_ids), len(long.token_ids)) == (2, 5)
     assert short.logprobs is None
     assert [entry.token_id for entry in long.logprobs] == long.token_ids
@@ -60,17 +66,21 @@ def test_chat_is_the_template_then_generate(llm: LLM) -> None:
     one, two = llm.chat(conversation, params())[0], llm.chat([conversation, conversation], params())
     assert one.prompt_token_ids == ids
     assert [c.token_ids for c in two] == [one.token_ids] * 2 == [expected_ids(llm, ids, 8)] * 2
-    bare = llm.chat(conversation, params(), chat_template_kwargs={"add_generation_prompt": False})[0]
+    bare = llm.chat(conversation, params(), chat_template_kwargs={"add_generation_prompt": False})[
+        0
+    ]
     assert len(bare.prompt_token_ids) < len(ids)
 
 
 def test_a_stop_string_ends_text_and_request(llm: LLM) -> None:
     free = llm.generate("the cat", params(max_tokens=30))[0]
-    stop = next(free.text[i:i + 2] for i in range(2, len(free.text)) if free.text[i:i + 2].isprintable())
+    stop = next(
+        free.text[i : i + 2] for i in range(2, len(free.text)) if free.text[i : i + 2].isprintable()
+    )
     stopped = llm.generate("the cat", params(max_tokens=30, stop=(stop,)))[0]
-    assert stopped.text == free.text[:free.text.index(stop)]
+    assert stopped.text == free.text[: free.text.index(stop)]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
-    assert stopped.token_ids == free.token_ids[:len(stopped.token_ids)]
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
 
 
 def test_a_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:

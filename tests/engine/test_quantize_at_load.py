@@ -16,7 +16,9 @@ IDS = list(range(60, 100))
 
 
 def logits(folder, **options):
-    return torch.log_softmax(LLM(str(folder), dtype="float32", kv_cache_memory=1 << 22, **options).logits(IDS), -1)
+    return torch.log_softmax(
+        LLM(str(folder), dtype="float32", kv_cache_memory=1 << 22, **options).logits(IDS), -1
+    )
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int4", 0.2), ("int8", 1e-3), ("fp8", 0.02)])
@@ -32,8 +34,13 @@ def test_quantized_at_load_is_close_and_what_was_kept_is_the_same(tiny_llama, tm
     assert checkpoint.modules() == source.modules()
     assert isinstance(checkpoint.linear("model.layers.1.mlp.down_proj"), QuantizedWeight)
     names = load_file(out / "model.safetensors")
-    assert torch.equal(names["model.embed_tokens.weight"], source.tensor("model.embed_tokens.weight"))
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert torch.equal(
+        names["model.embed_tokens.weight"], source.tensor("model.embed_tokens.weight")
+    )
+    assert (
+        json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "compressed-tensors"
+    )
     assert (out / "tokenizer.json").exists()
 
 

@@ -1,6 +1,5 @@
 """The runner's logits and tokens against transformers, through every way the scheduler may cut the work."""
 
-
 import pytest
 import torch
 
@@ -17,7 +16,9 @@ from . import models
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     reference = models.build(request.param, folder)
-    runner = Runner(EngineConfig(model=str(folder), dtype="float32", kv_cache_memory=1 << 24, block_size=4))
+    runner = Runner(
+        EngineConfig(model=str(folder), dtype="float32", kv_cache_memory=1 << 24, block_size=4)
+    )
     return reference, runner
 
 
@@ -26,15 +27,25 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def make_request(ids: list[int], blocks: list[int], **params) -> Request:
-    return Request(f"r{blocks[0]}", ids, SamplingParams(temperature=0, max_tokens=64, **params), frozenset(), seed=0,
-                   block_table=blocks)
+    return Request(
+        f"r{blocks[0]}",
+        ids,
+        SamplingParams(temperature=0, max_tokens=64, **params),
+        frozenset(),
+        seed=0,
+        block_table=blocks,
+    )
 
 
 def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None:
     """Drive the runner as a scheduler would: at most `chunk` tokens of each request a step."""
     for _ in range(steps):
-        items = [ScheduledRequest(r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens))
-                 for r in requests]
+        items = [
+            ScheduledRequest(
+                r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens)
+            )
+            for r in requests
+        ]
         result = runner.execute(ScheduledBatch(items))
         for item in items:
             item.request.num_computed_tokens = item.end
@@ -73,7 +84,10 @@ def test_greedy_tokens_whatever_the_chunk(pair, chunk: int) -> None:
 def test_a_mixed_batch_gives_what_each_gives_alone(pair) -> None:
     reference, runner = pair
     lengths = [1, 5, 29, 40]
-    requests = [make_request(prompt(n, seed=n), list(range(100 + 20 * i, 120 + 20 * i))) for i, n in enumerate(lengths)]
+    requests = [
+        make_request(prompt(n, seed=n), list(range(100 + 20 * i, 120 + 20 * i)))
+        for i, n in enumerate(lengths)
+    ]
     run(runner, requests, chunk=13, steps=12)
     for request, n in zip(requests, lengths, strict=True):
         assert request.token_ids == greedy(reference, prompt(n, seed=n), request.num_output_tokens)

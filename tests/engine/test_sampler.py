@@ -15,9 +15,22 @@ PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = torch.tensor(np.log(PROBS), dtype=torch.float32)
 
 
-def request(name: str = "r", prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), seed: int = 0,
-            eos: tuple[int, ...] = (), **params) -> Request:
-    return Request(name, list(prompt), SamplingParams(**params), frozenset(eos), seed, token_ids=[*prompt, *output])
+def request(
+    name: str = "r",
+    prompt: tuple[int, ...] = (0,),
+    output: tuple[int, ...] = (),
+    seed: int = 0,
+    eos: tuple[int, ...] = (),
+    **params,
+) -> Request:
+    return Request(
+        name,
+        list(prompt),
+        SamplingParams(**params),
+        frozenset(eos),
+        seed,
+        token_ids=[*prompt, *output],
+    )
 
 
 def draw(count: int, logits: torch.Tensor = LOGITS, **params) -> Counter:
@@ -49,9 +62,18 @@ def test_temperature() -> None:
     check_frequencies(draw(4000, temperature=0.5), sharpened)
 
 
-@pytest.mark.parametrize(("params", "kept"), [
-    ({"top_k": 2}, 2), ({"top_p": 0.6}, 2), ({"top_p": 0.5}, 1), ({"min_p": 0.28}, 3), ({"top_k": 3, "top_p": 0.9}, 3),
-    ({"top_k": 100}, 5), ({"top_p": 1.0}, 5)])
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 2}, 2),
+        ({"top_p": 0.6}, 2),
+        ({"top_p": 0.5}, 1),
+        ({"min_p": 0.28}, 3),
+        ({"top_k": 3, "top_p": 0.9}, 3),
+        ({"top_k": 100}, 5),
+        ({"top_p": 1.0}, 5),
+    ],
+)
 def test_cuts_keep_the_most_probable_and_renormalise(params: dict, kept: int) -> None:
     cut = np.where(np.arange(5) < kept, PROBS, 0)
     check_frequencies(draw(3000, **params), cut / cut.sum())
@@ -69,17 +91,25 @@ def test_greedy_takes_the_largest() -> None:
 def test_penalties_as_their_papers_have_them() -> None:
     logits = torch.tensor([2.0, 1.5, -1.0])
     assert one(logits, request(prompt=(0,), temperature=0, repetition_penalty=2.0)) == 1
-    assert one(logits, request(prompt=(0,), temperature=0, presence_penalty=1.0)) == 0  # prompt tokens do not count
+    assert (
+        one(logits, request(prompt=(0,), temperature=0, presence_penalty=1.0)) == 0
+    )  # prompt tokens do not count
     assert one(logits, request(prompt=(2,), output=(0,), temperature=0, presence_penalty=1.0)) == 1
     assert one(logits, request(prompt=(2,), output=(0,), temperature=0, frequency_penalty=0.4)) == 0
-    assert one(logits, request(prompt=(2,), output=(0, 0), temperature=0, frequency_penalty=0.4)) == 1
+    assert (
+        one(logits, request(prompt=(2,), output=(0, 0), temperature=0, frequency_penalty=0.4)) == 1
+    )
 
 
 def test_logit_bias_and_min_tokens() -> None:
     assert one(LOGITS, request(temperature=0, logit_bias={4: 100.0})) == 4
     assert one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, eos=(0,))) == 1
-    assert one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, stop_token_ids=(0, 1))) == 2
-    assert one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, eos=(0,), output=(3,))) == 0
+    assert (
+        one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, stop_token_ids=(0, 1))) == 2
+    )
+    assert (
+        one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, eos=(0,), output=(3,))) == 0
+    )
 
 
 def test_a_seed_fixes_the_token_in_any_company() -> None:
@@ -91,17 +121,28 @@ def test_a_seed_fixes_the_token_in_any_company() -> None:
 
 
 def test_the_race_is_exponential_and_independent() -> None:
-    draws = torch.stack([exponentials(seed, position, torch.arange(64)) for seed in (0, 1, 2**62) for position in
-                         range(60)]).double()
-    assert float(draws.mean()) == pytest.approx(1, abs=0.05) and float(draws.var()) == pytest.approx(1, abs=0.15)
+    draws = torch.stack(
+        [
+            exponentials(seed, position, torch.arange(64))
+            for seed in (0, 1, 2**62)
+            for position in range(60)
+        ]
+    ).double()
+    assert float(draws.mean()) == pytest.approx(1, abs=0.05) and float(
+        draws.var()
+    ) == pytest.approx(1, abs=0.15)
     columns = torch.corrcoef(draws.T) - torch.eye(64)
     rows = torch.corrcoef(draws) - torch.eye(len(draws))
-    assert float(columns.abs().max()) < 0.45 and float(rows.abs().max()) < 0.75  # 5 sigma of independent draws
+    assert (
+        float(columns.abs().max()) < 0.45 and float(rows.abs().max()) < 0.75
+    )  # 5 sigma of independent draws
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
     result = StepResult()
-    sample(LOGITS[None].clone(), [request(temperature=0, logprobs=2, logit_bias={3: 100.0})], result)
+    sample(
+        LOGITS[None].clone(), [request(temperature=0, logprobs=2, logit_bias={3: 100.0})], result
+    )
     entry = result.logprobs["r"]
     assert (entry.token_id, entry.rank, entry.top_ids) == (3, 4, [0, 1])
     assert entry.logprob == pytest.approx(math.log(0.07), abs=1e-5)

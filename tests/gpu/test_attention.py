@@ -8,7 +8,19 @@ from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, paged_atte
 
 HEADS = [(32, 8, 128), (28, 4, 128), (9, 3, 64), (8, 8, 96), (16, 8, 80), (4, 1, 256), (64, 8, 128)]
 # Decodes: block boundaries, an empty slot, contexts that are split or not; then chunks with and without prefix.
-STEP = [(1, 1), (16, 1), (17, 1), (0, 1), (255, 1), (1025, 1), (4096, 1), (130, 130), (700, 33), (513, 1), (300, 256)]
+STEP = [
+    (1, 1),
+    (16, 1),
+    (17, 1),
+    (0, 1),
+    (255, 1),
+    (1025, 1),
+    (4096, 1),
+    (130, 130),
+    (700, 33),
+    (513, 1),
+    (300, 256),
+]
 DECODES = 7
 
 
@@ -46,8 +58,15 @@ def test_drafted_tokens() -> None:
 def test_a_long_context_of_one_sequence() -> None:
     """32k keys in as many splits as there are."""
     AttentionCase([(32768, 1)], 32, 8, 128, HALF, decodes=1).check()
-    AttentionCase([(20000, 1)], 8, 1, 256, BF16 if torch.cuda.get_device_capability() >= (8, 0) else HALF, "int8",
-                  decodes=1).check()
+    AttentionCase(
+        [(20000, 1)],
+        8,
+        1,
+        256,
+        BF16 if torch.cuda.get_device_capability() >= (8, 0) else HALF,
+        "int8",
+        decodes=1,
+    ).check()
 
 
 def test_results_are_the_same_every_time() -> None:
@@ -62,7 +81,9 @@ def test_a_graph_serves_other_lengths() -> None:
     """Captured once for the longest context, replayed for shorter ones and with a slot that is empty."""
     case = AttentionCase([(3000, 1), (2000, 1), (1000, 1)], 32, 8, 128, HALF, decodes=3)
     lengths = case.batch.context_lengths.clone()
-    batch = PagedBatch(case.batch.block_tables, case.batch.query_starts, lengths, 3, max_context=3008)
+    batch = PagedBatch(
+        case.batch.block_tables, case.batch.query_starts, lengths, 3, max_context=3008
+    )
     spec = AttentionSpec(128**-0.5, splits=16)
     paged_attention(case.q, case.cache, batch, spec)
     torch.cuda.synchronize()

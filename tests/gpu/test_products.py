@@ -28,8 +28,19 @@ AWKWARD = [(576, 576), (1536, 576), (576, 1536), (200, 1000)]  # SmolLM2's; no m
 ROWS = (1, 17, 64, 129, 300)  # a GEMV or the narrowest tile, each wider one, dequantization
 # Sums of thousands of products on tensor cores: this much of the sum of magnitudes, some thousandths of a result.
 ACCUMULATION = 2**-18
-INTEGERS = [(4, "zeros", 128), (4, "mid", 128), (4, "mid", 64), (4, "mins", 32), (4, "zeros", 16), (3, "zeros", 128),
-            (3, "mid", 32), (2, "zeros", 64), (8, "mid", 128), (8, "zeros", 32), (4, "mid", 4096)]
+INTEGERS = [
+    (4, "zeros", 128),
+    (4, "mid", 128),
+    (4, "mid", 64),
+    (4, "mins", 32),
+    (4, "zeros", 16),
+    (3, "zeros", 128),
+    (3, "mid", 32),
+    (2, "zeros", 64),
+    (8, "mid", 128),
+    (8, "zeros", 32),
+    (4, "mid", 4096),
+]
 
 
 def product(weight: QuantizedWeight, dtype: torch.dtype, bias: Tensor | None = None):
@@ -65,13 +76,17 @@ def test_four_bits_on_the_shapes_of_models(shape: tuple[int, int], dtype: torch.
     check_all_rows(make_weight(4, "zeros", *shape, group), dtype)
 
 
-@pytest.mark.parametrize("block", [(1, 4096), (4096, 4096), (128, 128)], ids=["channel", "tensor", "block"])
+@pytest.mark.parametrize(
+    "block", [(1, 4096), (4096, 4096), (128, 128)], ids=["channel", "tensor", "block"]
+)
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 def test_fp8_weights_with_16_bit_activations(block: tuple[int, int], dtype: torch.dtype) -> None:
     check_all_rows(make_fp8_weight(4096, 4096, block), dtype)
 
 
-@pytest.mark.parametrize(("block", "act_quant"), [((1, 4096), "token"), ((4096, 4096), "token"), ((128, 128), "group")])
+@pytest.mark.parametrize(
+    ("block", "act_quant"), [((1, 4096), "token"), ((4096, 4096), "token"), ((128, 128), "group")]
+)
 def test_fp8_as_the_format_asks(block: tuple[int, int], act_quant: str) -> None:
     """Whichever kernel serves: with FP8 activations each may be off by a sixteenth, their sum by a few hundredths."""
     weight = make_fp8_weight(6144, 4096, block, act_quant)
@@ -102,7 +117,11 @@ def test_split_products_are_the_same_every_time(rows: int) -> None:
     x = activations(rows, 14336, HALF)
 
     def run() -> list[Tensor]:
-        gemm = [launch.gemm(x, weight, None, chosen.tile(rows), card.processors)] if chosen.gemm else []
+        gemm = (
+            [launch.gemm(x, weight, None, chosen.tile(rows), card.processors)]
+            if chosen.gemm
+            else []
+        )
         gemv = [launch.gemv(x, weight, None, chosen, card.processors)] if rows <= 8 else []
         return gemm + gemv
 
@@ -133,7 +152,9 @@ def test_dequantization_is_the_definition() -> None:
     for bits, zero, group in INTEGERS:
         weight = make_weight(bits, zero, 576, 4096, group)
         dense = launch.dequantize(shuffle(weight), HALF)
-        torch.testing.assert_close(dense.double(), weight.dequantize(torch.float32).double(), rtol=2**-10, atol=1e-5)
+        torch.testing.assert_close(
+            dense.double(), weight.dequantize(torch.float32).double(), rtol=2**-10, atol=1e-5
+        )
 
 
 def test_many_rows_are_cublas() -> None:

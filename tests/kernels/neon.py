@@ -36,10 +36,23 @@ from nibble.quant.weight import QuantizedWeight
 TESTS = Path(__file__).resolve().parents[1]
 ROWS = (1, 3, 8, 17, 33)
 INTEGERS = [(bits, zero) for bits in (2, 3, 4, 6, 8) for zero in ("mid", "zeros", "mins")]
-SHAPES = [(48, 64, 8), (33, 72, 24), (64, 96, 16), (100, 160, 32), (20, 576, 64), (36, 200, 128), (17, 576, 576)]
+SHAPES = [
+    (48, 64, 8),
+    (33, 72, 24),
+    (64, 96, 16),
+    (100, 160, 32),
+    (20, 576, 64),
+    (36, 200, 128),
+    (17, 576, 576),
+]
 FP8_BLOCKS = [(1, 640), (640, 640), (32, 128), (1, 64), (128, 256)]
-DECODERS = [("llama", None, "auto"), ("gemma3", None, "int8"), ("mistral-window", "int4", "int8"),
-            ("qwen3", "int4", "auto"), ("qwen2", "fp8", "auto")]
+DECODERS = [
+    ("llama", None, "auto"),
+    ("gemma3", None, "int8"),
+    ("mistral-window", "int4", "int8"),
+    ("qwen3", "int4", "auto"),
+    ("qwen2", "fp8", "auto"),
+]
 LIMIT = 2e-3
 CORE, OLD_CORE = "neoverse-n1", "cortex-a53"  # with and without the dot product instructions
 
@@ -55,9 +68,14 @@ def load(file: str):
 def compilers() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Name -> command, further flags, for programs that need no libraries at run time."""
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
-    zig = shutil.which("zig") or (f"{sys.executable} -m ziglang" if importlib.util.find_spec("ziglang") else None)
+    zig = shutil.which("zig") or (
+        f"{sys.executable} -m ziglang" if importlib.util.find_spec("ziglang") else None
+    )
     if zig:  # which has names of its own for what -march says
-        found["zig c++"] = (f"{zig} c++", ("-target", "aarch64-linux-musl", "-mcpu=generic+dotprod"))
+        found["zig c++"] = (
+            f"{zig} c++",
+            ("-target", "aarch64-linux-musl", "-mcpu=generic+dotprod"),
+        )
     if gcc := shutil.which("aarch64-linux-gnu-g++"):
         found["aarch64-linux-gnu-g++"] = (gcc, ())
     return found
@@ -70,34 +88,74 @@ def add_products(image: Image) -> None:
             weight = prepare(native.make_integer(n, k, group, bits, zero), torch.randn(n))
             for rows in ROWS:
                 for mode, int8 in (("int8", True), ("bf16", False)):
-                    image.linear(mode, f"{bits} bits, {zero}, {n}x{k}, group {group}, {rows} rows",
-                                 Site([weight], int8), torch.randn(rows, k))
+                    image.linear(
+                        mode,
+                        f"{bits} bits, {zero}, {n}x{k}, group {group}, {rows} rows",
+                        Site([weight], int8),
+                        torch.randn(rows, k),
+                    )
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = codes[codes.float().isfinite()]
     for n, k in ((33, 200), (48, 576)):
         weights = {"dense": prepare(torch.randn(n, k).bfloat16())}
         for block in FP8_BLOCKS:
             scales = torch.rand(-(-n // block[0]), -(-k // block[1]))
-            weights[f"fp8 {block}"] = prepare(QuantizedWeight(finite[torch.randint(0, len(finite), (n, k))], scales,
-                                                              kind="fp8", bits=8, block=block))
+            weights[f"fp8 {block}"] = prepare(
+                QuantizedWeight(
+                    finite[torch.randint(0, len(finite), (n, k))],
+                    scales,
+                    kind="fp8",
+                    bits=8,
+                    block=block,
+                )
+            )
         for name, weight in weights.items():
             for rows in ROWS:
-                image.linear("bf16", f"{name}, {n}x{k}, {rows} rows", Site([weight], True), torch.randn(rows, k))
+                image.linear(
+                    "bf16",
+                    f"{name}, {n}x{k}, {rows} rows",
+                    Site([weight], True),
+                    torch.randn(rows, k),
+                )
     for code, zero in ((255, 0), (0, 255)):  # the largest sums there are
-        largest = QuantizedWeight(torch.full((16, 256), code, dtype=torch.uint8), torch.ones(16, 2).half(),
-                                  zeros=torch.full((16, 2), zero, dtype=torch.uint8), bits=8, block=(1, 128))
-        image.linear("int8", f"codes of {code} less {zero}", Site([prepare(largest)], True), torch.ones(5, 256))
+        largest = QuantizedWeight(
+            torch.full((16, 256), code, dtype=torch.uint8),
+            torch.ones(16, 2).half(),
+            zeros=torch.full((16, 2), zero, dtype=torch.uint8),
+            bits=8,
+            block=(1, 128),
+        )
+        image.linear(
+            "int8",
+            f"codes of {code} less {zero}",
+            Site([prepare(largest)], True),
+            torch.ones(5, 256),
+        )
     broken = torch.ones(3, 128)
     broken[1, 7] = float("nan")
-    image.linear("int8", "not a number", Site([prepare(native.make_integer(48, 128, 32, 4, "zeros"))], True), broken)
+    image.linear(
+        "int8",
+        "not a number",
+        Site([prepare(native.make_integer(48, 128, 32, 4, "zeros"))], True),
+        broken,
+    )
 
 
-def add_decoder(image: Image, name: str, quantize: str | None, cache_dtype: str, folder: Path) -> None:
+def add_decoder(
+    image: Image, name: str, quantize: str | None, cache_dtype: str, folder: Path
+) -> None:
     """Two requests' prompts, then a token of each, then logits; blocks in no order."""
     group = f"{name}, {quantize or 'bf16'} weights, cache {cache_dtype}"
     load("engine/models.py").build(name, folder)
-    config = EngineConfig(model=str(folder), dtype="bfloat16", quantize=quantize, kv_cache_dtype=cache_dtype,
-                          kv_cache_memory=1 << 22, prepared_cache=None, num_threads=2)
+    config = EngineConfig(
+        model=str(folder),
+        dtype="bfloat16",
+        quantize=quantize,
+        kv_cache_dtype=cache_dtype,
+        kv_cache_memory=1 << 22,
+        prepared_cache=None,
+        num_threads=2,
+    )
     decoder = Runner(config).model
     image.add(decoder)
     image.structure(decoder._kept[1])  # the layers, which the model points to
@@ -105,25 +163,55 @@ def add_decoder(image: Image, name: str, quantize: str | None, cache_dtype: str,
     cache = decoder.new_cache(10, config)
     image.add(cache.blocks)
     tables = torch.tensor([7, 3, 9, 5, 2], dtype=torch.int32)
-    for what, items in (("prompts", [(60, 0, 0), (5, 0, 4)]), ("decoding", [(1, 60, 0), (1, 5, 4)])):
+    for what, items in (
+        ("prompts", [(60, 0, 0), (5, 0, 4)]),
+        ("decoding", [(1, 60, 0), (1, 5, 4)]),
+    ):
         flat = torch.tensor(items, dtype=torch.int32)
-        tokens = torch.randint(3, decoder.config.vocab_size, (int(flat[:, 0].sum()),), dtype=torch.int32)
+        tokens = torch.randint(
+            3, decoder.config.vocab_size, (int(flat[:, 0].sum()),), dtype=torch.int32
+        )
         image.add([flat, tokens, tables])
-        batch = NbBatch(len(tokens), len(items), tokens.data_ptr(), flat.data_ptr(), tables.data_ptr(),
-                        cache.blocks.data_ptr(), cache.blocks.shape[1], cache.int8)
+        batch = NbBatch(
+            len(tokens),
+            len(items),
+            tokens.data_ptr(),
+            flat.data_ptr(),
+            tables.data_ptr(),
+            cache.blocks.data_ptr(),
+            cache.blocks.shape[1],
+            cache.int8,
+        )
         image.forward(group, what, model, batch, decoder.config.hidden_size)
-    image.logits(group, "logits", model, torch.randn(3, decoder.config.hidden_size), decoder.config.vocab_size)
+    image.logits(
+        group,
+        "logits",
+        model,
+        torch.randn(3, decoder.config.hidden_size),
+        decoder.config.vocab_size,
+    )
     if cache.int8:  # the codes; scales follow them
-        image.watch(group, "cache", cache.blocks.view(torch.int8), 2 * config.block_size * decoder.config.head_dim)
+        image.watch(
+            group,
+            "cache",
+            cache.blocks.view(torch.int8),
+            2 * config.block_size * decoder.config.head_dim,
+        )
     else:
         image.watch(group, "cache", cache.blocks.view(torch.bfloat16))
 
 
 def emulate(qemu: str, core: str, program: Path, *arguments: object) -> str:
-    done = subprocess.run([qemu, "-cpu", core, str(program), *map(str, arguments)], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [qemu, "-cpu", core, str(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise SystemExit(f"{program.name} failed under {core}: {done.stderr.strip() or done.returncode}")
+        raise SystemExit(
+            f"{program.name} failed under {core}: {done.stderr.strip() or done.returncode}"
+        )
     return done.stdout.strip()
 
 
@@ -131,10 +219,33 @@ def cross_compile(command: str, flags: tuple[str, ...], folder: Path) -> Path:
     """The driver with the library in it; that the objects also make a shared library is tried."""
     objects = compile_objects(folder, command, "aarch64", flags)
     compiler = shlex.split(command)
-    run([*compiler, *flags, "-shared", *objects, "-o", str(folder / library.LIBRARY.name), "-pthread"])
+    run(
+        [
+            *compiler,
+            *flags,
+            "-shared",
+            *objects,
+            "-o",
+            str(folder / library.LIBRARY.name),
+            "-pthread",
+        ]
+    )
     program = folder / "neon_driver"
-    run([*compiler, "-std=c++17", "-O2", *flags, f"-I{HERE}", str(Path(__file__).with_name("neon_driver.cpp")),
-         *objects, "-static", "-o", str(program), "-pthread"])
+    run(
+        [
+            *compiler,
+            "-std=c++17",
+            "-O2",
+            *flags,
+            f"-I{HERE}",
+            str(Path(__file__).with_name("neon_driver.cpp")),
+            *objects,
+            "-static",
+            "-o",
+            str(program),
+            "-pthread",
+        ]
+    )
     return program
 
 
@@ -156,20 +267,32 @@ def compare(image: Image, got: Tensor, want: Tensor, isa: str) -> bool:
         exact = result.group == "int8" or (result.group == "bf16" and isa == "avx2")
         limit = 0.0 if exact else 1e-6 if result.group == "bf16" else LIMIT
         if not error <= limit:
-            print(f"  {result.group}: {result.name}: {error:.1e} of the norm, not at most {limit:.0e}")
+            print(
+                f"  {result.group}: {result.name}: {error:.1e} of the norm, not at most {limit:.0e}"
+            )
             good = False
     for group, errors in apart.items():
-        print(f"  {isa}: {group}: {errors.count(0.0)} of {len(errors)} equal, others within {max(errors):.1e}")
+        print(
+            f"  {isa}: {group}: {errors.count(0.0)} of {len(errors)} equal, others within {max(errors):.1e}"
+        )
     return good
 
 
 def main() -> int:
     qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     known, found = library.instruction_sets(), compilers()
-    missing = [what for what, has in (
-        ("qemu-aarch64 (apt-get install qemu-user-static)", qemu),
-        ("a cross compiler (pip install ziglang, or apt-get install g++-aarch64-linux-gnu)", found),
-        ("this machine's own C++ kernels with avx2 to compare with", "avx2" in known)) if not has]
+    missing = [
+        what
+        for what, has in (
+            ("qemu-aarch64 (apt-get install qemu-user-static)", qemu),
+            (
+                "a cross compiler (pip install ziglang, or apt-get install g++-aarch64-linux-gnu)",
+                found,
+            ),
+            ("this machine's own C++ kernels with avx2 to compare with", "avx2" in known),
+        )
+        if not has
+    ]
     if missing:
         print("skipped, there is no " + "; no ".join(missing))
         return 0
@@ -190,7 +313,9 @@ def main() -> int:
             print(f"{compiler}: {len(image.results)} results, instruction sets {isas}", flush=True)
             good &= isas == {CORE: "neon", OLD_CORE: ""}
             emulate(qemu, CORE, program, folder / "image", folder / "out", "neon", 2)
-            got = torch.frombuffer(bytearray((folder / "out").read_bytes()), dtype=torch.uint8).clone()
+            got = torch.frombuffer(
+                bytearray((folder / "out").read_bytes()), dtype=torch.uint8
+            ).clone()
             for isa, want in wanted.items():
                 good &= compare(image, got, want, isa)
     print("passed" if good else "FAILED")

@@ -7,11 +7,20 @@ from nibble.kernels.cpu.arena import _CHUNK, Arena
 
 def test_copies_are_equal_aligned_and_apart():
     arena = Arena()
-    tensors = [torch.randint(0, 100, (n, 3), dtype=kind) for n, kind in
-               ((5, torch.uint8), (7, torch.float16), (1, torch.float32), (1000, torch.int16))]
+    tensors = [
+        torch.randint(0, 100, (n, 3), dtype=kind)
+        for n, kind in (
+            (5, torch.uint8),
+            (7, torch.float16),
+            (1, torch.float32),
+            (1000, torch.int16),
+        )
+    ]
     copies = [arena.copy(tensor) for tensor in tensors]
     for tensor, copy in zip(tensors, copies, strict=True):
-        assert torch.equal(tensor, copy) and copy.shape == tensor.shape and copy.dtype == tensor.dtype
+        assert (
+            torch.equal(tensor, copy) and copy.shape == tensor.shape and copy.dtype == tensor.dtype
+        )
         assert copy.data_ptr() % 64 == 0
     copies[0].zero_()
     assert torch.equal(copies[1], tensors[1])

@@ -7,13 +7,35 @@ from nibble.kernels.cpu import library
 from nibble.kernels.cpu.prepared import Site, prepare, quantize_head
 from nibble.quant.weight import QuantizedWeight
 
-pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
+pytestmark = pytest.mark.skipif(
+    library.why_missing() is not None, reason=str(library.why_missing())
+)
 
 # out, in, group: tiles and groups in part, 576 columns, one group a row, groups wider than the kernels'
-SHAPES = [(48, 128, 32), (33, 72, 24), (100, 576, 64), (40, 200, 128), (31, 576, 576), (16, 640, 256), (64, 96, 16)]
-INTEGERS = [(4, "mid"), (4, "zeros"), (4, "mins"), (3, "zeros"), (2, "mid"), (8, "mid"), (8, "zeros"), (6, "mid")]
+SHAPES = [
+    (48, 128, 32),
+    (33, 72, 24),
+    (100, 576, 64),
+    (40, 200, 128),
+    (31, 576, 576),
+    (16, 640, 256),
+    (64, 96, 16),
+]
+INTEGERS = [
+    (4, "mid"),
+    (4, "zeros"),
+    (4, "mins"),
+    (3, "zeros"),
+    (2, "mid"),
+    (8, "mid"),
+    (8, "zeros"),
+    (6, "mid"),
+]
 ROWS = (1, 3, 17, 33, 70)
-INT8_ERROR, BF16_ERROR = 3e-3, 2e-4  # of the norm of |x| |W|: rounding to 8 bits by group; scales rounded to halves
+INT8_ERROR, BF16_ERROR = (
+    3e-3,
+    2e-4,
+)  # of the norm of |x| |W|: rounding to 8 bits by group; scales rounded to halves
 
 
 @pytest.fixture(scope="module", params=library.instruction_sets())
@@ -21,16 +43,24 @@ def pool(request) -> library.Pool:
     return library.Pool(2, request.param)
 
 
-def make_integer(n: int, k: int, group: int, bits: int, zero: str, permuted: bool = True) -> QuantizedWeight:
+def make_integer(
+    n: int, k: int, group: int, bits: int, zero: str, permuted: bool = True
+) -> QuantizedWeight:
     grid = (n, -(-k // group))
     return QuantizedWeight(
-        torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), (torch.rand(grid) * 0.01 + 0.001).half(),
+        torch.randint(0, 2**bits, (n, k), dtype=torch.uint8),
+        (torch.rand(grid) * 0.01 + 0.001).half(),
         zeros=torch.randint(0, 2**bits, grid, dtype=torch.uint8) if zero == "zeros" else None,
         mins=-torch.rand(grid) * 0.05 if zero == "mins" else None,
-        perm=torch.randperm(k) if permuted else None, bits=bits, block=(1, group))
+        perm=torch.randperm(k) if permuted else None,
+        bits=bits,
+        block=(1, group),
+    )
 
 
-def error(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+def error(
+    got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None = None
+) -> float:
     want = x.double() @ dense.double().T + (0 if bias is None else bias)
     return float((got - want).norm() / (x.double().abs() @ dense.double().abs().T).norm())
 
@@ -44,7 +74,9 @@ def test_integer_weights(pool: library.Pool, shape: tuple[int, int, int], int8: 
         site = Site([prepare(weight, bias)], int8)
         for rows in ROWS:
             x = torch.randn(rows, shape[1]).bfloat16()
-            assert error(site(pool, x), x, weight.dequantize(), bias) < (INT8_ERROR if int8 else BF16_ERROR)
+            assert error(site(pool, x), x, weight.dequantize(), bias) < (
+                INT8_ERROR if int8 else BF16_ERROR
+            )
 
 
 @pytest.mark.parametrize("block", [(1, 640), (640, 640), (32, 128), (128, 128)], ids=str)
@@ -53,8 +85,13 @@ def test_fp8_and_dense_weights(pool: library.Pool, n: int, k: int, block: tuple[
     torch.manual_seed(0)
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = codes[codes.float().isfinite()]  # every one, subnormal ones too
-    fp8 = QuantizedWeight(finite[torch.randint(0, len(finite), (n, k))],
-                          torch.rand(-(-n // block[0]), -(-k // block[1])), kind="fp8", bits=8, block=block)
+    fp8 = QuantizedWeight(
+        finite[torch.randint(0, len(finite), (n, k))],
+        torch.rand(-(-n // block[0]), -(-k // block[1])),
+        kind="fp8",
+        bits=8,
+        block=block,
+    )
     dense = torch.randn(n, k).bfloat16()
     for rows in ROWS:
         x = torch.randn(rows, k).bfloat16()
@@ -65,8 +102,11 @@ def test_fp8_and_dense_weights(pool: library.Pool, n: int, k: int, block: tuple[
 def test_a_row_gives_the_same_in_every_batch(pool: library.Pool) -> None:
     torch.manual_seed(0)
     x = torch.randn(67, 576).bfloat16()
-    for weight in (make_integer(100, 576, 64, 4, "zeros"), make_integer(100, 576, 32, 8, "mins"),
-                   torch.randn(100, 576).bfloat16()):
+    for weight in (
+        make_integer(100, 576, 64, 4, "zeros"),
+        make_integer(100, 576, 32, 8, "mins"),
+        torch.randn(100, 576).bfloat16(),
+    ):
         for int8 in (True, False):
             site = Site([prepare(weight)], int8)
             assert torch.equal(site(pool, x), torch.cat([site(pool, row[None]) for row in x]))
@@ -74,10 +114,15 @@ def test_a_row_gives_the_same_in_every_batch(pool: library.Pool) -> None:
 
 def test_a_site_of_different_formats_and_orders(pool: library.Pool) -> None:
     torch.manual_seed(0)
-    weights = [make_integer(48, 128, 32, 4, "zeros"), torch.randn(32, 128).bfloat16(),
-               make_integer(40, 128, 64, 8, "mid")]
+    weights = [
+        make_integer(48, 128, 32, 4, "zeros"),
+        torch.randn(32, 128).bfloat16(),
+        make_integer(40, 128, 64, 8, "mid"),
+    ]
     x = torch.randn(5, 128).bfloat16()
-    dense = torch.cat([w.float() if isinstance(w, torch.Tensor) else w.dequantize() for w in weights])
+    dense = torch.cat(
+        [w.float() if isinstance(w, torch.Tensor) else w.dequantize() for w in weights]
+    )
     assert error(Site([prepare(w) for w in weights], True)(pool, x), x, dense) < INT8_ERROR
 
 
@@ -92,7 +137,9 @@ def test_not_a_number_stays_one(pool: library.Pool) -> None:
 def test_a_grid_the_kernels_do_not_know_is_dequantized(pool: library.Pool) -> None:
     weight = make_integer(48, 140, 20, 4, "zeros")
     x = torch.randn(5, 140).bfloat16()
-    assert error(Site([prepare(weight)], True)(pool, x), x, weight.dequantize()) < 4e-3  # bfloat16 weights
+    assert (
+        error(Site([prepare(weight)], True)(pool, x), x, weight.dequantize()) < 4e-3
+    )  # bfloat16 weights
 
 
 def test_an_8_bit_head_is_close_to_the_dense_one() -> None:

@@ -10,22 +10,34 @@ from nibble.kernels.spec import LinearSpec
 from nibble.quant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")
-SHAPES = [(48, 128, 32), (576, 576, 64), (16, 96, 32), (127, 65, 65), (64, 80, 32)]  # (out, in, group)
+SHAPES = [
+    (48, 128, 32),
+    (576, 576, 64),
+    (16, 96, 32),
+    (127, 65, 65),
+    (64, 80, 32),
+]  # (out, in, group)
 # bf16: 8 bits of mantissa in scales, activations and result; float32: summation order alone.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
 
-def make_int(out: int, inner: int, group: int, bits: int, zero: str, permuted: bool) -> QuantizedWeight:
+def make_int(
+    out: int, inner: int, group: int, bits: int, zero: str, permuted: bool
+) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(out * inner + bits)
     groups = -(-inner // group)
     return QuantizedWeight(
         codes=torch.randint(0, 2**bits, (out, inner), dtype=torch.uint8, generator=generator),
-        scales=(torch.rand(out, groups, generator=generator) - 0.3).half() * 0.1,  # negative scales too
+        scales=(torch.rand(out, groups, generator=generator) - 0.3).half()
+        * 0.1,  # negative scales too
         zeros=torch.randint(0, 2**bits, (out, groups), dtype=torch.uint8, generator=generator)
-        if zero == "zeros" else None,
+        if zero == "zeros"
+        else None,
         mins=torch.randn(out, groups, generator=generator) if zero == "mins" else None,
         perm=torch.randperm(inner, generator=generator) if permuted else None,
-        bits=bits, block=(1, group))
+        bits=bits,
+        block=(1, group),
+    )
 
 
 def float64_weight(w: QuantizedWeight) -> torch.Tensor:
@@ -39,17 +51,22 @@ def float64_weight(w: QuantizedWeight) -> torch.Tensor:
         elif w.mins is not None:
             value = code * scale + float(w.mins[r, c])
         else:
-            value = (code - (float(w.zeros[r, c]) if w.zeros is not None else 2 ** (w.bits - 1))) * scale
+            value = (
+                code - (float(w.zeros[r, c]) if w.zeros is not None else 2 ** (w.bits - 1))
+            ) * scale
         dense[row, int(w.perm[col]) if w.perm is not None else col] = value
     return dense
 
 
-@pytest.mark.parametrize(("bits", "zero"),
-                         [(4, "mid"), (4, "zeros"), (4, "mins"), (2, "zeros"), (3, "mid"), (8, "mid")])
+@pytest.mark.parametrize(
+    ("bits", "zero"), [(4, "mid"), (4, "zeros"), (4, "mins"), (2, "zeros"), (3, "mid"), (8, "mid")]
+)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_dequantize_is_the_definition(bits: int, zero: str, permuted: bool) -> None:
     weight = make_int(6, 80, 32, bits, zero, permuted)
-    assert torch.allclose(weight.dequantize().double(), float64_weight(weight), rtol=1e-6, atol=1e-7)
+    assert torch.allclose(
+        weight.dequantize().double(), float64_weight(weight), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_fp8_blocks_dequantize_by_the_definition() -> None:
@@ -61,7 +78,9 @@ def test_fp8_blocks_dequantize_by_the_definition() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
-def test_kernels_agree_with_float64(dtype: torch.dtype, shape: tuple[int, int, int], permuted: bool) -> None:
+def test_kernels_agree_with_float64(
+    dtype: torch.dtype, shape: tuple[int, int, int], permuted: bool
+) -> None:
     for bits, zero in [(4, "mid"), (4, "zeros"), (4, "mins"), (3, "zeros"), (8, "mid")]:
         weight = make_int(*shape, bits, zero, permuted)
         spec = LinearSpec.of(weight, dtype, CPU)
@@ -69,12 +88,16 @@ def test_kernels_agree_with_float64(dtype: torch.dtype, shape: tuple[int, int, i
         for rows in (1, 3, 17):
             x = torch.randn(rows, shape[1]).to(dtype)
             want = x.double() @ dense.T + bias.double()
-            size = x.double().abs() @ dense.abs().T + bias.double().abs()  # what rounding errors are relative to
+            size = (
+                x.double().abs() @ dense.abs().T + bias.double().abs()
+            )  # what rounding errors are relative to
             for kernel in KERNELS:
                 if kernel.can_implement(spec) is None:
                     got = kernel.apply(x, kernel.prepare(weight, spec), bias)
                     error = (got.double() - want).norm() / size.norm()
-                    assert error < TOLERANCE[dtype], f"{kernel.name} {spec} rows={rows}: {error:.2e}"
+                    assert error < TOLERANCE[dtype], (
+                        f"{kernel.name} {spec} rows={rows}: {error:.2e}"
+                    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,7 +108,9 @@ def test_dense_kernels(dtype: torch.dtype) -> None:
     want = x.double() @ weight.double().T
     for kernel in KERNELS:
         if kernel.can_implement(spec) is None:
-            error = (kernel.apply(x, kernel.prepare(weight, spec), None).double() - want).norm() / want.norm()
+            error = (
+                kernel.apply(x, kernel.prepare(weight, spec), None).double() - want
+            ).norm() / want.norm()
             assert error < TOLERANCE[dtype], kernel.name
 
 
@@ -97,6 +122,8 @@ def test_every_refusal_has_a_reason_a_user_can_act_on() -> None:
 
 
 def test_a_gpu_keeps_the_memory_quantization_saved() -> None:
-    spec = LinearSpec.of(make_int(48, 128, 32, 4, "zeros", False), torch.bfloat16, torch.device("cuda"))
+    spec = LinearSpec.of(
+        make_int(48, 128, 32, 4, "zeros", False), torch.bfloat16, torch.device("cuda")
+    )
     kernel = choose(spec).kernel
     assert kernel.name == "torch-dequantize"

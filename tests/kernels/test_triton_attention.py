@@ -52,13 +52,17 @@ def test_a_step_of_decodes_and_chunks() -> None:
 
 
 def test_drafted_tokens_are_verified_by_the_decode_kernel() -> None:
-    Case([(3, 3), (64, 2), (65, 3), (80, 1), (0, 1)], 8, 2, 64, decodes=5, decode_queries=3).check(splits=4)
+    Case([(3, 3), (64, 2), (65, 3), (80, 1), (0, 1)], 8, 2, 64, decodes=5, decode_queries=3).check(
+        splits=4
+    )
     Case([(3, 3), (64, 2)], 8, 2, 64, decodes=2, decode_queries=3).check(splits=1, window=2)
 
 
 @pytest.mark.parametrize("window", [1, 15, 16, 33])
 def test_sliding_window(window: int) -> None:
-    Case([(1, 1), (90, 1), (64, 1), (20, 20), (70, 40)], 4, 2, 64, decodes=3).check(window=window, splits=2)
+    Case([(1, 1), (90, 1), (64, 1), (20, 20), (70, 40)], 4, 2, 64, decodes=3).check(
+        window=window, splits=2
+    )
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -88,8 +92,12 @@ def test_every_code_of_e4m3_is_exact() -> None:
     values = bits.view(FP8).view(1, 1, 1, 256)
     one = torch.ones(1)
     batch = PagedBatch(*(torch.tensor(x).int() for x in ([[0]], [0, 1], [1])), num_decodes=1)
-    out = paged_attention(torch.zeros(1, 1, 256, dtype=HALF), PagedCache(values, values.clone(), one, one), batch,
-                          AttentionSpec(1.0))
+    out = paged_attention(
+        torch.zeros(1, 1, 256, dtype=HALF),
+        PagedCache(values, values.clone(), one, one),
+        batch,
+        AttentionSpec(1.0),
+    )
     assert torch.equal(out.flatten(), values.flatten().to(HALF))
 
 
@@ -101,20 +109,26 @@ def test_weights_of_quantized_values_do_not_underflow(scale: float) -> None:
     case.v = [x * scale for x in case.v]
     spec = AttentionSpec(64**-0.5, splits=2)
     out = paged_attention(case.q, case.cache, case.batch, spec)
-    torch.testing.assert_close(out.double() / scale, case.expected(spec) / scale, atol=2e-2, rtol=8e-2)
+    torch.testing.assert_close(
+        out.double() / scale, case.expected(spec) / scale, atol=2e-2, rtol=8e-2
+    )
 
 
 def test_offsets_beyond_32_bits() -> None:
     block = 2**31 // (BLOCK * 64) + 5
     shape = (1, block + 1, BLOCK, 64)
-    keys, values = (torch.empty(shape, dtype=torch.int8) for _ in "kv")  # only what is written takes memory
+    keys, values = (
+        torch.empty(shape, dtype=torch.int8) for _ in "kv"
+    )  # only what is written takes memory
     scales = [allocate_scales(block + 1, BLOCK, 1, keys.device) for _ in "kv"]
     keys[:, block], values[:, block] = 1, 7
     for scale in scales:
         scale[block] = 0.5
     batch = PagedBatch(*(torch.tensor(x).int() for x in ([[block]], [0, 1], [9])), num_decodes=1)
     cache = PagedCache(keys, values, *scales)
-    assert (paged_attention(torch.ones(1, 1, 64, dtype=HALF), cache, batch, AttentionSpec(1.0)) == 3.5).all()
+    assert (
+        paged_attention(torch.ones(1, 1, 64, dtype=HALF), cache, batch, AttentionSpec(1.0)) == 3.5
+    ).all()
 
 
 def test_padding_of_a_graph_changes_nothing() -> None:
@@ -123,7 +137,9 @@ def test_padding_of_a_graph_changes_nothing() -> None:
     spec = AttentionSpec(0.125, splits=4)
     expected = paged_attention(alone.q, alone.cache, alone.batch, spec)
     tables = torch.cat([alone.tables, alone.tables.new_zeros(1, 20)], 1).repeat(3, 1)
-    batch = PagedBatch(tables, torch.arange(4).int(), torch.tensor([75, 0, 0]).int(), 3, max_context=400)
+    batch = PagedBatch(
+        tables, torch.arange(4).int(), torch.tensor([75, 0, 0]).int(), 3, max_context=400
+    )
     out = paged_attention(alone.q.repeat(3, 1, 1), alone.cache, batch, spec)
     assert torch.equal(out[:1], expected) and not out[1:].any()
 
@@ -145,7 +161,9 @@ def test_what_does_not_fit_is_one_clear_error() -> None:
     spec = AttentionSpec(1.0)
     with pytest.raises(UnsupportedError, match="needs key_scales and value_scales"):
         PagedCache(keys.to(torch.int8), values.to(torch.int8))
-    with pytest.raises(UnsupportedError, match=r"want float32 on (cpu|cuda:0), of shape \(5, 16, 2\)"):
+    with pytest.raises(
+        UnsupportedError, match=r"want float32 on (cpu|cuda:0), of shape \(5, 16, 2\)"
+    ):
         PagedCache(keys.to(torch.int8), values.to(torch.int8), torch.ones(1), torch.ones(1))
     with pytest.raises(UnsupportedError, match="one shape and one layout"):
         PagedCache(keys, values.contiguous()[:, :1])

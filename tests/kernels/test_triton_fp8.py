@@ -23,7 +23,10 @@ from nibble.quant.weight import QuantizedWeight
 
 PLAIN, SWAP = Tile(64, 16, 64, 128, 4, 2), Tile(64, 16, 64, 128, 4, 2, swap=True)
 TABLE = Table(89, quantize_rows=4, promote=True, gemm=(SWAP, PLAIN))
-HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-7}  # the interpreter cuts float32 down to bfloat16, unrounded
+HALF = {
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-7,
+}  # the interpreter cuts float32 down to bfloat16, unrounded
 FP8 = torch.float8_e4m3fn
 
 
@@ -31,9 +34,18 @@ def make(out: int, inner: int, block: tuple[int, int], act: str = "token") -> Qu
     generator = torch.Generator().manual_seed(out + inner + block[0])
     codes = torch.randint(0, 256, (out, inner), dtype=torch.uint8, generator=generator)
     codes[codes & 0x7F == 0x7F] = 0x7E  # NaN; all other codes stand, subnormals too
-    scales = torch.rand(-(-out // block[0]), -(-inner // block[1]), generator=generator) / 100 + 1e-3
-    return QuantizedWeight(codes.view(FP8), scales, kind="fp8", bits=8, block=block, act_quant=act,
-                           input_scale=torch.tensor([0.004]) if act == "tensor" else None)
+    scales = (
+        torch.rand(-(-out // block[0]), -(-inner // block[1]), generator=generator) / 100 + 1e-3
+    )
+    return QuantizedWeight(
+        codes.view(FP8),
+        scales,
+        kind="fp8",
+        bits=8,
+        block=block,
+        act_quant=act,
+        input_scale=torch.tensor([0.004]) if act == "tensor" else None,
+    )
 
 
 def activations(rows: int, inner: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -43,7 +55,9 @@ def activations(rows: int, inner: int, dtype: torch.dtype = torch.float16) -> to
     return x.to(dtype)
 
 
-def quantized(x: torch.Tensor, group: int, static: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized(
+    x: torch.Tensor, group: int, static: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes as float32, their scale of each element), a scale per row and `group` features."""
     scale = torch.empty(x.shape)
     for start in range(0, x.shape[1], group):
@@ -53,18 +67,27 @@ def quantized(x: torch.Tensor, group: int, static: torch.Tensor | None = None) -
     return (x.float() * (1 / scale)).clamp(-448, 448).to(FP8).float(), scale
 
 
-def check(y: torch.Tensor, x: torch.Tensor, weight: QuantizedWeight, group: int,
-          bias: torch.Tensor | None = None) -> None:
+def check(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    group: int,
+    bias: torch.Tensor | None = None,
+) -> None:
     codes, scale = quantized(x, group, weight.input_scale)
     used, dense = codes.double() * scale.double(), weight.dequantize(torch.float32).double()
     want = used @ dense.T + (0 if bias is None else bias.double())
-    bound = used.abs() @ dense.abs().T * (x.shape[1] + 3) * 2**-24 + want.abs() * HALF[x.dtype] + 1e-6
+    bound = (
+        used.abs() @ dense.abs().T * (x.shape[1] + 3) * 2**-24 + want.abs() * HALF[x.dtype] + 1e-6
+    )
     assert y.dtype == x.dtype and y.shape == want.shape
     assert ((y.double() - want).abs() <= bound).all(), (y.double() - want).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "inner", "group"), [(1, 576, 0), (3, 130, 0), (2, 576, 128), (3, 100, 64)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "group"), [(1, 576, 0), (3, 130, 0), (2, 576, 128), (3, 100, 64)]
+)
 def test_codes_are_torchs(rows: int, inner: int, group: int, dtype: torch.dtype) -> None:
     x = activations(rows, inner, dtype)
     codes, scales = launch.quantize(x, group)
@@ -90,14 +113,24 @@ def test_broken_row_is_broken_alone() -> None:
 
 
 @pytest.mark.parametrize("tile", [PLAIN, SWAP], ids=["plain", "swap"])
-@pytest.mark.parametrize(("rows", "out", "inner", "block", "act", "promote"), [
-    (1, 64, 256, (64, 256), "token", True), (3, 70, 576, (1, 576), "token", False),
-    (17, 33, 130, (1, 130), "token", True), (33, 65, 200, (65, 200), "tensor", False),
-    (3, 200, 576, (128, 128), "group", True), (17, 130, 300, (128, 128), "group", False),
-    (2, 70, 192, (48, 64), "group", False), (3, 130, 256, (128, 128), "token", False),
-    (5, 66, 256, (1, 128), "group", True), (2, 64, 96, (128, 128), "group", True)])
-def test_products_are_the_reference(rows: int, out: int, inner: int, block: tuple[int, int], act: str, promote: bool,
-                                    tile: Tile) -> None:
+@pytest.mark.parametrize(
+    ("rows", "out", "inner", "block", "act", "promote"),
+    [
+        (1, 64, 256, (64, 256), "token", True),
+        (3, 70, 576, (1, 576), "token", False),
+        (17, 33, 130, (1, 130), "token", True),
+        (33, 65, 200, (65, 200), "tensor", False),
+        (3, 200, 576, (128, 128), "group", True),
+        (17, 130, 300, (128, 128), "group", False),
+        (2, 70, 192, (48, 64), "group", False),
+        (3, 130, 256, (128, 128), "token", False),
+        (5, 66, 256, (1, 128), "group", True),
+        (2, 64, 96, (128, 128), "group", True),
+    ],
+)
+def test_products_are_the_reference(
+    rows: int, out: int, inner: int, block: tuple[int, int], act: str, promote: bool, tile: Tile
+) -> None:
     """Codes handed in, and rows that the product quantizes itself, a scale per trip."""
     weight, x = make(out, inner, block, act), activations(rows, inner)
     prepared = fp8_weight(weight)
@@ -117,19 +150,26 @@ def test_bfloat16_with_bias_and_many_tiles() -> None:
 
 @pytest.mark.parametrize("act", ["token", "group"])
 def test_split_along_k_adds_up_and_leaves_its_locks_free(act: str) -> None:
-    weight, x = make(100, 1024, (128, 128) if act == "group" else (1, 1024), act), activations(5, 1024)
+    weight, x = (
+        make(100, 1024, (128, 128) if act == "group" else (1, 1024), act),
+        activations(5, 1024),
+    )
     prepared, bias = fp8_weight(weight), torch.randn(100).half()
     codes, scales = launch.quantize(x, prepared.x_group)
     first = launch.gemm(codes, scales, prepared, bias, x.dtype, SWAP, True, processors=8)
     check(first, x, weight, prepared.x_group or 1024, bias)
     assert not prepared.locks.any()
-    assert torch.equal(first, launch.gemm(codes, scales, prepared, bias, x.dtype, SWAP, True, processors=8))
+    assert torch.equal(
+        first, launch.gemm(codes, scales, prepared, bias, x.dtype, SWAP, True, processors=8)
+    )
 
 
 def test_narrow_trips_step_through_wide_groups() -> None:
     weight, x = make(128, 256, (128, 128), "group"), activations(3, 256)
     prepared = fp8_weight(weight)
-    y = launch.gemm(*launch.quantize(x, 128), prepared, None, x.dtype, Tile(64, 16, 128, 64, 4, 2), True, 1)
+    y = launch.gemm(
+        *launch.quantize(x, 128), prepared, None, x.dtype, Tile(64, 16, 128, 64, 4, 2), True, 1
+    )
     check(y, x, weight, 128)
 
 
@@ -147,7 +187,9 @@ def test_a_producers_codes_are_taken() -> None:
 
     weight, x = make(66, 256, (1, 256)), activations(3, 256)
     codes, scales = rms_norm(x, torch.ones(256), 1e-6, quantize="fp8")
-    y = TritonFp8ActivationsKernel().apply_codes(codes, scales, Prepared(fp8_weight(weight), TABLE, 1), None, x.dtype)
+    y = TritonFp8ActivationsKernel().apply_codes(
+        codes, scales, Prepared(fp8_weight(weight), TABLE, 1), None, x.dtype
+    )
     want = (codes.double() * scales.double()) @ weight.dequantize().double().T
     assert torch.allclose(y.double(), want, rtol=2**-10, atol=1e-3)
 

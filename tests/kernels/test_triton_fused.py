@@ -20,11 +20,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE, dtype)
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(
+        DEVICE, dtype
+    )
 
 
 def _near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 4)
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 4
+    )
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,12 +45,21 @@ def _codes_are_nearest(codes: Tensor, scales: Tensor, values: Tensor) -> None:
         bound = scales * 0.5
     else:
         torch.testing.assert_close(scales * 448, largest, rtol=1e-5, atol=1e-12)
-        bound = (values.abs() / 16).clamp(min=scales * 2.0**-10)  # 3 bits of mantissa; subnormals in steps of 2**-9
+        bound = (values.abs() / 16).clamp(
+            min=scales * 2.0**-10
+        )  # 3 bits of mantissa; subnormals in steps of 2**-9
     assert bool(((codes.double() * scales - values).abs() <= bound * (1 + 1e-4) + 1e-30).all())
 
 
-@pytest.mark.parametrize(("rows", "width", "dtype"), [(1, 576, torch.float16), (3, 640, torch.bfloat16),
-                                                      (2, 48, torch.float32), (17, 64, torch.float16)])
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"),
+    [
+        (1, 576, torch.float16),
+        (3, 640, torch.bfloat16),
+        (2, 48, torch.float32),
+        (17, 64, torch.float16),
+    ],
+)
 def test_norm_of_the_sum(rows: int, width: int, dtype: torch.dtype) -> None:
     x, residual = _randn(rows, width, dtype=dtype), _randn(rows, width, dtype=dtype, seed=1)
     weight = _randn(width, seed=2)
@@ -87,8 +100,26 @@ def test_norm_quantized_and_permuted(quantize: str) -> None:
 
 def test_fp8_codes_are_torchs() -> None:
     """With a scale of 1 (the largest value is 448) rounding is that of torch's conversion, subnormals and ties too."""
-    up = torch.tensor([448.0, -448, 0, 1, 17, 19, 2**-6, 2**-7, 2**-9, 2**-10, 3 * 2**-10, 2**-11, 0.0146, -0.3,
-                       239, 433])
+    up = torch.tensor(
+        [
+            448.0,
+            -448,
+            0,
+            1,
+            17,
+            19,
+            2**-6,
+            2**-7,
+            2**-9,
+            2**-10,
+            3 * 2**-10,
+            2**-11,
+            0.0146,
+            -0.3,
+            239,
+            433,
+        ]
+    )
     gate = torch.full((16,), 1000.0)  # silu(1000) is 1000
     codes, scales = gated(torch.cat((gate, up / 1000))[None], "silu", quantize="fp8")
     assert scales is not None
@@ -106,8 +137,10 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize(("rows", "width", "dtype"), [(1, 1536, torch.float16), (3, 100, torch.bfloat16),
-                                                      (2, 33, torch.float32)])
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"),
+    [(1, 1536, torch.float16), (3, 100, torch.bfloat16), (2, 33, torch.float32)],
+)
 def test_gated_activation(activation: str, rows: int, width: int, dtype: torch.dtype) -> None:
     gate_up = (_randn(rows, 2 * width) * 3).to(dtype)
     gate, up = gate_up.double().chunk(2, -1)
@@ -135,50 +168,89 @@ def _read(pages: Tensor, slot: int) -> Tensor:
     return pages[:, slot // 4, slot % 4]
 
 
-def _rotated(qkv: Tensor, heads: int, kv_heads: int, table: RopeTable, positions: Tensor, rotary: int,
-             norms: tuple[Tensor, Tensor] | None) -> Tensor:
+def _rotated(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    table: RopeTable,
+    positions: Tensor,
+    rotary: int,
+    norms: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """What the engine does, in float64."""
     qkv = qkv.double()
     if norms is not None:
         q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
         qkv = torch.cat((_rms(q, norms[0], 1e-6), _rms(k, norms[1], 1e-6), v), 1)
     cos, sin = table.at(positions)
-    apply_rope(qkv[:, :heads + kv_heads, :rotary], cos.double(), sin.double())
+    apply_rope(qkv[:, : heads + kv_heads, :rotary], cos.double(), sin.double())
     return qkv
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "rotary", "norm"),
-                         [(9, 3, 64, 64, False), (4, 1, 256, 256, True), (3, 2, 96, 48, False), (2, 2, 80, 20, True)])
-@pytest.mark.parametrize(("dtype", "scales"), [(torch.float16, "none"), (torch.float8_e4m3fn, "tensor"),
-                                               (torch.float8_e4m3fn, "head"), (torch.int8, "head")])
-def test_rope_and_cache(heads: int, kv_heads: int, dim: int, rotary: int, norm: bool, dtype: torch.dtype,
-                        scales: str) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotary", "norm"),
+    [(9, 3, 64, 64, False), (4, 1, 256, 256, True), (3, 2, 96, 48, False), (2, 2, 80, 20, True)],
+)
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (torch.float16, "none"),
+        (torch.float8_e4m3fn, "tensor"),
+        (torch.float8_e4m3fn, "head"),
+        (torch.int8, "head"),
+    ],
+)
+def test_rope_and_cache(
+    heads: int, kv_heads: int, dim: int, rotary: int, norm: bool, dtype: torch.dtype, scales: str
+) -> None:
     qkv = _randn(4, heads + 2 * kv_heads, dim, dtype=torch.float16)
     norms = (_randn(dim, seed=5) / 4 + 1, _randn(dim, seed=6) / 4 + 1) if norm else None
     table = RopeTable.build(inverse_frequencies(rotary, 10000.0, LLAMA3), 64, torch.float32, DEVICE)
     positions, slots = torch.tensor([0, 63, 7, 8]), torch.tensor([5, 11, -1, 0])
     expected = _rotated(qkv, heads, kv_heads, table, positions, rotary, norms)
     before, pages = qkv.clone(), _pages(dtype, kv_heads, dim, scales)
-    rope_and_cache(qkv, heads, table.cos, table.sin, positions, slots, pages, offset=1.0 if norm else 0.0,
-                   q_weight=norms[0] - 1 if norms else None, k_weight=norms[1] - 1 if norms else None)
+    rope_and_cache(
+        qkv,
+        heads,
+        table.cos,
+        table.sin,
+        positions,
+        slots,
+        pages,
+        offset=1.0 if norm else 0.0,
+        q_weight=norms[0] - 1 if norms else None,
+        k_weight=norms[1] - 1 if norms else None,
+    )
     _near(qkv[:, :heads], expected[:, :heads], torch.float16)
     assert torch.equal(qkv[:, heads:], before[:, heads:])
     written = [(t, s) for t, s in enumerate(slots.tolist()) if s >= 0]
-    assert int((pages.values.float().abs().sum((0, 3)) > 0).sum()) == len(written), "a padding token was cached"
+    assert int((pages.values.float().abs().sum((0, 3)) > 0).sum()) == len(written), (
+        "a padding token was cached"
+    )
     for token, slot in written:
-        for part, cache, scale in ((0, pages.keys, pages.key_scales), (1, pages.values, pages.value_scales)):
-            want = expected[token, heads + part * kv_heads:][:kv_heads]
+        for part, cache, scale in (
+            (0, pages.keys, pages.key_scales),
+            (1, pages.values, pages.value_scales),
+        ):
+            want = expected[token, heads + part * kv_heads :][:kv_heads]
             if scale is None:
                 _near(_read(cache, slot), want, torch.float16)
             elif scales == "head":
                 _codes_are_nearest(_read(cache, slot), scale[slot // 4, slot % 4, :, None], want)
             else:
                 bound = (want.abs() / 16).clamp(min=float(scale) * 2.0**-10) * (1 + 1e-4)
-                assert bool(((_read(cache, slot).double() * float(scale) - want).abs() <= bound).all())
+                assert bool(
+                    ((_read(cache, slot).double() * float(scale) - want).abs() <= bound).all()
+                )
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -20,7 +20,14 @@ from nibble.kernels.gptq.linear import Prepared, multiply
 from nibble.kernels.gptq.tuning import Table, Tile, split_k, table
 from nibble.kernels.spec import LinearSpec
 
-TABLE = Table(80, gemv_rows=4, gemv_block_n=64, gemv_warps=4, dequantize_rows=40, gemm=(Tile(64, 16, 64, 4, 2),))
+TABLE = Table(
+    80,
+    gemv_rows=4,
+    gemv_block_n=64,
+    gemv_warps=4,
+    dequantize_rows=40,
+    gemm=(Tile(64, 16, 64, 4, 2),),
+)
 
 
 def test_four_bit_words_are_the_layout_drawn() -> None:
@@ -37,12 +44,24 @@ def test_four_bit_words_are_the_layout_drawn() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "zero", "out", "inner", "group"), [
-    (4, "zeros", 70, 256, 128), (4, "mid", 64, 160, 64), (4, "mins", 33, 128, 32), (4, "zeros", 65, 96, 16),
-    (2, "zeros", 64, 256, 64), (3, "zeros", 40, 320, 128), (3, "mid", 64, 160, 32), (8, "mid", 64, 96, 32),
-    (8, "zeros", 64, 129, 129), (4, "zeros", 64, 130, 48)])
-def test_each_path_is_the_reference(bits: int, zero: str, out: int, inner: int, group: int,
-                                    dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("bits", "zero", "out", "inner", "group"),
+    [
+        (4, "zeros", 70, 256, 128),
+        (4, "mid", 64, 160, 64),
+        (4, "mins", 33, 128, 32),
+        (4, "zeros", 65, 96, 16),
+        (2, "zeros", 64, 256, 64),
+        (3, "zeros", 40, 320, 128),
+        (3, "mid", 64, 160, 32),
+        (8, "mid", 64, 96, 32),
+        (8, "zeros", 64, 129, 129),
+        (4, "zeros", 64, 130, 48),
+    ],
+)
+def test_each_path_is_the_reference(
+    bits: int, zero: str, out: int, inner: int, group: int, dtype: torch.dtype
+) -> None:
     weight = make_weight(bits, zero, out, inner, group)
     shuffled = shuffle(weight)
     for rows in (1, 3):
@@ -51,7 +70,9 @@ def test_each_path_is_the_reference(bits: int, zero: str, out: int, inner: int, 
     x = activations(17, inner, dtype)
     check(launch.gemm(x, shuffled, None, Tile(64, 16, 64, 4, 2), 1), x, weight)
     dense = launch.dequantize(shuffled, dtype)
-    assert torch.allclose(dense.double(), weight.dequantize(torch.float32).double(), rtol=ROUNDING[dtype], atol=1e-6)
+    assert torch.allclose(
+        dense.double(), weight.dequantize(torch.float32).double(), rtol=ROUNDING[dtype], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -64,7 +85,9 @@ def test_split_along_k_adds_up_and_leaves_its_locks_free(swap: bool, zero: str) 
     check(first, x, weight, bias)
     check(launch.gemv(x[:2], shuffled, bias, TABLE, processors=8), x[:2], weight, bias)
     assert not shuffled.locks.any()
-    assert torch.equal(first, launch.gemm(x, shuffled, bias, Tile(16, 16, 64, 4, 2, swap), processors=8))
+    assert torch.equal(
+        first, launch.gemm(x, shuffled, bias, Tile(16, 16, 64, 4, 2, swap), processors=8)
+    )
 
 
 def test_scales_that_sixteen_bits_do_not_hold_are_kept() -> None:
@@ -75,7 +98,10 @@ def test_scales_that_sixteen_bits_do_not_hold_are_kept() -> None:
 
 
 def test_scales_below_float16_keep_their_bfloat16() -> None:
-    weight, x = make_weight(4, "mid", 64, 128, 32, torch.bfloat16), activations(2, 128, torch.float16)
+    weight, x = (
+        make_weight(4, "mid", 64, 128, 32, torch.bfloat16),
+        activations(2, 128, torch.float16),
+    )
     weight.scales = weight.scales * 2.0**-14
     shuffled = shuffle(weight)
     assert shuffled.packed_scale is torch.bfloat16
@@ -100,7 +126,9 @@ def test_activations_are_checked() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("out", "inner", "block"), [(70, 192, (70, 192)), (64, 130, (1, 130)), (130, 256, (64, 128))])
+@pytest.mark.parametrize(
+    ("out", "inner", "block"), [(70, 192, (70, 192)), (64, 130, (1, 130)), (130, 256, (64, 128))]
+)
 def test_fp8_weights(out: int, inner: int, block: tuple[int, int], dtype: torch.dtype) -> None:
     weight = make_fp8_weight(out, inner, block)
     shuffled = shuffle(weight)
@@ -108,7 +136,9 @@ def test_fp8_weights(out: int, inner: int, block: tuple[int, int], dtype: torch.
     check(launch.gemm(x, shuffled, None, Tile(64, 16, 64, 4, 2, swap=True), 1), x, weight)
     check(launch.gemv(x[:1], shuffled, None, TABLE, 1), x[:1], weight)
     dense = launch.dequantize(shuffled, dtype)
-    assert torch.allclose(dense.double(), weight.dequantize(torch.float32).double(), rtol=ROUNDING[dtype], atol=1e-6)
+    assert torch.allclose(
+        dense.double(), weight.dequantize(torch.float32).double(), rtol=ROUNDING[dtype], atol=1e-6
+    )
 
 
 def cuda_spec(**changes) -> LinearSpec:
@@ -126,7 +156,9 @@ def test_refusals_have_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "multiples of 16 columns, not 24" in kernel.can_implement(cuda_spec(block=(1, 24)))
     monkeypatch.setattr(linear, "cuda_capability", lambda device: 75)
     assert kernel.can_implement(cuda_spec()) is None
-    assert "bfloat16 needs compute capability 8.0" in kernel.can_implement(cuda_spec(act_dtype=torch.bfloat16))
+    assert "bfloat16 needs compute capability 8.0" in kernel.can_implement(
+        cuda_spec(act_dtype=torch.bfloat16)
+    )
     monkeypatch.setattr(linear, "cuda_capability", lambda device: None)
     assert "sees no NVIDIA card" in kernel.can_implement(cuda_spec())
     monkeypatch.setattr(linear, "cuda_capability", lambda device: 70)
@@ -148,7 +180,10 @@ def test_act_order_gathers_activations() -> None:
 def test_every_card_has_a_table(cc: int) -> None:
     chosen = table("a card without its own table", cc)
     assert chosen.min_cc <= cc
-    assert chosen.dequantize_rows == chosen.gemv_rows + 1 or chosen.tile(chosen.dequantize_rows - 1).rows >= 128
+    assert (
+        chosen.dequantize_rows == chosen.gemv_rows + 1
+        or chosen.tile(chosen.dequantize_rows - 1).rows >= 128
+    )
 
 
 def test_split_fills_the_card_and_no_more() -> None:

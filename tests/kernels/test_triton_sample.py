@@ -9,7 +9,15 @@ from nibble.engine.request import Request, SamplingParams
 from nibble.engine.sampler import sample as engine_sample
 from nibble.engine.scheduling.batch import StepResult
 from nibble.errors import UnsupportedError
-from nibble.kernels.sampling.sample import SamplingRows, add_bias, greedy, new_state, race_key, record, sample
+from nibble.kernels.sampling.sample import (
+    SamplingRows,
+    add_bias,
+    greedy,
+    new_state,
+    race_key,
+    record,
+    sample,
+)
 
 
 def _logits(rows: int, vocab: int, spread: float = 3.0, seed: int = 0) -> Tensor:
@@ -41,8 +49,12 @@ def _rows(requests: list[Request], vocab: int) -> SamplingRows:
     return SamplingRows(
         torch.tensor([[p.temperature, p.top_k, p.top_p, p.min_p] for p in params]),
         torch.tensor([race_key(r.seed, r.num_tokens) for r in requests], dtype=torch.int32),
-        torch.tensor([[p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for p in params]),
-        torch.tensor(state_rows, dtype=torch.int32), state)
+        torch.tensor(
+            [[p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for p in params]
+        ),
+        torch.tensor(state_rows, dtype=torch.int32),
+        state,
+    )
 
 
 def _engine(logits: Tensor, requests: list[Request]) -> list[int]:
@@ -69,9 +81,19 @@ def test_a_row_that_is_not_numbers_fails_alone() -> None:
     assert [t >= 0 for t in sample(logits, rows).tolist()] == [True, False, False, False, True]
 
 
-FILTERS = [{"temperature": 0.0}, {}, {"temperature": 0.6, "top_p": 0.9}, {"top_k": 1}, {"top_k": 20}, {"min_p": 0.2},
-           {"top_k": 50, "top_p": 0.8}, {"top_k": 5, "top_p": 0.3, "min_p": 0.01}, {"top_p": 1e-6},
-           {"temperature": 10.0, "top_k": 3000, "top_p": 0.99}, {"top_p": 0.999, "min_p": 1.0}]
+FILTERS = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.6, "top_p": 0.9},
+    {"top_k": 1},
+    {"top_k": 20},
+    {"min_p": 0.2},
+    {"top_k": 50, "top_p": 0.8},
+    {"top_k": 5, "top_p": 0.3, "min_p": 0.01},
+    {"top_p": 1e-6},
+    {"temperature": 10.0, "top_k": 3000, "top_p": 0.99},
+    {"top_p": 0.999, "min_p": 1.0},
+]
 
 
 @pytest.mark.parametrize(("vocab", "spread"), [(3001, 3.0), (3001, 0.05), (7, 1.0), (2048, 8.0)])
@@ -87,9 +109,15 @@ def test_draws_are_the_engines(vocab: int, spread: float) -> None:
 
 def test_penalties_are_the_engines_and_remember_what_is_drawn() -> None:
     vocab, output = 130, [5, 5, 5, 9, 128]
-    params = [SamplingParams(temperature=0.0, repetition_penalty=1.5), SamplingParams(presence_penalty=1.5),
-              SamplingParams(frequency_penalty=0.7, top_k=10), SamplingParams(),
-              SamplingParams(temperature=0.0, repetition_penalty=0.5, presence_penalty=-2.0, frequency_penalty=1.0)]
+    params = [
+        SamplingParams(temperature=0.0, repetition_penalty=1.5),
+        SamplingParams(presence_penalty=1.5),
+        SamplingParams(frequency_penalty=0.7, top_k=10),
+        SamplingParams(),
+        SamplingParams(
+            temperature=0.0, repetition_penalty=0.5, presence_penalty=-2.0, frequency_penalty=1.0
+        ),
+    ]
     requests = _requests(params, [5, 7, 7, 100], output)
     rows = _rows(requests, vocab)
     for seed in range(6):
@@ -98,7 +126,9 @@ def test_penalties_are_the_engines_and_remember_what_is_drawn() -> None:
         assert tokens == _engine(logits, requests)
         for request, token in zip(requests, tokens, strict=True):
             request.token_ids.append(token)
-        rows.keys.copy_(torch.tensor([race_key(r.seed, r.num_tokens) for r in requests], dtype=torch.int32))
+        rows.keys.copy_(
+            torch.tensor([race_key(r.seed, r.num_tokens) for r in requests], dtype=torch.int32)
+        )
 
 
 def test_equal_logits_leave_exactly_top_k() -> None:
@@ -112,13 +142,17 @@ def test_bias() -> None:
     logits = torch.zeros(2, 10)
     rows, tokens = torch.tensor([0, 1, 1]), torch.tensor([3, 3, 9])
     add_bias(logits, rows, tokens, torch.tensor([2.5, -1.0, float("-inf")]))
-    expected = torch.zeros(2, 10).index_put((rows, tokens), torch.tensor([2.5, -1.0, float("-inf")]))
+    expected = torch.zeros(2, 10).index_put(
+        (rows, tokens), torch.tensor([2.5, -1.0, float("-inf")])
+    )
     assert torch.equal(logits, expected)
 
 
 def test_wrong_arguments_are_named() -> None:
     logits, keys = torch.zeros(2, 10), torch.zeros(2, 2, dtype=torch.int32)
-    with pytest.raises(UnsupportedError, match=r"sample: filters has shape \[2, 3\], want \[2, 4\]"):
+    with pytest.raises(
+        UnsupportedError, match=r"sample: filters has shape \[2, 3\], want \[2, 4\]"
+    ):
         sample(logits, SamplingRows(torch.ones(2, 3), keys))
     with pytest.raises(UnsupportedError, match="penalties, state_rows and state come together"):
         sample(logits, SamplingRows(torch.ones(2, 4), keys, penalties=torch.ones(2, 3)))

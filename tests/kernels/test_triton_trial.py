@@ -14,7 +14,9 @@ pytestmark = interpreter_only
 GEMM, GEMV = Candidate("gemm", Tile(0, 16, 64, 4, 2, True)), Candidate("gemv", Tile(0, 1, 64, 4, 1))
 
 
-@pytest.fixture(params=[Kind("int", 4, 128), Kind("int", 8, 128), Kind("fp8", 8, 0)], ids=lambda kind: kind.name)
+@pytest.fixture(
+    params=[Kind("int", 4, 128), Kind("int", 8, 128), Kind("fp8", 8, 0)], ids=lambda kind: kind.name
+)
 def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """On the CPU, as a card without FP8."""
     monkeypatch.setattr(Card, "of", lambda device: Card("card", 75, 4, 1000))
@@ -25,7 +27,9 @@ def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_path_computes_the_product(subject: Subject) -> None:
-    assert [subject.why_not(*tried) for tried in ((GEMM, 16), (GEMM, 1), (GEMV, 1), (DEQUANTIZE, 16))] == [""] * 4
+    assert [
+        subject.why_not(*tried) for tried in ((GEMM, 16), (GEMM, 1), (GEMV, 1), (DEQUANTIZE, 16))
+    ] == [""] * 4
 
 
 def test_what_is_wrong_cannot_win(subject: Subject) -> None:
@@ -48,13 +52,16 @@ def test_a_spill_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_rotated_weights_are_copies(subject: Subject) -> None:
     assert len(subject.weights) == trial.rotations(
-        subject.weights[0].words.nbytes + subject.weights[0].scales.nbytes, 1000)
+        subject.weights[0].words.nbytes + subject.weights[0].scales.nbytes, 1000
+    )
     assert all(torch.equal(subject.weights[0].words, other.words) for other in subject.weights)
     copies = trial.rotated(subject.weights[0], 10 * subject.weights[0].words.nbytes)
     assert len(copies) > 10 and len({copy.words.data_ptr() for copy in copies}) == len(copies)
 
 
-def test_times_are_of_the_trial_that_was_asked_for(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_of_the_trial_that_was_asked_for(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trial, "microseconds", lambda calls: float(calls[0]().shape[0]))
     asked = search.Trial((70, 256), 16, GEMM)
     assert subject.measure(asked) == search.Measurement(asked, 16.0)

@@ -34,7 +34,9 @@ def test_candidates_fit_the_kernel(cc: int) -> None:
         for candidate in found:
             tile = candidate.tile
             assert tile.block_m >= min(rows, 64) and tile.block_n in (64, 128)
-            assert tile.block_m * tile.block_n / (32 * tile.warps) <= 64, "the accumulator alone fills the registers"
+            assert tile.block_m * tile.block_n / (32 * tile.warps) <= 64, (
+                "the accumulator alone fills the registers"
+            )
 
 
 def test_a_card_without_tensor_cores_gets_no_gemm() -> None:
@@ -60,24 +62,46 @@ def _invented(trial: Trial) -> float:
         return 100.0 + rows / 100
     if trial.candidate.path == "gemv":
         return (4.0 + (tile.warps == 8)) * rows
-    preferred = tile.swap and tile.stages in (3, 4) and tile.programs == 4 and tile.block_n == 64 and tile.warps == 4
-    return (9.0 if preferred else 10.0 if tile.swap else 12.0) * max(1, rows / 16) - tile.stages / 10
+    preferred = (
+        tile.swap
+        and tile.stages in (3, 4)
+        and tile.programs == 4
+        and tile.block_n == 64
+        and tile.warps == 4
+    )
+    return (9.0 if preferred else 10.0 if tile.swap else 12.0) * max(
+        1, rows / 16
+    ) - tile.stages / 10
 
 
 def test_the_table_follows_from_the_times() -> None:
     table = search.build_table(_measured(90, _invented), SHAPES, 90, ("int3", "int4"), "today")
     assert (table.gemv_rows, table.gemv_warps, table.dequantize_rows) == (2, 4, 256)
     first = table.tile(3)
-    assert (first.rows, first.block_m, first.stages, first.programs, first.swap) == (16, 16, 4, 4, True)
+    assert (first.rows, first.block_m, first.stages, first.programs, first.swap) == (
+        16,
+        16,
+        4,
+        4,
+        True,
+    )
     assert [tile.rows for tile in table.gemm] == sorted({tile.rows for tile in table.gemm})
-    assert table.tile(128).programs == 4 and table.weights == ("int3", "int4") and table.origin == "today"
+    assert (
+        table.tile(128).programs == 4
+        and table.weights == ("int3", "int4")
+        and table.origin == "today"
+    )
 
 
 def test_what_fails_once_never_wins() -> None:
     def spills(trial: Trial) -> str:
         tile = trial.candidate.tile
         wide = trial.shape == SHAPES[1]
-        return "spills 2 registers" if wide and tile and trial.candidate.path == "gemm" and tile.stages == 4 else ""
+        return (
+            "spills 2 registers"
+            if wide and tile and trial.candidate.path == "gemm" and tile.stages == 4
+            else ""
+        )
 
     table = search.build_table(_measured(90, _invented, spills), SHAPES, 90, ("int4",), "")
     assert {tile.stages for tile in table.gemm} <= {2, 3}
@@ -85,15 +109,27 @@ def test_what_fails_once_never_wins() -> None:
 
 def test_the_mean_is_geometric_and_needs_every_shape() -> None:
     fast, slow = (Candidate("gemm", Tile(0, 16, 64, 4, stages)) for stages in (3, 4))
-    done = [Measurement(Trial(SHAPES[0], 16, fast), 1.0), Measurement(Trial(SHAPES[1], 16, fast), 4.0),
-            Measurement(Trial(SHAPES[0], 16, slow), 0.5)]
+    done = [
+        Measurement(Trial(SHAPES[0], 16, fast), 1.0),
+        Measurement(Trial(SHAPES[1], 16, fast), 4.0),
+        Measurement(Trial(SHAPES[0], 16, slow), 0.5),
+    ]
     assert search.means_at(done, SHAPES, 16) == {fast: pytest.approx(2.0)}
     assert search.means_at(done, SHAPES, 32) == {}
     assert DEQUANTIZE.describe() == "dequantize" and fast.describe() == "gemm 16x64 w4 s3 p2"
 
 
-TABLE = Table(90, 1, 64, 4, 256, (Tile(16, 16, 64, 4, 4, True, programs=4), Tile(256, 64, 128, 8, 3, True)), 8,
-              ("int4",), "measured")
+TABLE = Table(
+    90,
+    1,
+    64,
+    4,
+    256,
+    (Tile(16, 16, 64, 4, 4, True, programs=4), Tile(256, 64, 128, 8, 3, True)),
+    8,
+    ("int4",),
+    "measured",
+)
 
 
 def test_narrow_groups_have_tiles_of_their_own() -> None:
@@ -118,19 +154,24 @@ def test_a_measured_table_is_found_by_the_next_start(measured: Path) -> None:
     measured.write_text(tuning.as_json([TABLE, fp8]))
     assert tuning.tables(measured) == [TABLE, fp8]
     assert tuning.table("A Card", 90) == TABLE and tuning.table("A Card", 90, "fp8") == fp8
-    assert not tuning.table("A Card", 90, "int8").origin, "what was not measured has the heuristic's"
+    assert not tuning.table("A Card", 90, "int8").origin, (
+        "what was not measured has the heuristic's"
+    )
     assert tuning.table("Another Card", 90).min_cc == 90
 
 
 @pytest.mark.parametrize("content", ["", "{}", '[{"min_cc": 90}]', '[{"gemm": []}]', "[3]"])
-def test_a_broken_table_is_ignored_with_a_warning(measured: Path, content: str,
-                                                  caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_table_is_ignored_with_a_warning(
+    measured: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     measured.write_text(content)
     assert tuning.table("A Card", 90).gemm
     assert content == "{}" or "run `nibble tune` again" in caplog.text
 
 
-def test_without_a_home_there_is_the_heuristic(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_there_is_the_heuristic(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def nobody(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -139,15 +180,22 @@ def test_without_a_home_there_is_the_heuristic(measured: Path, monkeypatch: pyte
 
 
 def test_tuning_one_kind_keeps_the_others() -> None:
-    fp8, newer = Table(90, 0, 64, 4, 64, (), weights=("fp8",)), Table(90, 2, 64, 4, 64, (), weights=("int4",))
+    fp8, newer = (
+        Table(90, 0, 64, 4, 64, (), weights=("fp8",)),
+        Table(90, 2, 64, 4, 64, (), weights=("int4",)),
+    )
     assert search.merge([TABLE, fp8], [newer]) == [fp8, newer]
 
 
-@pytest.mark.parametrize(("kind", "bits", "name"), [("int", 4, "int4"), ("int", 8, "int8"), ("fp8", 8, "fp8")])
+@pytest.mark.parametrize(
+    ("kind", "bits", "name"), [("int", 4, "int4"), ("int", 8, "int8"), ("fp8", 8, "fp8")]
+)
 def test_names_of_weights(kind: str, bits: int, name: str) -> None:
     assert tuning.weights_name(kind, bits) == name
 
 
-@pytest.mark.parametrize(("cc", "group", "stages"), [(86, 32, 3), (89, 16, 3), (89, 128, 4), (90, 32, 4)])
+@pytest.mark.parametrize(
+    ("cc", "group", "stages"), [(86, 32, 3), (89, 16, 3), (89, 128, 4), (90, 32, 4)]
+)
 def test_narrow_groups_spill_nothing_on_small_cards(cc: int, group: int, stages: int) -> None:
     assert tuning.table("a card without its own table", cc).tile(4, group).stages == stages

@@ -52,8 +52,9 @@ def make_gguf(tmp_path):
             model = LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=False))
         else:
             config = TINY | {"num_hidden_layers": 7, "num_key_value_heads": 1}
-            model = Gemma3ForCausalLM(Gemma3TextConfig(**config, head_dim=32, query_pre_attn_scalar=32,
-                                                       sliding_window=8))
+            model = Gemma3ForCausalLM(
+                Gemma3TextConfig(**config, head_dim=32, query_pre_attn_scalar=32, sliding_window=8)
+            )
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
@@ -68,8 +69,12 @@ def make_gguf(tmp_path):
             write_tensor(writer, arch, name, tensor.detach().numpy(), qtype, model.config)
         for name, array in dict(tensors).items():
             writer.add_tensor(name, array)
-        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
-                     writer.close):
+        for step in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+            writer.close,
+        ):
             step()
         return path
 
@@ -116,26 +121,47 @@ def write_tokenizer(writer, arch):
     missing = TINY["vocab_size"] - len(tokens)
     writer.add_token_list(tokens + [f"<unused{i}>" for i in range(missing)])
     writer.add_token_types(types + [3] * missing)
-    for key, token in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)) if arch == "llama" else (
-            ("bos", 2), ("eos", 1), ("unk", 3), ("pad", 0)):
+    for key, token in (
+        (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2))
+        if arch == "llama"
+        else (("bos", 2), ("eos", 1), ("unk", 3), ("pad", 0))
+    ):
         getattr(writer, f"add_{key}_token_id")(token)
 
 
 def write_tensor(writer, arch, name, array, qtype, config):
     stem = name.removesuffix(".weight")
     if stem in ("model.embed_tokens", "model.norm", "lm_head"):
-        gguf_name = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[stem]
+        gguf_name = {
+            "model.embed_tokens": "token_embd",
+            "model.norm": "output_norm",
+            "lm_head": "output",
+        }[stem]
     else:
         _, _, index, rest = stem.split(".", 3)
-        names = LAYER_NAMES | {"post_attention_layernorm": "ffn_norm" if arch == "llama" else "post_attention_norm"}
+        names = LAYER_NAMES | {
+            "post_attention_layernorm": "ffn_norm" if arch == "llama" else "post_attention_norm"
+        }
         gguf_name = f"blk.{index}.{names[rest]}"
     if arch == "gemma3" and "norm" in name:
         array = array + 1
-    if arch == "llama" and rest_is(name, "q_proj", "k_proj"):  # convert_hf_to_gguf.py: LlamaModel.permute
-        heads = config.num_attention_heads if rest_is(name, "q_proj") else config.num_key_value_heads
-        array = array.reshape(heads, 2, array.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+    if arch == "llama" and rest_is(
+        name, "q_proj", "k_proj"
+    ):  # convert_hf_to_gguf.py: LlamaModel.permute
+        heads = (
+            config.num_attention_heads if rest_is(name, "q_proj") else config.num_key_value_heads
+        )
+        array = (
+            array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
+            .swapaxes(1, 2)
+            .reshape(array.shape)
+        )
     kind = qtype if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-    writer.add_tensor(f"{gguf_name}.weight", gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.add_tensor(
+        f"{gguf_name}.weight",
+        gguf.quants.quantize(np.ascontiguousarray(array), kind),
+        raw_dtype=kind,
+    )
 
 
 def rest_is(name, *leaves):
@@ -152,14 +178,19 @@ def dense(make_gguf, tmp_path):
 @pytest.fixture
 def make_checkpoint(dense, tmp_path):
     """A copy of the dense folder with another shape or architecture and random weights."""
+
     def make(name="variant", model_type="llama", **changes):
         shutil.copytree(dense, tmp_path / name)
         settings = json.loads((dense / "config.json").read_text()) | changes
         settings.pop("model_type"), settings.pop("architectures")
         torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **settings), dtype=torch.bfloat16
+        )
         for parameter in model.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape) * (0.3 if parameter.dim() == 1 else 0.15))
+            parameter.data.copy_(
+                torch.randn(parameter.shape) * (0.3 if parameter.dim() == 1 else 0.15)
+            )
         model.save_pretrained(tmp_path / name)
         return tmp_path / name
 

@@ -10,12 +10,19 @@ from nibble.quant.packing import pack, pack_awq, unpack, unpack_awq
 
 def bitstream(words, bits, n):
     """Codes of one row of int32 words: code e is bits [bits*e, bits*e + bits) of the stream."""
-    number = int.from_bytes(b"".join(int(w).to_bytes(4, "little", signed=True) for w in words), "little")
+    number = int.from_bytes(
+        b"".join(int(w).to_bytes(4, "little", signed=True) for w in words), "little"
+    )
     return [(number >> (bits * e)) & (2**bits - 1) for e in range(n)]
 
 
 @settings(deadline=None, max_examples=20)
-@given(bits=st.sampled_from([2, 3, 4, 8]), rows=st.integers(1, 3), units=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    rows=st.integers(1, 3),
+    units=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
 def test_pack_is_a_dense_bitstream_and_unpack_its_inverse(bits, rows, units, seed):
     n = units * 32
     codes = torch.randint(0, 2**bits, (rows, n), generator=torch.Generator().manual_seed(seed))

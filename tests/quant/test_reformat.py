@@ -32,7 +32,9 @@ def same_values(a, b):
     first, second = open_checkpoint(a), open_checkpoint(b)
     for module in LINEARS:
         assert isinstance(second.linear(module), QuantizedWeight)
-        assert torch.equal(first.dense(module, torch.float32), second.dense(module, torch.float32)), module
+        assert torch.equal(
+            first.dense(module, torch.float32), second.dense(module, torch.float32)
+        ), module
     return second
 
 
@@ -44,7 +46,9 @@ def test_q4_0_becomes_any_4_bit_format(make_gguf, tmp_path, target):
     out = same_values(file, tmp_path / "out")
     assert out.scheme.layer(LINEARS[0]).group_size == 32
     assert any("rounded to 16 bits" in note for note in done.notes)
-    stored = gguf.GGUFReader(file)  # an independent decoder, on the one matrix whose rows are not reordered
+    stored = gguf.GGUFReader(
+        file
+    )  # an independent decoder, on the one matrix whose rows are not reordered
     tensor = next(t for t in stored.tensors if t.name == "blk.1.ffn_down.weight")
     want = gguf.quants.dequantize(np.asarray(tensor.data), Q.Q4_0)
     np.testing.assert_array_equal(out.dense("model.layers.1.mlp.down_proj").numpy(), want)
@@ -55,7 +59,9 @@ def test_q8_0_becomes_8_bits(make_gguf, tmp_path, target):
     file = make_gguf("llama", Q.Q8_0)
     reformat(file, tmp_path / "out", target)
     assert same_values(file, tmp_path / "out").linear(LINEARS[0]).bits == 8
-    with pytest.raises(UnsupportedError, match=r"14 of 14 layers have no exact form in awq.*8 bits.*--requantize"):
+    with pytest.raises(
+        UnsupportedError, match=r"14 of 14 layers have no exact form in awq.*8 bits.*--requantize"
+    ):
         reformat(file, tmp_path / "no", "awq")
     assert not list(tmp_path.glob("no*"))
 
@@ -78,6 +84,7 @@ def test_a_zero_point_of_0_is_refused_by_v1_and_taken_by_v2(dense, tmp_path):
     """AWQ's range search may set it; v1 would store -1, which readers decode differently."""
     convert(dense, tmp_path / "awq", "awq", **FAST)
     from safetensors.torch import load_file, save_file
+
     tensors = load_file(tmp_path / "awq" / "model.safetensors")
     tensors[f"{LINEARS[3]}.qzeros"].zero_()
     save_file(tensors, tmp_path / "awq" / "model.safetensors", {"format": "pt"})
@@ -139,11 +146,18 @@ def test_resumed_it_ends_in_the_same_bytes(make_gguf, tmp_path):
 
 
 def test_scales_of_the_kv_cache_go_where_there_is_a_place_for_them(dense, tmp_path):
-    convert(dense, tmp_path / "a", "awq", group_size=32, to="compressed-tensors", kv_scales=True, **FAST)
+    convert(
+        dense, tmp_path / "a", "awq", group_size=32, to="compressed-tensors", kv_scales=True, **FAST
+    )
     scale = "model.layers.1.self_attn.k_scale"
     reformat(tmp_path / "a", tmp_path / "again", "compressed-tensors")
-    again, original = same_values(tmp_path / "a", tmp_path / "again"), open_checkpoint(tmp_path / "a")
-    assert again.scheme.kv_cache == "fp8" and torch.equal(again.tensor(scale), original.tensor(scale))
+    again, original = (
+        same_values(tmp_path / "a", tmp_path / "again"),
+        open_checkpoint(tmp_path / "a"),
+    )
+    assert again.scheme.kv_cache == "fp8" and torch.equal(
+        again.tensor(scale), original.tensor(scale)
+    )
     done = reformat(tmp_path / "a", tmp_path / "awq", "awq")
     assert any("KV cache are left out" in note for note in done.notes)
     assert not same_values(tmp_path / "a", tmp_path / "awq").has(scale)

@@ -27,7 +27,9 @@ class ServerProcess:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}: {self.log.read_text()}")
+                raise RuntimeError(
+                    f"the server ended with {self.process.returncode}: {self.log.read_text()}"
+                )
             try:
                 if httpx.get(f"{self.url}/readyz").status_code == 200:
                     return self
@@ -37,17 +39,27 @@ class ServerProcess:
         raise TimeoutError(self.log.read_text())
 
     def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
         return int(children[0])
 
     def metric(self, name: str) -> float:
         """The one sample of a metric family."""
-        lines = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text.splitlines()
-        return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+        lines = httpx.get(
+            f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}
+        ).text.splitlines()
+        return next(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith((f"{name}{{", f"{name} "))
+        )
 
 
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
+def start_server(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., ServerProcess]]:
     """start_server(model, *flags) -> ServerProcess, killed at the end of the session if it still runs."""
     started: list[ServerProcess] = []
 
@@ -57,9 +69,23 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         with (folder / "log").open("wb") as log:
-            command = [sys.executable, "-m", "nibble", "serve", str(model), "--port", str(port), *flags]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            command = [
+                sys.executable,
+                "-m",
+                "nibble",
+                "serve",
+                str(model),
+                "--port",
+                str(port),
+                *flags,
+            ]
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
         started.append(ServerProcess(process, f"http://127.0.0.1:{port}", folder / "log"))
         return started[-1]
 
@@ -72,12 +98,25 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., ServerProcess], tiny_llama: Path) -> ServerProcess:
     """The server that most tests share: a tiny float32 model behind KEY."""
-    return start_server(tiny_llama, "--api-key", KEY, "--dtype", "float32", "--kv-cache-memory", "16MiB",
-                        "--served-model-name", "tiny", "--served-model-name", "alias").wait_ready()
+    return start_server(
+        tiny_llama,
+        "--api-key",
+        KEY,
+        "--dtype",
+        "float32",
+        "--kv-cache-memory",
+        "16MiB",
+        "--served-model-name",
+        "tiny",
+        "--served-model-name",
+        "alias",
+    ).wait_ready()
 
 
 @pytest.fixture(scope="session")
 def http(server: ServerProcess) -> Iterator[httpx.Client]:
     """A plain HTTP client with the key."""
-    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
+    with httpx.Client(
+        base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+    ) as client:
         yield client

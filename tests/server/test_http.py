@@ -23,7 +23,9 @@ def is_openai_error(response: httpx.Response, status: int) -> dict:
     return error
 
 
-def post(http: httpx.Client, body: bytes, path: str = CHAT, content_type: str = "application/json") -> httpx.Response:
+def post(
+    http: httpx.Client, body: bytes, path: str = CHAT, content_type: str = "application/json"
+) -> httpx.Response:
     return http.post(path, content=body, headers={"content-type": content_type})
 
 
@@ -43,15 +45,29 @@ def raw(server: ServerProcess, request: bytes) -> bytes:
 
 # Keys
 
+
 def test_every_route_needs_the_key(server: ServerProcess, http: httpx.Client) -> None:
     routes = http.get("/openapi.json").json()["paths"]
     assert {CHAT, "/v1/completions", "/v1/models", "/metrics", "/tokenize"} <= set(routes)
-    paths = [*routes, "/openapi.json", "/no/such/path", "/livez/", "//livez", "/v1/models/tiny", "/health/../v1/models"]
+    paths = [
+        *routes,
+        "/openapi.json",
+        "/no/such/path",
+        "/livez/",
+        "//livez",
+        "/v1/models/tiny",
+        "/health/../v1/models",
+    ]
     with httpx.Client(base_url=server.url) as stranger:
         for path in set(paths) - OPEN:
             for method in ("GET", "POST", "OPTIONS", "HEAD", "DELETE"):
-                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"},
-                                {"Authorization": KEY}, {"Authorization": f"Bearer {KEY}x"}):
+                for headers in (
+                    {},
+                    {"Authorization": "Bearer wrong"},
+                    {"Authorization": f"Basic {KEY}"},
+                    {"Authorization": KEY},
+                    {"Authorization": f"Bearer {KEY}x"},
+                ):
                     response = stranger.request(method, path, headers=headers)
                     assert response.status_code == 401, (method, path, headers)
         for path in OPEN:
@@ -65,27 +81,53 @@ def test_two_authorization_headers_are_no_key(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("host", [b"a/livez?", b"a/livez", b"localhost/health#", b"x"])
 def test_the_host_header_opens_nothing(server: ServerProcess, host: bytes) -> None:
-    answer = raw(server, b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+    answer = raw(
+        server, b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
+    )
     assert answer.split(b" ", 2)[1] in (b"401", b"400")
 
 
 # Bodies
 
-@pytest.mark.parametrize("body", [
-    b"", b"[]", b"1", b'"x"', b"null", b"{", b'{"model":}', b"\xff\xfe", b'{"model": "\xff"}',
-    b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
-    b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
-    b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
-    b"[" * 100_000, b'{"a":' * 100_000, b'{"model": "tiny", "messages": ' + b"[" * 100_000,
-    b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
-])
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"1",
+        b'"x"',
+        b"null",
+        b"{",
+        b'{"model":}',
+        b"\xff\xfe",
+        b'{"model": "\xff"}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"model": "tiny", "messages": ' + b"[" * 100_000,
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "seed": '
+        + b"9" * 5000
+        + b"}",
+    ],
+)
 def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
     is_openai_error(post(http, body), 400)
 
 
 def test_missing_fields_are_named(http: httpx.Client) -> None:
-    assert is_openai_error(post(http, b'{"messages": [{"role": "user", "content": "x"}]}'), 400)["param"] == "model"
-    assert is_openai_error(post(http, b'{"model": "tiny"}', "/v1/completions"), 400)["param"] == "prompt"
+    assert (
+        is_openai_error(post(http, b'{"messages": [{"role": "user", "content": "x"}]}'), 400)[
+            "param"
+        ]
+        == "model"
+    )
+    assert (
+        is_openai_error(post(http, b'{"model": "tiny"}', "/v1/completions"), 400)["param"]
+        == "prompt"
+    )
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
@@ -98,14 +140,18 @@ def test_body_too_large(http: httpx.Client) -> None:
 
 
 def test_chunked_body_too_large(server: ServerProcess) -> None:
-    head = (f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
-            "Transfer-Encoding: chunked\r\n\r\n").encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n"
+    ).encode()
     answer = raw(server, head + (b"100000\r\n" + b" " * 2**20 + b"\r\n") * 11)
     assert answer.startswith(b"HTTP/1.1 413") or answer == b""  # reset while we were still sending
 
 
 def test_huge_header(server: ServerProcess) -> None:
-    answer = raw(server, b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (20 * 2**20) + b"\r\n\r\n")
+    answer = raw(
+        server, b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (20 * 2**20) + b"\r\n\r\n"
+    )
     assert not answer.startswith(b"HTTP/1.1 200")
 
 
@@ -129,6 +175,7 @@ def test_slow_headers_do_not_stop_the_others(server: ServerProcess) -> None:
 
 # Errors that FastAPI would answer in its own way
 
+
 def test_unknown_url(http: httpx.Client) -> None:
     assert is_openai_error(http.get("/v1/nothing"), 404)["code"] == "unknown_url"
 
@@ -145,13 +192,20 @@ def test_log_injection_is_not_echoed(http: httpx.Client) -> None:
 
 # The small endpoints
 
+
 def test_version(http: httpx.Client) -> None:
     assert http.get("/version").json().keys() == {"version"}
 
 
 def test_tokenize_and_back(http: httpx.Client) -> None:
-    answer = http.post("/tokenize", json={"model": "tiny", "prompt": "a🙂", "return_token_strs": True}).json()
-    assert answer["tokens"] == list("a🙂".encode()) and answer["count"] == 5 and answer["max_model_len"] == 8192
+    answer = http.post(
+        "/tokenize", json={"model": "tiny", "prompt": "a🙂", "return_token_strs": True}
+    ).json()
+    assert (
+        answer["tokens"] == list("a🙂".encode())
+        and answer["count"] == 5
+        and answer["max_model_len"] == 8192
+    )
     assert answer["token_strs"][:2] == ["a", "bytes:\\xf0"]
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "a🙂"}
 
@@ -159,33 +213,62 @@ def test_tokenize_and_back(http: httpx.Client) -> None:
 def test_tokenize_messages(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"messages": GOOD["messages"]}).json()["tokens"]
     assert http.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == (
-        "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
-@pytest.mark.parametrize(("path", "body"), [
-    ("/tokenize", {}), ("/tokenize", {"prompt": "x", "messages": GOOD["messages"]}), ("/tokenize", {"prompt": 1}),
-    ("/detokenize", {"tokens": [-1]}), ("/detokenize", {"tokens": [264]}), ("/detokenize", {"tokens": "x"}),
-])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "x", "messages": GOOD["messages"]}),
+        ("/tokenize", {"prompt": 1}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [264]}),
+        ("/detokenize", {"tokens": "x"}),
+    ],
+)
 def test_bad_token_requests(http: httpx.Client, path: str, body: dict) -> None:
     is_openai_error(http.post(path, json=body), 400)
 
 
 def test_metrics(http: httpx.Client, server: ServerProcess) -> None:
     before = server.metric("nibble_generation_tokens_total")
-    http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 7, "ignore_eos": True})
+    http.post(
+        "/v1/completions",
+        json={"model": "tiny", "prompt": "x", "max_tokens": 7, "ignore_eos": True},
+    )
     assert server.metric("nibble_generation_tokens_total") == before + 7
     text = http.get("/metrics").text
-    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc",
-                 "time_to_first_token_seconds_bucket", "time_per_output_token_seconds_count", "prompt_tokens_total",
-                 "e2e_request_latency_seconds_sum", "request_success_total", "num_preemptions_total"):
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "gpu_cache_usage_perc",
+        "time_to_first_token_seconds_bucket",
+        "time_per_output_token_seconds_count",
+        "prompt_tokens_total",
+        "e2e_request_latency_seconds_sum",
+        "request_success_total",
+        "num_preemptions_total",
+    ):
         assert f"\nvllm:{name}{{" in text, name
     assert "\nnibble_memory_bytes{" in text and "\nnibble_build_info{" in text
 
 
 def test_vllm_bench_serve_reads_our_stream(http: httpx.Client) -> None:
     """The fields its client sends, and the ones it reads."""
-    body = {"model": "tiny", "prompt": "Hello", "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 9,
-            "logprobs": None, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+    body = {
+        "model": "tiny",
+        "prompt": "Hello",
+        "temperature": 0.0,
+        "repetition_penalty": 1.0,
+        "max_tokens": 9,
+        "logprobs": None,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
     with http.stream("POST", "/v1/completions", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         events = [event for event in response.read().decode().split("\n\n") if event]
@@ -197,8 +280,12 @@ def test_vllm_bench_serve_reads_our_stream(http: httpx.Client) -> None:
 
 def test_requests_with_different_salts_share_nothing(http: httpx.Client) -> None:
     def cached(salt: str) -> int:
-        body = {"model": "tiny", "prompt": "salted prompt, salted prompt, salted prompt", "max_tokens": 1,
-                "cache_salt": salt}
+        body = {
+            "model": "tiny",
+            "prompt": "salted prompt, salted prompt, salted prompt",
+            "max_tokens": 1,
+            "cache_salt": salt,
+        }
         usage = http.post("/v1/completions", json=body).json()["usage"]
         return usage["prompt_tokens_details"]["cached_tokens"]
 

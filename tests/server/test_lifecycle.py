@@ -25,7 +25,13 @@ class Stream(threading.Thread):
     def __init__(self, server: ServerProcess, max_tokens: int):
         super().__init__(daemon=True)
         self.url, self.body, self.error = f"{server.url}/v1/completions", "", ""
-        self.fields = {"model": "tiny", "prompt": "x", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        self.fields = {
+            "model": "tiny",
+            "prompt": "x",
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
         self.started = threading.Event()
         self.start()
 
@@ -40,7 +46,9 @@ class Stream(threading.Thread):
 
 
 def complete(server: ServerProcess) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
+    return httpx.post(
+        f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1}
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -59,8 +67,16 @@ def is_gone(pid: int) -> bool:
 
 
 def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: Path) -> None:
-    server = start_server(tiny_llama, *SMALL, "--max-num-seqs", "1", "--max-queued-requests", "1",
-                          "--shutdown-timeout", "120")
+    server = start_server(
+        tiny_llama,
+        *SMALL,
+        "--max-num-seqs",
+        "1",
+        "--max-queued-requests",
+        "1",
+        "--shutdown-timeout",
+        "120",
+    )
 
     def is_open() -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -70,7 +86,9 @@ def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: P
     wait_for(is_open, 30)
     loading = complete(server)
     assert (httpx.get(f"{server.url}/readyz").status_code, loading.status_code) == (503, 503)
-    assert loading.headers["retry-after"] == "2" and loading.json()["error"]["type"] == "server_error"
+    assert (
+        loading.headers["retry-after"] == "2" and loading.json()["error"]["type"] == "server_error"
+    )
     server.wait_ready()
     assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
     engine = server.engine_pid()
@@ -88,7 +106,9 @@ def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: P
     assert server.process.wait(130) == 0
     for stream in streams:
         stream.join(5)
-        assert stream.body.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in stream.body
+        assert (
+            stream.body.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in stream.body
+        )
     assert is_gone(engine)
     log = server.log.read_text()
     assert "kv cache" in log and "Traceback" not in log
@@ -132,7 +152,9 @@ def test_engine_death(start_server: StartServer, tiny_llama: Path) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
-def test_the_engine_does_not_outlive_the_server(start_server: StartServer, tiny_llama: Path) -> None:
+def test_the_engine_does_not_outlive_the_server(
+    start_server: StartServer, tiny_llama: Path
+) -> None:
     server = start_server(tiny_llama, *SMALL).wait_ready()
     engine = server.engine_pid()
     server.process.kill()
@@ -141,15 +163,26 @@ def test_the_engine_does_not_outlive_the_server(start_server: StartServer, tiny_
 
 def test_signal_while_loading(start_server: StartServer, tiny_llama: Path) -> None:
     server = start_server(tiny_llama, *SMALL)
-    wait_for(lambda: Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text() != "", 30)
+    wait_for(
+        lambda: (
+            Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text() != ""
+        ),
+        30,
+    )
     time.sleep(1.5)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) == 0
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "nibble", "serve", *args], capture_output=True, text=True, timeout=60,
-                          cwd="/", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "nibble", "serve", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_corrupt_model(tiny_llama: Path, tmp_path: Path) -> None:
@@ -157,7 +190,9 @@ def test_corrupt_model(tiny_llama: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for file in tiny_llama.iterdir():
         data = file.read_bytes()
-        (folder / file.name).write_bytes(data[:len(data) // 2] if file.suffix == ".safetensors" else data)
+        (folder / file.name).write_bytes(
+            data[: len(data) // 2] if file.suffix == ".safetensors" else data
+        )
     done = run(str(folder), "--port", "0")
     assert done.returncode == 2
     assert "model.safetensors" in done.stderr and "Traceback" not in done.stderr
@@ -182,7 +217,17 @@ def test_port_in_use(server: ServerProcess, tiny_llama: Path) -> None:
 
 def test_chat_with_this_server(server: ServerProcess) -> None:
     def chat(*args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "nibble", "chat", "--url", server.url, "--prompt", "x", *args]
+        command = [
+            sys.executable,
+            "-m",
+            "nibble",
+            "chat",
+            "--url",
+            server.url,
+            "--prompt",
+            "x",
+            *args,
+        ]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")
 
     done = chat("--api-key", KEY, "--max-tokens", "5")

@@ -19,17 +19,31 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=60
+    ) as client:
         yield client
 
 
 def chat(client: openai.OpenAI, **fields):
-    given = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 0, "logit_bias": LETTERS} | fields
+    given = {
+        "model": "tiny",
+        "messages": HELLO,
+        "max_tokens": 12,
+        "temperature": 0,
+        "logit_bias": LETTERS,
+    } | fields
     return client.chat.completions.create(**given)
 
 
 def complete(client: openai.OpenAI, **fields):
-    given = {"model": "tiny", "prompt": "Hello", "max_tokens": 12, "temperature": 0, "logit_bias": LETTERS} | fields
+    given = {
+        "model": "tiny",
+        "prompt": "Hello",
+        "max_tokens": 12,
+        "temperature": 0,
+        "logit_bias": LETTERS,
+    } | fields
     return client.completions.create(**given)
 
 
@@ -38,6 +52,7 @@ def text_of(chunks) -> str:
 
 
 # Answers
+
 
 def test_chat(client: openai.OpenAI) -> None:
     answer = chat(client)
@@ -50,7 +65,10 @@ def test_chat(client: openai.OpenAI) -> None:
 def test_chat_streamed_is_chat(client: openai.OpenAI) -> None:
     chunks = list(chat(client, stream=True))
     assert text_of(chunks) == chat(client).choices[0].message.content
-    assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].object == "chat.completion.chunk"
+    assert (
+        chunks[0].choices[0].delta.role == "assistant"
+        and chunks[0].object == "chat.completion.chunk"
+    )
     assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert len({c.id for c in chunks}) == 1
     # Role, text, finish: one for each token, but for those that arrived together.
@@ -65,18 +83,26 @@ def test_completion_streamed_is_completion(client: openai.OpenAI) -> None:
 
 
 def test_completion_default_is_16_tokens(client: openai.OpenAI) -> None:
-    assert client.completions.create(model="tiny", prompt="x", logit_bias=LETTERS).usage.completion_tokens == 16
+    assert (
+        client.completions.create(
+            model="tiny", prompt="x", logit_bias=LETTERS
+        ).usage.completion_tokens
+        == 16
+    )
 
 
 def test_prompt_as_token_ids_is_prompt_as_text(client: openai.OpenAI) -> None:
-    assert complete(client, prompt=list(b"Hello")).choices[0].text == complete(client).choices[0].text
+    assert (
+        complete(client, prompt=list(b"Hello")).choices[0].text == complete(client).choices[0].text
+    )
 
 
 def test_several_prompts(client: openai.OpenAI) -> None:
     both = complete(client, prompt=["Hello", "Goodbye"], n=2)
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
     assert [choice.text for choice in both.choices[::2]] == [
-        complete(client, prompt=prompt).choices[0].text for prompt in ("Hello", "Goodbye")]
+        complete(client, prompt=prompt).choices[0].text for prompt in ("Hello", "Goodbye")
+    ]
     assert both.usage.prompt_tokens == len("Hello") + len("Goodbye")
     ids = complete(client, prompt=[list(b"Hello"), list(b"Goodbye")])
     assert [choice.text for choice in ids.choices] == [choice.text for choice in both.choices[::2]]
@@ -122,7 +148,8 @@ def test_stream_usage(client: openai.OpenAI) -> None:
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == [] and all(chunk.usage is None for chunk in chunks[:-1])
     assert chunks[-1].usage.model_dump() == chat(client).usage.model_dump() | {
-        "prompt_tokens_details": chunks[-1].usage.prompt_tokens_details.model_dump()}
+        "prompt_tokens_details": chunks[-1].usage.prompt_tokens_details.model_dump()
+    }
 
 
 def test_continuous_usage(client: openai.OpenAI) -> None:
@@ -134,11 +161,12 @@ def test_continuous_usage(client: openai.OpenAI) -> None:
 
 # Stopping
 
+
 def test_stop_string_across_tokens(client: openai.OpenAI) -> None:
     whole = complete(client, max_tokens=40).choices[0].text
     stop = whole[10:14]
     cut = complete(client, max_tokens=40, stop=stop)
-    assert cut.choices[0].text == whole[:whole.index(stop)]
+    assert cut.choices[0].text == whole[: whole.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
 
 
@@ -146,15 +174,17 @@ def test_stop_string_across_chunks(client: openai.OpenAI) -> None:
     whole = complete(client, max_tokens=40).choices[0].text
     stop = whole[10:14]
     chunks = list(complete(client, max_tokens=40, stop=["zz", stop], stream=True))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == whole[:whole.index(stop)]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole[: whole.index(stop)]
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_include_stop_str(client: openai.OpenAI) -> None:
     whole = complete(client, max_tokens=40).choices[0].text
     stop = whole[10:14]
-    cut = complete(client, max_tokens=40, stop=stop, extra_body={"include_stop_str_in_output": True})
-    assert cut.choices[0].text == whole[:whole.index(stop) + 4]
+    cut = complete(
+        client, max_tokens=40, stop=stop, extra_body={"include_stop_str_in_output": True}
+    )
+    assert cut.choices[0].text == whole[: whole.index(stop) + 4]
 
 
 def test_eos(client: openai.OpenAI) -> None:
@@ -179,12 +209,16 @@ def test_stop_token_ids(client: openai.OpenAI) -> None:
 
 # Text
 
+
 def force(text: str) -> dict:
     """Fields that make the model say `text`, whose bytes all differ: the likeliest byte comes first, and a repetition
     penalty of 10 keeps it from coming again."""
     data = text.encode()
-    return {"logit_bias": {str(byte): 100 - 15 * i for i, byte in enumerate(data)}, "max_tokens": len(data),
-            "extra_body": {"repetition_penalty": 10.0}}
+    return {
+        "logit_bias": {str(byte): 100 - 15 * i for i, byte in enumerate(data)},
+        "max_tokens": len(data),
+        "extra_body": {"repetition_penalty": 10.0},
+    }
 
 
 def test_emoji_over_four_tokens(client: openai.OpenAI) -> None:
@@ -218,6 +252,7 @@ def test_logprobs_carry_an_emojis_bytes(client: openai.OpenAI) -> None:
 
 # Log-probabilities
 
+
 def test_chat_logprobs(client: openai.OpenAI) -> None:
     answer = chat(client, logprobs=True, top_logprobs=3, logit_bias={})
     content = answer.choices[0].logprobs.content
@@ -231,7 +266,12 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 def test_chat_logprobs_streamed(client: openai.OpenAI) -> None:
     whole = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     chunks = chat(client, logprobs=True, top_logprobs=2, stream=True)
-    streamed = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    streamed = [
+        token
+        for chunk in chunks
+        if chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content
+    ]
     assert [token.model_dump() for token in streamed] == [token.model_dump() for token in whole]
 
 
@@ -240,7 +280,9 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
     logprobs = answer.choices[0].logprobs
     assert "".join(logprobs.tokens) == answer.choices[0].text
     assert logprobs.text_offset == list(range(12))
-    for token, own, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+    for token, own, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
         assert top[token] == own and 2 <= len(top) <= 3
 
 
@@ -254,37 +296,53 @@ def test_logprobs_stay_with_their_tokens_at_a_stop(client: openai.OpenAI) -> Non
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_echo_scores_the_prompt_for_lm_eval(client: openai.OpenAI, max_tokens: int) -> None:
     prompts = [list(b"The first"), list(b"A second one")]
-    answer = complete(client, prompt=prompts, echo=True, logprobs=1, max_tokens=max_tokens, logit_bias={})
+    answer = complete(
+        client, prompt=prompts, echo=True, logprobs=1, max_tokens=max_tokens, logit_bias={}
+    )
     for prompt, choice in zip(prompts, answer.choices, strict=True):
         logprobs = choice.logprobs
         assert len(logprobs.token_logprobs) == len(prompt) + max_tokens
         assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
-        assert "".join(logprobs.tokens[:len(prompt)]) == bytes(prompt).decode()
-        assert all(own <= max(top.values()) for own, top in
-                   zip(logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True))
+        assert "".join(logprobs.tokens[: len(prompt)]) == bytes(prompt).decode()
+        assert all(
+            own <= max(top.values())
+            for own, top in zip(logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True)
+        )
     assert answer.usage.completion_tokens == 2 * max_tokens
 
 
 def test_echoed_prompts_score_what_generation_scored(client: openai.OpenAI) -> None:
     said = complete(client, prompt="abc", logprobs=0, max_tokens=6, logit_bias={})
-    ids = [*b"abc", *(ord(token) if len(token) == 1 else int(token[-2:], 16)
-                      for token in said.choices[0].logprobs.tokens)]
+    ids = [
+        *b"abc",
+        *(
+            ord(token) if len(token) == 1 else int(token[-2:], 16)
+            for token in said.choices[0].logprobs.tokens
+        ),
+    ]
     scored = complete(client, prompt=ids, echo=True, logprobs=1, max_tokens=1, logit_bias={})
     assert scored.choices[0].logprobs.token_logprobs[3:9] == pytest.approx(
-        said.choices[0].logprobs.token_logprobs, abs=1e-4)
+        said.choices[0].logprobs.token_logprobs, abs=1e-4
+    )
 
 
 def test_echo_streamed(client: openai.OpenAI) -> None:
     chunks = list(complete(client, echo=True, stream=True))
-    assert "".join(chunk.choices[0].text for chunk in chunks) == complete(client, echo=True).choices[0].text
+    assert (
+        "".join(chunk.choices[0].text for chunk in chunks)
+        == complete(client, echo=True).choices[0].text
+    )
     assert chunks[0].choices[0].text.startswith("Hello")
 
 
 # Errors
 
+
 def test_no_key(server: ServerProcess) -> None:
-    with (openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
-          pytest.raises(openai.AuthenticationError) as caught):
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError) as caught,
+    ):
         chat(client)
     assert (caught.value.code, caught.value.type) == ("invalid_api_key", "invalid_request_error")
 
@@ -300,7 +358,11 @@ def test_context_length(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, prompt="x" * 9000)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
-    assert "8192" in caught.value.message and "9012" in caught.value.message and "9000" in caught.value.message
+    assert (
+        "8192" in caught.value.message
+        and "9012" in caught.value.message
+        and "9000" in caught.value.message
+    )
 
 
 def test_max_tokens_beyond_the_context(client: openai.OpenAI) -> None:
@@ -309,32 +371,44 @@ def test_max_tokens_beyond_the_context(client: openai.OpenAI) -> None:
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "messages"
 
 
-@pytest.mark.parametrize(("fields", "param"), [
-    ({"extra_body": {"guided_json": {}}}, "guided_json"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
-    ({"store": True}, "store"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
-     "messages.0.content.0.type"),
-    ({"messages": []}, "messages"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
-    ({"temperature": -1}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"top_p": 0}, "top_p"),
-    ({"n": 0}, "n"),
-    ({"n": 129}, "n"),
-    ({"n": 128, "max_tokens": 8000, "extra_body": {"ignore_eos": True}}, "max_tokens"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"logit_bias": {"999999": 1}}, "logit_bias"),
-    ({"stop": [""]}, "stop"),
-    ({"stop": ["x"] * 17}, "stop"),
-    ({"presence_penalty": 3}, "presence_penalty"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs"),
-    ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids"),
-])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"store": True}, "store"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}],
+                    }
+                ]
+            },
+            "messages.0.content.0.type",
+        ),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": 128, "max_tokens": 8000, "extra_body": {"ignore_eos": True}}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs"),
+        ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids"),
+    ],
+)
 def test_bad_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, **fields)
@@ -342,16 +416,19 @@ def test_bad_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> 
     assert caught.value.type == "invalid_request_error" and param.split(".")[0] in str(caught.value)
 
 
-@pytest.mark.parametrize(("fields", "param"), [
-    ({"prompt": []}, "prompt"),
-    ({"prompt": [[]]}, "prompt"),
-    ({"prompt": ""}, "prompt"),
-    ({"prompt": [-1]}, "prompt"),
-    ({"prompt": [264]}, "prompt"),
-    ({"best_of": 4}, "best_of"),
-    ({"suffix": "x"}, "suffix"),
-    ({"logprobs": 21}, "logprobs"),
-])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [264]}, "prompt"),
+        ({"best_of": 4}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+)
 def test_bad_completion_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, **fields)
@@ -360,18 +437,32 @@ def test_bad_completion_field_is_named(client: openai.OpenAI, fields: dict, para
 
 def test_no_op_values_are_accepted(client: openai.OpenAI) -> None:
     plain = chat(client).choices[0].message.content
-    fields = {"tools": [], "stop": None, "response_format": {"type": "text"}, "store": False, "user": "me", "n": 1,
-              "metadata": {"a": "b"}, "service_tier": "auto", "modalities": ["text"]}
+    fields = {
+        "tools": [],
+        "stop": None,
+        "response_format": {"type": "text"},
+        "store": False,
+        "user": "me",
+        "n": 1,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "modalities": ["text"],
+    }
     assert chat(client, **fields).choices[0].message.content == plain
 
 
 def test_an_answer_may_be_sent_back(client: openai.OpenAI) -> None:
     answer = chat(client).choices[0].message
-    messages = [*HELLO, answer.model_dump(), {"role": "user", "content": [{"type": "text", "text": "more"}]}]
+    messages = [
+        *HELLO,
+        answer.model_dump(),
+        {"role": "user", "content": [{"type": "text", "text": "more"}]},
+    ]
     assert chat(client, messages=messages).choices[0].finish_reason == "length"
 
 
 # The rest of the API
+
 
 def test_models(client: openai.OpenAI) -> None:
     cards = client.models.list().data
@@ -382,10 +473,13 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_request_id(client: openai.OpenAI) -> None:
-    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=HELLO, max_tokens=1)
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=HELLO, max_tokens=1
+    )
     assert raw.request_id
-    own = client.chat.completions.with_raw_response.create(model="tiny", messages=HELLO, max_tokens=1,
-                                                           extra_headers={"x-request-id": "mine-1"})
+    own = client.chat.completions.with_raw_response.create(
+        model="tiny", messages=HELLO, max_tokens=1, extra_headers={"x-request-id": "mine-1"}
+    )
     assert own.headers["x-request-id"] == "mine-1"
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, model="gpt-4")
@@ -397,14 +491,21 @@ def test_concurrent_streams_say_what_they_say_alone(client: openai.OpenAI) -> No
     alone = [complete(client, prompt=prompt, max_tokens=24).choices[0].text for prompt in prompts]
 
     def stream(prompt: str) -> str:
-        return "".join(c.choices[0].text for c in complete(client, prompt=prompt, max_tokens=24, stream=True))
+        return "".join(
+            c.choices[0].text for c in complete(client, prompt=prompt, max_tokens=24, stream=True)
+        )
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         assert list(pool.map(stream, prompts)) == alone
 
 
-def test_a_client_that_leaves_frees_its_blocks(client: openai.OpenAI, server: ServerProcess) -> None:
-    streams = [complete(client, max_tokens=8000, stream=True, extra_body={"ignore_eos": True}) for _ in range(3)]
+def test_a_client_that_leaves_frees_its_blocks(
+    client: openai.OpenAI, server: ServerProcess
+) -> None:
+    streams = [
+        complete(client, max_tokens=8000, stream=True, extra_body={"ignore_eos": True})
+        for _ in range(3)
+    ]
     for stream in streams:
         next(iter(stream))
     assert server.metric("nibble_num_requests_running") == 3

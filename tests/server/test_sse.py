@@ -109,7 +109,9 @@ def test_a_source_that_cannot_start_is_closed() -> None:
     async def run() -> None:
         client, heard, source = Client(), [], Broken(0, 1)
         with pytest.raises(ValueError, match="broken"):
-            await sse.EventStream(source, heard.append)({"type": "http"}, client.receive, client.send)
+            await sse.EventStream(source, heard.append)(
+                {"type": "http"}, client.receive, client.send
+            )
         assert len(heard) == 1 and source.closed
 
     asyncio.run(run())
@@ -135,7 +137,9 @@ def test_work_stops_when_the_client_leaves() -> None:
 
 @contextlib.asynccontextmanager
 async def listening(app: Callable) -> AsyncGenerator[int, None]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol.Protocol, lifespan="off", log_level="critical"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, http=protocol.Protocol, lifespan="off", log_level="critical")
+    )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve())
     while not server.started:
@@ -150,7 +154,9 @@ def test_a_head_that_never_ends_is_cut_and_others_are_not(monkeypatch: pytest.Mo
 
     async def slow_app(scope: dict, receive: Callable, send: Callable) -> None:
         await asyncio.sleep(0.6)  # longer than a head may take: answers have all the time they need
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}
+        )
         await send({"type": "http.response.body", "body": b"ok"})
 
     async def run() -> None:
@@ -172,7 +178,9 @@ def test_a_head_that_never_ends_is_cut_and_others_are_not(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("version", "chunked"), [("1.1", True), ("1.0", False)])
-def test_a_stream_on_a_real_connection_is_framed_as_http_has_it(version: str, chunked: bool) -> None:
+def test_a_stream_on_a_real_connection_is_framed_as_http_has_it(
+    version: str, chunked: bool
+) -> None:
     heard: list[bool] = []
 
     async def app(scope: dict, receive: Callable, send: Callable) -> None:
@@ -185,7 +193,9 @@ def test_a_stream_on_a_real_connection_is_framed_as_http_has_it(version: str, ch
                 writer.write(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
                 head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
                 assert (b"transfer-encoding: chunked" in head.lower()) == chunked
-                body = await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n") if chunked else reader.read(), 5)
+                body = await asyncio.wait_for(
+                    reader.readuntil(b"0\r\n\r\n") if chunked else reader.read(), 5
+                )
                 events = b"".join(_chunks(body)) if chunked else body
                 assert events == b"data: 0\n\ndata: 1\n\ndata: 2\n\n"
             writer.close()
@@ -199,9 +209,9 @@ def _chunks(body: bytes) -> list[bytes]:
     while body:
         size, _, rest = body.partition(b"\r\n")
         end = int(size, 16)
-        assert rest[end:end + 2] == b"\r\n"
+        assert rest[end : end + 2] == b"\r\n"
         chunks.append(rest[:end])
-        body = rest[end + 2:]
+        body = rest[end + 2 :]
     return chunks
 
 

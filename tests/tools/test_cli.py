@@ -13,8 +13,15 @@ from nibble.errors import UserError
 
 
 def nibble(*args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "nibble", *args], input=stdin, capture_output=True, text=True,
-                          timeout=120, cwd="/", env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+    return subprocess.run(
+        [sys.executable, "-m", "nibble", *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd="/",
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )
 
 
 def test_help_is_quick_and_names_every_verb() -> None:
@@ -27,16 +34,34 @@ def test_help_is_quick_and_names_every_verb() -> None:
 
 
 def test_help_imports_neither_torch_nor_the_server() -> None:
-    code = ("import sys; from nibble.cli import main; main([])\n"
-            "print({'torch', 'fastapi', 'transformers'} & set(sys.modules))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/", check=True)
+    code = (
+        "import sys; from nibble.cli import main; main([])\n"
+        "print({'torch', 'fastapi', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        check=True,
+    )
     assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_serving_imports_no_torch() -> None:
-    code = ("import sys, nibble.server.lifecycle, nibble.server.app, nibble.engine.client\n"
-            "print({'torch', 'transformers', 'numpy'} & set(sys.modules))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd="/", check=True)
+    code = (
+        "import sys, nibble.server.lifecycle, nibble.server.app, nibble.engine.client\n"
+        "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        check=True,
+    )
     assert done.stdout.strip() == "set()"
 
 
@@ -51,7 +76,9 @@ def test_unknown_verb() -> None:
     assert done.returncode == 2 and "did you mean 'serve'" in done.stderr
 
 
-@pytest.mark.parametrize("args", [("serve",), ("serve", "x", "--no-such-option"), ("serve", "x", "--port", "99999")])
+@pytest.mark.parametrize(
+    "args", [("serve",), ("serve", "x", "--no-such-option"), ("serve", "x", "--port", "99999")]
+)
 def test_bad_usage(args: tuple[str, ...]) -> None:
     assert nibble(*args).returncode == 2
 
@@ -61,11 +88,22 @@ def test_bad_input_is_one_line_and_debug_shows_more(tmp_path: Path) -> None:
     done = nibble("serve", missing, "--port", "0", HF_HUB_OFFLINE="1")
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
     assert done.stderr.startswith("error: ") and "no-such-model" in done.stderr
-    assert "Traceback" in nibble("serve", missing, "--port", "0", "--debug", HF_HUB_OFFLINE="1").stderr
+    assert (
+        "Traceback" in nibble("serve", missing, "--port", "0", "--debug", HF_HUB_OFFLINE="1").stderr
+    )
 
 
-@pytest.mark.parametrize(("text", "size"), [("2GiB", 2 * 2**30), ("512M", 512_000_000), ("1.5gi", 3 * 2**29), ("7", 7),
-                                            ("64 MiB", 64 * 2**20), ("10kB", 10_000)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2 * 2**30),
+        ("512M", 512_000_000),
+        ("1.5gi", 3 * 2**29),
+        ("7", 7),
+        ("64 MiB", 64 * 2**20),
+        ("10kB", 10_000),
+    ],
+)
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
@@ -81,7 +119,9 @@ def test_bad_size_is_bad_input() -> None:
 
 
 def test_chat_with_a_model(tiny_llama: Path) -> None:
-    done = nibble("chat", str(tiny_llama), "--prompt", "Hello", "--max-tokens", "8", "--temperature", "0")
+    done = nibble(
+        "chat", str(tiny_llama), "--prompt", "Hello", "--max-tokens", "8", "--temperature", "0"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout and "[8 tokens," in done.stderr
     turns = nibble("chat", str(tiny_llama), "--max-tokens", "4", stdin="one\n/clear\ntwo\n/exit\n")

@@ -18,20 +18,39 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "convert.py"
 
 
 def convert(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300,
-                          check=False)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("method", ["--awq", "--fp8"])
-def test_a_conversion_carries_its_measured_quality(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+def test_a_conversion_carries_its_measured_quality(
+    tiny_llama: Path, tmp_path: Path, method: str
+) -> None:
     out = tmp_path / "out"
-    done = convert(str(tiny_llama), method, "-o", str(out), "--group-size", "32", "--calib-samples", "2",
-                   "--calib-seqlen", "64")
+    done = convert(
+        str(tiny_llama),
+        method,
+        "-o",
+        str(out),
+        "--group-size",
+        "32",
+        "--calib-samples",
+        "2",
+        "--calib-seqlen",
+        "64",
+    )
     assert done.returncode == 0, done.stderr
     quality = json.loads((out / "nibble_quality.json").read_text())
     assert [text["domain"] for text in quality["evaluation"]] == ["prose", "docs", "code"]
     for text in quality["evaluation"]:
-        if method == "--fp8" or why_missing():  # nothing here multiplies these weights with integers
+        if (
+            method == "--fp8" or why_missing()
+        ):  # nothing here multiplies these weights with integers
             assert text["kl_mean_int8"] is None
         else:
             assert text["kl_mean"] / 2 < text["kl_mean_int8"] != text["kl_mean"]
@@ -78,33 +97,56 @@ def test_a_truncated_checkpoint_is_one_line(tiny_llama: Path, tmp_path: Path) ->
     (["{tiny}", "--device", "cuda:0,cuda:1"], "is no device (give cpu, cuda or one of several"),
     (["{tiny}", "--device", "cuda:99"], "--device cuda:99: "),
 ])  # fmt: skip
-def test_every_mistake_is_one_line_that_says_what_to_do(tiny_llama: Path, tmp_path: Path, capsys, arguments: list[str],
-                                                         message: str) -> None:
+def test_every_mistake_is_one_line_that_says_what_to_do(
+    tiny_llama: Path, tmp_path: Path, capsys, arguments: list[str], message: str
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").write_bytes(b"x")
     places = {"tiny": tiny_llama, "empty": tmp_path / "empty", "file": tmp_path / "weights.bin"}
-    code = main(["convert", "-o", str(tmp_path / "out"), "--awq", *(a.format(**places) for a in arguments)])
+    code = main(
+        ["convert", "-o", str(tmp_path / "out"), "--awq", *(a.format(**places) for a in arguments)]
+    )
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0], said
     assert not list(tmp_path.glob("out*")) and "Traceback" not in said
 
 
-@pytest.mark.parametrize(("file", "change", "message"), [
-    ("config.json", {"model_type": "mixtral"}, "model_type 'mixtral' cannot be converted yet (known: "),
-    ("config.json", {"model_type": None}, "model_type None cannot be converted yet"),
-    ("config.json", {"hidden_size": "wide"}, "config.json describes no model"),
-    ("config.json", {"hidden_size": 96}, "'model.layers.0.self_attn.q_proj.weight': has shape [64, 64], config.json"),
-    ("config.json", {"num_hidden_layers": 3}, "'model.layers.2.self_attn.q_proj.weight': is missing"),
-    ("tokenizer.json", {}, "has no tokenizer that can be loaded"),
-])
-def test_a_folder_that_is_not_quite_a_model_is_named(tiny_llama: Path, tmp_path: Path, capsys, file: str, change: dict,
-                                                      message: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "config.json",
+            {"model_type": "mixtral"},
+            "model_type 'mixtral' cannot be converted yet (known: ",
+        ),
+        ("config.json", {"model_type": None}, "model_type None cannot be converted yet"),
+        ("config.json", {"hidden_size": "wide"}, "config.json describes no model"),
+        (
+            "config.json",
+            {"hidden_size": 96},
+            "'model.layers.0.self_attn.q_proj.weight': has shape [64, 64], config.json",
+        ),
+        (
+            "config.json",
+            {"num_hidden_layers": 3},
+            "'model.layers.2.self_attn.q_proj.weight': is missing",
+        ),
+        ("tokenizer.json", {}, "has no tokenizer that can be loaded"),
+    ],
+)
+def test_a_folder_that_is_not_quite_a_model_is_named(
+    tiny_llama: Path, tmp_path: Path, capsys, file: str, change: dict, message: str
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     content = json.loads((folder / file).read_text()) | change if change else {}
-    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-    code = main(["convert", str(folder), "--gptq", "-o", str(tmp_path / "out"), "--calib-seqlen", "32"])
+    (folder / file).write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )
+    code = main(
+        ["convert", str(folder), "--gptq", "-o", str(tmp_path / "out"), "--calib-seqlen", "32"]
+    )
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0]
     assert not list(tmp_path.glob("out*"))

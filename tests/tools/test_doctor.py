@@ -34,7 +34,10 @@ def test_missing_cpp_kernels_are_slow_and_say_what_to_do(capsys, monkeypatch):
     monkeypatch.setattr("nibble.kernels.cpu.library.why_missing", lambda: "install a compiler")
     code, found = findings(capsys)
     assert code == 0
-    assert (found["c++ kernels"][0]["state"], found["c++ kernels"][0]["fix"]) == ("slow", "install a compiler")
+    assert (found["c++ kernels"][0]["state"], found["c++ kernels"][0]["fix"]) == (
+        "slow",
+        "install a compiler",
+    )
 
 
 @pytest.mark.parametrize("change", [{"architectures": ["NoSuchForCausalLM"]}, None])

@@ -27,12 +27,26 @@ def test_shapes_are_the_models_fused_projections(tiny_llama: Path) -> None:
 
 
 def test_what_is_printed_is_what_serves() -> None:
-    table = Table(90, 1, 64, 4, 40, (Tile(16, 16, 64, 4, 3, True, max_group=32), Tile(16, 16, 64, 4, 4, True),
-                                     Tile(64, 64, 64, 4, 3, True), Tile(128, 64, 64, 8, 3, True)), weights=("int4",))
+    table = Table(
+        90,
+        1,
+        64,
+        4,
+        40,
+        (
+            Tile(16, 16, 64, 4, 3, True, max_group=32),
+            Tile(16, 16, 64, 4, 4, True),
+            Tile(64, 64, 64, 4, 3, True),
+            Tile(128, 64, 64, 8, 3, True),
+        ),
+        weights=("int4",),
+    )
     written = io.StringIO()
     Console(width=100, file=written).print(tune._printed(table))
     text = written.getvalue()
-    assert all(part in text for part in ("1 to 1", "2 to 16", "16x64 w4 s4 swap", "17 to 39", "from 40"))
+    assert all(
+        part in text for part in ("1 to 1", "2 to 16", "16x64 w4 s4 swap", "17 to 39", "from 40")
+    )
     assert "s3 swap p2" in text and "w8" not in text
 
 
@@ -53,17 +67,26 @@ class Subject:
 
     def measure(self, trial: Trial) -> Measurement:
         tile = trial.candidate.tile
-        return Measurement(trial, 100.0 if tile is None else trial.rows * (1.0 - 0.5 * tile.swap + 0.1 * tile.stages))
+        return Measurement(
+            trial,
+            100.0 if tile is None else trial.rows * (1.0 - 0.5 * tile.swap + 0.1 * tile.stages),
+        )
 
 
-def test_every_kind_of_weights_gets_its_table(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_weights_gets_its_table(
+    tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trial = pytest.importorskip("nibble.kernels.gptq.trial")
     asked = []
 
     def reasons(kind, index, trials):
         asked.append((kind.group, trials[0].shape))
-        return ["spills 4 registers" if kind.group == 32 and t.candidate.tile and t.candidate.tile.stages == 3 else ""
-                for t in trials]
+        return [
+            "spills 4 registers"
+            if kind.group == 32 and t.candidate.tile and t.candidate.tile.stages == 3
+            else ""
+            for t in trials
+        ]
 
     monkeypatch.setattr(trial, "reasons", reasons)
     monkeypatch.setattr(trial, "subject", lambda kind, shape, index: Subject())
@@ -74,7 +97,9 @@ def test_every_kind_of_weights_gets_its_table(tuner: tune.Tuner, monkeypatch: py
     assert table.dequantize_rows == 256 and tuner.measure("fp8").weights == ("fp8",)
 
 
-def test_a_product_that_cannot_be_computed_is_an_error(tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_that_cannot_be_computed_is_an_error(
+    tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = [Measurement(Trial((64, 64), 1, DEQUANTIZE), reason="is wrong by 1")]
     monkeypatch.setattr(tune.Tuner, "_run", lambda self, label, kind, trials: broken)
     with pytest.raises(tune.UserError, match=r"int8: dequantization of \(64, 64\) is wrong by 1"):

@@ -23,10 +23,16 @@ from ...scheduling.batch import ScheduledRequest
 from ..torch.attention import zero_pages
 from ..torch.layers import inverse_frequencies
 
-_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536  # what the kernels' scratch memory holds
+_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = (
+    32,
+    1024,
+    65536,
+)  # what the kernels' scratch memory holds
 
 
-def why_not(config: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(
+    config: DecoderConfig, block_size: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
     """None if the C++ decoder can serve this model here, else the reason and what would help."""
     if device.type != "cpu":
         return f"runs on a CPU, not on {device.type}"
@@ -61,8 +67,17 @@ class NativeLayer:
     post_mlp_norm: Tensor | None
 
     def struct(self, rope: int, window: int | None) -> NbLayer:
-        norms = (pointer(n) for n in (self.input_norm, self.mlp_norm, self.q_norm, self.k_norm,
-                                      self.post_attention_norm, self.post_mlp_norm))
+        norms = (
+            pointer(n)
+            for n in (
+                self.input_norm,
+                self.mlp_norm,
+                self.q_norm,
+                self.k_norm,
+                self.post_attention_norm,
+                self.post_mlp_norm,
+            )
+        )
         sites = (site.struct() for site in (self.qkv, self.o, self.gate_up, self.down))
         return NbLayer(*norms, rope, window or 0, *sites)
 
@@ -75,10 +90,14 @@ class NativeCache:
     int8: bool
 
     @classmethod
-    def allocate(cls, config: DecoderConfig, num_blocks: int, block_size: int, int8: bool) -> "NativeCache":
+    def allocate(
+        cls, config: DecoderConfig, num_blocks: int, block_size: int, int8: bool
+    ) -> "NativeCache":
         vector = config.head_dim + 4 if int8 else 2 * config.head_dim
         shape = (config.num_layers, num_blocks, config.num_kv_heads, 2 * block_size * vector)
-        return cls(torch.frombuffer(zero_pages(math.prod(shape)), dtype=torch.uint8).view(shape), int8)
+        return cls(
+            torch.frombuffer(zero_pages(math.prod(shape)), dtype=torch.uint8).view(shape), int8
+        )
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that a failed request may have left NaN in."""
@@ -100,22 +119,46 @@ class NativeDecoder:
     def __post_init__(self) -> None:
         config = self.config
         kinds = sorted(config.rope)
-        frequencies = [inverse_frequencies(config.head_dim, config.rope[kind].theta, dict(config.rope[kind].scaling))
-                       for kind in kinds]
-        layers = (NbLayer * config.num_layers)(*(
-            layer.struct(kinds.index(config.layer_types[i]), config.window(i)) for i, layer in enumerate(self.layers)))
+        frequencies = [
+            inverse_frequencies(
+                config.head_dim, config.rope[kind].theta, dict(config.rope[kind].scaling)
+            )
+            for kind in kinds
+        ]
+        layers = (NbLayer * config.num_layers)(
+            *(
+                layer.struct(kinds.index(config.layer_types[i]), config.window(i))
+                for i, layer in enumerate(self.layers)
+            )
+        )
         scale = config.attention_scale or config.head_dim**-0.5
         embedding_scale = float(torch.tensor(config.embedding_scale, dtype=torch.bfloat16))
         tables = (ctypes.c_void_p * 2)(*(f.data_ptr() for f in frequencies))
         self._model = NbModel(
-            config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads, config.num_kv_heads,
-            config.head_dim, config.vocab_size, lib.ACTIVATIONS[config.activation], config.rms_norm_eps, scale,
-            embedding_scale, self.block_size, layers, self.embedding.data_ptr(), self.norm.data_ptr(), tables,
-            self.head.struct())
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_layers,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.vocab_size,
+            lib.ACTIVATIONS[config.activation],
+            config.rms_norm_eps,
+            scale,
+            embedding_scale,
+            self.block_size,
+            layers,
+            self.embedding.data_ptr(),
+            self.norm.data_ptr(),
+            tables,
+            self.head.struct(),
+        )
         self._kept = [frequencies, layers]
 
     def new_cache(self, num_blocks: int, config: EngineConfig) -> NativeCache:
-        return NativeCache.allocate(self.config, num_blocks, self.block_size, config.kv_cache_dtype == "int8")
+        return NativeCache.allocate(
+            self.config, num_blocks, self.block_size, config.kv_cache_dtype == "int8"
+        )
 
     def forward(self, items: list[ScheduledRequest], cache: NativeCache) -> Tensor:
         """Compute the items' tokens, writing their keys and values to the cache. Returns the hidden states of all,
@@ -123,11 +166,25 @@ class NativeDecoder:
         tables = [item.request.block_table for item in items]
         ends = [0, *itertools.accumulate(map(len, tables))]
         tokens = _int32([token for item in items for token in item.token_ids])
-        flat = _int32([n for item, at in zip(items, ends, strict=False) for n in (item.num_tokens, item.start, at)])
+        flat = _int32(
+            [
+                n
+                for item, at in zip(items, ends, strict=False)
+                for n in (item.num_tokens, item.start, at)
+            ]
+        )
         blocks = _int32([block for table in tables for block in table])
         hidden = torch.empty(len(tokens), self.config.hidden_size)
-        batch = NbBatch(len(tokens), len(items), ctypes.addressof(tokens), ctypes.addressof(flat),
-                        ctypes.addressof(blocks), cache.blocks.data_ptr(), cache.blocks.shape[1], cache.int8)
+        batch = NbBatch(
+            len(tokens),
+            len(items),
+            ctypes.addressof(tokens),
+            ctypes.addressof(flat),
+            ctypes.addressof(blocks),
+            cache.blocks.data_ptr(),
+            cache.blocks.shape[1],
+            cache.int8,
+        )
         self.pool.library.nb_forward(self.pool.handle, self._model, batch, hidden.data_ptr())
         return hidden
 
@@ -135,7 +192,9 @@ class NativeDecoder:
         """Hidden states [R, hidden] of the rows that need it -> float32 [R, vocab]."""
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self.config.vocab_size)
-        self.pool.library.nb_logits(self.pool.handle, self._model, hidden.data_ptr(), len(hidden), logits.data_ptr())
+        self.pool.library.nb_logits(
+            self.pool.handle, self._model, hidden.data_ptr(), len(hidden), logits.data_ptr()
+        )
         return logits
 
 

@@ -63,7 +63,9 @@ class NativeLoader(Loader):
         return Site(linears, self.int8)
 
     def _head_weight(self, weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
-        return quantize_head(weight) if self.head_bits == 8 and isinstance(weight, Tensor) else weight
+        return (
+            quantize_head(weight) if self.head_bits == 8 and isinstance(weight, Tensor) else weight
+        )
 
     def _norm(self, name: str, width: int) -> Tensor:
         return self._norm_weight(name, width)

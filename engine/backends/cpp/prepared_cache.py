@@ -47,7 +47,9 @@ class PreparedCache:
         """`options`: whatever beside the checkpoint decides how weights are prepared."""
         source = checkpoint.path.resolve()
         files = sorted(source.iterdir()) if source.is_dir() else [source]
-        state = [f"{f.name} {(s := f.stat()).st_size} {s.st_mtime_ns}" for f in files if f.is_file()]
+        state = [
+            f"{f.name} {(s := f.stat()).st_size} {s.st_mtime_ns}" for f in files if f.is_file()
+        ]
         name = f"{_digest(str(source), options)}-{_digest(str(LAYOUT), *state)}.safetensors"
         cache = cls(Path(folder).expanduser() / name, source)
         cache._open()
@@ -70,7 +72,9 @@ class PreparedCache:
             prefix = f"{name}.{i}."
             scalars = [getattr(linear, key) for key in _NUMBERS]
             self._added[prefix + "numbers"] = torch.tensor(scalars, dtype=torch.float64)
-            self._added |= {prefix + key: t for key in _TENSORS if (t := getattr(linear, key)) is not None}
+            self._added |= {
+                prefix + key: t for key in _TENSORS if (t := getattr(linear, key)) is not None
+            }
 
     def save(self) -> None:
         """Write what was added, unless it is little or the disk is short, and remove what nothing can use any more."""
@@ -82,8 +86,11 @@ class PreparedCache:
             self._remove_stale()
             free = shutil.disk_usage(self.file.parent).free
             if size > free * _SHARE_OF_DISK:
-                logger.info("prepared weights are not kept for the next start: they take %.1f of %.1f GB that are free",
-                            size / 1e9, free / 1e9)
+                logger.info(
+                    "prepared weights are not kept for the next start: they take %.1f of %.1f GB that are free",
+                    size / 1e9,
+                    free / 1e9,
+                )
                 return
             with tempfile.TemporaryDirectory(dir=self.file.parent) as folder:
                 written = Path(folder) / self.file.name

@@ -28,8 +28,16 @@ class KVCache:
     block_size: int
 
     @classmethod
-    def allocate(cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int,
-                 dtype: torch.dtype, device: torch.device) -> "KVCache":
+    def allocate(
+        cls,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "KVCache":
         """Zeros: what lies behind a request's last token is gathered with its block and masked, but 0 * NaN is NaN.
 
         On a CPU they are anonymous pages (torch's own zeros are written out), so a block costs memory from its first
@@ -41,7 +49,9 @@ class KVCache:
         def zeros() -> Tensor:
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
-            return torch.frombuffer(zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+            return torch.frombuffer(
+                zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype
+            ).view(shape)
 
         return cls([zeros() for _ in range(num_layers)], block_size)
 
@@ -77,7 +87,9 @@ class _DecodeView:
 
     blocks: Tensor | slice  # int64 [B * n]
     width: int  # tokens per request after padding: n * block_size
-    mask: Tensor | None  # additive, in the activations' dtype [1, B, 1, width]; None: every position is real
+    mask: (
+        Tensor | None
+    )  # additive, in the activations' dtype [1, B, 1, width]; None: every position is real
 
 
 @dataclass(slots=True)
@@ -91,15 +103,29 @@ class AttentionMetadata:
     dtype: torch.dtype
     device: torch.device
     _decode_views: dict[int | None, _DecodeView] = field(default_factory=dict)
-    _chunk_views: dict[tuple[int, int | None], tuple[Tensor | slice, Tensor]] = field(default_factory=dict)
+    _chunk_views: dict[tuple[int, int | None], tuple[Tensor | slice, Tensor]] = field(
+        default_factory=dict
+    )
 
     @classmethod
-    def build(cls, items: list[ScheduledRequest], block_size: int, dtype: torch.dtype,
-              device: torch.device) -> "AttentionMetadata":
+    def build(
+        cls,
+        items: list[ScheduledRequest],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "AttentionMetadata":
         """`items` must have the decode tokens (num_tokens == 1) first."""
         slots = [slot for item in items for slot in item.slots(block_size)]
         decodes = [item for item in items if item.num_tokens == 1]
-        return cls(torch.tensor(slots, device=device), decodes, items[len(decodes):], block_size, dtype, device)
+        return cls(
+            torch.tensor(slots, device=device),
+            decodes,
+            items[len(decodes) :],
+            block_size,
+            dtype,
+            device,
+        )
 
     def decode_view(self, window: int | None) -> _DecodeView:
         if window not in self._decode_views:
@@ -119,12 +145,18 @@ class AttentionMetadata:
     def _make_decode_view(self, window: int | None) -> _DecodeView:
         size = self.block_size
         firsts = [self._first_block(item.start, window) for item in self.decodes]
-        tables = [item.request.block_table[first:-(-item.end // size)]
-                  for item, first in zip(self.decodes, firsts, strict=True)]
+        tables = [
+            item.request.block_table[first : -(-item.end // size)]
+            for item, first in zip(self.decodes, firsts, strict=True)
+        ]
         longest = max(map(len, tables))
-        blocks = self._blocks([block for table in tables for block in table + [table[0]] * (longest - len(table))])
+        blocks = self._blocks(
+            [block for table in tables for block in table + [table[0]] * (longest - len(table))]
+        )
         width = longest * size
-        ends = torch.tensor([item.end - first * size for item, first in zip(self.decodes, firsts, strict=True)])
+        ends = torch.tensor(
+            [item.end - first * size for item, first in zip(self.decodes, firsts, strict=True)]
+        )
         if window is None and int(ends.min()) == width:
             return _DecodeView(blocks, width, None)
         position = torch.arange(width)
@@ -133,10 +165,12 @@ class AttentionMetadata:
             seen &= position >= ends[:, None] - window
         return _DecodeView(blocks, width, self._additive(seen)[None, :, None])
 
-    def _make_chunk_view(self, item: ScheduledRequest, window: int | None) -> tuple[Tensor | slice, Tensor]:
+    def _make_chunk_view(
+        self, item: ScheduledRequest, window: int | None
+    ) -> tuple[Tensor | slice, Tensor]:
         size = self.block_size
         first = self._first_block(item.start, window)
-        table = item.request.block_table[first:-(-item.end // size)]
+        table = item.request.block_table[first : -(-item.end // size)]
         key = torch.arange(first * size, (first + len(table)) * size)
         query = torch.arange(item.start, item.end)[:, None]
         seen = key <= query
@@ -156,8 +190,15 @@ class AttentionMetadata:
         return mask.to(self.device)
 
 
-def paged_attention(qkv: Tensor, num_heads: int, cache: KVCache, layer: int, meta: AttentionMetadata, scale: float,
-                    window: int | None) -> Tensor:
+def paged_attention(
+    qkv: Tensor,
+    num_heads: int,
+    cache: KVCache,
+    layer: int,
+    meta: AttentionMetadata,
+    scale: float,
+    window: int | None,
+) -> Tensor:
     """Write this step's keys and values, then attend.
 
     qkv [T, num_heads + 2 * num_kv_heads, head_dim], rotated; window: positions seen, itself included, or None for all.
@@ -170,7 +211,9 @@ def paged_attention(qkv: Tensor, num_heads: int, cache: KVCache, layer: int, met
     num_decodes = len(meta.decodes)
     outputs = []
     if num_decodes:
-        outputs.append(_decode(q[:num_decodes], kv_heads, cache, layer, meta.decode_view(window), scale))
+        outputs.append(
+            _decode(q[:num_decodes], kv_heads, cache, layer, meta.decode_view(window), scale)
+        )
     offset = num_decodes
     for index, item in enumerate(meta.chunks):
         rows = slice(offset, offset + item.num_tokens)
@@ -183,7 +226,9 @@ def paged_attention(qkv: Tensor, num_heads: int, cache: KVCache, layer: int, met
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _decode(q: Tensor, kv_heads: int, cache: KVCache, layer: int, view: _DecodeView, scale: float) -> Tensor:
+def _decode(
+    q: Tensor, kv_heads: int, cache: KVCache, layer: int, view: _DecodeView, scale: float
+) -> Tensor:
     """One query token per request: the query heads that share a kv head become the rows of one small product.
 
     torch sees the kv heads as its batch and the requests as its heads, which is how the gathered blocks lie.
@@ -202,6 +247,13 @@ def _fresh_chunk(q: Tensor, kv: Tensor, scale: float) -> Tensor:
 
 def _attend(q: Tensor, kv: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """q [tokens, num_heads, head_dim], kv [2, num_kv_heads, context, head_dim]; no mask: causal from the start."""
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], kv[0][None], kv[1][None], attn_mask=mask,
-                                         is_causal=mask is None, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        kv[0][None],
+        kv[1][None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=True,
+    )
     return out[0].transpose(0, 1).flatten(1)

@@ -46,8 +46,15 @@ class Decoder:
 
     def new_cache(self, num_blocks: int, config: EngineConfig) -> KVCache:
         model = self.config
-        return KVCache.allocate(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim,
-                                self.embedding.dtype, self.embedding.device)
+        return KVCache.allocate(
+            model.num_layers,
+            num_blocks,
+            config.block_size,
+            model.num_kv_heads,
+            model.head_dim,
+            self.embedding.dtype,
+            self.embedding.device,
+        )
 
     def forward(self, items: list[ScheduledRequest], cache: KVCache) -> Tensor:
         """Compute the items' tokens (decodes first), writing their keys and values to the cache. Returns the hidden
@@ -56,10 +63,16 @@ class Decoder:
         token_ids = [token for item in items for token in item.token_ids]
         positions = [position for item in items for position in range(item.start, item.end)]
         meta = AttentionMetadata.build(items, cache.block_size, self.embedding.dtype, device)
-        return self._hidden_states(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device),
-                                   cache, meta)
+        return self._hidden_states(
+            torch.tensor(token_ids, device=device),
+            torch.tensor(positions, device=device),
+            cache,
+            meta,
+        )
 
-    def _hidden_states(self, token_ids: Tensor, positions: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
+    def _hidden_states(
+        self, token_ids: Tensor, positions: Tensor, cache: KVCache, meta: AttentionMetadata
+    ) -> Tensor:
         config = self.config
         x = F.embedding(token_ids, self.embedding)
         if config.embedding_scale != 1.0:
@@ -80,20 +93,35 @@ class Decoder:
         """Hidden states [R, hidden] of the rows that need it -> float32 [R, vocab]."""
         return self.lm_head(self.norm(hidden)).float()
 
-    def _attention(self, layer: DecoderLayer, index: int, h: Tensor, angles: dict[str, tuple[Tensor, Tensor]],
-                   cache: KVCache, meta: AttentionMetadata) -> Tensor:
+    def _attention(
+        self,
+        layer: DecoderLayer,
+        index: int,
+        h: Tensor,
+        angles: dict[str, tuple[Tensor, Tensor]],
+        cache: KVCache,
+        meta: AttentionMetadata,
+    ) -> Tensor:
         config = self.config
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            qkv = torch.cat((layer.q_norm(qkv[:, :heads]), layer.k_norm(qkv[:, heads:heads + kv_heads]),
-                             qkv[:, heads + kv_heads:]), dim=1)
-        apply_rope(qkv[:, :heads + kv_heads], *angles[config.layer_types[index]])
+            qkv = torch.cat(
+                (
+                    layer.q_norm(qkv[:, :heads]),
+                    layer.k_norm(qkv[:, heads : heads + kv_heads]),
+                    qkv[:, heads + kv_heads :],
+                ),
+                dim=1,
+            )
+        apply_rope(qkv[:, : heads + kv_heads], *angles[config.layer_types[index]])
         scale = config.attention_scale or dim**-0.5
         out = paged_attention(qkv, heads, cache, index, meta, scale, config.window(index))
         return layer.o(out)
 
     def _mlp(self, layer: DecoderLayer, h: Tensor) -> Tensor:
         gate, up = layer.gate_up(h).chunk(2, dim=-1)
-        gate = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
+        gate = (
+            F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
+        )
         return layer.down(gate * up)

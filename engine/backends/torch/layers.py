@@ -35,7 +35,9 @@ class RopeTable:
     sin: Tensor
 
     @classmethod
-    def build(cls, inv_freq: Tensor, max_position: int, dtype: torch.dtype, device: torch.device) -> "RopeTable":
+    def build(
+        cls, inv_freq: Tensor, max_position: int, dtype: torch.dtype, device: torch.device
+    ) -> "RopeTable":
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
         return cls(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
 
@@ -66,12 +68,16 @@ def inverse_frequencies(dim: int, theta: float, scaling: dict) -> Tensor:
         return inv_freq / float(scaling["factor"])
     if kind == "llama3":
         return _llama3_frequencies(inv_freq, scaling)
-    raise UnsupportedError(f"config.json: rope_scaling type {kind!r} is not supported (default, linear, llama3 are)")
+    raise UnsupportedError(
+        f"config.json: rope_scaling type {kind!r} is not supported (default, linear, llama3 are)"
+    )
 
 
 def _llama3_frequencies(inv_freq: Tensor, scaling: dict) -> Tensor:
     """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a smooth ramp between."""
-    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (
+        float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor")
+    )
     context = float(scaling["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inv_freq
     ramp = ((context / wavelength - low) / (high - low)).clamp(0, 1)

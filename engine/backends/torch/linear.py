@@ -35,11 +35,19 @@ class Linear:
         if len(self.parts) == 1:
             part = self.parts[0]
             return part.kernel.apply(x, part.prepared, part.bias)
-        return torch.cat([part.kernel.apply(x, part.prepared, part.bias) for part in self.parts], dim=-1)
+        return torch.cat(
+            [part.kernel.apply(x, part.prepared, part.bias) for part in self.parts], dim=-1
+        )
 
     @classmethod
-    def build(cls, weights: list[Weight], biases: list[Tensor | None], dtype: torch.dtype, device: torch.device,
-              report: Callable[[LinearSpec, Any], None] | None = None) -> "Linear":
+    def build(
+        cls,
+        weights: list[Weight],
+        biases: list[Tensor | None],
+        dtype: torch.dtype,
+        device: torch.device,
+        report: Callable[[LinearSpec, Any], None] | None = None,
+    ) -> "Linear":
         """Prepare `weights` (each [out_i, in]) for their kernels, fused where nothing changes by it.
 
         `report` hears of each part's spec and Choice.
@@ -55,7 +63,9 @@ class Linear:
         return cls(parts)
 
 
-def _fused(weights: list[Weight], biases: list[Tensor | None]) -> list[tuple[Weight, Tensor | None]]:
+def _fused(
+    weights: list[Weight], biases: list[Tensor | None]
+) -> list[tuple[Weight, Tensor | None]]:
     if len(weights) > 1:
         dense = [w for w in weights if isinstance(w, Tensor)]
         quantized = [scaled_by_row(w) for w in weights if isinstance(w, QuantizedWeight)]
@@ -70,4 +80,9 @@ def _stack_biases(weights: list[Weight], biases: list[Tensor | None]) -> Tensor 
     if all(bias is None for bias in biases):
         return None
     rows = [w.shape[0] if isinstance(w, Tensor) else w.out_features for w in weights]
-    return torch.cat([torch.zeros(n) if bias is None else bias.float() for n, bias in zip(rows, biases, strict=True)])
+    return torch.cat(
+        [
+            torch.zeros(n) if bias is None else bias.float()
+            for n, bias in zip(rows, biases, strict=True)
+        ]
+    )

@@ -50,10 +50,18 @@ class Loader:
         config = self.config
         layers = self._layers(DecoderLayer, progress)
         embedding = self._embedding()
-        return Decoder(config, embedding, layers, self._norm(f"{config.prefix}norm", config.hidden_size),
-                       self._lm_head(embedding), self._rope_tables())
+        return Decoder(
+            config,
+            embedding,
+            layers,
+            self._norm(f"{config.prefix}norm", config.hidden_size),
+            self._lm_head(embedding),
+            self._rope_tables(),
+        )
 
-    def _layers(self, kind: Callable[..., Any], progress: Callable[[int, int], None] | None) -> list[Any]:
+    def _layers(
+        self, kind: Callable[..., Any], progress: Callable[[int, int], None] | None
+    ) -> list[Any]:
         """Every layer, made by `kind`, which takes what DecoderLayer takes."""
         self._check_shapes()
         layers = []
@@ -64,7 +72,9 @@ class Loader:
         return layers
 
     def _embedding(self) -> Tensor:
-        return self.checkpoint.dense(f"{self.config.prefix}embed_tokens", self.dtype).to(self.device)
+        return self.checkpoint.dense(f"{self.config.prefix}embed_tokens", self.dtype).to(
+            self.device
+        )
 
     def _layer(self, prefix: str, kind: Callable[..., Any]) -> Any:
         config = self.config
@@ -88,27 +98,44 @@ class Loader:
 
     def _linear(self, *modules: str) -> Any:
         """The modules' weights, which read the same input, side by side."""
-        return self._build([self._checked(m) for m in modules], [self.checkpoint.bias(m) for m in modules])
+        return self._build(
+            [self._checked(m) for m in modules], [self.checkpoint.bias(m) for m in modules]
+        )
 
     def _build(self, weights: list[QuantizedWeight | Tensor], biases: list[Tensor | None]) -> Any:
         return Linear.build(weights, biases, self.dtype, self.device, self.report.add)
 
     def _checked(self, module: str) -> QuantizedWeight | Tensor:
         weight = self.checkpoint.linear(module)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else (weight.out_features, weight.in_features)
+        shape = (
+            tuple(weight.shape)
+            if isinstance(weight, Tensor)
+            else (weight.out_features, weight.in_features)
+        )
         want = self._linear_shape(module.rpartition(".")[2])
         if shape != want:
-            raise CheckpointError(f"has shape {shape}, config.json implies {want}", file=self.checkpoint.path,
-                                  tensor=f"{module}.weight", fix="download the checkpoint again")
+            raise CheckpointError(
+                f"has shape {shape}, config.json implies {want}",
+                file=self.checkpoint.path,
+                tensor=f"{module}.weight",
+                fix="download the checkpoint again",
+            )
         return weight
 
     def _linear_shape(self, name: str) -> tuple[int, int]:
         config = self.config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
-        return {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden),
-                "o_proj": (hidden, queries), "gate_proj": (inner, hidden), "up_proj": (inner, hidden),
-                "down_proj": (hidden, inner), "lm_head": (config.vocab_size, hidden)}[name]
+        return {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+            "gate_proj": (inner, hidden),
+            "up_proj": (inner, hidden),
+            "down_proj": (hidden, inner),
+            "lm_head": (config.vocab_size, hidden),
+        }[name]
 
     def _check_shapes(self) -> None:
         """The tensors that need no decoding, from headers alone: a wrong file is refused in no time."""
@@ -118,20 +145,30 @@ class Loader:
             want[f"{config.prefix}embed_tokens.weight"] = (config.vocab_size, config.hidden_size)
         for name, shape in want.items():
             if self.checkpoint.shape(name) != shape:
-                raise CheckpointError(f"has shape {self.checkpoint.shape(name)}, config.json implies {shape}",
-                                      file=self.checkpoint.path, tensor=name, fix="download the checkpoint again")
+                raise CheckpointError(
+                    f"has shape {self.checkpoint.shape(name)}, config.json implies {shape}",
+                    file=self.checkpoint.path,
+                    tensor=name,
+                    fix="download the checkpoint again",
+                )
 
     def _norm(self, name: str, width: int) -> Any:
         weight = self._norm_weight(name, width)
-        return RMSNorm(weight.to(self.device, weight.dtype if self.config.norm_offset else self.dtype),
-                       self.config.rms_norm_eps)
+        return RMSNorm(
+            weight.to(self.device, weight.dtype if self.config.norm_offset else self.dtype),
+            self.config.rms_norm_eps,
+        )
 
     def _norm_weight(self, name: str, width: int) -> Tensor:
         """What a normed vector is multiplied by, float32 [width]."""
         weight = self.checkpoint.tensor(f"{name}.weight")
         if tuple(weight.shape) != (width,):
-            raise CheckpointError(f"has shape {tuple(weight.shape)}, config.json implies ({width},)",
-                                  file=self.checkpoint.path, tensor=f"{name}.weight", fix="download it again")
+            raise CheckpointError(
+                f"has shape {tuple(weight.shape)}, config.json implies ({width},)",
+                file=self.checkpoint.path,
+                tensor=f"{name}.weight",
+                fix="download it again",
+            )
         return weight.float() + 1.0 if self.config.norm_offset else weight.float()
 
     def _lm_head(self, embedding: Tensor) -> Any:
@@ -140,7 +177,9 @@ class Loader:
             weight, bias = self._checked("lm_head"), self.checkpoint.bias("lm_head")
         else:
             tied, bias = f"{self.config.prefix}embed_tokens", None
-            weight = self.checkpoint.linear(tied) if self.checkpoint.is_quantized(tied) else embedding
+            weight = (
+                self.checkpoint.linear(tied) if self.checkpoint.is_quantized(tied) else embedding
+            )
         return self._build([self._head_weight(weight)], [bias])
 
     def _head_weight(self, weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
@@ -148,6 +187,12 @@ class Loader:
 
     def _rope_tables(self) -> dict[str, RopeTable]:
         config = self.config
-        return {kind: RopeTable.build(inverse_frequencies(config.head_dim, rope.theta, dict(rope.scaling)),
-                                      config.max_position_embeddings, self.dtype, self.device)
-                for kind, rope in config.rope.items()}
+        return {
+            kind: RopeTable.build(
+                inverse_frequencies(config.head_dim, rope.theta, dict(rope.scaling)),
+                config.max_position_embeddings,
+                self.dtype,
+                self.device,
+            )
+            for kind, rope in config.rope.items()
+        }

@@ -46,29 +46,48 @@ class DeviceBatch:
 def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers (a list or an array) as a tensor there. From pinned memory, so that the stream is not waited for."""
     host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device)
+    )
 
 
-def upload(items: list[ScheduledRequest], block_size: int, previous: SampledTokens | None,
-           device: torch.device) -> DeviceBatch:
+def upload(
+    items: list[ScheduledRequest],
+    block_size: int,
+    previous: SampledTokens | None,
+    device: torch.device,
+) -> DeviceBatch:
     """A step of any shape; its decodes must come first."""
-    tables = np.zeros((len(items), max(len(item.request.block_table) for item in items)), dtype=np.int32)
+    tables = np.zeros(
+        (len(items), max(len(item.request.block_table) for item in items)), dtype=np.int32
+    )
     for row, item in zip(tables, items, strict=True):
-        row[:len(item.request.block_table)] = item.request.block_table
+        row[: len(item.request.block_table)] = item.request.block_table
     decodes = [item for item in items if item.num_tokens == 1]
-    token_ids = to_device([token for item in items for token in item.token_ids], torch.int64, device)
+    token_ids = to_device(
+        [token for item in items for token in item.token_ids], torch.int64, device
+    )
     fill_in(token_ids, decodes, previous)
     return DeviceBatch(
         token_ids,
-        to_device([position for item in items for position in range(item.start, item.end)], torch.int64, device),
+        to_device(
+            [position for item in items for position in range(item.start, item.end)],
+            torch.int64,
+            device,
+        ),
         to_device([slot for item in items for slot in item.slots(block_size)], torch.int64, device),
         to_device(np.cumsum([0, *(item.num_tokens for item in items)]), torch.int32, device),
         to_device([item.end for item in items], torch.int32, device),
         to_device(tables, torch.int32, device),
-        len(decodes))
+        len(decodes),
+    )
 
 
-def fill_in(token_ids: Tensor, decodes: list[ScheduledRequest], previous: SampledTokens | None) -> None:
+def fill_in(
+    token_ids: Tensor, decodes: list[ScheduledRequest], previous: SampledTokens | None
+) -> None:
     """Write the decodes' tokens that the host does not know yet into the first of token_ids."""
     if previous is None:
         return
@@ -76,7 +95,9 @@ def fill_in(token_ids: Tensor, decodes: list[ScheduledRequest], previous: Sample
     if unknown:
         sampled = [previous.rows[decodes[row].request.request_id] for row in unknown]
         device = token_ids.device
-        token_ids[to_device(unknown, torch.int64, device)] = previous.tokens[to_device(sampled, torch.int64, device)]
+        token_ids[to_device(unknown, torch.int64, device)] = previous.tokens[
+            to_device(sampled, torch.int64, device)
+        ]
 
 
 class StaticBatch:
@@ -92,15 +113,26 @@ class StaticBatch:
         self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._lengths = zeros(capacity, dtype=torch.int32)
         self._tables = zeros(capacity, max_blocks, dtype=torch.int32)
-        self._held: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * capacity  # of each row: whose blocks
+        self._held: list[tuple[Request | None, int, int]] = [
+            (None, 0, 0)
+        ] * capacity  # of each row: whose blocks
 
     def view(self, size: int) -> DeviceBatch:
         """The first `size` rows: the same memory at every call."""
         ids, positions, slots = (tensor[:size] for tensor in self._longs)
-        return DeviceBatch(ids, positions, slots, self._starts[:size + 1], self._lengths[:size], self._tables[:size],
-                           size)
+        return DeviceBatch(
+            ids,
+            positions,
+            slots,
+            self._starts[: size + 1],
+            self._lengths[:size],
+            self._tables[:size],
+            size,
+        )
 
-    def load(self, items: list[ScheduledRequest], size: int, previous: SampledTokens | None) -> None:
+    def load(
+        self, items: list[ScheduledRequest], size: int, previous: SampledTokens | None
+    ) -> None:
         """Overwrite the first `size` rows with these decodes and padding."""
         padding = size - len(items)
         starts = [item.start for item in items]
@@ -127,5 +159,6 @@ class StaticBatch:
             blocks += request.block_table[first:]
             self._held[row] = request, request.num_preemptions, count
         if places:
-            self._tables.view(-1)[to_device(places, torch.int64, self.device)] = to_device(blocks, torch.int32,
-                                                                                          self.device)
+            self._tables.view(-1)[to_device(places, torch.int64, self.device)] = to_device(
+                blocks, torch.int32, self.device
+            )

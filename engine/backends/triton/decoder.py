@@ -55,16 +55,27 @@ class TritonCache:
     block_size: int
 
     @classmethod
-    def allocate(cls, model: DecoderConfig, num_blocks: int, config: EngineConfig, dtype: torch.dtype,
-                 device: torch.device) -> "TritonCache":
+    def allocate(
+        cls,
+        model: DecoderConfig,
+        num_blocks: int,
+        config: EngineConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "TritonCache":
         shape = (2, model.num_kv_heads, num_blocks, config.block_size, model.head_dim)
         stored = _CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
 
         def layer() -> PagedCache:
-            keys, values = torch.zeros(shape, dtype=torch.uint8 if stored.itemsize == 1 else stored,
-                                       device=device).view(stored)
-            scales = [allocate_scales(num_blocks, config.block_size, model.num_kv_heads, device)
-                      if stored.itemsize == 1 else None for _ in range(2)]
+            keys, values = torch.zeros(
+                shape, dtype=torch.uint8 if stored.itemsize == 1 else stored, device=device
+            ).view(stored)
+            scales = [
+                allocate_scales(num_blocks, config.block_size, model.num_kv_heads, device)
+                if stored.itemsize == 1
+                else None
+                for _ in range(2)
+            ]
             return PagedCache(keys, values, *scales)
 
         return cls([layer() for _ in range(model.num_layers)], config.block_size)
@@ -91,16 +102,28 @@ class TritonDecoder:
         self.captured: _Captured | None = None
 
     def new_cache(self, num_blocks: int, config: EngineConfig) -> TritonCache:
-        return TritonCache.allocate(self.decoder.config, num_blocks, config, self.dtype, self.device)
+        return TritonCache.allocate(
+            self.decoder.config, num_blocks, config, self.dtype, self.device
+        )
 
-    def capture(self, record: Record, cache: TritonCache, max_num_seqs: int, max_model_len: int) -> None:
+    def capture(
+        self, record: Record, cache: TritonCache, max_num_seqs: int, max_model_len: int
+    ) -> None:
         """From now on, steps of decodes over `cache` come from graphs."""
-        static = StaticBatch(max_num_seqs, -(-max_model_len // cache.block_size), cache.block_size, self.device)
-        graphs = DecodeGraphs(max_num_seqs, record, lambda size: self._hidden_states(static.view(size), cache))
+        static = StaticBatch(
+            max_num_seqs, -(-max_model_len // cache.block_size), cache.block_size, self.device
+        )
+        graphs = DecodeGraphs(
+            max_num_seqs, record, lambda size: self._hidden_states(static.view(size), cache)
+        )
         self.captured = _Captured(graphs, static, cache)
 
-    def forward(self, items: list[ScheduledRequest], cache: TritonCache,
-                previous: SampledTokens | None = None) -> Tensor:
+    def forward(
+        self,
+        items: list[ScheduledRequest],
+        cache: TritonCache,
+        previous: SampledTokens | None = None,
+    ) -> Tensor:
         """Compute the items' tokens (decodes first), writing their keys and values to the cache. Returns the hidden
         states of all [T, hidden] after the final norm; those of a graph are overwritten by its next replay."""
         hidden = self._replayed(items, cache, previous)
@@ -112,18 +135,23 @@ class TritonDecoder:
         """Rows [R, hidden] of what `forward` gave -> float32 [R, vocab]."""
         return self.decoder.lm_head(hidden).float()
 
-    def _replayed(self, items: list[ScheduledRequest], cache: TritonCache,
-                  previous: SampledTokens | None) -> Tensor | None:
+    def _replayed(
+        self, items: list[ScheduledRequest], cache: TritonCache, previous: SampledTokens | None
+    ) -> Tensor | None:
         """The hidden states from a graph; None where there is none for this step."""
         captured = self.captured
-        if captured is None or cache is not captured.cache or any(item.num_tokens > 1 for item in items):
+        if (
+            captured is None
+            or cache is not captured.cache
+            or any(item.num_tokens > 1 for item in items)
+        ):
             return None
         size = captured.graphs.size_for(len(items))
         if size is None:
             return None
         captured.static.load(items, size, previous)
         hidden = captured.graphs.replay(size)
-        return None if hidden is None else hidden[:len(items)]
+        return None if hidden is None else hidden[: len(items)]
 
     def _hidden_states(self, batch: DeviceBatch, cache: TritonCache) -> Tensor:
         decoder, config = self.decoder, self.decoder.config
@@ -135,26 +163,58 @@ class TritonDecoder:
         following = [layer.input_norm for layer in decoder.layers[1:]] + [decoder.norm]
         for index, (layer, next_norm) in enumerate(zip(decoder.layers, following, strict=True)):
             mixed = self._attention(layer, index, hidden, batch, cache.layers[index], paged)
-            hidden, _ = rms_norm(mixed, layer.mlp_norm.weight, config.rms_norm_eps, residual,
-                                 post_weight=_weight(layer.post_attention_norm))
+            hidden, _ = rms_norm(
+                mixed,
+                layer.mlp_norm.weight,
+                config.rms_norm_eps,
+                residual,
+                post_weight=_weight(layer.post_attention_norm),
+            )
             inner, _ = gated(layer.gate_up(hidden), config.activation)
-            hidden, _ = rms_norm(layer.down(inner), next_norm.weight, config.rms_norm_eps, residual,
-                                 post_weight=_weight(layer.post_mlp_norm))
+            hidden, _ = rms_norm(
+                layer.down(inner),
+                next_norm.weight,
+                config.rms_norm_eps,
+                residual,
+                post_weight=_weight(layer.post_mlp_norm),
+            )
         return hidden
 
     def _paged(self, batch: DeviceBatch, cache: TritonCache) -> PagedBatch:
-        return PagedBatch(batch.tables, batch.starts, batch.lengths, batch.num_decodes,
-                          max_context=batch.tables.shape[1] * cache.block_size)
+        return PagedBatch(
+            batch.tables,
+            batch.starts,
+            batch.lengths,
+            batch.num_decodes,
+            max_context=batch.tables.shape[1] * cache.block_size,
+        )
 
-    def _attention(self, layer: DecoderLayer, index: int, hidden: Tensor, batch: DeviceBatch, cache: PagedCache,
-                   paged: PagedBatch) -> Tensor:
+    def _attention(
+        self,
+        layer: DecoderLayer,
+        index: int,
+        hidden: Tensor,
+        batch: DeviceBatch,
+        cache: PagedCache,
+        paged: PagedBatch,
+    ) -> Tensor:
         config = self.decoder.config
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, dim)
         table = self.decoder.rope[config.layer_types[index]]
         pages = Pages(cache.keys, cache.values, cache.key_scales, cache.value_scales)
-        rope_and_cache(qkv, heads, table.cos, table.sin, batch.positions, batch.slots, pages,
-                       q_weight=_weight(layer.q_norm), k_weight=_weight(layer.k_norm), eps=config.rms_norm_eps)
+        rope_and_cache(
+            qkv,
+            heads,
+            table.cos,
+            table.sin,
+            batch.positions,
+            batch.slots,
+            pages,
+            q_weight=_weight(layer.q_norm),
+            k_weight=_weight(layer.k_norm),
+            eps=config.rms_norm_eps,
+        )
         spec = AttentionSpec(config.attention_scale or dim**-0.5, config.window(index))
         return layer.o(paged_attention(qkv[:, :heads], cache, paged, spec).flatten(1))
 

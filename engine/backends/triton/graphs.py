@@ -13,7 +13,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Replay = Callable[[], None]
-Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]  # makes a replay of a call, and the tensor it fills
+Record = Callable[
+    [Callable[[], Tensor]], tuple[Replay, Tensor]
+]  # makes a replay of a call, and the tensor it fills
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -32,7 +34,9 @@ class DecodeGraphs:
         self._record, self._compute = record, compute
         self._recorded: dict[int, tuple[Replay, Tensor]] = {}
         self._graph(max_num_seqs)
-        for size in (2**power for power in range(max_num_seqs.bit_length()) if 2**power < max_num_seqs):
+        for size in (
+            2**power for power in range(max_num_seqs.bit_length()) if 2**power < max_num_seqs
+        ):
             compute(size)
 
     def size_for(self, rows: int) -> int | None:

@@ -45,7 +45,9 @@ class DeviceSampler:
         self.vocab_size, self.device = vocab_size, device
         self.previous: SampledTokens | None = None  # of the last step
         self._max_rows = max_num_seqs
-        self._rows: dict[Request, tuple[int, int]] = {}  # request -> its row of `_state`, tokens that row has taken in
+        self._rows: dict[
+            Request, tuple[int, int]
+        ] = {}  # request -> its row of `_state`, tokens that row has taken in
         self._state: Tensor | None = None  # made when somebody first asks for penalties
 
     def launch(self, logits: Tensor, requests: list[Request], step: StepResult) -> DeviceStep:
@@ -70,25 +72,40 @@ class DeviceSampler:
         tokens: list[int] = []
         biases: list[float] = []
         for row, request in enumerate(requests):
-            bias = dict(request.params.logit_bias or {}) | dict.fromkeys(stop_ids_forbidden(request), float("-inf"))
+            bias = dict(request.params.logit_bias or {}) | dict.fromkeys(
+                stop_ids_forbidden(request), float("-inf")
+            )
             rows += [row] * len(bias)
             tokens += bias.keys()
             biases += bias.values()
         if rows:
-            kernels.add_bias(logits, to_device(rows, torch.int64, self.device),
-                             to_device(tokens, torch.int64, self.device), to_device(biases, torch.float32, self.device))
+            kernels.add_bias(
+                logits,
+                to_device(rows, torch.int64, self.device),
+                to_device(tokens, torch.int64, self.device),
+                to_device(biases, torch.float32, self.device),
+            )
 
     def _sampling_rows(self, requests: list[Request]) -> kernels.SamplingRows:
         asked = [request.params for request in requests]
         filters = [[p.temperature, max(0, p.top_k), p.top_p, p.min_p] for p in asked]
         keys = [kernels.race_key(request.seed, request.num_tokens) for request in requests]
-        of_all = (to_device(filters, torch.float32, self.device), to_device(keys, torch.int32, self.device))
+        of_all = (
+            to_device(filters, torch.float32, self.device),
+            to_device(keys, torch.int32, self.device),
+        )
         if not any(is_penalized(request) for request in requests):
             return kernels.SamplingRows(*of_all)
         penalties = [[p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for p in asked]
-        state_rows = [self._row(request, requests) if is_penalized(request) else -1 for request in requests]
-        return kernels.SamplingRows(*of_all, to_device(penalties, torch.float32, self.device),
-                                    to_device(state_rows, torch.int32, self.device), self._state)
+        state_rows = [
+            self._row(request, requests) if is_penalized(request) else -1 for request in requests
+        ]
+        return kernels.SamplingRows(
+            *of_all,
+            to_device(penalties, torch.float32, self.device),
+            to_device(state_rows, torch.int32, self.device),
+            self._state,
+        )
 
     def _row(self, request: Request, requests: list[Request]) -> int:
         """The state row that knows the request's tokens; the kernel adds the one that is chosen now."""
@@ -97,8 +114,12 @@ class DeviceSampler:
         row, known = self._rows.get(request, (-1, 0))
         if known != request.num_tokens:
             row = row if row >= 0 else self._free_row(requests)
-            kernels.record(self._state, row, to_device(request.prompt_token_ids, torch.int64, self.device),
-                           to_device(request.output_token_ids, torch.int64, self.device))
+            kernels.record(
+                self._state,
+                row,
+                to_device(request.prompt_token_ids, torch.int64, self.device),
+                to_device(request.output_token_ids, torch.int64, self.device),
+            )
         self._rows[request] = row, request.num_tokens + 1
         return row
 

@@ -31,11 +31,24 @@ BLOCK = {  # type -> (weights, bytes) per block
     "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
+BITS = {
+    "Q4_0": 4,
+    "Q4_1": 4,
+    "Q5_0": 5,
+    "Q5_1": 5,
+    "Q8_0": 8,
+    "Q2_K": 2,
+    "Q3_K": 3,
+    "Q4_K": 4,
+    "Q5_K": 5,
+    "Q6_K": 6,
+}
 GROUP = {kind: 16 if kind in ("Q2_K", "Q3_K", "Q6_K") else 32 for kind in BITS}
 SYMMETRIC = ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K")
 
-Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # codes [n, w] uint8, scales [n, g], mins [n, g] or None
+Decoded = tuple[
+    np.ndarray, np.ndarray, np.ndarray | None
+]  # codes [n, w] uint8, scales [n, g], mins [n, g] or None
 
 
 def read_dense(rows: np.ndarray, kind: str) -> Tensor:
@@ -141,7 +154,9 @@ def _q4_k(b: np.ndarray) -> Decoded:
 
 
 def _q5_k(b: np.ndarray) -> Decoded:
-    shifts = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)  # bit s of qh[l] belongs to sub-block s, element l
+    shifts = np.arange(8, dtype=np.uint8).reshape(
+        1, 8, 1
+    )  # bit s of qh[l] belongs to sub-block s, element l
     high = (b[:, None, 16:48] >> shifts & 1) << np.uint8(4)
     return _k_nibbles(b[:, 48:]) | high.reshape(-1, 256), *_scales_and_mins(b)
 

@@ -58,9 +58,16 @@ class GgufFile:
         cursor = _Cursor(self._data, path)
         if cursor.take(4) != b"GGUF":
             pointer = self._data[:7] == b"version"
-            raise CheckpointError("is a Git LFS pointer, not the file" if pointer else "does not begin with 'GGUF'",
-                                  file=path, fix="run `git lfs pull`" if pointer else "download it again")
-        version, n_tensors, n_pairs = cursor.number("<u4"), cursor.number("<u8"), cursor.number("<u8")
+            raise CheckpointError(
+                "is a Git LFS pointer, not the file" if pointer else "does not begin with 'GGUF'",
+                file=path,
+                fix="run `git lfs pull`" if pointer else "download it again",
+            )
+        version, n_tensors, n_pairs = (
+            cursor.number("<u4"),
+            cursor.number("<u8"),
+            cursor.number("<u8"),
+        )
         if version not in (2, 3):
             raise UnsupportedError(f"{path}: GGUF version {version} is not supported (2 and 3 are)")
         cursor.expect(n_pairs, 13, "metadata entries")
@@ -80,25 +87,37 @@ class GgufFile:
             return
         match = SPLIT_NAME.fullmatch(self.path.name)
         if match is None or int(match[2]) != 1 or int(match[3]) != count:
-            raise CheckpointError(f"is the first of {count} parts, but is not named so", file=self.path,
-                                  fix=f"name the parts NAME-00001-of-{count:05d}.gguf and so on")
+            raise CheckpointError(
+                f"is the first of {count} parts, but is not named so",
+                file=self.path,
+                fix=f"name the parts NAME-00001-of-{count:05d}.gguf and so on",
+            )
         for number in range(2, count + 1):
             part = self.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
             if not part.is_file():
-                raise CheckpointError(f"part {number} of {count} is missing", file=part, fix="download it")
+                raise CheckpointError(
+                    f"part {number} of {count} is missing", file=part, fix="download it"
+                )
             other = GgufFile(part)
             if other.metadata.get("split.no") != number - 1:
-                raise CheckpointError(f"is not part {number} of {count}", file=part, fix="download it again")
+                raise CheckpointError(
+                    f"is not part {number} of {count}", file=part, fix="download it again"
+                )
             if twice := other.tensors.keys() & self.tensors.keys():
-                raise CheckpointError("is in two parts", file=part, tensor=min(twice), fix="download it again")
+                raise CheckpointError(
+                    "is in two parts", file=part, tensor=min(twice), fix="download it again"
+                )
             self.tensors |= other.tensors
 
     def number(self, key: str, default: float | None = None) -> Any:
         """A positive number from the metadata. CheckpointError if it is something else, or missing without default."""
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**40:
-            raise CheckpointError(f"metadata {key} is {str(value)[:40]!r}, want a positive number", file=self.path,
-                                  fix="convert the model to GGUF again")
+            raise CheckpointError(
+                f"metadata {key} is {str(value)[:40]!r}, want a positive number",
+                file=self.path,
+                fix="convert the model to GGUF again",
+            )
         return value
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -117,7 +136,9 @@ class GgufFile:
         raw = [self._tensor_entry(cursor) for _ in range(count)]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise CheckpointError(f"general.alignment is {alignment!r}, not a power of two", file=self.path)
+            raise CheckpointError(
+                f"general.alignment is {alignment!r}, not a power of two", file=self.path
+            )
         begin = -(-cursor.pos // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in raw:
@@ -126,9 +147,13 @@ class GgufFile:
             if name in tensors:
                 raise CheckpointError("appears twice", file=self.path, tensor=name)
             if offset % alignment or begin + offset + nbytes > len(self._data):
-                raise CheckpointError(f"its {nbytes} bytes at offset {begin + offset} do not lie in the file of "
-                                      f"{len(self._data)} bytes", file=self.path, tensor=name,
-                                      fix="the file is truncated or damaged; download it again")
+                raise CheckpointError(
+                    f"its {nbytes} bytes at offset {begin + offset} do not lie in the file of "
+                    f"{len(self._data)} bytes",
+                    file=self.path,
+                    tensor=name,
+                    fix="the file is truncated or damaged; download it again",
+                )
             tensors[name] = GgufTensor(shape, kind, begin + offset, nbytes, self._data)
         return tensors
 
@@ -136,23 +161,33 @@ class GgufFile:
         name = cursor.string()
         n_dims = cursor.number("<u4")
         if not 1 <= n_dims <= 4:
-            raise CheckpointError(f"has {n_dims} dimensions", file=self.path, tensor=name, fix="download it again")
+            raise CheckpointError(
+                f"has {n_dims} dimensions", file=self.path, tensor=name, fix="download it again"
+            )
         shape = tuple(cursor.number("<u8") for _ in range(n_dims))[::-1]
         kind_id, offset = cursor.number("<u4"), cursor.number("<u8")
         if kind_id in _OTHER_TENSOR_TYPES:
-            raise UnsupportedError(f"{self.path}, tensor {name!r}: type {_OTHER_TENSOR_TYPES[kind_id]} is not "
-                                   f"supported (supported: {', '.join(BLOCK)})")
+            raise UnsupportedError(
+                f"{self.path}, tensor {name!r}: type {_OTHER_TENSOR_TYPES[kind_id]} is not "
+                f"supported (supported: {', '.join(BLOCK)})"
+            )
         kind = _TENSOR_TYPES.get(kind_id)
         if kind is None or 0 in shape or shape[-1] % BLOCK[kind][0]:
-            raise CheckpointError(f"type {kind or kind_id} with shape {list(shape)} is impossible", file=self.path,
-                                  tensor=name, fix="download it again")
+            raise CheckpointError(
+                f"type {kind or kind_id} with shape {list(shape)} is impossible",
+                file=self.path,
+                tensor=name,
+                fix="download it again",
+            )
         return name, shape, kind, offset
 
 
 def is_split(files: list[Path]) -> bool:
     """Whether these files, sorted by name, are the parts of one model."""
     matches = [SPLIT_NAME.fullmatch(file.name) for file in files]
-    return all(m is not None and int(m[2]) == i and m[1] == matches[0][1] for i, m in enumerate(matches, 1))
+    return all(
+        m is not None and int(m[2]) == i and m[1] == matches[0][1] for i, m in enumerate(matches, 1)
+    )
 
 
 class _Cursor:
@@ -163,8 +198,11 @@ class _Cursor:
 
     def expect(self, count: int, size: int, what: str) -> None:
         if self.pos + count * size > len(self.data):
-            raise CheckpointError(f"claims {count} {what} but is only {len(self.data)} bytes long", file=self.path,
-                                  fix="the file is truncated or damaged; download it again")
+            raise CheckpointError(
+                f"claims {count} {what} but is only {len(self.data)} bytes long",
+                file=self.path,
+                fix="the file is truncated or damaged; download it again",
+            )
 
     def take(self, n: int) -> bytes:
         self.expect(n, 1, "more bytes")
@@ -180,8 +218,11 @@ class _Cursor:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise CheckpointError(f"holds a string at byte {self.pos - n} that is not UTF-8", file=self.path,
-                                  fix="the file is damaged; download it again") from None
+            raise CheckpointError(
+                f"holds a string at byte {self.pos - n} that is not UTF-8",
+                file=self.path,
+                fix="the file is damaged; download it again",
+            ) from None
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
@@ -189,8 +230,11 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY or depth > 4:
-            raise CheckpointError(f"holds a value of unknown type {kind} at byte {self.pos}", file=self.path,
-                                  fix="the file is damaged; download it again")
+            raise CheckpointError(
+                f"holds a value of unknown type {kind} at byte {self.pos}",
+                file=self.path,
+                fix="the file is damaged; download it again",
+            )
         item, count = self.number("<u4"), self.number("<u8")
         if item in _SCALARS:
             dtype = np.dtype(_SCALARS[item])

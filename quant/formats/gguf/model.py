@@ -30,13 +30,19 @@ _NORMS = {
     },
 }  # fmt: skip
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def architecture(file: GgufFile) -> str:
     arch = file.metadata.get("general.architecture")
     if arch not in _NORMS:
-        raise UnsupportedError(f"{file.path}: GGUF architecture {arch!r} is not supported (llama and gemma3 are)")
+        raise UnsupportedError(
+            f"{file.path}: GGUF architecture {arch!r} is not supported (llama and gemma3 are)"
+        )
     if file.metadata.get(f"{arch}.expert_count"):
         raise UnsupportedError(f"{file.path}: mixture-of-experts GGUF files are not supported")
     return arch
@@ -68,7 +74,9 @@ def hf_row_order(file: GgufFile, gguf_name: str) -> np.ndarray | None:
     heads = file.number(f"llama.attention.{heads_key}", file.number("llama.attention.head_count"))
     rows = file.tensors[gguf_name].shape[0]
     if rows % (2 * heads):
-        raise CheckpointError(f"has {rows} rows, which are not {heads} heads", file=file.path, tensor=gguf_name)
+        raise CheckpointError(
+            f"has {rows} rows, which are not {heads} heads", file=file.path, tensor=gguf_name
+        )
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -82,7 +90,9 @@ def synthesize_config(file: GgufFile) -> dict[str, Any]:
     arch = architecture(file)
     meta = file.metadata
     if "token_embd.weight" not in file.tensors:
-        raise CheckpointError("is missing", file=file.path, tensor="token_embd.weight", fix="download it again")
+        raise CheckpointError(
+            "is missing", file=file.path, tensor="token_embd.weight", fix="download it again"
+        )
     heads = file.number(f"{arch}.attention.head_count")
     config = {
         "hidden_size": file.number(f"{arch}.embedding_length"),
@@ -107,15 +117,22 @@ def synthesize_config(file: GgufFile) -> dict[str, Any]:
 def eos_token_ids(file: GgufFile) -> int | list[int] | None:
     """End-of-sequence id, and the end-of-turn token that the chat template writes where that is another one."""
     meta = file.metadata
-    ids = [i for key in ("eos", "eot") if (i := meta.get(f"tokenizer.ggml.{key}_token_id")) is not None]
-    template, tokens = str(meta.get("tokenizer.chat_template", "")), meta.get("tokenizer.ggml.tokens", [])
+    ids = [
+        i for key in ("eos", "eot") if (i := meta.get(f"tokenizer.ggml.{key}_token_id")) is not None
+    ]
+    template, tokens = (
+        str(meta.get("tokenizer.chat_template", "")),
+        meta.get("tokenizer.ggml.tokens", []),
+    )
     ids += [tokens.index(end) for end in _TURN_ENDS if end in template and end in tokens]
     unique = list(dict.fromkeys(ids))
     return unique if len(unique) > 1 else unique[0] if unique else None
 
 
 def _llama(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    head_dim = file.number("llama.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+    head_dim = file.number(
+        "llama.attention.key_length", config["hidden_size"] // config["num_attention_heads"]
+    )
     theta = _tidy(file.number("llama.rope.freq_base", 10000.0))
     scaling = _llama_rope_scaling(file, head_dim, theta)
     return {
@@ -134,13 +151,19 @@ def _llama_rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str
     if kind == "linear":
         return {"rope_type": "linear", "factor": file.number("llama.rope.scaling.factor")}
     if kind != "none":
-        raise UnsupportedError(f"{file.path}: rope scaling {kind!r} is not supported (linear and llama3 are)")
+        raise UnsupportedError(
+            f"{file.path}: rope scaling {kind!r} is not supported (linear and llama3 are)"
+        )
     if "rope_freqs.weight" not in file.tensors:
         return None
     stored = file.rows("rope_freqs.weight").reshape(-1).view(np.float32)
     scaling = {"rope_type": "llama3", "factor": _tidy(float(stored.max()))} | _LLAMA3_ROPE
-    if len(stored) != head_dim // 2 or not np.allclose(stored, llama3_divisors(scaling, head_dim, theta), rtol=1e-3):
-        raise UnsupportedError(f"{file.path}, tensor 'rope_freqs.weight': is not Llama 3's rope scaling")
+    if len(stored) != head_dim // 2 or not np.allclose(
+        stored, llama3_divisors(scaling, head_dim, theta), rtol=1e-3
+    ):
+        raise UnsupportedError(
+            f"{file.path}, tensor 'rope_freqs.weight': is not Llama 3's rope scaling"
+        )
     return scaling
 
 
@@ -161,7 +184,9 @@ def _gemma3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     scaling = {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
     # Only the 27B model (62 layers) scales queries by hidden_size / heads instead of head_dim.
-    query_scalar = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head_dim
+    query_scalar = (
+        config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head_dim
+    )
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -170,7 +195,9 @@ def _gemma3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": query_scalar,
         "sliding_window": file.number("gemma3.attention.sliding_window", 1024),
         "sliding_window_pattern": 6,
-        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)],
+        "layer_types": [
+            "full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)
+        ],
         "rope_theta": theta,
         "rope_local_base_freq": local_theta,
         "rope_parameters": {

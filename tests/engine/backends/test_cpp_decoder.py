@@ -18,11 +18,15 @@ from nibble.quant.conversion.pipeline import convert
 
 from .. import models
 
-pytestmark = pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
+pytestmark = pytest.mark.skipif(
+    library.why_missing() is not None, reason=str(library.why_missing())
+)
 
 
 def make_runner(folder: Path, **more) -> Runner:
-    return Runner(EngineConfig(model=str(folder), kv_cache_memory=1 << 23, **{"dtype": "bfloat16", **more}))
+    return Runner(
+        EngineConfig(model=str(folder), kv_cache_memory=1 << 23, **{"dtype": "bfloat16", **more})
+    )
 
 
 @pytest.fixture(scope="module", params=list(models.CONFIGS))
@@ -44,15 +48,25 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def make_request(ids: list[int], blocks: list[int]) -> Request:
-    return Request(f"r{blocks[0]}", ids, SamplingParams(temperature=0, max_tokens=64), frozenset(), seed=0,
-                   block_table=blocks)
+    return Request(
+        f"r{blocks[0]}",
+        ids,
+        SamplingParams(temperature=0, max_tokens=64),
+        frozenset(),
+        seed=0,
+        block_table=blocks,
+    )
 
 
 def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None:
     """Drive the runner as a scheduler would: at most `chunk` tokens of each request a step."""
     for _ in range(steps):
-        items = [ScheduledRequest(r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens))
-                 for r in requests]
+        items = [
+            ScheduledRequest(
+                r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens)
+            )
+            for r in requests
+        ]
         result = runner.execute(ScheduledBatch(items))
         for item in items:
             item.request.num_computed_tokens = item.end
@@ -76,7 +90,10 @@ def test_tokens_do_not_depend_on_chunks_blocks_or_company(runner: Runner, chunk:
     alone = [make_request(prompt(n, seed=n), list(range(10))) for n in lengths]
     for request in alone:
         run(runner, [request], 256, steps=12)
-    together = [make_request(prompt(n, seed=n), list(range(20 * i + 30, 20 * i, -3))) for i, n in enumerate(lengths)]
+    together = [
+        make_request(prompt(n, seed=n), list(range(20 * i + 30, 20 * i, -3)))
+        for i, n in enumerate(lengths)
+    ]
     run(runner, together, chunk, steps=-(-70 // chunk) + 11)
     for one, other in zip(alone, together, strict=True):
         count = min(one.num_tokens, other.num_tokens)
@@ -86,12 +103,17 @@ def test_tokens_do_not_depend_on_chunks_blocks_or_company(runner: Runner, chunk:
 def test_logits_of_decoding_are_those_of_the_prompt(runner: Runner) -> None:
     ids = prompt(60, seed=5)
     request = make_request(ids, list(range(10)))
-    rows = [runner.model.logits(runner._forward([ScheduledRequest(request, i, 1)], runner.cache)) for i in range(60)]
+    rows = [
+        runner.model.logits(runner._forward([ScheduledRequest(request, i, 1)], runner.cache))
+        for i in range(60)
+    ]
     assert torch.equal(torch.cat(rows), runner.logits(ids))
 
 
 @pytest.mark.parametrize("isa", library.instruction_sets())
-def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(folder: Path, isa: str, monkeypatch) -> None:
+def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
+    folder: Path, isa: str, monkeypatch
+) -> None:
     """Against torch in float32 with keys and values rounded before they are attended to: errs no more than torch in
     bfloat16 does."""
     ids = prompt(150)
@@ -99,8 +121,11 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(folder
     def attend(qkv: torch.Tensor, num_heads: int, *rest: object) -> torch.Tensor:
         kv = qkv[:, num_heads:].float()
         scale = kv.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-        return paged_attention(torch.cat([qkv[:, :num_heads], (kv / scale).round().mul(scale).to(qkv.dtype)], 1),
-                               num_heads, *rest)
+        return paged_attention(
+            torch.cat([qkv[:, :num_heads], (kv / scale).round().mul(scale).to(qkv.dtype)], 1),
+            num_heads,
+            *rest,
+        )
 
     monkeypatch.setattr(decoder, "paged_attention", attend)
     exact = make_runner(folder, dtype="float32").logits(ids)
@@ -111,14 +136,24 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(folder
 
 def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
     dim = make_runner(folder).model_config.head_dim
-    tokens = {kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")}
+    tokens = {
+        kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")
+    }
     assert tokens["int8"] / tokens["auto"] == pytest.approx(2 * dim / (dim + 4), rel=0.02)
 
 
-def test_the_head_beside_4_bit_weights_has_8_bits_unless_told_otherwise(tiny_llama: Path, tmp_path: Path) -> None:
-    quantized = convert(tiny_llama, tmp_path / "q", "gptq", group_size=32, calib_samples=2, calib_seqlen=32)
-    heads = {bits: make_runner(quantized, lm_head_bits=bits, prepared_cache=None).model.head.linears[0].format
-             for bits in (None, 8, 16)}
+def test_the_head_beside_4_bit_weights_has_8_bits_unless_told_otherwise(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    quantized = convert(
+        tiny_llama, tmp_path / "q", "gptq", group_size=32, calib_samples=2, calib_seqlen=32
+    )
+    heads = {
+        bits: make_runner(quantized, lm_head_bits=bits, prepared_cache=None)
+        .model.head.linears[0]
+        .format
+        for bits in (None, 8, 16)
+    }
     assert heads == {None: library.U8, 8: library.U8, 16: library.DENSE}
     assert make_runner(tiny_llama).model.head.linears[0].format == library.DENSE
     fp8 = convert(tiny_llama, tmp_path / "fp8", "fp8", calib_samples=2, calib_seqlen=32)
@@ -129,8 +164,14 @@ def test_the_head_beside_4_bit_weights_has_8_bits_unless_told_otherwise(tiny_lla
 
 def test_prompt_logprobs(runner: Runner) -> None:
     ids = prompt(20, seed=3)
-    request = Request("r", ids, SamplingParams(temperature=0, prompt_logprobs=2), frozenset(), seed=0,
-                      block_table=[0, 1])
+    request = Request(
+        "r",
+        ids,
+        SamplingParams(temperature=0, prompt_logprobs=2),
+        frozenset(),
+        seed=0,
+        block_table=[0, 1],
+    )
     got = runner.execute(ScheduledBatch([ScheduledRequest(request, 0, 20)])).prompt_logprobs["r"]
     want = torch.log_softmax(runner.logits(ids), -1)
     assert [e.token_id for e in got] == ids[1:]

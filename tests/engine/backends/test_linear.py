@@ -9,7 +9,9 @@ CPU = torch.device("cpu")
 
 
 def fp8(out: int, scale: float, inner: int = 48) -> QuantizedWeight:
-    codes = torch.randn(out, inner, generator=torch.Generator().manual_seed(out)).to(torch.float8_e4m3fn)
+    codes = torch.randn(out, inner, generator=torch.Generator().manual_seed(out)).to(
+        torch.float8_e4m3fn
+    )
     return QuantizedWeight(codes, torch.full((1, 1), scale), bits=8, block=(out, inner), kind="fp8")
 
 

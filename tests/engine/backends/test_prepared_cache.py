@@ -13,23 +13,30 @@ from nibble.kernels.cpu.library import why_missing
 from nibble.kernels.cpu.prepared import Prepared, prepare
 from nibble.quant.conversion.pipeline import convert
 
-pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no C++ kernels: {why_missing()}")
+pytestmark = pytest.mark.skipif(
+    why_missing() is not None, reason=f"no C++ kernels: {why_missing()}"
+)
 
 
 @pytest.fixture
 def model(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(prepared_cache, "_SMALLEST", 0)
-    return convert(tiny_llama, tmp_path / "model", "awq", group_size=32, calib_samples=2, calib_seqlen=32)
+    return convert(
+        tiny_llama, tmp_path / "model", "awq", group_size=32, calib_samples=2, calib_seqlen=32
+    )
 
 
 def start(model: Path, folder: Path, **options: object) -> torch.Tensor:
-    return LLM(str(model), dtype="bfloat16", prepared_cache=str(folder), **options).logits([1, 2, 3, 4])
+    return LLM(str(model), dtype="bfloat16", prepared_cache=str(folder), **options).logits(
+        [1, 2, 3, 4]
+    )
 
 
 def test_a_second_start_decodes_no_weight_and_gives_the_same(model, tmp_path, monkeypatch):
     first = start(model, tmp_path / "cache")
     [file] = (tmp_path / "cache").iterdir()
     assert file.stat().st_mode & 0o077 == file.stat().st_mode & 0o044  # nobody else writes there
+
     def prepare_dense(weight: object, bias: torch.Tensor | None) -> Prepared:
         assert isinstance(weight, torch.Tensor), "a quantized weight was prepared again"
         return prepare(weight, bias)

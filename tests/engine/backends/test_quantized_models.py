@@ -42,7 +42,9 @@ SCHEMES = {
     "gptq-channel": QuantScheme("gptq", "gptq", integer(4, -1, True)),
     "fp8-tensor": QuantScheme("fp8", "fp8", fp8("tensor", act_quant="token")),
     "fp8-block": QuantScheme("fp8", "fp8", fp8("block", block=(32, 32), act_quant="group")),
-    "ct-fp8-channel": QuantScheme("compressed-tensors", "float-quantized", fp8("channel", act_quant="token")),
+    "ct-fp8-channel": QuantScheme(
+        "compressed-tensors", "float-quantized", fp8("channel", act_quant="token")
+    ),
     "ct-int4-sym": QuantScheme("compressed-tensors", "pack-quantized", integer(4, 32, True)),
     "ct-int4-asym": QuantScheme("compressed-tensors", "pack-quantized", integer(4, 32, False)),
     "ct-int8": QuantScheme("compressed-tensors", "pack-quantized", integer(8, 32, True)),
@@ -58,8 +60,14 @@ def quantize(weight: torch.Tensor, layer: LayerScheme, seed: int) -> QuantizedWe
         grid = -(-out // rows), -(-inner // cols)
         scales = torch.rand(grid, generator=generator) * 0.002 + 0.001
         full = scales.repeat_interleave(rows, 0)[:out].repeat_interleave(cols, 1)[:, :inner]
-        return QuantizedWeight((weight / full).clamp(-448, 448).to(torch.float8_e4m3fn), scales, kind="fp8", bits=8,
-                               block=(rows, cols), act_quant=layer.act_quant)
+        return QuantizedWeight(
+            (weight / full).clamp(-448, 448).to(torch.float8_e4m3fn),
+            scales,
+            kind="fp8",
+            bits=8,
+            block=(rows, cols),
+            act_quant=layer.act_quant,
+        )
     size = inner if layer.group_size == -1 else layer.group_size
     perm = torch.randperm(inner, generator=generator) if layer.desc_act else None
     groups = (weight if perm is None else weight[:, perm]).reshape(out, -1, size)
@@ -70,12 +78,16 @@ def quantize(weight: torch.Tensor, layer: LayerScheme, seed: int) -> QuantizedWe
         zeros = torch.randint(1, top + 1, scales.shape, generator=generator, dtype=torch.uint8)
     middle = 2 ** (layer.bits - 1) if zeros is None else zeros.float()[..., None]
     codes = (groups / scales.float()[..., None] + middle).round().clamp(0, top).to(torch.uint8)
-    return QuantizedWeight(codes.reshape(out, inner), scales, zeros, perm=perm, bits=layer.bits, block=(1, size))
+    return QuantizedWeight(
+        codes.reshape(out, inner), scales, zeros, perm=perm, bits=layer.bits, block=(1, size)
+    )
 
 
 def write_checkpoint(folder: Path, scheme: QuantScheme, name: str) -> torch.nn.Module:
     """A tiny model with every projection quantized, in `folder`; returned: the same model, dequantized."""
-    models.CONFIGS["wide"] = type(models.CONFIGS[name])(**models.CONFIGS[name].to_dict() | {"intermediate_size": 128})
+    models.CONFIGS["wide"] = type(models.CONFIGS[name])(
+        **models.CONFIGS[name].to_dict() | {"intermediate_size": 128}
+    )
     reference = models.build("wide", folder)
     tensors = load_file(folder / "model.safetensors")
     writer = formats.by_method(scheme.method)
@@ -88,7 +100,9 @@ def write_checkpoint(folder: Path, scheme: QuantScheme, name: str) -> torch.nn.M
         weight = quantize(linear.weight.detach(), layer, seed)
         prefix = f"model.layers.{module}"
         del tensors[f"{prefix}.weight"]
-        tensors |= {f"{prefix}.{s}": t.contiguous() for s, t in writer.write(weight, scheme.format).items()}
+        tensors |= {
+            f"{prefix}.{s}": t.contiguous() for s, t in writer.write(weight, scheme.format).items()
+        }
         linear.weight.data = weight.dequantize()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -112,14 +126,18 @@ def test_logits_equal_the_dequantized_model(tmp_path, kind: str, name: str) -> N
 def bfloat16_error(reference: torch.nn.Module) -> tuple[torch.Tensor, float]:
     """The float32 logits, and how far transformers' own bfloat16 is from them."""
     exact = reference(torch.tensor([IDS])).logits[0]
-    return exact, float((reference.to(torch.bfloat16)(torch.tensor([IDS])).logits[0].float() - exact).norm())
+    return exact, float(
+        (reference.to(torch.bfloat16)(torch.tensor([IDS])).logits[0].float() - exact).norm()
+    )
 
 
 @pytest.mark.parametrize("kind", ["awq", "gptq-4-act-order", "ct-int4-asym"])
 def test_torch_int4_kernels_stay_within_bfloat16(tmp_path, kind: str) -> None:
     """The packed int4 kernel really serves, and errs no more than twice what transformers' own bfloat16 does."""
     exact, theirs = bfloat16_error(write_checkpoint(tmp_path, SCHEMES[kind], "llama"))
-    runner = Runner(EngineConfig(model=str(tmp_path), dtype="bfloat16", kv_cache_memory=1 << 23, cpu_isa="none"))
+    runner = Runner(
+        EngineConfig(model=str(tmp_path), dtype="bfloat16", kv_cache_memory=1 << 23, cpu_isa="none")
+    )
     assert "cpu-torch-int4" in runner.kernels.used
     assert (runner.logits(IDS) - exact).norm() <= 2 * theirs
 
@@ -130,7 +148,13 @@ def test_cpp_kernels_stay_within_bfloat16(tmp_path, kind: str) -> None:
     """With bfloat16 activations no worse than transformers; with int8 ones (8 bits against bfloat16's 9) twice that."""
     exact, theirs = bfloat16_error(write_checkpoint(tmp_path, SCHEMES[kind], "llama"))
     for activations, factor in [("bf16", 1), ("int8", 2)]:
-        runner = Runner(EngineConfig(model=str(tmp_path), dtype="bfloat16", kv_cache_memory=1 << 23,
-                                     cpu_activations=activations))
+        runner = Runner(
+            EngineConfig(
+                model=str(tmp_path),
+                dtype="bfloat16",
+                kv_cache_memory=1 << 23,
+                cpu_activations=activations,
+            )
+        )
         assert runner.kernels.used.total() == 4 * 7 + 1
         assert (runner.logits(IDS) - exact).norm() <= factor * theirs

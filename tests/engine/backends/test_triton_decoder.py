@@ -60,8 +60,12 @@ def again(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 def triton_runner(folder: Path, cache: str = "auto", **options) -> Runner:
     """What the runner makes of itself on a CUDA device."""
     runner = torch_runner(folder, **options)
-    runner.config = EngineConfig(**{**{f: getattr(runner.config, f) for f in runner.config.__struct_fields__},
-                                    "kv_cache_dtype": cache})
+    runner.config = EngineConfig(
+        **{
+            **{f: getattr(runner.config, f) for f in runner.config.__struct_fields__},
+            "kv_cache_dtype": cache,
+        }
+    )
     runner.model = TritonDecoder(runner.model)
     runner.cache = runner.model.new_cache(runner.num_blocks, runner.config)
     runner._overlap(again)
@@ -72,12 +76,18 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def generate(runner: Runner, asked: list[tuple[list[int], dict]], at_once: bool = True) -> list[list[int]]:
+def generate(
+    runner: Runner, asked: list[tuple[list[int], dict]], at_once: bool = True
+) -> list[list[int]]:
     core = EngineCore(runner.config, runner)
     tokens: dict[str, list[int]] = {str(index): [] for index in range(len(asked))}
     errors = []
     for index, (ids, params) in enumerate(asked):
-        core.add(AddRequest(str(index), ids, SamplingParams(**{"ignore_eos": True, "max_tokens": 5, **params})))
+        core.add(
+            AddRequest(
+                str(index), ids, SamplingParams(**{"ignore_eos": True, "max_tokens": 5, **params})
+            )
+        )
         while core.has_work and (not at_once or index == len(asked) - 1):
             for output in core.step():
                 tokens[output.request_id] += output.token_ids
@@ -107,11 +117,16 @@ def test_a_cache_of_8_bits(folders, cache: str, bound: float) -> None:
 
 def test_tokens_do_not_depend_on_the_batch(small) -> None:
     """Steps from graphs with padding, mixed steps, chunks, an overlapped loop: all as when alone and one at a time."""
-    asked = [(prompt(length, seed), {"temperature": 0.0}) for seed, length in enumerate((5, 21, 1, 40, 9))]
+    asked = [
+        (prompt(length, seed), {"temperature": 0.0})
+        for seed, length in enumerate((5, 21, 1, 40, 9))
+    ]
     alone = generate(torch_runner(small, "float32"), asked, at_once=False)
     runner = triton_runner(small, max_num_batched_tokens=24)
     assert generate(runner, asked) == alone
-    assert {1, 2, 4} >= set(runner.model.captured.graphs._recorded) and 4 in runner.model.captured.graphs._recorded
+    assert {1, 2, 4} >= set(
+        runner.model.captured.graphs._recorded
+    ) and 4 in runner.model.captured.graphs._recorded
 
 
 def test_few_blocks_mean_preemption_and_the_same_tokens(small) -> None:
@@ -127,7 +142,13 @@ SAMPLED = [
     {"temperature": 1.2, "seed": 2, "top_k": 7, "top_p": 0.9},
     {"temperature": 0.7, "seed": 3, "repetition_penalty": 1.7, "frequency_penalty": 0.5},
     {"temperature": 0.0, "presence_penalty": 1.5, "logit_bias": {5: 3.0}},
-    {"temperature": 1.0, "seed": 4, "min_p": 0.1, "min_tokens": 3, "stop_token_ids": tuple(range(100))},
+    {
+        "temperature": 1.0,
+        "seed": 4,
+        "min_p": 0.1,
+        "min_tokens": 3,
+        "stop_token_ids": tuple(range(100)),
+    },
 ]
 
 
@@ -162,7 +183,11 @@ def test_logits_that_are_not_numbers_fail_one_request(small) -> None:
     core.add(AddRequest("bad", [3, 7, 5], SamplingParams(temperature=0.0, max_tokens=4)))
     ends = {}
     while core.has_work:
-        ends |= {output.request_id: output.finish_reason for output in core.step() if output.finish_reason}
+        ends |= {
+            output.request_id: output.finish_reason
+            for output in core.step()
+            if output.finish_reason
+        }
     core.check_idle()
     assert ends == {"good": "length", "bad": "error"}
 
@@ -187,11 +212,17 @@ def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
     model = torch_runner(small).model_config
     assert why_not(model) is None
     assert "8 dimensions" in why_not(dataclasses.replace(model, head_dim=8))
-    for cc, dtype, reason in ((90, torch.float32, "16-bit"), (75, torch.bfloat16, "8.0"), (70, torch.float16, "7.5"),
-                              (75, torch.float16, None)):
+    for cc, dtype, reason in (
+        (90, torch.float32, "16-bit"),
+        (75, torch.bfloat16, "8.0"),
+        (70, torch.float16, "7.5"),
+        (75, torch.float16, None),
+    ):
         monkeypatch.setattr(linear, "cuda_capability", lambda device, cc=cc: cc)
         said = why_torch(EngineConfig(model=""), model, dtype, torch.device("cuda"))
         assert said is None if reason is None else reason in said
-    assert why_torch(EngineConfig(model="", cpu_isa="none"), model, torch.float16, torch.device("cpu"))
+    assert why_torch(
+        EngineConfig(model="", cpu_isa="none"), model, torch.float16, torch.device("cpu")
+    )
     with pytest.raises(UserError, match="fp8 needs a CUDA device"):
         torch_runner(small, kv_cache_dtype="fp8")

@@ -13,7 +13,7 @@ def fill(pool: BlockPool, token_ids: list[int], salt: bytes = b"") -> list[int]:
     """Hold and commit blocks for all full blocks of token_ids."""
     table = pool.allocate(len(token_ids) // SIZE)
     for index in range(len(table)):
-        pool.commit(table, index, token_ids[index * SIZE:(index + 1) * SIZE], salt)
+        pool.commit(table, index, token_ids[index * SIZE : (index + 1) * SIZE], salt)
     return table
 
 
@@ -120,16 +120,20 @@ def test_random_use_keeps_every_invariant(steps: list[tuple[int, int, int]]) -> 
         if kind == 0 and tables:
             pool.free(tables.pop(branch % len(tables)))
         else:
-            tokens = [t for level in range(depth) for t in [level * (branch % 2 if level else branch)] * SIZE]
+            tokens = [
+                t
+                for level in range(depth)
+                for t in [level * (branch % 2 if level else branch)] * SIZE
+            ]
             matched = pool.match_prefix([*tokens, 0])
             for index, block in enumerate(matched):
-                assert contents[block] == tuple(tokens[:(index + 1) * SIZE])
+                assert contents[block] == tuple(tokens[: (index + 1) * SIZE])
             if depth - len(matched) + pool.num_idle(matched) > pool.num_free:
                 continue
             pool.share(matched)
             table = matched + pool.allocate(depth - len(matched))
             for index in range(len(matched), depth):
-                pool.commit(table, index, tokens[index * SIZE:(index + 1) * SIZE])
-                contents[table[index]] = tuple(tokens[:(index + 1) * SIZE])
+                pool.commit(table, index, tokens[index * SIZE : (index + 1) * SIZE])
+                contents[table[index]] = tuple(tokens[: (index + 1) * SIZE])
             tables.append(table)
         pool.check_integrity(tables)

@@ -16,19 +16,35 @@ from ..fakes import EOS, FakeRunner, OverlappingRunner, next_token
 class Bench:
     """A scheduler, a runner, and everything that came out."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, caching: bool = True, max_num_seqs: int = 8,
-                 max_num_batched_tokens: int = 16, max_model_len: int = 64, overlap: bool = False):
-        self.runner = (OverlappingRunner if overlap else FakeRunner)(num_blocks, block_size, max_model_len)
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        caching: bool = True,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 16,
+        max_model_len: int = 64,
+        overlap: bool = False,
+    ):
+        self.runner = (OverlappingRunner if overlap else FakeRunner)(
+            num_blocks, block_size, max_model_len
+        )
         self.pending = None  # with overlap: the batch before, and its result
         self.pool = BlockPool(num_blocks, block_size, caching)
-        self.scheduler = Scheduler(self.pool, max_num_seqs=max_num_seqs,
-                                   max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+        )
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
 
     def add(self, request_id: str, prompt: list[int], salt: bytes = b"", **params) -> Request:
         params = {"ignore_eos": True, **params}
-        request = Request(request_id, prompt, SamplingParams(**params), frozenset({EOS}), seed=0, cache_salt=salt)
+        request = Request(
+            request_id, prompt, SamplingParams(**params), frozenset({EOS}), seed=0, cache_salt=salt
+        )
         self.scheduler.add(request)
         self.requests[request_id] = request
         return request
@@ -72,7 +88,7 @@ def solo(prompt: list[int], n: int) -> list[int]:
     history = list(prompt)
     for _ in range(n):
         history.append(next_token(history))
-    return history[len(prompt):]
+    return history[len(prompt) :]
 
 
 def test_long_prompt_is_chunked_and_decodes_go_on_meanwhile() -> None:
@@ -136,7 +152,11 @@ def test_prompt_logprobs_cover_the_prompt_in_spite_of_chunks_cache_and_preemptio
     first = bench.outputs["scored"][0]
     assert [entry and entry.token_id for entry in first.prompt_logprobs] == [None, *prompt[1:]]
     assert all(output.prompt_logprobs is None for output in bench.outputs["scored"][1:])
-    assert [o.logprobs[0].token_id for o in bench.outputs["scored"]] == bench.tokens("scored") == solo(prompt, 16)
+    assert (
+        [o.logprobs[0].token_id for o in bench.outputs["scored"]]
+        == bench.tokens("scored")
+        == solo(prompt, 16)
+    )
     assert bench.requests["scored"].num_preemptions > 0
 
 
@@ -164,8 +184,11 @@ def test_context_end_stops_a_request() -> None:
 
 def prompt_that_ends_in_eos(after: int) -> list[int]:
     """A prompt whose solo run produces EOS as output number `after`, and not before."""
-    return next([start, 0] for start in range(10**6) if EOS in (run := solo([start, 0], after)) and
-                run.index(EOS) == after - 1)
+    return next(
+        [start, 0]
+        for start in range(10**6)
+        if EOS in (run := solo([start, 0], after)) and run.index(EOS) == after - 1
+    )
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -227,7 +250,9 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
         "overlap": draw(st.booleans()),
     }
     capacity = min(40, options["num_blocks"] * options["block_size"])
-    prompt = st.lists(st.integers(0, 1), min_size=1, max_size=capacity - 1)  # two tokens: prefixes collide
+    prompt = st.lists(
+        st.integers(0, 1), min_size=1, max_size=capacity - 1
+    )  # two tokens: prefixes collide
     request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans())
     return options, draw(st.lists(request, min_size=1, max_size=8))
 
@@ -249,4 +274,4 @@ def test_any_workload_gives_the_tokens_of_solo_runs(workload) -> None:
     for i, (_, prompt, max_tokens, leaves) in enumerate(arrivals):
         expected = solo(prompt, min(max_tokens, capacity - len(prompt)))
         got = bench.tokens(str(i)) if str(i) in bench.outputs else []
-        assert got == (expected[:len(got)] if leaves else expected)
+        assert got == (expected[: len(got)] if leaves else expected)

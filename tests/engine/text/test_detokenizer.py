@@ -14,8 +14,12 @@ from nibble.engine.text.tokenizer import Tokenizer
 from .tiny_tokenizers import byte_fallback, byte_level
 
 
-@pytest.fixture(scope="module", params=[byte_level, byte_fallback], ids=["byte-level", "byte-fallback"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+@pytest.fixture(
+    scope="module", params=[byte_level, byte_fallback], ids=["byte-level", "byte-fallback"]
+)
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
     make: Callable[..., Path] = request.param
     return Tokenizer.from_pretrained(make(tmp_path_factory.mktemp("tokenizer")))
 
@@ -24,9 +28,11 @@ def params(**values) -> SamplingParams:
     return SamplingParams(**{"ignore_eos": True, "max_tokens": 1000, **values})
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], chunk: int = 1, prompt: list[int] = (), **values) -> list[str]:
+def stream(
+    tokenizer: Tokenizer, ids: list[int], chunk: int = 1, prompt: list[int] = (), **values
+) -> list[str]:
     detokenizer = Detokenizer(tokenizer, params(**values), prompt)
-    deltas = [detokenizer.push(ids[at:at + chunk]) for at in range(0, len(ids), chunk)]
+    deltas = [detokenizer.push(ids[at : at + chunk]) for at in range(0, len(ids), chunk)]
     return [*deltas, detokenizer.finish()]
 
 
@@ -35,7 +41,9 @@ TEXTS = ["the cat", "hi 🤗🤗 é", "  two  spaces ", "日本語 the", "🤗"]
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_deltas_add_up_and_never_show_half_a_character(tokenizer: Tokenizer, text: str, chunk: int) -> None:
+def test_deltas_add_up_and_never_show_half_a_character(
+    tokenizer: Tokenizer, text: str, chunk: int
+) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     deltas = stream(tokenizer, ids, chunk)
     assert "".join(deltas) == tokenizer.decode(ids)
@@ -57,7 +65,10 @@ def test_endless_garbage_is_let_go(tokenizer: Tokenizer) -> None:
 def test_special_tokens(tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode("hi", add_special_tokens=False), *[tokenizer.eos_token_ids[0]] * 20]
     assert "".join(stream(tokenizer, ids)) == "hi"
-    assert "".join(stream(tokenizer, ids, skip_special_tokens=False)) == "hi" + (tokenizer.eos_token or "") * 20
+    assert (
+        "".join(stream(tokenizer, ids, skip_special_tokens=False))
+        == "hi" + (tokenizer.eos_token or "") * 20
+    )
 
 
 def test_the_token_that_ends_it_is_not_text(tokenizer: Tokenizer) -> None:
@@ -65,7 +76,10 @@ def test_the_token_that_ends_it_is_not_text(tokenizer: Tokenizer) -> None:
     ids, stop = [*hi, *the], the[-1]
     with_it, without = tokenizer.decode(ids), tokenizer.decode(ids[:-1])
     assert "".join(stream(tokenizer, ids, stop_token_ids=(stop,))) == without
-    assert "".join(stream(tokenizer, ids, stop_token_ids=(stop,), include_stop_str_in_output=True)) == with_it
+    assert (
+        "".join(stream(tokenizer, ids, stop_token_ids=(stop,), include_stop_str_in_output=True))
+        == with_it
+    )
     ended = [*hi, tokenizer.eos_token_ids[0]]
     assert "".join(stream(tokenizer, ended, ignore_eos=False, skip_special_tokens=False)) == "hi"
 
@@ -94,13 +108,15 @@ def test_what_may_start_a_stop_string_is_held_back_and_no_more(tokenizer: Tokeni
         shown += detokenizer.push([token])
         text = tokenizer.decode(ids[:end])
         held = next(n for n in range(len(text), -1, -1) if text.endswith("the end"[:n]))
-        assert shown == text[:len(text) - held]
+        assert shown == text[: len(text) - held]
     assert shown + detokenizer.finish() == "hi the hi"
 
 
 def test_include_stop_string(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("hi the hi", add_special_tokens=False)
-    assert "".join(stream(tokenizer, ids, stop=("the",), include_stop_str_in_output=True)) == "hi the"
+    assert (
+        "".join(stream(tokenizer, ids, stop=("the",), include_stop_str_in_output=True)) == "hi the"
+    )
 
 
 def test_stop_strings_wait_for_min_tokens(tokenizer: Tokenizer) -> None:
@@ -131,6 +147,6 @@ def test_any_tokens_any_stops(tokenizer: Tokenizer, data: st.DataObject) -> None
     ids = tokenizer.encode(text, add_special_tokens=False)
     whole = tokenizer.decode(ids)
     ends = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
-    expected = whole[:min(ends)[1]] if ends else whole
+    expected = whole[: min(ends)[1]] if ends else whole
     for chunk in (1, 3, 100):
         assert "".join(stream(tokenizer, ids, chunk, stop=stops)) == expected

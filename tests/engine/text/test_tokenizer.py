@@ -12,15 +12,32 @@ from nibble.errors import CheckpointError
 
 from .tiny_tokenizers import CHATML, byte_fallback, byte_level
 
-TEXTS = ["the cat sat", " lead and  double", "naïve 🤗 日本", "", "a\n\tb", "<|im_start|>user\nhi<|im_end|>",
-         "<s>hi</s> the"]
+TEXTS = [
+    "the cat sat",
+    " lead and  double",
+    "naïve 🤗 日本",
+    "",
+    "a\n\tb",
+    "<|im_start|>user\nhi<|im_end|>",
+    "<s>hi</s> the",
+]
 CHAT = [{"role": "user", "content": "the <b>cat</b> "}, {"role": "assistant", "content": "sat on "}]
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
-@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True},
-                                    {"add_bos_token": True, "add_eos_token": True}])
-def test_encode_and_decode_as_transformers(tmp_path: Path, make: Callable[..., Path], config: dict) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"add_bos_token": True},
+        {"add_bos_token": False},
+        {"add_eos_token": True},
+        {"add_bos_token": True, "add_eos_token": True},
+    ],
+)
+def test_encode_and_decode_as_transformers(
+    tmp_path: Path, make: Callable[..., Path], config: dict
+) -> None:
     folder = make(tmp_path, **config)
     ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.vocab_size == len(theirs)
@@ -38,33 +55,50 @@ def test_tokens_the_configuration_adds(tmp_path: Path, make: Callable[..., Path]
     folder = make(tmp_path, pad_token="<pad>")
     ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.encode("the<pad>cat") == theirs.encode("the<pad>cat")
-    assert ours.decode(ours.encode("<pad>the")) == theirs.decode(theirs.encode("<pad>the"), skip_special_tokens=True)
+    assert ours.decode(ours.encode("<pad>the")) == theirs.decode(
+        theirs.encode("<pad>the"), skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
 def test_token_bytes_add_up_to_the_text(tmp_path: Path, make: Callable[..., Path]) -> None:
     tokenizer = Tokenizer.from_pretrained(make(tmp_path))
     for text in ("the cat", "hi 🤗 é", "a\nb\x00"):
-        data = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, add_special_tokens=False)))
-        assert data.decode().removeprefix(" ") == text  # SentencePiece puts a space before the first word
+        data = b"".join(
+            map(tokenizer.token_bytes, tokenizer.encode(text, add_special_tokens=False))
+        )
+        assert (
+            data.decode().removeprefix(" ") == text
+        )  # SentencePiece puts a space before the first word
     assert tokenizer.token_bytes(10**6) == b""
 
 
 def test_token_str_writes_cut_characters_as_bytes(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(byte_fallback(tmp_path))
     ids = tokenizer.encode("🤗", add_special_tokens=False)[1:]
-    assert [tokenizer.token_str(i) for i in ids] == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\xa4", "bytes:\\x97"]
+    assert [tokenizer.token_str(i) for i in ids] == [
+        "bytes:\\xf0",
+        "bytes:\\x9f",
+        "bytes:\\xa4",
+        "bytes:\\x97",
+    ]
     assert tokenizer.token_str(tokenizer.encode("the", add_special_tokens=False)[0]) == " the"
 
 
-@pytest.mark.parametrize("options", [
-    {"add_generation_prompt": True}, {"add_generation_prompt": False},
-    {"add_generation_prompt": False, "continue_final_message": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_generation_prompt": True},
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": False, "continue_final_message": True},
+    ],
+)
 def test_chat_template_as_transformers(tmp_path: Path, options: dict) -> None:
     folder = byte_level(tmp_path, chat_template=CHATML)
     ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(CHAT, tokenize=False, **options)
+    assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(
+        CHAT, tokenize=False, **options
+    )
 
 
 TEMPLATES = {
@@ -82,17 +116,25 @@ TEMPLATES = {
 def test_template_language_as_transformers(tmp_path: Path, template: str) -> None:
     folder = byte_level(tmp_path, chat_template=template)
     ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tools = [{"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {}}}]
+    tools = [
+        {"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {}}}
+    ]
     options = {"tools": tools, "add_generation_prompt": False, "flavour": "sweet"}
-    assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(CHAT, tokenize=False, **options)
+    assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(
+        CHAT, tokenize=False, **options
+    )
 
 
 def test_continuing_a_message_that_the_template_trims_or_drops(tmp_path: Path) -> None:
     options = {"add_generation_prompt": False, "continue_final_message": True}
     folder = byte_level(tmp_path, chat_template=TEMPLATES["trimmed message"])
     ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(CHAT, tokenize=False, **options)
-    dropping = Tokenizer.from_pretrained(byte_level(tmp_path, chat_template=TEMPLATES["loopcontrols"]))
+    assert ours.apply_chat_template(CHAT, **options) == theirs.apply_chat_template(
+        CHAT, tokenize=False, **options
+    )
+    dropping = Tokenizer.from_pretrained(
+        byte_level(tmp_path, chat_template=TEMPLATES["loopcontrols"])
+    )
     with pytest.raises(ValueError, match="leaves out the last message"):
         dropping.apply_chat_template(CHAT, **options)
     with pytest.raises(ValueError, match="no text to continue"):
@@ -109,15 +151,20 @@ def test_homes_of_the_chat_template(tmp_path: Path) -> None:
     assert Tokenizer.from_pretrained(folder).apply_chat_template(CHAT) == "file"
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    ("{{ messages.append(1) }}", "unsafe"),
-    ("{% for m in messages %}", "template"),
-    ("{{ messages[9].content }}", "template"),
-    ("{% set ns = namespace() %}{% set ns._x = 1 %}", "_x"),
-])
-def test_a_template_that_fails_or_misbehaves_is_a_value_error(tmp_path: Path, template: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for m in messages %}", "template"),
+        ("{{ messages[9].content }}", "template"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "_x"),
+    ],
+)
+def test_a_template_that_fails_or_misbehaves_is_a_value_error(
+    tmp_path: Path, template: str, message: str
+) -> None:
     tokenizer = Tokenizer.from_pretrained(byte_level(tmp_path, chat_template=template))
     with pytest.raises(ValueError, match=message):
         tokenizer.apply_chat_template(CHAT)
@@ -131,12 +178,16 @@ def test_no_chat_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("home", ["cache", "no home"])
-def test_a_gguf_files_tokenizer_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+def test_a_gguf_files_tokenizer_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
     made = []
     monkeypatch.setattr("nibble.engine.text.tokenizer._CACHE", tmp_path / home)
     monkeypatch.setattr("nibble.quant.checkpoint.open_checkpoint", lambda path: path)
-    monkeypatch.setattr("nibble.quant.checkpoint.side_files.copy_side_files",
-                        lambda file, out: made.append(byte_level(out)))
+    monkeypatch.setattr(
+        "nibble.quant.checkpoint.side_files.copy_side_files",
+        lambda file, out: made.append(byte_level(out)),
+    )
     if home == "no home":
         (tmp_path / home).write_text("not a folder")
     file = tmp_path / "model.gguf"
@@ -156,12 +207,17 @@ def test_eos_from_generation_config_and_tokenizer(tmp_path: Path) -> None:
     assert Tokenizer.from_pretrained(folder).eos_token_ids == [0, 2, 9]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("tokenizer.json", "{\"version\":", "is not a tokenizer"),
-    ("tokenizer_config.json", "[]", "is not a JSON object"),
-    ("tokenizer.json", None, "has no tokenizer.json"),
-])
-def test_damaged_files_are_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", '{"version":', "is not a tokenizer"),
+        ("tokenizer_config.json", "[]", "is not a JSON object"),
+        ("tokenizer.json", None, "has no tokenizer.json"),
+    ],
+)
+def test_damaged_files_are_named(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
     folder = byte_level(tmp_path)
     (folder / name).unlink()
     if content is not None:

@@ -47,7 +47,10 @@ def test_group_of_one_sign_still_holds_zero():
 
 def test_min_zero_keeps_gptq_v1_in_range():
     weight = torch.rand(4, 32) + 1.0
-    for q in (rtn.quantize(weight, 4, 32, False, min_zero=1), search.quantize(weight, None, 4, 32, False, min_zero=1)):
+    for q in (
+        rtn.quantize(weight, 4, 32, False, min_zero=1),
+        search.quantize(weight, None, 4, 32, False, min_zero=1),
+    ):
         assert (q.zeros >= 1).all()
         assert (q.dequantize() - weight).abs().max() < 0.3
 
@@ -98,14 +101,17 @@ def test_gptq_beats_rounding_on_correlated_activations(bits, symmetric, group_si
     result = gptq.quantize(weight, x.T @ x / len(x), bits, group_size, symmetric)
     assert result.fallback is None and result.weight.perm is None
     assert output_error(result.weight, weight, x) < 0.6 * output_error(
-        rtn.quantize(weight, bits, group_size, symmetric), weight, x)
+        rtn.quantize(weight, bits, group_size, symmetric), weight, x
+    )
 
 
 @pytest.mark.parametrize("group_size", [48, 96, 192])
 def test_gptq_with_groups_that_straddle_blocks(group_size):
     weight, x = weight_of(features=384), correlated(features=384)
     q = gptq.quantize(weight, x.T @ x, 4, group_size, False).weight
-    assert output_error(q, weight, x) < 0.6 * output_error(rtn.quantize(weight, 4, group_size, False), weight, x)
+    assert output_error(q, weight, x) < 0.6 * output_error(
+        rtn.quantize(weight, 4, group_size, False), weight, x
+    )
 
 
 def test_gptq_equals_the_textbook_where_nothing_departs_from_it():
@@ -135,9 +141,14 @@ def test_gptq_survives_dead_and_duplicate_channels_and_few_tokens():
     assert torch.isfinite(result.weight.dequantize()).all()
 
 
-@pytest.mark.parametrize(("hessian", "why"), [(torch.zeros(128, 128), "no activations"),
-                                              (torch.full((128, 128), math.nan), "not finite"),
-                                              (-torch.eye(128) * 9 + torch.eye(128)[0] * 2000, "positive definite")])
+@pytest.mark.parametrize(
+    ("hessian", "why"),
+    [
+        (torch.zeros(128, 128), "no activations"),
+        (torch.full((128, 128), math.nan), "not finite"),
+        (-torch.eye(128) * 9 + torch.eye(128)[0] * 2000, "positive definite"),
+    ],
+)
 def test_gptq_falls_back_with_a_reason(hessian, why):
     result = gptq.quantize(weight_of(), hessian, 4, 64, False)
     assert why in result.fallback
@@ -157,7 +168,9 @@ def test_awq_scales_lower_the_output_error_and_identity_is_a_candidate():
     hessian = x.T @ x / len(x)
 
     def error(scales):
-        rounded = gptq.quantize(weight * scales, hessian / scales / scales[:, None], 4, 64, False).weight.dequantize()
+        rounded = gptq.quantize(
+            weight * scales, hessian / scales / scales[:, None], 4, 64, False
+        ).weight.dequantize()
         return awq.hessian_loss(rounded / scales - weight, hessian)
 
     loss = awq.expected_loss(weight, gptq.unexplained_variance(hessian), 4, 64, False)
@@ -165,7 +178,9 @@ def test_awq_scales_lower_the_output_error_and_identity_is_a_candidate():
     assert found.loss < 0.95 * found.identity_loss
     assert found.loss == pytest.approx(loss(found.scales))
     assert error(found.scales) < 0.95 * error(torch.ones(128))
-    useless = awq.search_scales(x.abs().mean(0), awq.relative_magnitude([weight], 64), lambda s: s.std().item())
+    useless = awq.search_scales(
+        x.abs().mean(0), awq.relative_magnitude([weight], 64), lambda s: s.std().item()
+    )
     assert torch.equal(useless.scales, torch.ones(128))
 
 
@@ -183,7 +198,9 @@ def test_folding_a_norm_is_exact_whatever_its_rounding(offset, dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(256, generator=generator).to(dtype).float()
     weight[:3] = torch.tensor([0.0, -1.0, -0.99609375])
-    stored, scales = awq.divide_norm(weight, torch.rand(256, generator=generator) * 4 + 0.05, offset, dtype)
+    stored, scales = awq.divide_norm(
+        weight, torch.rand(256, generator=generator) * 4 + 0.05, offset, dtype
+    )
     assert torch.equal(stored, stored.to(dtype).float())
     torch.testing.assert_close((stored + offset) * scales, weight + offset, rtol=1e-6, atol=1e-9)
     assert (scales > 0).all()
@@ -197,7 +214,9 @@ def test_heads_share_scales_with_the_queries_that_read_them():
 
 
 def test_fp8_maps_each_row_to_the_whole_range():
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 8).unsqueeze(1)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -6, 3, 8
+    ).unsqueeze(1)
     weight[2] = 0
     q = fp8.quantize(weight)
     assert q.kind == "fp8" and q.act_quant == "token" and q.codes.dtype == torch.float8_e4m3fn

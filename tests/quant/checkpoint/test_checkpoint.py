@@ -28,12 +28,17 @@ def awq_folder(llama_folder):
     file = llama_folder / "model.safetensors"
     tensors = load_file(file)
     generator = torch.Generator().manual_seed(0)
-    weight = QuantizedWeight(codes=torch.randint(0, 16, (64, 64), generator=generator, dtype=torch.uint8),
-                             scales=torch.rand(64, 2, generator=generator).half(),
-                             zeros=torch.randint(0, 16, (64, 2), generator=generator, dtype=torch.uint8),
-                             bits=4, block=(1, 32))
+    weight = QuantizedWeight(
+        codes=torch.randint(0, 16, (64, 64), generator=generator, dtype=torch.uint8),
+        scales=torch.rand(64, 2, generator=generator).half(),
+        zeros=torch.randint(0, 16, (64, 2), generator=generator, dtype=torch.uint8),
+        bits=4,
+        block=(1, 32),
+    )
     del tensors[f"{Q_PROJ}.weight"]
-    save_file(tensors | {f"{Q_PROJ}.{s}": t for s, t in awq.write(weight).items()}, file, {"format": "pt"})
+    save_file(
+        tensors | {f"{Q_PROJ}.{s}": t for s, t in awq.write(weight).items()}, file, {"format": "pt"}
+    )
     scheme = QuantScheme("awq", "gemm", LayerScheme("int", 4, 32, False))
     edit_json(llama_folder / "config.json", quantization_config=scheme.to_config())
     return llama_folder
@@ -53,7 +58,9 @@ def test_every_tensor_is_the_models(folder, request, llama_model):
     assert checkpoint.names() == state.keys() and checkpoint.scheme is None
     for name, tensor in state.items():
         assert torch.equal(checkpoint.tensor(name), tensor)
-        assert checkpoint.shape(name) == tuple(tensor.shape) and checkpoint.dtype(name) == tensor.dtype
+        assert (
+            checkpoint.shape(name) == tuple(tensor.shape) and checkpoint.dtype(name) == tensor.dtype
+        )
     assert checkpoint.nbytes == sum(t.nbytes for t in state.values())
     assert checkpoint.config["model_type"] == "llama"
     assert torch.equal(checkpoint.linear(Q_PROJ), state[f"{Q_PROJ}.weight"])
@@ -67,13 +74,17 @@ def test_a_quantized_module_among_dense_ones(awq_folder):
     assert isinstance(weight, QuantizedWeight) and weight.group_size == 32
     assert isinstance(checkpoint.linear("model.layers.0.self_attn.k_proj"), torch.Tensor)
     assert checkpoint.scheme.describe() == "awq int4 g32 asym"
-    assert checkpoint.weight_names(Q_PROJ) == [f"{Q_PROJ}.{s}" for s in ("qweight", "scales", "qzeros")]
+    assert checkpoint.weight_names(Q_PROJ) == [
+        f"{Q_PROJ}.{s}" for s in ("qweight", "scales", "qzeros")
+    ]
     assert torch.equal(checkpoint.dense(Q_PROJ), weight.dequantize())
 
 
 def test_a_scheme_in_an_older_side_file(awq_folder):
     edit_json(awq_folder / "config.json", quantization_config=None)
-    (awq_folder / "quant_config.json").write_text('{"w_bit": 4, "q_group_size": 32, "zero_point": true}')
+    (awq_folder / "quant_config.json").write_text(
+        '{"w_bit": 4, "q_group_size": 32, "zero_point": true}'
+    )
     assert open_checkpoint(awq_folder).scheme.method == "awq"
 
 
@@ -92,10 +103,21 @@ def test_dequantized_folder_is_plain(awq_folder, tmp_path):
 
 
 def test_side_files_are_copied_byte_for_byte(llama_folder, tmp_path):
-    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "pytorch_model.bin", "notes.txt"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "pytorch_model.bin",
+        "notes.txt",
+    ):
         (llama_folder / name).write_bytes(b"\x00 any bytes \xff")
     written = copy_side_files(open_checkpoint(llama_folder), tmp_path / "out")
-    assert set(written) == {"tokenizer.json", "chat_template.jinja", "LICENSE", "generation_config.json"}
+    assert set(written) == {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "generation_config.json",
+    }
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"\x00 any bytes \xff"
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
@@ -115,7 +137,12 @@ def fails(folder, *parts, error=CheckpointError):
 def test_truncated_file(llama_folder):
     file = llama_folder / "model.safetensors"
     whole = file.read_bytes()
-    for size, problem in ((len(whole) - 100, "truncated"), (3000, "truncated"), (200, "truncated"), (3, "truncated")):
+    for size, problem in (
+        (len(whole) - 100, "truncated"),
+        (3000, "truncated"),
+        (200, "truncated"),
+        (3, "truncated"),
+    ):
         file.write_bytes(whole[:size])
         fails(llama_folder, "model.safetensors", problem)
 
@@ -124,7 +151,7 @@ def test_damaged_header(llama_folder):
     file = llama_folder / "model.safetensors"
     whole = file.read_bytes()
     for wrong in (b"\x00" * 40, b"[" * 60, b"\xff" * 10):
-        file.write_bytes(whole[:8] + wrong + whole[8 + len(wrong):])
+        file.write_bytes(whole[:8] + wrong + whole[8 + len(wrong) :])
         fails(llama_folder, "model.safetensors", "damaged safetensors header")
     file.write_bytes(whole.replace(b'"F32"', b'"F31"', 1))
     fails(llama_folder, "dtype F31", "tensor 'model")
@@ -135,7 +162,9 @@ def test_damaged_header(llama_folder):
 
 
 def test_lfs_pointer(llama_folder):
-    (llama_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9")
+    (llama_folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9"
+    )
     fails(llama_folder, "model.safetensors", "Git LFS pointer", "git lfs pull")
 
 
@@ -199,13 +228,24 @@ def test_no_such_place(tmp_path):
     fails(tmp_path, "2 .gguf files")
 
 
-@pytest.mark.parametrize("suffix, change, problem", [
-    ("scales", lambda t: t.index_fill(0, torch.tensor(0), float("nan")), "holds NaN or infinity"),
-    ("scales", lambda t: t.index_fill(1, torch.tensor(3), float("inf")), "holds NaN or infinity"),
-    ("scales", lambda t: t[:, :-8].contiguous(), "has shape [2, 56], want [2, 64]"),
-    ("qzeros", lambda t: t[:1].contiguous(), "has shape [1, 8], want [2, 8]"),
-    ("qweight", lambda t: t.to(torch.int64), "has dtype torch.int64"),
-])
+@pytest.mark.parametrize(
+    "suffix, change, problem",
+    [
+        (
+            "scales",
+            lambda t: t.index_fill(0, torch.tensor(0), float("nan")),
+            "holds NaN or infinity",
+        ),
+        (
+            "scales",
+            lambda t: t.index_fill(1, torch.tensor(3), float("inf")),
+            "holds NaN or infinity",
+        ),
+        ("scales", lambda t: t[:, :-8].contiguous(), "has shape [2, 56], want [2, 64]"),
+        ("qzeros", lambda t: t[:1].contiguous(), "has shape [1, 8], want [2, 8]"),
+        ("qweight", lambda t: t.to(torch.int64), "has dtype torch.int64"),
+    ],
+)
 def test_damaged_quantized_tensor(awq_folder, suffix, change, problem):
     file = awq_folder / "model.safetensors"
     tensors = load_file(file)
@@ -265,4 +305,7 @@ def test_the_hub_is_never_asked_for_pickles(monkeypatch, llama_folder):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     assert open_checkpoint("someone/some-model", revision="v1").has("model.norm.weight")
     assert asked["name"] == "someone/some-model" and asked["revision"] == "v1"
-    assert not any(p.endswith((".bin", ".pt", "*")) and p not in ("tokenizer*", "LICENSE*") for p in asked["patterns"])
+    assert not any(
+        p.endswith((".bin", ".pt", "*")) and p not in ("tokenizer*", "LICENSE*")
+        for p in asked["patterns"]
+    )

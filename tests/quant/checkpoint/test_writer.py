@@ -11,7 +11,10 @@ from nibble.quant.checkpoint.headers import scan
 from nibble.quant.checkpoint.writer import ShardWriter
 
 BLOCKS = [
-    {"a.weight": torch.arange(6, dtype=torch.int8).reshape(2, 3), "a.scale": torch.ones(3, dtype=torch.float16)},
+    {
+        "a.weight": torch.arange(6, dtype=torch.int8).reshape(2, 3),
+        "a.scale": torch.ones(3, dtype=torch.float16),
+    },
     {"b.weight": torch.randn(5, 7), "b.scale": torch.tensor(2.5)},
     {"c.weight": torch.randn(4, 4).to(torch.float8_e4m3fn), "c.empty": torch.zeros(0, 4)},
 ]
@@ -24,7 +27,7 @@ def same(a, b):
 
 def write(folder, blocks=BLOCKS, **options):
     writer = ShardWriter(folder, **options)
-    for block in blocks[len(writer.parts):]:
+    for block in blocks[len(writer.parts) :]:
         writer.add(block)
     files = writer.finish()
     writer.clean()

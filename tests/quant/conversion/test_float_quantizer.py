@@ -24,14 +24,24 @@ def close(a, b):
 
 @pytest.mark.parametrize("target", ["compressed-tensors", "fp8"])
 def test_one_scale_for_what_runtimes_fuse(dense, tmp_path, target):
-    out = open_checkpoint(convert(dense, tmp_path / "out", "fp8", fp8_scheme="tensor", to=target, **FAST))
+    out = open_checkpoint(
+        convert(dense, tmp_path / "out", "fp8", fp8_scheme="tensor", to=target, **FAST)
+    )
     original = open_checkpoint(dense)
-    for stage in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+    for stage in (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ):
         weights = [out.linear(BLOCK0 + name) for name in stage]
         widest = max(original.dense(BLOCK0 + name).abs().max() for name in stage)
         for name, weight in zip(stage, weights, strict=True):
-            assert weight.scales.shape == (1, 1) and weight.scales.item() == pytest.approx(widest.item() / 448)
-            assert torch.equal(weight.input_scale, weights[0].input_scale) and weight.act_quant == "tensor"
+            assert weight.scales.shape == (1, 1) and weight.scales.item() == pytest.approx(
+                widest.item() / 448
+            )
+            assert (
+                torch.equal(weight.input_scale, weights[0].input_scale)
+                and weight.act_quant == "tensor"
+            )
             assert close(weight.dequantize(), original.dense(BLOCK0 + name, torch.float32))
 
 
@@ -41,15 +51,26 @@ def test_static_scales_are_the_widest_input_and_key_that_calibration_met(dense, 
     options = {"calib_samples": 1, "calib_seqlen": 24, "calib": tmp_path / "text"}
     out = convert(dense, tmp_path / "out", "fp8", fp8_scheme="tensor", kv_scales=True, **options)
     from transformers import AutoTokenizer
-    ids = AutoTokenizer.from_pretrained(out).encode((tmp_path / "text").read_text(), add_special_tokens=False)
+
+    ids = AutoTokenizer.from_pretrained(out).encode(
+        (tmp_path / "text").read_text(), add_special_tokens=False
+    )
     from nibble.quant.conversion.calibration import bos_token, draw_windows
-    window = draw_windows(torch.tensor(ids), 1, 24, bos_token(AutoTokenizer.from_pretrained(out)),
-                          torch.Generator().manual_seed(0))
+
+    window = draw_windows(
+        torch.tensor(ids),
+        1,
+        24,
+        bos_token(AutoTokenizer.from_pretrained(out)),
+        torch.Generator().manual_seed(0),
+    )
     dequantize_checkpoint(open_checkpoint(out), tmp_path / "plain", torch.float32)
     model, cache, met = AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), DynamicCache(), {}
     for name, module in model.named_modules():
         if name.endswith("_proj"):
-            module.register_forward_pre_hook(lambda _m, x, name=name: met.__setitem__(name, x[0].abs().max().item()))
+            module.register_forward_pre_hook(
+                lambda _m, x, name=name: met.__setitem__(name, x[0].abs().max().item())
+            )
     with torch.no_grad():
         model(window, past_key_values=cache)
     checkpoint = open_checkpoint(out)
@@ -58,47 +79,74 @@ def test_static_scales_are_the_widest_input_and_key_that_calibration_met(dense, 
     for i, layer in enumerate(cache.layers):
         for kind, states in (("k", layer.keys), ("v", layer.values)):
             scale = checkpoint.tensor(f"model.layers.{i}.self_attn.{kind}_scale")
-            assert scale.shape == (1,) and scale.item() == pytest.approx(states.abs().max().item() / 448, rel=1e-3)
+            assert scale.shape == (1,) and scale.item() == pytest.approx(
+                states.abs().max().item() / 448, rel=1e-3
+            )
     assert checkpoint.scheme.kv_cache == "fp8"
 
 
 @pytest.mark.parametrize("target", [None, "compressed-tensors"])
 def test_blocks_of_128(make_checkpoint, tmp_path, target):
     folder = make_checkpoint(hidden_size=192, intermediate_size=320)
-    checkpoint = open_checkpoint(convert(folder, tmp_path / "out", "fp8", fp8_scheme="block", to=target, **FAST))
+    checkpoint = open_checkpoint(
+        convert(folder, tmp_path / "out", "fp8", fp8_scheme="block", to=target, **FAST)
+    )
     original = open_checkpoint(folder).dense(BLOCK0 + "mlp.down_proj", torch.float32)
     weight = checkpoint.linear(BLOCK0 + "mlp.down_proj")
     assert weight.block == (128, 128) and weight.act_quant == "group"
-    assert weight.scales[1, 2].item() == pytest.approx(original[128:, 256:].abs().max().item() / 448)
+    assert weight.scales[1, 2].item() == pytest.approx(
+        original[128:, 256:].abs().max().item() / 448
+    )
     assert close(weight.dequantize(), original)
     suffix = "weight_scale" if target else "weight_scale_inv"
     assert checkpoint.has(f"{BLOCK0}mlp.down_proj.{suffix}")
 
 
-@pytest.mark.parametrize("options", [{"fp8_scheme": "tensor", "kv_scales": True}, {"fp8_scheme": "block"}, {}])
+@pytest.mark.parametrize(
+    "options", [{"fp8_scheme": "tensor", "kv_scales": True}, {"fp8_scheme": "block"}, {}]
+)
 def test_the_config_is_what_compressed_tensors_reads(dense, tmp_path, options):
     out = convert(dense, tmp_path / "out", "fp8", to="compressed-tensors", **options, **FAST)
     raw = json.loads((out / "config.json").read_text())["quantization_config"]
     theirs = QuantizationConfig.model_validate(raw)
     group = theirs.config_groups["group_0"]
     scheme = options.get("fp8_scheme", "channel")
-    assert group.weights.strategy == scheme and group.weights.type == "float" and group.weights.num_bits == 8
+    assert (
+        group.weights.strategy == scheme
+        and group.weights.type == "float"
+        and group.weights.num_bits == 8
+    )
     assert group.weights.block_structure == ([128, 128] if scheme == "block" else None)
     assert group.input_activations.dynamic is (scheme != "tensor")
-    assert group.input_activations.strategy == {"channel": "token", "tensor": "tensor", "block": "group"}[scheme]
+    assert (
+        group.input_activations.strategy
+        == {"channel": "token", "tensor": "tensor", "block": "group"}[scheme]
+    )
     assert (theirs.kv_cache_scheme is not None) == options.get("kv_scales", False)
 
 
-@pytest.mark.parametrize(("method", "options"), [("awq", {}), ("gptq", {"symmetric": False}), ("gptq", {"bits": 8})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("awq", {}), ("gptq", {"symmetric": False}), ("gptq", {"bits": 8})]
+)
 def test_integers_straight_to_compressed_tensors(dense, tmp_path, method, options):
     """Widths 64 and 96 with groups of 64: exceptions are named; scales of keys and values come with it."""
-    out = convert(dense, tmp_path / "out", method, group_size=64, to="compressed-tensors", kv_scales=True, **options,
-                  **FAST)
+    out = convert(
+        dense,
+        tmp_path / "out",
+        method,
+        group_size=64,
+        to="compressed-tensors",
+        kv_scales=True,
+        **options,
+        **FAST,
+    )
     checkpoint = open_checkpoint(out)
     assert checkpoint.linear(BLOCK0 + "mlp.gate_proj").group_size == 64
     assert checkpoint.linear(BLOCK0 + "mlp.down_proj").group_size == 32
     if method == "gptq":  # the same weights as in the format that has been there for longer
-        other = open_checkpoint(convert(dense, tmp_path / "v2", method, group_size=64, to="gptq_v2", **options, **FAST))
+        other = open_checkpoint(
+            convert(dense, tmp_path / "v2", method, group_size=64, to="gptq_v2", **options, **FAST)
+        )
         for name in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj"):
             assert torch.equal(checkpoint.dense(BLOCK0 + name), other.dense(BLOCK0 + name))
     assert checkpoint.tensor(BLOCK0 + "self_attn.k_scale").item() > 0
@@ -126,13 +174,19 @@ def test_act_order_cuts_groups_by_importance(dense, tmp_path):
     q, k, o = (checkpoint.linear(f"{BLOCK0}self_attn.{name}_proj") for name in "qko")
     assert q.perm is not None and torch.equal(q.perm, k.perm) and not torch.equal(q.perm, o.perm)
     g_idx = checkpoint.tensor(BLOCK0 + "self_attn.q_proj.g_idx")
-    assert g_idx.bincount().tolist() == [32, 32] and not torch.equal(g_idx.long(), torch.arange(64) // 32)
+    assert g_idx.bincount().tolist() == [32, 32] and not torch.equal(
+        g_idx.long(), torch.arange(64) // 32
+    )
     assert json.loads((out / "config.json").read_text())["quantization_config"]["desc_act"] is True
     ids, logits = torch.arange(3, 35).unsqueeze(0), {}
     for folder in (dense, out):
-        dequantize_checkpoint(open_checkpoint(folder), tmp_path / f"{folder.name}-plain", torch.float32)
+        dequantize_checkpoint(
+            open_checkpoint(folder), tmp_path / f"{folder.name}-plain", torch.float32
+        )
         with torch.no_grad():
-            logits[folder] = AutoModelForCausalLM.from_pretrained(tmp_path / f"{folder.name}-plain")(ids).logits[0]
+            logits[folder] = AutoModelForCausalLM.from_pretrained(
+                tmp_path / f"{folder.name}-plain"
+            )(ids).logits[0]
     p, q = (torch.log_softmax(x, -1) for x in logits.values())
     assert (p.exp() * (p - q)).sum(-1).mean() < 0.02
 

@@ -30,7 +30,9 @@ def logits(folder, ids):
     """By transformers, from the weights that a checkpoint stands for."""
     plain = folder.with_name(folder.name + "-plain")
     dequantize_checkpoint(open_checkpoint(folder), plain, torch.float32)
-    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(
+        torch.tensor([ids])
+    ).logits[0]
 
 
 @pytest.mark.parametrize(("method", "options"), [
@@ -44,7 +46,9 @@ def test_converted_model_computes_nearly_what_the_original_does(dense, tmp_path,
     assert len(quantized) == 14
     ids = list(range(3, 35))
     p, q = (torch.log_softmax(logits(folder, ids), -1) for folder in (dense, out))
-    assert (p.exp() * (p - q)).sum(-1).mean() < (1e-3 if method == "fp8" or options.get("bits") == 8 else 0.02)
+    assert (p.exp() * (p - q)).sum(-1).mean() < (
+        1e-3 if method == "fp8" or options.get("bits") == 8 else 0.02
+    )
     assert not (tmp_path / "out.partial").exists()
     assert (out / "tokenizer.json").exists() and (out / "config.json").exists()
 
@@ -73,7 +77,9 @@ def test_awq_has_one_group_size_and_gptq_names_the_exceptions(dense, tmp_path):
     checkpoint = open_checkpoint(gptq)
     assert checkpoint.linear("model.layers.1.mlp.gate_proj").group_size == 64
     assert checkpoint.linear("model.layers.1.mlp.down_proj").group_size == 32
-    assert len(json.loads((gptq / "config.json").read_text())["quantization_config"]["dynamic"]) == 2
+    assert (
+        len(json.loads((gptq / "config.json").read_text())["quantization_config"]["dynamic"]) == 2
+    )
 
 
 def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
@@ -97,7 +103,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("model_type", sorted(LAYER_MAPS))
 @torch.no_grad()
-def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(make_checkpoint, model_type):
+def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
+    make_checkpoint, model_type
+):
     checkpoint = open_checkpoint(make_checkpoint(model_type=model_type, **VARIANTS[model_type]))
     source = BlockSource(checkpoint, torch.device("cpu"))
     ids = torch.arange(3, 51).reshape(2, 24)
@@ -105,7 +113,9 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(make
     want = model.model(ids, output_hidden_states=True).hidden_states
     hidden = source.embed(ids)
     arguments = source.keyword_arguments(hidden[:1])
-    torch.testing.assert_close(hidden, want[0], rtol=1e-2, atol=1e-2)  # Gemma rounds its embedding scale by dtype
+    torch.testing.assert_close(
+        hidden, want[0], rtol=1e-2, atol=1e-2
+    )  # Gemma rounds its embedding scale by dtype
     hidden.copy_(want[0])
     for index in range(len(source)):
         block = source.load(index)
@@ -155,7 +165,8 @@ def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_produce(d
     seen = {}
     for site in sites:
         block.get_submodule(site).register_forward_pre_hook(
-            lambda _, args, site=site: seen.__setitem__(site, args[0].flatten(0, 1)))
+            lambda _, args, site=site: seen.__setitem__(site, args[0].flatten(0, 1))
+        )
     run(block, hidden, kwargs)
     for site, x in seen.items():
         torch.testing.assert_close(met[site], x.T @ x / len(x))
@@ -166,12 +177,16 @@ def test_input_statistics_are_those_of_all_tokens_however_they_are_batched(dense
     hidden = source.embed(torch.arange(3, 67).reshape(4, 16))
     kwargs = source.keyword_arguments(hidden[:1])[0]
     block = source.load(0)
-    whole = calibration.input_statistics(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
+    whole = calibration.input_statistics(
+        block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"]
+    )
     x = block.input_layernorm(hidden).flatten(0, 1)
     torch.testing.assert_close(whole["self_attn.q_proj"].mean_abs, x.abs().mean(0))
     torch.testing.assert_close(whole["self_attn.q_proj"].products, x.T @ x / len(x))
     monkeypatch.setattr(calibration, "MICRO_BATCH", 3)
-    parts = calibration.input_statistics(block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"])
+    parts = calibration.input_statistics(
+        block, hidden, kwargs, ["self_attn.q_proj", "mlp.down_proj"]
+    )
     for site, value in whole.items():
         torch.testing.assert_close(parts[site].mean_abs, value.mean_abs)
         torch.testing.assert_close(parts[site].products, value.products)
@@ -190,8 +205,10 @@ def test_output_in_use_is_refused_unless_told_to_overwrite(dense, tmp_path):
         convert(dense, dense, "fp8", overwrite=True)
 
 
-@pytest.mark.parametrize(("method", "bits", "group_size"), [("awq", 3, 128), ("gptq", 5, 128), ("fp8", 4, 128),
-                                                           ("gptq", 4, 20), ("nf4", None, 128)])
+@pytest.mark.parametrize(
+    ("method", "bits", "group_size"),
+    [("awq", 3, 128), ("gptq", 5, 128), ("fp8", 4, 128), ("gptq", 4, 20), ("nf4", None, 128)],
+)
 def test_impossible_recipes_are_refused(method, bits, group_size):
     with pytest.raises(UnsupportedError):
         Recipe.of(method, bits, group_size)
@@ -203,8 +220,14 @@ def test_unknown_architecture_is_named():
 
 
 def test_plan_for_widths_of_smollm2(make_checkpoint):
-    source_folder = make_checkpoint(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
-                                    intermediate_size=1536, num_hidden_layers=1)
+    source_folder = make_checkpoint(
+        hidden_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        num_hidden_layers=1,
+    )
     checkpoint = open_checkpoint(source_folder)
     source = BlockSource(checkpoint, torch.device("cpu"))
     assert set(make_plan(checkpoint, source, Recipe.of("awq")).group_sizes.values()) == {64}
@@ -229,9 +252,13 @@ class Bytes:
 def test_samples_are_repeatable_and_start_as_the_tokenizer_does(bos):
     one, two, other = (calibration.bundled_samples(Bytes(bos), 20, 64, seed) for seed in (0, 0, 1))
     assert one.token_ids.shape == (20, 64)
-    assert torch.equal(one.token_ids, two.token_ids) and not torch.equal(one.token_ids, other.token_ids)
+    assert torch.equal(one.token_ids, two.token_ids) and not torch.equal(
+        one.token_ids, other.token_ids
+    )
     assert one.sha256 == other.sha256 and len(one.sha256) == 64
-    assert ((one.token_ids == 1).sum(1) == len(bos)).all() and (not bos or (one.token_ids[:, 0] == 1).all())
+    assert ((one.token_ids == 1).sum(1) == len(bos)).all() and (
+        not bos or (one.token_ids[:, 0] == 1).all()
+    )
 
 
 def test_evaluation_text_shares_nothing_with_calibration_text():
@@ -261,25 +288,39 @@ def test_card_says_what_was_done(dense, tmp_path):
     (dense / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     out = tmp_path / "out"
     report = convert_with_report(dense, out, Recipe.of("gptq", None, 64), **FAST)
-    write_card(out, report, [Quality("prose", 100, 12.5, 12.0, 0.0421, 0.03, 0.3, 0.91)], "org/tiny", 10**9)
+    write_card(
+        out, report, [Quality("prose", 100, 12.5, 12.0, 0.0421, 0.03, 0.3, 0.91)], "org/tiny", 10**9
+    )
     record = json.loads((out / "nibble_quality.json").read_text())
     assert record["evaluation"][0]["kl_mean"] == 0.0421
     assert record["calibration"]["sha256"] == report.samples.sha256
     assert 4 < record["bits_per_weight"] < 5
-    assert len(record["layer_error"]) == 14 and all(0 < e < 0.1 for e in record["layer_error"].values())
+    assert len(record["layer_error"]) == 14 and all(
+        0 < e < 0.1 for e in record["layer_error"].values()
+    )
     card = (out / "README.md").read_text()
     front = card.split("---")[1]
     assert "base_model: org/tiny" in front and "base_model_relation: quantized" in front
     assert "license: apache-2.0" in front
     assert "0.0421" in card and "91.0%" in card and "group size 32 instead of 64" in card
-    worst = max((n for n in record["layer_error"] if n.endswith("down_proj")), key=record["layer_error"].get)
-    assert f"{record['layer_error'][worst]:.3%} | {worst} |" in card and "vLLM or transformers" in card
-    assert record["recipe"]["method"] == "gptq" and set(record["versions"]) >= {"python", "torch", "nibble-serve"}
+    worst = max(
+        (n for n in record["layer_error"] if n.endswith("down_proj")), key=record["layer_error"].get
+    )
+    assert (
+        f"{record['layer_error'][worst]:.3%} | {worst} |" in card and "vLLM or transformers" in card
+    )
+    assert record["recipe"]["method"] == "gptq" and set(record["versions"]) >= {
+        "python",
+        "torch",
+        "nibble-serve",
+    }
 
 
 def test_card_names_only_runtimes_that_read_it(dense, tmp_path):
     for options in ({"bits": 3}, {"symmetric": False}):
         out = tmp_path / f"out{options}"
-        report = convert_with_report(dense, out, Recipe.of("gptq", group_size=32, **options), **FAST)
+        report = convert_with_report(
+            dense, out, Recipe.of("gptq", group_size=32, **options), **FAST
+        )
         write_card(out, report, [], "org/tiny", 10**9)
         assert "vLLM reads symmetric GPTQ of 4 and 8 bits alone" in (out / "README.md").read_text()

@@ -148,7 +148,9 @@ def test_a_full_disk_leaves_no_output_and_says_how_much_is_needed(dense, tmp_pat
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, old[1]))
     try:
-        with pytest.raises(UserError, match=r"disk is full: the conversion needs .* bytes\) in all, .* are free"):
+        with pytest.raises(
+            UserError, match=r"disk is full: the conversion needs .* bytes\) in all, .* are free"
+        ):
             convert(dense, tmp_path / "out", "gptq", **FAST)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -181,7 +183,9 @@ def test_two_conversions_do_not_write_to_one_folder(dense, tmp_path):
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
 def test_a_dry_run_knows_the_size_and_writes_nothing(dense, tmp_path, method):
-    plan, needs = dry_run(dense, tmp_path / "out", Recipe.of(method), calib_samples=4, calib_seqlen=32)
+    plan, needs = dry_run(
+        dense, tmp_path / "out", Recipe.of(method), calib_samples=4, calib_seqlen=32
+    )
     assert not list(tmp_path.glob("out*")) and len(plan.group_sizes) == 14
     assert needs.disk > needs.output and needs.seconds > 0
     size = (convert(dense, tmp_path / "out", method, **FAST) / "model.safetensors").stat().st_size
@@ -191,8 +195,15 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(dense, tmp_path, method):
 def convert_in_little_memory(dense, out, **options):
     from nibble.quant.conversion.pipeline import convert_with_report
 
-    convert_with_report(dense, out, Recipe.of("gptq", None, 32), activation_memory=20_000, calib_samples=6,
-                        calib_seqlen=32, **options)
+    convert_with_report(
+        dense,
+        out,
+        Recipe.of("gptq", None, 32),
+        activation_memory=20_000,
+        calib_samples=6,
+        calib_seqlen=32,
+        **options,
+    )
     return out
 
 
@@ -219,7 +230,9 @@ def test_a_block_run_in_parts_sees_and_gives_what_it_does_at_once(dense):
             met[site] = hessian
             block.get_submodule(site).weight.mul_(0.7)
 
-        calibration.run_quantizing(block, hidden, source.keyword_arguments(hidden[:1])[0], sites, damage, at_once)
+        calibration.run_quantizing(
+            block, hidden, source.keyword_arguments(hidden[:1])[0], sites, damage, at_once
+        )
         results.append((hidden, met))
     (whole, want), (parts, got) = results
     torch.testing.assert_close(parts, whole)
@@ -252,8 +265,13 @@ def peak_memory(arguments, log) -> int:
     """Bytes that `nibble` with these arguments had resident at most."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "nibble", *map(str, arguments)], stdout=out, stderr=out,
-                                   env=environment, cwd=log.parent)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nibble", *map(str, arguments)],
+            stdout=out,
+            stderr=out,
+            env=environment,
+            cwd=log.parent,
+        )
         _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, log.read_text()
     return usage.ru_maxrss * 1024
@@ -269,8 +287,16 @@ def test_peak_memory_is_one_block_and_the_activations_whatever_the_depth(make_gg
         folder = tmp_path / f"wide{layers}"
         shutil.copytree(tmp_path / "tiny", folder)
         torch.manual_seed(0)
-        config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, vocab_size=272,
-                             num_attention_heads=32, num_key_value_heads=8, bos_token_id=1, eos_token_id=2)
+        config = LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=layers,
+            vocab_size=272,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         with torch.device("meta"):
             model = LlamaForCausalLM(config).bfloat16()
         model.to_empty(device="cpu")
@@ -278,10 +304,27 @@ def test_peak_memory_is_one_block_and_the_activations_whatever_the_depth(make_gg
             parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
         model.save_pretrained(folder)
         del model
-        _, needs = dry_run(folder, tmp_path / "x", Recipe.of("gptq"), calib_samples=8, calib_seqlen=128)
-        peaks[layers] = peak_memory(["convert", folder, "--gptq", "-o", tmp_path / f"out{layers}", "--no-eval",
-                                     "--calib-samples", 8, "--calib-seqlen", 128], tmp_path / "log")
-        print(f"{layers} blocks: peak {peaks[layers] / 1e9:.2f} GB, planned {needs.memory / 1e9:.2f} GB")
+        _, needs = dry_run(
+            folder, tmp_path / "x", Recipe.of("gptq"), calib_samples=8, calib_seqlen=128
+        )
+        peaks[layers] = peak_memory(
+            [
+                "convert",
+                folder,
+                "--gptq",
+                "-o",
+                tmp_path / f"out{layers}",
+                "--no-eval",
+                "--calib-samples",
+                8,
+                "--calib-seqlen",
+                128,
+            ],
+            tmp_path / "log",
+        )
+        print(
+            f"{layers} blocks: peak {peaks[layers] / 1e9:.2f} GB, planned {needs.memory / 1e9:.2f} GB"
+        )
         assert 0.4 * needs.memory < peaks[layers] < 1.1 * needs.memory
         shutil.rmtree(folder)
     block = 4 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192)

@@ -29,11 +29,15 @@ def test_damage_is_nearly_the_least_that_the_budget_allows(average, seed):
     """On the hull greedy steps are optimal up to one step's worth; brute force over all choices is the judge."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.rand(5, generator=generator).tolist()
-    damage = {(str(i),): {bits: w * 4.0**-bits for bits in (2, 3, 4, 8)} for i, w in enumerate(weight)}
+    damage = {
+        (str(i),): {bits: w * 4.0**-bits for bits in (2, 3, 4, 8)} for i, w in enumerate(weight)
+    }
     sizes = {stage: 10 * (i % 3 + 1) for i, stage in enumerate(damage)}
     chosen = distribute(damage, sizes, average)
     assert mean_bits(sizes, chosen) <= average
-    choices = (dict(zip(damage, bits, strict=True)) for bits in itertools.product((2, 3, 4, 8), repeat=5))
+    choices = (
+        dict(zip(damage, bits, strict=True)) for bits in itertools.product((2, 3, 4, 8), repeat=5)
+    )
     best = min(total(damage, c) for c in choices if mean_bits(sizes, c) <= average)
     assert total(damage, chosen) <= best + max(curve[2] - curve[3] for curve in damage.values())
     uniform = dict.fromkeys(damage, int(average) if average < 5 else 8)
@@ -50,7 +54,9 @@ def test_the_checkpoint_keeps_the_budget_and_fused_layers_agree(dense, tmp_path)
     checkpoint = open_checkpoint(out)
     weights = {m: checkpoint.linear(m) for m in checkpoint.modules() if checkpoint.is_quantized(m)}
     assert len(weights) == 14
-    spent = sum(w.bits * w.codes.numel() for w in weights.values()) / sum(w.codes.numel() for w in weights.values())
+    spent = sum(w.bits * w.codes.numel() for w in weights.values()) / sum(
+        w.codes.numel() for w in weights.values()
+    )
     assert 3 < spent <= 3.5
     assert len({w.bits for w in weights.values()}) > 1
     for block in ("model.layers.0", "model.layers.1"):
@@ -62,8 +68,14 @@ def test_the_checkpoint_keeps_the_budget_and_fused_layers_agree(dense, tmp_path)
 
 def test_progress_and_plan_tell_what_is_chosen(dense, tmp_path):
     seen, plans = [], []
-    report = convert_with_report(dense, tmp_path / "out", Recipe.of("gptq", group_size=32, auto_bits=4.5),
-                                 progress=seen.append, announce=plans.append, **FAST)
+    report = convert_with_report(
+        dense,
+        tmp_path / "out",
+        Recipe.of("gptq", group_size=32, auto_bits=4.5),
+        progress=seen.append,
+        announce=plans.append,
+        **FAST,
+    )
     assert [p.doing for p in seen] == ["Choosing bits"] * 2 + ["Quantizing"] * 2
     assert plans[0].bits == report.plan.bits and "bits in" in plans[0].notes[-1]
 
@@ -73,6 +85,8 @@ def test_what_a_format_cannot_mix_is_refused():
         Recipe.of("awq", auto_bits=3.5)
     with pytest.raises(UnsupportedError, match="give no --bits"):
         Recipe.of("gptq", 4, auto_bits=3.5)
-    with pytest.raises(UnsupportedError, match="--auto-bits 1.5 is not possible: gptq holds 2, 3, 4, 8 bits"):
+    with pytest.raises(
+        UnsupportedError, match="--auto-bits 1.5 is not possible: gptq holds 2, 3, 4, 8 bits"
+    ):
         Recipe.of("gptq", auto_bits=1.5)
     assert Recipe.of("gptq", auto_bits=5, target="compressed-tensors").widths == (4, 8)

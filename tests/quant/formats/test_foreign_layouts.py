@@ -57,40 +57,85 @@ def test_marlin(reader, names, groups):
 
 
 def test_marlin_is_known_by_its_config_and_never_written():
-    for config in ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
-                   {"quant_method": "gptq", "bits": 4, "group_size": 128, "is_marlin_format": True},
-                   {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "marlin", "zero_point": False}):
+    for config in (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "is_marlin_format": True},
+        {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 128,
+            "version": "marlin",
+            "zero_point": False,
+        },
+    ):
         assert QuantScheme.from_config(config).format == "marlin"
     with pytest.raises(BadTensor, match="multiple of 128"):
-        awq.read({"qweight": torch.zeros(2, 64, dtype=torch.int32), "scales": torch.ones(1, 32).half()},
-                 LayerScheme("int", 4, -1, True), "marlin")
+        awq.read(
+            {"qweight": torch.zeros(2, 64, dtype=torch.int32), "scales": torch.ones(1, 32).half()},
+            LayerScheme("int", 4, -1, True),
+            "marlin",
+        )
 
 
 def to_nf4(weight, nested):
     """bitsandbytes' tensors for a weight, and the weight that they stand for, one element at a time."""
-    table = torch.tensor([-1.0, -.6962, -.5251, -.3949, -.2844, -.1848, -.0911, 0.0, .0796, .1609, .2461, .3379, .4407,
-                          .5626, .7230, 1.0])
+    table = torch.tensor(
+        [
+            -1.0,
+            -0.6962,
+            -0.5251,
+            -0.3949,
+            -0.2844,
+            -0.1848,
+            -0.0911,
+            0.0,
+            0.0796,
+            0.1609,
+            0.2461,
+            0.3379,
+            0.4407,
+            0.5626,
+            0.7230,
+            1.0,
+        ]
+    )
     flat = weight.float().flatten().tolist()
-    absmax = [max(map(abs, flat[i:i + 64])) for i in range(0, len(flat), 64)]
-    tensors, fields = {"weight.quant_map": table}, {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16",
-                                                     "shape": list(weight.shape)}
+    absmax = [max(map(abs, flat[i : i + 64])) for i in range(0, len(flat), 64)]
+    tensors, fields = (
+        {"weight.quant_map": table},
+        {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)},
+    )
     if nested:
         steps, offset = torch.linspace(-1, 1, 256), sum(absmax) / len(absmax)
-        spans = [max(abs(a - offset) for a in absmax[i:i + 256]) for i in range(0, len(absmax), 256)]
-        codes = [min(range(256), key=lambda c, i=i: abs(float(steps[c]) * spans[i // 256] + offset - absmax[i]))
-                 for i in range(len(absmax))]
+        spans = [
+            max(abs(a - offset) for a in absmax[i : i + 256]) for i in range(0, len(absmax), 256)
+        ]
+        codes = [
+            min(
+                range(256),
+                key=lambda c, i=i: abs(float(steps[c]) * spans[i // 256] + offset - absmax[i]),
+            )
+            for i in range(len(absmax))
+        ]
         absmax = [float(steps[c]) * spans[i // 256] + offset for i, c in enumerate(codes)]
-        tensors |= {"weight.absmax": torch.tensor(codes, dtype=torch.uint8), "weight.nested_quant_map": steps,
-                    "weight.nested_absmax": torch.tensor(spans)}
+        tensors |= {
+            "weight.absmax": torch.tensor(codes, dtype=torch.uint8),
+            "weight.nested_quant_map": steps,
+            "weight.nested_absmax": torch.tensor(spans),
+        }
         fields |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
     else:
         tensors["weight.absmax"] = torch.tensor(absmax)
-    codes = [min(range(16), key=lambda c, i=i: abs(float(table[c]) * absmax[i // 64] - flat[i]))
-             for i in range(len(flat))]
-    tensors["weight"] = torch.tensor([[codes[i] << 4 | codes[i + 1]] for i in range(0, len(codes), 2)],
-                                     dtype=torch.uint8)
-    tensors["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(fields).encode()),
-                                                                   dtype=torch.uint8)
+    codes = [
+        min(range(16), key=lambda c, i=i: abs(float(table[c]) * absmax[i // 64] - flat[i]))
+        for i in range(len(flat))
+    ]
+    tensors["weight"] = torch.tensor(
+        [[codes[i] << 4 | codes[i + 1]] for i in range(0, len(codes), 2)], dtype=torch.uint8
+    )
+    tensors["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(
+        list(json.dumps(fields).encode()), dtype=torch.uint8
+    )
     dense = torch.tensor([float(table[c]) * absmax[i // 64] for i, c in enumerate(codes)])
     return tensors, dense.reshape(weight.shape)
 
@@ -103,28 +148,50 @@ def quantized_by_bitsandbytes(dense, modules):
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in replacing.items()}
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
     config = json.loads((dense / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    }
     (dense / "config.json").write_text(json.dumps(config))
 
 
 def test_bitsandbytes_comes_dense_and_converts(dense, tmp_path, caplog):
-    original, up, down, gate = open_checkpoint(dense), "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"
+    original, up, down, gate = (
+        open_checkpoint(dense),
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "mlp.gate_proj",
+    )
     plain, want_plain = to_nf4(original.dense(BLOCK0 + up), nested=False)
     nested, want_nested = to_nf4(original.dense(BLOCK0 + down), nested=True)
     rows = torch.randint(-127, 128, (96, 64), dtype=torch.int8)
-    int8 = {"weight": rows, "SCB": torch.rand(96) + 0.5, "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    quantized_by_bitsandbytes(dense, {BLOCK0 + up: plain, BLOCK0 + down: nested, BLOCK0 + gate: int8})
+    int8 = {
+        "weight": rows,
+        "SCB": torch.rand(96) + 0.5,
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+    quantized_by_bitsandbytes(
+        dense, {BLOCK0 + up: plain, BLOCK0 + down: nested, BLOCK0 + gate: int8}
+    )
     checkpoint = open_checkpoint(dense)
     assert "dequantized as they are read" in caplog.text
     assert checkpoint.names() == original.names() and checkpoint.scheme is None
     assert checkpoint.modules() == original.modules()
-    assert checkpoint.shape(f"{BLOCK0}{down}.weight") == (64, 96) and checkpoint.nbytes == original.nbytes
+    assert (
+        checkpoint.shape(f"{BLOCK0}{down}.weight") == (64, 96)
+        and checkpoint.nbytes == original.nbytes
+    )
     for name, want in ((up, want_plain), (down, want_nested)):
         got = checkpoint.linear(BLOCK0 + name)
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=1e-6)
-    want = torch.tensor([[int(rows[o, k]) * float(int8["SCB"][o]) / 127 for k in range(64)] for o in range(96)])
-    torch.testing.assert_close(checkpoint.linear(BLOCK0 + gate).float(), want, rtol=2**-8, atol=1e-6)
+    want = torch.tensor(
+        [[int(rows[o, k]) * float(int8["SCB"][o]) / 127 for k in range(64)] for o in range(96)]
+    )
+    torch.testing.assert_close(
+        checkpoint.linear(BLOCK0 + gate).float(), want, rtol=2**-8, atol=1e-6
+    )
     out = open_checkpoint(convert(dense, tmp_path / "out", "fp8", **FAST))
     torch.testing.assert_close(out.dense(BLOCK0 + up), want_plain, rtol=0.07, atol=1e-2)
 
@@ -144,9 +211,15 @@ def test_damaged_bitsandbytes(dense, change, problem):
 
 
 HQQ_PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-HQQ_CONFIG = {"quant_method": "hqq", "skip_modules": ["lm_head"],
-              "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1},
-                               "scale_quant_params": None, "zero_quant_params": None}}
+HQQ_CONFIG = {
+    "quant_method": "hqq",
+    "skip_modules": ["lm_head"],
+    "quant_config": {
+        "weight_quant_params": {"nbits": 4, "group_size": 64, "axis": 1},
+        "scale_quant_params": None,
+        "zero_quant_params": None,
+    },
+}
 
 
 def to_hqq(codes, scales, zeros, bits, axis):
@@ -164,11 +237,15 @@ def to_hqq(codes, scales, zeros, bits, axis):
         at = row if axis == 1 else column
         dense[i] = (code - float(zeros[at])) * float(scales[at])
     shape = (groups, 1) if axis == 1 else (1, groups)
-    tensors = {"W_q": torch.tensor(packed).to(torch.int32 if bits == 3 else torch.uint8),
-               "scale": scales.view(shape), "zero": zeros.view(shape), "axis": torch.tensor(axis, dtype=torch.int32),
-               "shape": torch.tensor([out_features, in_features]),
-               "packing": torch.tensor([ord(c) for c in HQQ_PACKING[bits]], dtype=torch.uint8),
-               "nbits": torch.tensor(bits, dtype=torch.int32)}
+    tensors = {
+        "W_q": torch.tensor(packed).to(torch.int32 if bits == 3 else torch.uint8),
+        "scale": scales.view(shape),
+        "zero": zeros.view(shape),
+        "axis": torch.tensor(axis, dtype=torch.int32),
+        "shape": torch.tensor([out_features, in_features]),
+        "packing": torch.tensor([ord(c) for c in HQQ_PACKING[bits]], dtype=torch.uint8),
+        "nbits": torch.tensor(bits, dtype=torch.int32),
+    }
     return tensors, dense.view(out_features, in_features)
 
 
@@ -198,15 +275,19 @@ def test_hqq_checkpoint(dense):
     (dense / "config.json").write_text(json.dumps(config | {"quantization_config": HQQ_CONFIG}))
     checkpoint = open_checkpoint(dense)
     assert checkpoint.scheme.method == "hqq" and checkpoint.modules() == original.modules()
-    torch.testing.assert_close(checkpoint.linear(BLOCK0 + "mlp.up_proj").dequantize(), want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        checkpoint.linear(BLOCK0 + "mlp.up_proj").dequantize(), want, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_hqq_scheme():
     scheme = QuantScheme.from_config(HQQ_CONFIG)
     assert scheme.layer("model.layers.0.mlp.up_proj") == LayerScheme("int", 4, 64, False)
     assert scheme.layer("lm_head") is None
-    mixed = {"self_attn.q_proj": HQQ_CONFIG["quant_config"],
-             "mlp.up_proj": {"weight_quant_params": {"nbits": 2, "group_size": None, "axis": 1}}}
+    mixed = {
+        "self_attn.q_proj": HQQ_CONFIG["quant_config"],
+        "mlp.up_proj": {"weight_quant_params": {"nbits": 2, "group_size": None, "axis": 1}},
+    }
     scheme = QuantScheme.from_config(HQQ_CONFIG | {"quant_config": mixed})
     assert scheme.layer("model.layers.3.self_attn.q_proj").bits == 4
     assert scheme.layer("model.layers.3.mlp.up_proj") == LayerScheme("int", 2, -1, False)

@@ -21,9 +21,13 @@ def weight(out_features, in_features, bits, group, asym=True, seed=0, perm=False
     rng = torch.Generator().manual_seed(seed)
     shape = (out_features, -(-in_features // group))
     return QuantizedWeight(
-        codes=torch.randint(0, 2**bits, (out_features, in_features), generator=rng, dtype=torch.uint8),
+        codes=torch.randint(
+            0, 2**bits, (out_features, in_features), generator=rng, dtype=torch.uint8
+        ),
         scales=(torch.randn(shape, generator=rng) * 0.1).half(),  # either sign: both occur
-        zeros=torch.randint(lowest_zero, 2**bits, shape, generator=rng, dtype=torch.uint8) if asym else None,
+        zeros=torch.randint(lowest_zero, 2**bits, shape, generator=rng, dtype=torch.uint8)
+        if asym
+        else None,
         perm=torch.randperm(in_features, generator=rng) if perm else None,
         bits=bits,
         block=(1, group),
@@ -54,11 +58,15 @@ def decode_gptq(t, bits, v1):
         for k in range(in_features):
             g = int(t["g_idx"][k])
             z = field(qzeros[g], o, bits) + v1
-            dense[o, k] = np.float32(field(qweight[:, o], k, bits) - z) * np.float32(t["scales"][g, o])
+            dense[o, k] = np.float32(field(qweight[:, o], k, bits) - z) * np.float32(
+                t["scales"][g, o]
+            )
     return torch.from_numpy(dense)
 
 
-@pytest.mark.parametrize("out_features, in_features, group", [(16, 64, 32), (8, 48, 16), (24, 36, 36)])
+@pytest.mark.parametrize(
+    "out_features, in_features, group", [(16, 64, 32), (8, 48, 16), (24, 36, 36)]
+)
 @pytest.mark.parametrize("asym", [True, False])
 def test_awq_gemm(out_features, in_features, group, asym):
     source = weight(out_features, in_features, 4, group, asym, lowest_zero=0)
@@ -91,15 +99,20 @@ def test_awq_gemv_padding_is_cut_off():
 def test_gptq_all_bits_both_versions_and_act_order(bits, fmt, perm):
     source = weight(32, 96, bits, 64, perm=perm)  # the last group holds half as many columns
     tensors = gptq.write(source, fmt)
-    assert tensors["qweight"].shape == (96 * bits // 32, 32) and tensors["qzeros"].shape == (2, 32 * bits // 32)
+    assert tensors["qweight"].shape == (96 * bits // 32, 32) and tensors["qzeros"].shape == (
+        2,
+        32 * bits // 32,
+    )
     assert tensors["g_idx"].dtype == torch.int32
     assert torch.equal(decode_gptq(tensors, bits, fmt == "gptq"), source.dequantize())
     again = gptq.read(tensors, LayerScheme("int", bits, 64, False, desc_act=perm), fmt)
     assert same(again, source) and (again.perm is not None) == perm
 
 
-@pytest.mark.parametrize("bits, v1, v2", [(4, 0x77777777, 0x88888888), (8, 0x7F7F7F7F, 0x80808080),
-                                          (2, 0x55555555, 0xAAAAAAAA)])
+@pytest.mark.parametrize(
+    "bits, v1, v2",
+    [(4, 0x77777777, 0x88888888), (8, 0x7F7F7F7F, 0x80808080), (2, 0x55555555, 0xAAAAAAAA)],
+)
 def test_gptq_symmetric_zero_words(bits, v1, v2):
     source = weight(32, 32, bits, 32, asym=False)
     assert (gptq.write(source, "gptq")["qzeros"] == v1).all()
@@ -127,7 +140,10 @@ def test_what_a_format_cannot_hold_is_refused():
     source.zeros[3, 0] = 0
     with pytest.raises(ValueError, match="zero point of 0"):
         gptq.write(source)
-    assert same(gptq.read(gptq.write(source, "gptq_v2"), LayerScheme("int", 4, 32, False), "gptq_v2"), source)
+    assert same(
+        gptq.read(gptq.write(source, "gptq_v2"), LayerScheme("int", 4, 32, False), "gptq_v2"),
+        source,
+    )
     with pytest.raises(ValueError, match="whole 32-bit words"):
         gptq.write(weight(8, 36, 4, 36))
     with pytest.raises(ValueError, match="8 bits"):
@@ -146,29 +162,35 @@ def broken(tensors, suffix, change):
     return tensors | {suffix: change(tensors[suffix].clone())}
 
 
-@pytest.mark.parametrize("suffix, change, problem", [
-    ("qweight", lambda t: t[:, :-1], "scales has shape"),
-    ("qweight", lambda t: t.float(), "dtype"),
-    ("qzeros", lambda t: t[:1], r"qzeros has shape \[1, 1\], want \[2, 1\]"),
-    ("scales", lambda t: t[:, :-1], r"scales has shape \[2, 7\], want \[2, 8\]"),
-    ("scales", lambda t: t.index_fill(0, torch.tensor(1), float("nan")), "NaN"),
-    ("scales", lambda t: t.index_fill(0, torch.tensor(0), float("-inf")), "infinity"),
-])
+@pytest.mark.parametrize(
+    "suffix, change, problem",
+    [
+        ("qweight", lambda t: t[:, :-1], "scales has shape"),
+        ("qweight", lambda t: t.float(), "dtype"),
+        ("qzeros", lambda t: t[:1], r"qzeros has shape \[1, 1\], want \[2, 1\]"),
+        ("scales", lambda t: t[:, :-1], r"scales has shape \[2, 7\], want \[2, 8\]"),
+        ("scales", lambda t: t.index_fill(0, torch.tensor(1), float("nan")), "NaN"),
+        ("scales", lambda t: t.index_fill(0, torch.tensor(0), float("-inf")), "infinity"),
+    ],
+)
 def test_damaged_awq(suffix, change, problem):
     tensors = broken(awq.write(weight(8, 64, 4, 32)), suffix, change)
     with pytest.raises(BadTensor, match=problem):
         awq.read(tensors, LayerScheme("int", 4, 32, False))
 
 
-@pytest.mark.parametrize("suffix, change, problem", [
-    ("qweight", lambda t: t[:-1], r"qweight has shape \[7, 8\], want \[8, 8\]"),
-    ("qzeros", lambda t: t.repeat(1, 2), "qzeros has shape"),
-    ("scales", lambda t: t[:1], "g_idx names group 1, but there are 1"),
-    ("scales", lambda t: t * float("inf"), "infinity"),
-    ("g_idx", lambda t: t.index_fill(0, torch.tensor(5), 2), "names group 2"),
-    ("g_idx", lambda t: t.index_fill(0, torch.tensor(5), -1), "names group -1"),
-    ("g_idx", lambda t: t.index_fill(0, torch.tensor(5), 1), "unequal sizes"),
-])
+@pytest.mark.parametrize(
+    "suffix, change, problem",
+    [
+        ("qweight", lambda t: t[:-1], r"qweight has shape \[7, 8\], want \[8, 8\]"),
+        ("qzeros", lambda t: t.repeat(1, 2), "qzeros has shape"),
+        ("scales", lambda t: t[:1], "g_idx names group 1, but there are 1"),
+        ("scales", lambda t: t * float("inf"), "infinity"),
+        ("g_idx", lambda t: t.index_fill(0, torch.tensor(5), 2), "names group 2"),
+        ("g_idx", lambda t: t.index_fill(0, torch.tensor(5), -1), "names group -1"),
+        ("g_idx", lambda t: t.index_fill(0, torch.tensor(5), 1), "unequal sizes"),
+    ],
+)
 def test_damaged_gptq(suffix, change, problem):
     tensors = broken(gptq.write(weight(8, 64, 4, 32)), suffix, change)
     with pytest.raises(BadTensor, match=problem):

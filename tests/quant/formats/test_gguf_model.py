@@ -13,11 +13,17 @@ from nibble.quant.checkpoint.writer import dequantize_checkpoint, write_json
 from nibble.quant.formats.gguf.model import llama3_divisors
 from nibble.quant.weight import QuantizedWeight
 
-F32, Q4_0, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
+F32, Q4_0, Q8_0 = (
+    gguf.GGMLQuantizationType.F32,
+    gguf.GGMLQuantizationType.Q4_0,
+    gguf.GGMLQuantizationType.Q8_0,
+)
 
 
 def theirs(path):
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
@@ -29,15 +35,25 @@ def test_every_tensor_is_the_one_transformers_loads(make_gguf, arch, qtype):
     assert checkpoint.names() == state.keys() - tied
     for name in checkpoint.names():
         assert checkpoint.shape(name) == tuple(state[name].shape)
-        torch.testing.assert_close(checkpoint.tensor(name, torch.float32), state[name], rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            checkpoint.tensor(name, torch.float32), state[name], rtol=0, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_linear_is_the_quantized_form_of_the_tensor(make_gguf, arch):
     checkpoint = open_checkpoint(make_gguf(arch, Q4_0))
-    for module in ("model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.embed_tokens"):
+    for module in (
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.0.self_attn.k_proj",
+        "model.embed_tokens",
+    ):
         weight = checkpoint.linear(module)
-        assert isinstance(weight, QuantizedWeight) and weight.bits == 4 and checkpoint.is_quantized(module)
+        assert (
+            isinstance(weight, QuantizedWeight)
+            and weight.bits == 4
+            and checkpoint.is_quantized(module)
+        )
         assert torch.equal(weight.dequantize(), checkpoint.tensor(f"{module}.weight"))
     assert checkpoint.scheme.describe() == "gguf Q4_0"
     assert checkpoint.bias("model.layers.0.self_attn.q_proj") is None
@@ -49,9 +65,22 @@ def test_config_is_what_transformers_makes_of_the_file(make_gguf, arch, tmp_path
     write_json(tmp_path / "config.json", open_checkpoint(path).config)
     ours = AutoConfig.from_pretrained(tmp_path).to_dict()
     reference = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-    own = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "rms_norm_eps", "query_pre_attn_scalar",
-           "unk_token_id", "sliding_window_pattern", "_sliding_window_pattern", "rope_theta", "rope_local_base_freq"}
-    assert {k: v for k, v in ours.items() if k not in own} == {k: v for k, v in reference.items() if k not in own}
+    own = {
+        "_name_or_path",
+        "_model_name_or_path",
+        "architectures",
+        "dtype",
+        "rms_norm_eps",
+        "query_pre_attn_scalar",
+        "unk_token_id",
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+        "rope_theta",
+        "rope_local_base_freq",
+    }
+    assert {k: v for k, v in ours.items() if k not in own} == {
+        k: v for k, v in reference.items() if k not in own
+    }
     assert ours["rms_norm_eps"] == pytest.approx(reference["rms_norm_eps"])
 
 
@@ -65,7 +94,9 @@ def test_dequantized_folder_computes_the_same_logits(make_gguf, arch, tmp_path):
     reference = theirs(path)
     reference.config.query_pre_attn_scalar = ours.config.to_dict().get("query_pre_attn_scalar")
     for layer, other in zip(ours.model.layers, reference.model.layers, strict=True):
-        other.self_attn.scaling = layer.self_attn.scaling  # transformers takes Gemma's 256 for every head_dim
+        other.self_attn.scaling = (
+            layer.self_attn.scaling
+        )  # transformers takes Gemma's 256 for every head_dim
     torch.testing.assert_close(ours(ids).logits, reference(ids).logits)
 
 
@@ -83,15 +114,24 @@ def test_tokenizer_splits_as_transformers_does(make_gguf, arch, tmp_path):
     for text in TEXTS:
         assert ours(text).input_ids == reference(text).input_ids, text
         assert ours.decode(ours(text).input_ids) == reference.decode(reference(text).input_ids)
-    assert (ours.bos_token, ours.eos_token, ours.unk_token) == (reference.bos_token, reference.eos_token,
-                                                                reference.unk_token)
+    assert (ours.bos_token, ours.eos_token, ours.unk_token) == (
+        reference.bos_token,
+        reference.eos_token,
+        reference.unk_token,
+    )
 
 
 def test_smollm_digits_stand_alone(make_gguf, tmp_path):
     """Also where the vocabulary could merge them; transformers 5.23 ignores this pre-tokenizer."""
     copy_side_files(open_checkpoint(make_gguf("llama")), tmp_path / "side")
     pre_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "side").backend_tokenizer.pre_tokenizer
-    assert [piece for piece, _ in pre_tokenizer.pre_tokenize_str("ab 123")] == ["ab", "Ġ", "1", "2", "3"]
+    assert [piece for piece, _ in pre_tokenizer.pre_tokenize_str("ab 123")] == [
+        "ab",
+        "Ġ",
+        "1",
+        "2",
+        "3",
+    ]
 
 
 def test_chat_template_and_end_of_turn(make_gguf, tmp_path):
@@ -108,7 +148,9 @@ def test_chat_template_and_end_of_turn(make_gguf, tmp_path):
 def test_llama3_rope_scaling_is_recovered(make_gguf):
     scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}  # fmt: skip
-    divisors = np.ones(8, np.float32)  # head_dim 16, theta 10000: as convert_hf_to_gguf.py writes them
+    divisors = np.ones(
+        8, np.float32
+    )  # head_dim 16, theta 10000: as convert_hf_to_gguf.py writes them
     for i in range(8):
         wavelength = 2 * np.pi * 10000 ** (2 * i / 16)
         if wavelength > 8192:
@@ -127,7 +169,9 @@ def test_unsupported_files_are_named(make_gguf):
     with pytest.raises(UnsupportedError, match="rope scaling 'yarn'"):
         open_checkpoint(make_gguf("llama", metadata={"llama.rope.scaling.type": "yarn"}))
     with pytest.raises(CheckpointError, match=r"'blk\.0\.ssm_in\.weight': is no part"):
-        open_checkpoint(make_gguf("llama", tensors={"blk.0.ssm_in.weight": np.zeros((2, 2), np.float32)}))
+        open_checkpoint(
+            make_gguf("llama", tensors={"blk.0.ssm_in.weight": np.zeros((2, 2), np.float32)})
+        )
     with pytest.raises(UnsupportedError, match="type I8"):
         open_checkpoint(make_gguf("llama", tensors={"blk.0.ffn_up.bias": np.zeros(4, np.int8)}))
 
@@ -139,7 +183,9 @@ def test_nan_scale_is_named(make_gguf):
     with path.open("r+b") as file:
         file.seek(start + 34)
         file.write(np.float16("nan").tobytes())
-    with pytest.raises(CheckpointError, match=r"llama.gguf, tensor 'blk.1.ffn_down.weight': holds NaN"):
+    with pytest.raises(
+        CheckpointError, match=r"llama.gguf, tensor 'blk.1.ffn_down.weight': holds NaN"
+    ):
         open_checkpoint(path).linear("model.layers.1.mlp.down_proj")
 
 

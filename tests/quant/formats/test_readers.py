@@ -48,16 +48,21 @@ def test_awq_gemv_fast(name):
     tensors = {"qweight": pack_gemv_fast(codes), "scales": padded.clone(), name: padded.clone()}
     tensors["scales"][:3], tensors[name][:3] = scales, -(scales.float() * zeros).half()
     weight = awq.read(tensors, LayerScheme("int", 4, 64, False), "gemv_fast")
-    want = codes.float() * scales.T.float().repeat_interleave(64, 1) + tensors[name][:3].T.float().repeat_interleave(
-        64, 1)
+    want = codes.float() * scales.T.float().repeat_interleave(64, 1) + tensors[name][
+        :3
+    ].T.float().repeat_interleave(64, 1)
     assert torch.equal(weight.dequantize(), want)
 
 
 def test_gemv_fast_is_known_by_its_version():
-    scheme = QuantScheme.from_config({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv_fast"})
+    scheme = QuantScheme.from_config(
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv_fast"}
+    )
     assert scheme.format == "gemv_fast"
     with pytest.raises(UnsupportedError, match="exllama"):
-        QuantScheme.from_config({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "exllama"})
+        QuantScheme.from_config(
+            {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "exllama"}
+        )
 
 
 def test_old_autogptq_file_names(dense, tmp_path):
@@ -93,22 +98,41 @@ def test_modelopt_fp8(dense, tmp_path, algorithm):
         weight = tensors[name].float()
         size = {"FP8": weight.shape, "FP8_PB_WO": (128, 128)}.get(algorithm, (1, weight.shape[1]))
         codes, scales = block_quantized(weight, *size)
-        wanted[name] = codes.float() * scales.repeat_interleave(size[0], 0)[:len(weight)].repeat_interleave(
-            size[1], 1)[:, :weight.shape[1]]
-        shaped = {"FP8": scales.flatten()[0], "FP8_PB_WO": scales[:, None, :, None]}.get(algorithm, scales[:, 0])
+        wanted[name] = (
+            codes.float()
+            * scales.repeat_interleave(size[0], 0)[: len(weight)].repeat_interleave(size[1], 1)[
+                :, : weight.shape[1]
+            ]
+        )
+        shaped = {"FP8": scales.flatten()[0], "FP8_PB_WO": scales[:, None, :, None]}.get(
+            algorithm, scales[:, 0]
+        )
         tensors |= {name: codes, f"{name}_scale": shaped}
         if algorithm == "FP8":
             tensors[f"{name.removesuffix('weight')}input_scale"] = torch.tensor(0.5)
     save_file({n: t.contiguous() for n, t in tensors.items()}, dense / "model.safetensors")
-    (dense / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {
-        "quant_algo": algorithm, "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head*"]}}))
+    (dense / "hf_quant_config.json").write_text(
+        json.dumps(
+            {
+                "producer": {"name": "modelopt"},
+                "quantization": {
+                    "quant_algo": algorithm,
+                    "kv_cache_quant_algo": "FP8",
+                    "exclude_modules": ["lm_head*"],
+                },
+            }
+        )
+    )
     checkpoint = open_checkpoint(dense)
     for name, want in wanted.items():
         assert torch.equal(checkpoint.dense(name.removesuffix(".weight"), torch.float32), want)
     assert checkpoint.scheme.kv_cache == "fp8" and checkpoint.scheme.layer("lm_head") is None
     weight = checkpoint.linear(module)
     assert (weight.input_scale is not None) == (algorithm == "FP8")
-    assert weight.act_quant == {"FP8": "tensor", "FP8_PB_WO": "none", "FP8_PER_CHANNEL_PER_TOKEN": "token"}[algorithm]
+    assert (
+        weight.act_quant
+        == {"FP8": "tensor", "FP8_PB_WO": "none", "FP8_PER_CHANNEL_PER_TOKEN": "token"}[algorithm]
+    )
 
 
 def test_modelopt_that_is_not_fp8_is_named():
@@ -117,16 +141,33 @@ def test_modelopt_that_is_not_fp8_is_named():
 
 
 def test_fp8_block_scales_of_another_shape_are_refused():
-    tensors = {"weight": torch.zeros(64, 64).to(torch.float8_e4m3fn), "weight_scale": torch.ones(2, 1, 1, 1)}
+    tensors = {
+        "weight": torch.zeros(64, 64).to(torch.float8_e4m3fn),
+        "weight_scale": torch.ones(2, 1, 1, 1),
+    }
     with pytest.raises(ValueError, match="weight_scale has shape"):
         fp8.read(tensors, LayerScheme("fp8", 8, 128, True, block=(128, 128), strategy="block"))
 
 
 def test_kv_cache_scheme_is_read_and_written():
-    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "kv_cache_scheme": scheme,
-              "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
-                  "num_bits": 8, "type": "float", "strategy": "channel"}}}}
+    scheme = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "tensor",
+        "dynamic": False,
+        "symmetric": True,
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "kv_cache_scheme": scheme,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            }
+        },
+    }
     read = QuantScheme.from_config(config)
     assert read.kv_cache == "fp8" and read.to_config()["kv_cache_scheme"] == scheme
     assert QuantScheme.from_config(config | {"kv_cache_scheme": None}).kv_cache is None
@@ -140,13 +181,23 @@ def split_gguf(file, folder, cut=6):
         for key, field in reader.fields.items() if number == 0 else ():
             if not key.startswith("GGUF.") and key != "general.architecture":
                 kind = field.types[0]
-                writer.add_key_value(key, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
-        for key, value in (("split.no", number), ("split.count", 2), ("split.tensors.count", len(reader.tensors))):
+                writer.add_key_value(
+                    key, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None
+                )
+        for key, value in (
+            ("split.no", number),
+            ("split.count", 2),
+            ("split.tensors.count", len(reader.tensors)),
+        ):
             writer.add_uint16(key, value)
         for tensor in tensors:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
-                     writer.close):
+        for step in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+            writer.close,
+        ):
             step()
     return folder
 
