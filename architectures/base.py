@@ -1,43 +1,196 @@
-"""What a decoder is, as data: where the architectures of the family differ."""
+"""What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
+reads its groups and folds.
 
-from dataclasses import dataclass
-from typing import Literal
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention) and a feed-forward (GatedMlp), with norms around them
+
+    x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
+
+A field without a default is a size or a number, which every backend must use. A field with one is a feature wherever it
+differs from its default, and so is every kind and every choice: `features` names them, and a backend refuses what it
+does not list (engine/backends). So what is added here is refused everywhere until a backend says that it computes it.
+"""
+
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal
+
+_DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
+_MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
+class Rope:
+    """Rotary position embedding: halves (i, i + dim/2) of a head pair up, as Hugging Face checkpoints have it."""
+
+    KIND: ClassVar = "rope"
     theta: float
-    scaling: tuple[tuple[str, object], ...] = ()  # the checkpoint's rope_scaling, frozen
+    scaling: str = "default"  # rope_type in config.json
+    parameters: tuple[tuple[str, float], ...] = field(
+        default=(), metadata=_DETAIL
+    )  # of the scaling
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """Where the architectures of the family differ. Built by `models/registry.py` from config.json."""
+class Attention:
+    """Grouped-query attention over everything before a token, or over a window of it."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
+    KIND: ClassVar = "attention"
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    vocab_size: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    rope: dict[str, RopeConfig]  # by layer type
-    layer_types: tuple[str, ...]  # "full_attention" or "sliding_attention", one per layer
-    sliding_window: int | None = None
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    attention_scale: float | None = None  # None: head_dim ** -0.5
-    norm_offset: bool = False  # Gemma: the stored norm weight is w, the factor 1 + w
-    qk_norm: bool = False  # RMSNorm of every query and key head
-    sandwich_norms: bool = False  # Gemma: norms after attention and after the MLP too
-    embedding_scale: float = 1.0
-    norm_names: tuple[str, str] = (
-        "input_layernorm",
-        "post_attention_layernorm",
-    )  # before attention, before the MLP
-    prefix: str = "model."  # of the checkpoint's tensor names
+    scale: float  # of queries times keys
+    rope: Rope
+    window: int | None = None  # positions seen, the own included; None: all
+    qk_norm: bool = False  # RMSNorm of every query and key head, before the rotation
+    soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
 
-    def window(self, layer: int) -> int | None:
-        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
+        """q, k, v; o."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        names = tuple(f"self_attn.{name}_proj" for name in "qkv")
+        return (
+            LinearGroup(names, (queries, keys, keys), hidden_size, "column"),
+            LinearGroup(("self_attn.o_proj",), (hidden_size,), queries, "row"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """down(activation(gate(x)) * up(x))."""
+
+    KIND: ClassVar = "gated_mlp"
+    intermediate_size: int
+    activation: Literal["silu", "gelu_tanh"]
+
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
+        """gate, up; down."""
+        inner = self.intermediate_size
+        return (
+            LinearGroup(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden_size, "column"),
+            LinearGroup(("mlp.down_proj",), (hidden_size,), inner, "row"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Module names of a layer's RMSNorms; None: there is none at that place."""
+
+    KIND: ClassVar = "norms"
+    before_mixer: str | None = field(default="input_layernorm", metadata=_MODULE)
+    after_mixer: str | None = field(default=None, metadata=_MODULE)
+    before_mlp: str | None = field(default="post_attention_layernorm", metadata=_MODULE)
+    after_mlp: str | None = field(default=None, metadata=_MODULE)
+
+
+SANDWICH = Norms(
+    after_mixer="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGroup:
+    """Linears that read the same input: computed together, quantized alike. Their outputs stand side by side."""
+
+    KIND: ClassVar = "linear_group"
+    modules: tuple[str, ...]  # names within the layer
+    out_features: tuple[int, ...]  # of each
+    in_features: int
+    parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
+    num_experts: int | None = None  # every weight is [num_experts, out, in]; None: [out, in]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """`source` may be divided by a factor per output channel if the columns of `consumers` are multiplied by it:
+
+    norm   y = norm(x) * w       w / s, columns * s (w + 1 where the norm stores an offset)
+    rows   up_proj -> down_proj  rows / s, columns * s: what lies between is elementwise and linear in the source
+    heads  v_proj -> o_proj      as rows; every query head that reads a kv channel shares its factor, so it is exact
+                                 under grouped-query attention too (softmax weights mix positions, never channels)
+
+    q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact.
+    """
+
+    kind: Literal["norm", "rows", "heads"]
+    source: str
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer."""
+
+    KIND: ClassVar = "layer"
+    mixer: Attention
+    mlp: GatedMlp
+    norms: Norms = Norms()
+
+    def folds(self, hidden_size: int) -> tuple[Fold, ...]:
+        """In the order in which the layer computes: no linear consumes two."""
+        qkv, out = self.mixer.groups(hidden_size)
+        gate_up, down = self.mlp.groups(hidden_size)
+        found = [
+            Fold("heads", qkv.modules[2], out.modules),
+            Fold("rows", gate_up.modules[1], down.modules),
+        ]
+        if self.norms.before_mlp is not None:
+            found.insert(1, Fold("norm", self.norms.before_mlp, gate_up.modules))
+        if self.norms.before_mixer is not None:
+            found.insert(0, Fold("norm", self.norms.before_mixer, qkv.modules))
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A causal language model: an embedding, layers, a norm, an output head."""
+
+    KIND: ClassVar = "model"
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    layers: tuple[LayerSpec, ...]
+    tie_word_embeddings: bool  # the output head is the embedding
+    norm_offset: bool = False  # the stored norm weight is w, the factor 1 + w
+    embedding_scale: float = 1.0
+    final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def layer_name(self, index: int) -> str:
+        """Of a layer's module in the checkpoint."""
+        return f"{self.prefix}layers.{index}"
+
+    def groups(self, index: int) -> tuple[LinearGroup, ...]:
+        """Of one layer, in the order in which it computes."""
+        layer = self.layers[index]
+        return layer.mixer.groups(self.hidden_size) + layer.mlp.groups(self.hidden_size)
+
+    def folds(self, index: int) -> tuple[Fold, ...]:
+        return self.layers[index].folds(self.hidden_size)
+
+
+def features(part: Any) -> frozenset[str]:
+    """What a ModelSpec (without its layers), a LayerSpec or a part of one asks for: its kinds ("attention"), its
+    choices ("gated_mlp.activation=silu"), and every field that differs from its default ("attention.window")."""
+    found = {part.KIND}
+    for each in fields(part):
+        value, role = getattr(part, each.name), each.metadata.get("role")
+        name = f"{part.KIND}.{each.name}"
+        if is_dataclass(value):
+            found |= features(value)
+        elif role == "detail" or each.name == "layers":
+            continue
+        elif role == "module":
+            if (value is None) != (each.default is None):
+                found.add(name if value is not None else f"{name}=None")
+        elif isinstance(value, str):
+            found.add(f"{name}={value}")
+        elif each.default is not MISSING and value != each.default:
+            found.add(name)
+    return frozenset(found)

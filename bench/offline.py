@@ -17,7 +17,7 @@ from typing import Any
 from load import random_prompts
 
 from nibble import LLM, SamplingParams
-from nibble.architectures.base import DecoderConfig
+from nibble.architectures.base import ModelSpec
 
 REPEATS, DECODE_PROMPT = 3, 64
 
@@ -48,11 +48,11 @@ def decode_rate(llm: LLM, batch: int, tokens: int) -> float:
     return max(rates)
 
 
-def products_per_token(model: DecoderConfig) -> int:
+def products_per_token(model: ModelSpec) -> int:
     """Multiplications by weights that one decoded token needs: what bounds large batches."""
-    attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    return model.num_layers * (attention + mlp) + model.vocab_size * model.hidden_size
+    groups = [group for index in range(model.num_layers) for group in model.groups(index)]
+    layers = sum(sum(group.out_features) * group.in_features for group in groups)
+    return layers + model.vocab_size * model.hidden_size
 
 
 def measure(
@@ -67,7 +67,7 @@ def measure(
     seconds(llm, random_prompts(1, DECODE_PROMPT, 0), 8)  # warm-up: threads, allocator, caches
     return {
         "prefill_tokens_per_second": round(prefill_rate(llm, prompt), 1),
-        "products_per_token": products_per_token(llm.core.runner.model_config),
+        "products_per_token": products_per_token(llm.core.runner.spec),
         "decode_tokens_per_second": {
             batch: round(decode_rate(llm, batch, tokens), 1) for batch in batches
         },

@@ -7,12 +7,13 @@ them), then one error that says what is missing.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..architectures.base import DecoderConfig
+from ..architectures.base import ModelSpec
 from ..errors import UserError
 from .config import EngineConfig
 
@@ -30,27 +31,50 @@ class MemoryPlan:
     activations: int
 
 
-def kv_bytes_per_token(model: DecoderConfig, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    vector = (
-        model.head_dim * dtype.itemsize if cache_dtype == "auto" else model.head_dim + 4
-    )  # 8 bits and a scale
-    return 2 * model.num_layers * model.num_kv_heads * vector
+def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
+    """Keys and values of all layers; in 8 bits, with a float32 scale for each head."""
+
+    def vector(head_dim: int) -> int:
+        return head_dim * dtype.itemsize if cache_dtype == "auto" else head_dim + 4
+
+    mixers = (layer.mixer for layer in model.layers)
+    return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in mixers)
 
 
 def activation_bytes(
-    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device
+    config: EngineConfig, model: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> int:
     """An upper bound for one step: the widest intermediate of a full batch, float32 logits twice over, and on a GPU the
     widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
-    per_token = 4 * model.hidden_size + 3 * model.intermediate_size
-    per_token += 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    matrix = (
-        2 * model.intermediate_size * model.hidden_size * dtype.itemsize
-        if device.type == "cuda"
-        else 0
+    inner = max(layer.mlp.intermediate_size for layer in model.layers)
+    heads = max(
+        (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_dim
+        for layer in model.layers
     )
+    per_token = 4 * model.hidden_size + 3 * inner + 2 * heads
+    matrix = 2 * inner * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
     logits = 2 * 4 * config.max_num_seqs * model.vocab_size
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix
+
+
+def tensor_bytes(thing: Any) -> int:
+    """Of all tensors in a nest of lists, dicts and dataclasses; memory that several share counts once."""
+    found: dict[int, int] = {}
+    _collect(thing, found)
+    return sum(found.values())
+
+
+def _collect(thing: Any, found: dict[int, int]) -> None:
+    if isinstance(thing, torch.Tensor):
+        place = id(thing) if thing.is_mkldnn else thing.data_ptr()
+        found[place] = max(found.get(place, 0), thing.nbytes)
+    elif isinstance(thing, (list, tuple)):
+        for each in thing:
+            _collect(each, found)
+    elif isinstance(thing, dict):
+        _collect(list(thing.values()), found)
+    elif is_dataclass(thing) and not isinstance(thing, type):
+        _collect([getattr(thing, each.name) for each in fields(thing)], found)
 
 
 def release_cached(device: torch.device) -> None:
@@ -70,7 +94,7 @@ def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
 
 
 def plan(
-    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device
+    config: EngineConfig, model: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> MemoryPlan:
     """Size the KV cache, after the weights are loaded. Raises UserError if not one useful request fits."""
     activations = activation_bytes(config, model, dtype, device)

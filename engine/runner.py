@@ -1,37 +1,32 @@
 """Runner: owns the model and the KV cache on one device, and computes what the scheduler decided.
 
 It keeps no state of requests: positions, blocks, penalties and random numbers all follow from the Request itself, so a
-preempted request resumes anywhere, and a batch is only a list.
+preempted request resumes anywhere, and a batch is only a list. (A decoder that samples on its device remembers what it
+can also make anew from the Request.)
 """
 
-import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..architectures.registry import decoder_config
+from ..architectures.registry import model_spec
 from ..errors import UserError
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.checkpoint.headers import read_json
 from . import memory
+from .backends.base import Target
+from .backends.batch import Batch
 from .backends.choose import load_decoder
-from .backends.torch.decoder import Decoder
 from .backends.triton.batch import to_device
-from .backends.triton.graphs import CudaRecorder, Record
 from .config import EngineConfig
 from .messages import Ready, TokenLogprobs
-from .request import Request, SamplingParams
-from .sampler import sample, token_logprobs
+from .sampler import token_logprobs
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 
-logger = logging.getLogger(__name__)
-
 _LOGITS_ROWS = 256  # rows of prompt logits at a time: a vocabulary is wide
-_WARM_UP_TOKENS = (16, 32, 64, 128, 512)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -41,45 +36,42 @@ class Runner:
     def __init__(self, config: EngineConfig, progress: Callable[[str], None] | None = None):
         started = time.perf_counter()
         self.config = config
-        self.sampler: Any = None  # a DeviceSampler, where the decoder runs on a device of its own
-        tell = progress or (lambda line: None)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         checkpoint = open_checkpoint(config.model, config.revision)
-        self.model_config = decoder_config(checkpoint.config)
+        self.spec = model_spec(checkpoint.config)
         self.device = resolve_device(config.device)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.dtype = resolve_dtype(config.dtype, checkpoint, self.device)
-        before = memory.available_bytes(self.device)
-        with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as checkpoint:
-            memory.check_weights_fit(checkpoint.nbytes, self.device)
+        self._load(checkpoint, progress or (lambda line: None))
+        self.plan = memory.plan(config, self.spec, self.dtype, self.device)
+        self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
+        self.max_model_len, self.vocab_size = self.plan.max_model_len, self.spec.vocab_size
+        self.eos_token_ids = _eos_token_ids(checkpoint)
+        self.cache = self.model.new_cache(self.num_blocks)
+        self._check_sanity()
+        with torch.inference_mode():
+            self.model.warm_up(self.cache, self.max_model_len)
+        self.load_seconds = time.perf_counter() - started
+
+    def _load(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> None:
+        config = self.config
+        with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as reading:
+            memory.check_weights_fit(reading.nbytes, self.device)
             with torch.inference_mode():
-                self.model, self.kernels = load_decoder(
-                    config,
-                    checkpoint,
-                    self.model_config,
-                    self.dtype,
-                    self.device,
+                self.model = load_decoder(
+                    Target(config, self.dtype, self.device),
+                    reading,
+                    self.spec,
                     lambda done, total: tell(f"loading layer {done}/{total}"),
                 )
+            self.quantization = reading.scheme.describe() if reading.scheme else "none"
         memory.release_cached(self.device)
-        self.weight_bytes = max(0, before - memory.available_bytes(self.device))
-        self.plan = memory.plan(config, self.model_config, self.dtype, self.device)
-        self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
-        self.max_model_len, self.vocab_size = self.plan.max_model_len, self.model_config.vocab_size
-        self.eos_token_ids = _eos_token_ids(checkpoint)
-        self.quantization = checkpoint.scheme.describe() if checkpoint.scheme else "none"
-        self.cache = self.model.new_cache(self.num_blocks, config)
-        self._check_sanity()
-        if self.device.type == "cuda" and not isinstance(self.model, Decoder):
-            self._warm_up()
-            self._overlap(CudaRecorder(self.device))
-        self.load_seconds = time.perf_counter() - started
 
     def ready(self) -> Ready:
         ledger = {
-            "weights": self.weight_bytes,
+            "weights": self.model.weight_bytes,
             "kv_cache": self.plan.kv_cache,
             "activations": self.plan.activations,
         }
@@ -92,78 +84,47 @@ class Runner:
             dtype=str(self.dtype).split(".")[1],
             device=str(self.device),
             quantization=self.quantization,
-            kernels=dict(self.kernels.used),
+            kernels=dict(self.model.report.used),
             ledger=ledger,
             load_seconds=self.load_seconds,
         )
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult | PendingStep:
+    def execute(self, scheduled: ScheduledBatch) -> StepResult | PendingStep:
         """Compute the scheduled tokens and sample for every item that catches up with its request. Where the device
         samples for all of them, the host does not wait for it."""
-        items = sorted(batch.items, key=lambda item: item.num_tokens > 1)  # decodes first; stable
-        hidden = self._forward(items, self.cache)
+        batch = Batch(scheduled.items, self.block_size)
+        hidden = self.model.forward(batch, self.cache)
         result = StepResult()
         ends: list[int] = []
         sampling: list[ScheduledRequest] = []
-        offset = 0
-        for item in items:
+        for item, start, end in zip(
+            batch.items, batch.query_start_loc, batch.query_start_loc[1:], strict=False
+        ):
             if item.request.params.prompt_logprobs is not None:
-                self._score_prompt(item, hidden[offset : offset + item.num_tokens], result)
-            offset += item.num_tokens
+                self._score_prompt(item, hidden[start:end], result)
             if item.samples:
-                ends.append(offset - 1)
+                ends.append(end - 1)
                 sampling.append(item)
         if not sampling:
             return result
-        rows = (
-            hidden
-            if len(ends) == len(hidden)
-            else hidden[to_device(ends, torch.int64, self.device)]
-        )
-        return self._sample(self.model.logits(rows), sampling, result)
-
-    def _sample(
-        self, logits: Tensor, items: list[ScheduledRequest], result: StepResult
-    ) -> StepResult | PendingStep:
-        """On the device whatever it can; a step with a request that it cannot serve is waited for."""
-        requests = [item.request for item in items]
-        if self.sampler is None:
-            self._sample_here(logits, items, result)
-            return result
-        waits = [
-            request.params.logprobs is not None or request.params.prompt_logprobs is not None
-            for request in requests
-        ]
-        if not any(waits):
-            return self.sampler.launch(logits, requests, result)
-        here = [row for row, wait in enumerate(waits) if wait]
-        there = [row for row, wait in enumerate(waits) if not wait]
-        self._sample_here(logits[here], [items[row] for row in here], result)
-        return self.sampler.launch(logits[there], [requests[row] for row in there], result).result()
-
-    def _sample_here(
-        self, logits: Tensor, items: list[ScheduledRequest], result: StepResult
-    ) -> None:
-        sample(logits, [item.request for item in items], result)
-        for item in items:
+        rows = hidden
+        if len(ends) < len(hidden):
+            rows = hidden[to_device(ends, torch.int64, hidden.device)]
+        step = self.model.sample(self.model.logits(rows), [i.request for i in sampling], result)
+        for item in sampling:
             if (
                 item.request.request_id in result.errors
             ):  # this step's blocks: those before may be shared
                 self.cache.clear(item.request.block_table[item.start // self.block_size :])
+        return step
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """float32 [T, vocab] for every position of one sequence. The scheduler's cache is left alone."""
-        item, cache = self._scratch(token_ids)
-        hidden = self._forward([item], cache)
+        batch = Batch.of_one(token_ids, self.block_size)
+        hidden = self.model.forward(batch, self.model.new_cache(batch.num_blocks))
         return torch.cat([self.model.logits(rows) for rows in hidden.split(_LOGITS_ROWS)])
-
-    def _forward(self, items: list[ScheduledRequest], cache: Any) -> Tensor:
-        """Hidden states [T, hidden] of all tokens, items side by side. cache: one that the model made."""
-        if self.sampler is not None:
-            return self.model.forward(items, cache, self.sampler.previous)
-        return self.model.forward(items, cache)
 
     def _score_prompt(self, item: ScheduledRequest, hidden: Tensor, result: StepResult) -> None:
         """Log-probabilities of prompt tokens start+1 .. end, as far as they are prompt."""
@@ -180,45 +141,14 @@ class Runner:
         if scored:
             result.prompt_logprobs[request.request_id] = entries
 
-    def _scratch(self, token_ids: list[int]) -> tuple[ScheduledRequest, Any]:
-        blocks = -(-len(token_ids) // self.block_size)
-        request = Request(
-            "scratch",
-            token_ids,
-            SamplingParams(),
-            frozenset(),
-            seed=0,
-            block_table=list(range(blocks)),
-        )
-        return ScheduledRequest(request, 0, len(token_ids)), self.model.new_cache(
-            blocks, self.config
-        )
-
     @torch.inference_mode()
-    def _warm_up(self) -> None:
-        """Prompts of each size that the products have a path of their own for: what is compiled now stalls no request.
-        Compiled kernels stay on disk, so this takes seconds once and milliseconds from then on."""
-        for tokens in _WARM_UP_TOKENS:
-            item, cache = self._scratch(
-                [1] * min(tokens, self.config.max_num_batched_tokens, self.max_model_len)
-            )
-            self._forward([item], cache)
-
-    def _overlap(self, record: Record) -> None:
-        """Replay decode steps from graphs and sample on the device: the host need not wait for a step any more."""
-        from .backends.triton.sampler import DeviceSampler  # imports Triton
-
-        with torch.inference_mode():
-            self.model.capture(record, self.cache, self.config.max_num_seqs, self.max_model_len)
-        self.sampler = DeviceSampler(self.vocab_size, self.config.max_num_seqs, self.device)
-
     def _check_sanity(self) -> None:
         """One measured pass, prefill and decode: kernels warm up, and broken weights are found now, not by a user."""
-        item, cache = self._scratch([1] * 4)
-        with torch.inference_mode():
-            self._forward([item], cache)
-            last = ScheduledRequest(item.request, 3, 1)
-            logits = self.model.logits(self._forward([last], cache))
+        tokens = [1] * 4
+        cache = self.model.new_cache(1 + len(tokens) // self.block_size)
+        self.model.forward(Batch.of_one(tokens, self.block_size), cache)
+        last = Batch.of_one(tokens, self.block_size, start=3)
+        logits = self.model.logits(self.model.forward(last, cache))
         if not torch.isfinite(logits).all():
             raise UserError(
                 f"the model's logits are not finite in {self.dtype}; try --dtype float32, or check the "

@@ -92,7 +92,7 @@ class QuantizedAtLoad(Checkpoint):
         )
         return QuantScheme("compressed-tensors", fmt, default, others, ("lm_head", *self._dense))
 
-    def linear(self, module: str) -> QuantizedWeight | Tensor:
+    def _linear(self, module: str) -> QuantizedWeight | Tensor:
         weight = self.inner.linear(module)
         if not self.is_quantized(module) or isinstance(weight, QuantizedWeight):
             return weight

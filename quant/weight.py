@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["int", "fp8"]
+_PER_BLOCK = ("scales", "zeros", "mins")
+_ALL = slice(None)
 
 
 @dataclass(slots=True)
@@ -46,7 +48,7 @@ class QuantizedWeight:
         out_features, in_features = self.codes.shape
         rows, cols = self.block
         want = (-(-out_features // rows), -(-in_features // cols))
-        for name in ("scales", "zeros", "mins"):
+        for name in _PER_BLOCK:
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != want:
                 raise ValueError(
@@ -183,6 +185,33 @@ def scaled_by_row(weight: QuantizedWeight) -> QuantizedWeight:
         block=(1, weight.in_features),
         scales=weight.scales.expand(weight.out_features, 1).clone(),
     )
+
+
+def part(
+    weight: QuantizedWeight | Tensor, rows: slice = _ALL, cols: slice = _ALL
+) -> QuantizedWeight | Tensor:
+    """Rows and columns [start, stop) of a weight [out, in]: a device's share, or one linear of several packed as one.
+
+    ValueError where a scale would be cut, or columns are asked for of a weight whose groups are not in their order.
+    """
+    if isinstance(weight, Tensor):
+        return weight[rows, cols]
+    shape, block = (weight.out_features, weight.in_features), weight.block
+    spans = [range(length)[wanted] for length, wanted in zip(shape, (rows, cols), strict=True)]
+    if weight.perm is not None and len(spans[1]) < shape[1]:
+        raise ValueError("columns of a weight in act-order cannot be taken apart")
+    for axis, span, size, length in zip(("rows", "columns"), spans, block, shape, strict=True):
+        if span.start % size or (span.stop % size and span.stop != length):
+            raise ValueError(
+                f"{axis} {span.start} to {span.stop} cut a scale that {size} {axis} share"
+            )
+    blocks = tuple(
+        slice(span.start // size, -(-span.stop // size))
+        for span, size in zip(spans, block, strict=True)
+    )
+    cut = {n: t[blocks] for n in _PER_BLOCK if (t := getattr(weight, n)) is not None}
+    inside = tuple(slice(span.start, span.stop) for span in spans)
+    return replace(weight, codes=weight.codes[inside], **cut)
 
 
 def split(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:

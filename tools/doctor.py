@@ -103,7 +103,7 @@ def tiles(card: str, cc: int) -> Finding:
 
 def checkpoint(model: str, device_name: str) -> list[Finding]:
     """The format, the kernels of one layer, and whether it fits. Stops at the first thing that cannot be."""
-    from nibble.architectures.registry import decoder_config
+    from nibble.architectures.registry import model_spec
     from nibble.engine.runner import resolve_device, resolve_dtype
     from nibble.quant.checkpoint import open_checkpoint
 
@@ -114,41 +114,42 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
         found.append(
             Finding("checkpoint", "ok", f"{opened.path}: {scheme}, {opened.nbytes / 1e9:.2f} GB")
         )
-        config = decoder_config(opened.config)
+        spec = model_spec(opened.config)
         found.append(
             Finding(
                 "architecture",
                 "ok",
-                f"{config.num_layers} layers of {config.hidden_size}, "
-                f"{config.num_heads} heads, {config.num_kv_heads} of them with keys and values",
+                f"{spec.num_layers} layers of {spec.hidden_size}, {spec.layers[0].mixer.num_heads} heads, "
+                f"{spec.layers[0].mixer.num_kv_heads} of them with keys and values",
             )
         )
         device = resolve_device(device_name)
         dtype = resolve_dtype("auto", opened, device)
-        found += _kernels(opened, config, dtype, device)
-        found += _memory(opened, config, dtype, device)
+        found += _kernels(opened, spec, dtype, device)
+        found += _memory(opened, spec, dtype, device)
     except UserError as error:
         found.append(Finding("model", "no", str(error)))
     return found
 
 
-def _kernels(opened, config, dtype, device) -> list[Finding]:
+def _kernels(opened, spec, dtype, device) -> list[Finding]:
     """What each matrix of a layer runs on, and why not on something better."""
     import torch
 
-    from nibble.engine.backends.choose import load_decoder, why_torch
+    from nibble.engine.backends.base import Target
+    from nibble.engine.backends.choose import assign, load_decoder
     from nibble.engine.config import EngineConfig
 
-    one = dataclasses.replace(config, num_layers=1, layer_types=config.layer_types[:1])
-    settings = EngineConfig(model=str(opened.path))
+    target = Target(EngineConfig(model=str(opened.path), prepared_cache=None), dtype, device)
+    assignment = assign(target, spec)
+    one = dataclasses.replace(spec, layers=spec.layers[:1])
     with torch.inference_mode():
-        _, report = load_decoder(settings, opened, one, dtype, device)
-    reason = why_torch(settings, config, dtype, device)
+        report = load_decoder(target, opened, one).report
     best = "C++, one call a step" if device.type == "cpu" else "Triton kernels, CUDA graphs"
     found = [
-        Finding("decoder", "slow", "torch's operators", reason)
-        if reason
-        else Finding("decoder", "ok", best)
+        Finding("backend", "slow", "torch's operators", assignment.refused)
+        if assignment.refused
+        else Finding("backend", "ok", best)
     ]
     for name, count in report.used.items():
         found.append(
@@ -160,12 +161,12 @@ def _kernels(opened, config, dtype, device) -> list[Finding]:
     return found
 
 
-def _memory(opened, config, dtype, device) -> list[Finding]:
+def _memory(opened, spec, dtype, device) -> list[Finding]:
     from nibble.engine import memory
 
     free, weights = memory.available_bytes(device), opened.nbytes
-    token = memory.kv_bytes_per_token(config, dtype)
-    context = config.max_position_embeddings
+    token = memory.kv_bytes_per_token(spec, dtype)
+    context = spec.max_position_embeddings
     if weights > free:
         return [
             Finding(

@@ -62,7 +62,7 @@ def evaluate(
 def _with_int8_activations(quantized: str | Path) -> LLM | None:
     """The checkpoint as a CPU serves it by default, if it then rounds activations."""
     served = LLM(str(quantized))
-    rounds = any(name.endswith("x int8") for name in served.core.runner.kernels.used)
+    rounds = any(name.endswith("x int8") for name in served.core.runner.model.report.used)
     return served if rounds else None
 
 

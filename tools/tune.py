@@ -105,13 +105,12 @@ def need_card(name: str) -> torch.device:
 
 def shapes_of(model: str) -> tuple[Shape, ...]:
     """(N, K) of a model's fused projections: qkv, o, gate and up, down."""
-    from nibble.architectures.registry import decoder_config
+    from nibble.architectures.registry import model_spec
     from nibble.quant.checkpoint import open_checkpoint
 
-    config = decoder_config(open_checkpoint(model).config)
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = ((queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner))
+    spec = model_spec(open_checkpoint(model).config)
+    groups = [group for index in range(spec.num_layers) for group in spec.groups(index)]
+    shapes = [(sum(group.out_features), group.in_features) for group in groups]
     return tuple(dict.fromkeys(shapes))
 
 

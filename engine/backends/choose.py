@@ -1,81 +1,98 @@
-"""Which decoder serves a model: the C++ one on a CPU, the Triton one on a CUDA device, torch's operators elsewhere.
+"""Which backend computes which layers: the best that runs here and knows them, torch's operators for the rest.
 
-All of them have the same three methods:
+    for each layer, the first of [cpp | triton, torch] that does not refuse it
+    consecutive layers of one backend -> one decoder; several -> a chain of them (runs.py)
 
-    new_cache(num_blocks, config) -> cache      the KV blocks of every layer
-    forward(items, cache) -> hidden [T, hidden] of the items' tokens, whose keys and values it writes
-    logits(hidden [R, hidden]) -> float32 [R, vocab]
+What a backend refuses is logged in its own words; what all refuse is an error.
 """
 
+import itertools
 import logging
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-
-from ...architectures.base import DecoderConfig
-from ...errors import UserError
-from ...kernels.cpu import library as cpu
-from ...kernels.gptq.linear import why_no_triton
+from ...architectures.base import ModelSpec
+from ...errors import UnsupportedError, UserError
+from ...kernels.cpu import library
 from ...quant.checkpoint import Checkpoint
-from ..config import EngineConfig
-from .cpp import decoder as native
-from .cpp.loader import NativeLoader
-from .cpp.prepared_cache import PreparedCache
-from .torch.loader import KernelReport, Loader
+from .base import Backend, Decoder, Target
+from .cpp.loader import CppBackend
+from .runs import ChainedDecoder
+from .torch.loader import TorchBackend
+from .triton.loader import TritonBackend
+from .weights import ModelWeights
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive layers on one backend."""
+
+    backend: Backend
+    layers: range
 
 
-def why_torch(
-    config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, device: torch.device
-) -> str | None:
-    """None if there is a decoder better than torch's operators for this model, else why there is not."""
-    if device.type == "cuda":
-        return why_no_triton(device, dtype) or _why_no_triton_decoder(model)
-    if config.cpu_isa == "none":
-        return "--cpu-isa none"
-    return native.why_not(model, config.block_size, dtype, device)
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who computes what, and why not somebody faster."""
+
+    runs: list[Run]
+    refused: str | None  # the fast backend's reason, where torch's operators compute anything
+
+
+def assign(target: Target, model: ModelSpec) -> Assignment:
+    """Give every layer to a backend. UnsupportedError names the layer and the reasons where none takes it."""
+    fast = (TritonBackend if target.device.type == "cuda" else CppBackend)(target)
+    backends: list[Backend] = [fast, TorchBackend(target)]
+    gone = fast.unavailable()
+    chosen: list[Backend] = []
+    refused = gone
+    for index, layer in enumerate(model.layers):
+        reasons = [
+            (gone if backend is fast else None) or backend.why_not(layer, model)
+            for backend in backends
+        ]
+        refused = refused or reasons[0]
+        if all(reasons):
+            raise UnsupportedError(
+                f"layer {index} cannot be computed: "
+                + "; ".join(f"{b.name} {why}" for b, why in zip(backends, reasons, strict=True))
+            )
+        chosen.append(backends[[reason is None for reason in reasons].index(True)])
+    runs = []
+    for _, indices in itertools.groupby(range(len(chosen)), key=lambda i: id(chosen[i])):
+        layers = list(indices)
+        runs.append(Run(chosen[layers[0]], range(layers[0], layers[-1] + 1)))
+    return Assignment(runs, refused)
 
 
 def load_decoder(
-    config: EngineConfig,
+    target: Target,
     checkpoint: Checkpoint,
-    model: DecoderConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> tuple[Any, KernelReport]:
-    """The decoder with its weights, and the kernels they got. Raises UserError on bad input."""
-    reason = why_torch(config, model, dtype, device)
-    _check_flags(config, device, reason)
-    if reason is None and device.type == "cpu":
-        loader: Loader = _native_loader(config, checkpoint, model, dtype, device)
-    else:
-        loader = Loader(checkpoint, model, dtype, device)
-    decoder = loader.load(progress)
-    if reason is None and device.type == "cuda":
-        from .triton.decoder import (
-            TritonDecoder,
-        )  # imports Triton, which a machine without a GPU need not have
+    model: ModelSpec,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """The model with its weights. progress(done, total) is called after every layer. Raises UserError on bad input."""
+    assignment = assign(target, model)
+    check_options(target, assignment.refused)
+    ModelWeights(checkpoint, model).check()
 
-        return TritonDecoder(decoder), loader.report
-    if reason is not None:
-        level = logging.WARNING if device.type == "cuda" or cpu.why_missing() else logging.INFO
-        logger.log(level, "torch's operators serve: %s", reason)
-    return decoder, loader.report
+    def tell(index: int) -> None:
+        if progress is not None:
+            progress(index + 1, model.num_layers)
+
+    decoders = [run.backend.load(checkpoint, model, run.layers, tell) for run in assignment.runs]
+    if assignment.refused is not None:
+        lost = target.device.type == "cuda" or library.why_missing() is not None
+        level = logging.WARNING if lost else logging.INFO
+        logger.log(level, "torch's operators serve: %s", assignment.refused)
+    return decoders[0] if len(decoders) == 1 else ChainedDecoder(decoders)
 
 
-def _why_no_triton_decoder(model: DecoderConfig) -> str | None:
-    from .triton import decoder as triton  # imports Triton
-
-    return triton.why_not(model)
-
-
-def _check_flags(config: EngineConfig, device: torch.device, reason: str | None) -> None:
-    """Refuse what the decoder that serves cannot do; reason: why it is torch's."""
+def check_options(target: Target, refused: str | None) -> None:
+    """UserError for an option that is unknown, or that needs a backend which does not serve; refused: why not."""
+    config, on_cpu = target.config, target.device.type == "cpu"
     if config.cpu_activations not in ("int8", "bf16"):
         raise UserError(
             f"--cpu-activations {config.cpu_activations!r} is unknown; use int8 or bf16"
@@ -88,50 +105,16 @@ def _check_flags(config: EngineConfig, device: torch.device, reason: str | None)
         raise UserError(
             f"--kv-cache-dtype {config.kv_cache_dtype!r} is unknown; use auto, int8 or fp8"
         )
-    on_cpu = device.type == "cpu"
-    needs = "the C++ decoder, but it" if on_cpu else "the Triton decoder, but it"
     if config.kv_cache_dtype == "fp8" and on_cpu:
         raise UserError("--kv-cache-dtype fp8 needs a CUDA device; use int8 on a CPU")
-    if config.kv_cache_dtype != "auto" and reason is not None:
+    if config.kv_cache_dtype != "auto" and refused is not None:
+        needs = "C++" if on_cpu else "Triton"
         raise UserError(
-            f"--kv-cache-dtype {config.kv_cache_dtype} needs {needs} cannot serve this model: {reason}"
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs the {needs} backend, which does not "
+            f"serve all of this model: {refused}"
         )
-    if config.lm_head_bits == 8 and (reason is not None or not on_cpu):
-        why = reason or "it runs on a CUDA device"
+    if config.lm_head_bits == 8 and (refused is not None or not on_cpu):
+        why = refused or "it runs on a CUDA device"
         raise UserError(
-            f"--lm-head-bits 8 needs the C++ decoder, but it cannot serve this model: {why}"
+            f"--lm-head-bits 8 needs the C++ backend, which does not serve all of this model: {why}"
         )
-
-
-def _native_loader(
-    config: EngineConfig,
-    checkpoint: Checkpoint,
-    model: DecoderConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> NativeLoader:
-    pool = cpu.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
-    keep = (
-        config.prepared_cache if config.quantize is None else None
-    )  # what is quantized at load has no path
-    head_bits = config.lm_head_bits or _head_bits(config, checkpoint)
-    cache = PreparedCache.of(checkpoint, keep, f"head {head_bits}") if keep else None
-    return NativeLoader(
-        checkpoint,
-        model,
-        dtype,
-        device,
-        pool=pool,
-        int8=config.cpu_activations == "int8",
-        block_size=config.block_size,
-        head_bits=head_bits,
-        cache=cache,
-    )
-
-
-def _head_bits(config: EngineConfig, checkpoint: Checkpoint) -> int:
-    """Of a 16-bit output head: 8 beside weights of at most 4 bits and int8 activations, whose own
-    error is far larger."""
-    weights = checkpoint.scheme.default if checkpoint.scheme else None
-    few = weights is not None and weights.kind == "int" and weights.bits <= 4
-    return 8 if few and config.cpu_activations == "int8" else 16

@@ -3,7 +3,7 @@
 //
 //   linear   one prepared weight: y [rows, n] = x [rows, k] W^T + bias
 //   input    how a row of activations is prepared for a product: int8 codes by group, or bfloat16
-//   site     a place in the decoder whose linears read the same activations (q, k, v; gate, up; o; down; head)
+//   group    any number of linears that read the same activations (q, k, v; gate, up; o; down; head)
 //
 // Weights lie in tiles of 16 outputs, columns in fours (integers) or twos (bfloat16, FP8), so that one vector load holds
 // 16 outputs and a broadcast of 4 (2) activations meets it; k_padded is a whole number of groups, padded with zeros:
@@ -17,7 +17,8 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 2
+#define NB_ABI_VERSION 3
+#define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 
 enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
@@ -32,7 +33,7 @@ struct NbLinear {
   int32_t group;       // columns that share a scale; a multiple of 8, at most 128 for integers
   int32_t groups;
   int32_t midpoint;    // what codes without zeros or minima are relative to
-  int32_t input;       // which of the site's inputs it reads
+  int32_t input;       // which of the group's inputs it reads
   float multiplier;    // of the whole product: what makes the scales fit in halves
   const uint8_t* data;
   const void* scales;
@@ -48,11 +49,11 @@ struct NbInput {
   const int32_t* perm; // [k]: column j is feature perm[j]; or null
 };
 
-struct NbSite {
-  int32_t num_inputs;
+struct NbLinearGroup {
+  int32_t num_inputs;    // at most NB_MAX_INPUTS
   int32_t num_linears;
-  NbInput inputs[3];
-  NbLinear linears[3];
+  const NbInput* inputs;
+  const NbLinear* linears;
 };
 
 struct NbLayer {
@@ -64,19 +65,20 @@ struct NbLayer {
   const float* post_mlp_norm;        // [hidden] or null
   int32_t rope;                      // which inv_freq
   int32_t window;                    // positions seen, itself included; 0: all
-  NbSite qkv, o, gate_up, down;
+  NbLinearGroup qkv, o, gate_up, down;
 };
 
+// Consecutive layers of a model. The first of a model embeds its tokens, the last norms and has the output head.
 struct NbModel {
   int32_t hidden, intermediate, num_layers, num_heads, num_kv_heads, head_dim, vocab;
   int32_t activation;
   float eps, attention_scale, embedding_scale;
   int32_t block_size;                // tokens a KV block, a multiple of 16
   const NbLayer* layers;
-  const uint16_t* embedding;         // bfloat16 [vocab, hidden]
-  const float* norm;                 // [hidden]
+  const uint16_t* embedding;         // bfloat16 [vocab, hidden]; null: hidden states are given
+  const float* norm;                 // [hidden] the final norm; null: layers follow elsewhere
   const float* inv_freq[2];          // [head_dim / 2] each
-  NbSite head;
+  NbLinearGroup head;                // no linears: it is elsewhere
 };
 
 // One step: the tokens of all items side by side. Item i computes tokens start .. start + count of one request, whose
@@ -102,7 +104,9 @@ int32_t nb_abi_version(void);
 const char* nb_isas(void);                                 // what this machine can run, best first, comma-separated
 NbPool* nb_pool_new(int32_t threads, const char* isa);     // null: no such instruction set here
 void nb_pool_free(NbPool*);
-void nb_forward(NbPool*, const NbModel*, const NbBatch*, float* hidden);  // hidden [num_tokens, hidden], not yet normed
-void nb_logits(NbPool*, const NbModel*, const float* hidden, int32_t rows, float* logits);  // logits [rows, vocab]
-void nb_linear(NbPool*, const NbSite*, const float* x, int32_t rows, float* y);  // the site's linears side by side
+// hidden [num_tokens, hidden]: what the layers give, normed by the final norm; where nothing is embedded, also what
+// they take.
+void nb_forward(NbPool*, const NbModel*, const NbBatch*, float* hidden);
+void nb_logits(NbPool*, const NbModel*, const float* hidden, int32_t rows, float* logits);  // normed -> [rows, vocab]
+void nb_linear(NbPool*, const NbLinearGroup*, const float* x, int32_t rows, float* y);  // the group's linears side by side
 }

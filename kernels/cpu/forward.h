@@ -1,4 +1,4 @@
-// The decoder, from token ids to hidden states, as one program of phases for the whole team:
+// The decoder, from token ids (or hidden states) to hidden states, as one program of phases for the whole team:
 //
 //   x -> input norm -> qkv -> (q, k norm) -> RoPE, cache -> attention -> o -> (norm) -> + x
 //     -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x
@@ -29,10 +29,10 @@ struct Step {
   const NbBatch& batch;
   const StepBuffers& b;
   float* x;                       // [tokens, hidden]
-  InputBuffer inputs[3];
+  InputBuffer inputs[NB_MAX_INPUTS];
 
   Step(const StepJob& job) : m(*job.model), batch(*job.batch), b(*job.buffers), x(job.hidden) {
-    for (int i = 0; i < 3; i++) inputs[i] = {b.inputs[i], b.scales[i], b.sums[i]};
+    for (int i = 0; i < NB_MAX_INPUTS; i++) inputs[i] = {b.inputs[i], b.scales[i], b.sums[i]};
   }
 
   int heads_dim() const { return m.num_heads * m.head_dim; }
@@ -43,11 +43,11 @@ struct Step {
     return first;
   }
 
-  void site(Worker& worker, const NbSite& site, float* out, int stride, bool add) const {
-    Activations views[3];
-    for (int i = 0; i < site.num_inputs; i++) views[i] = view(site.inputs[i], inputs[i]);
-    if (add) run_site<true>(worker, site, views, batch.num_tokens, out, stride);
-    else run_site<false>(worker, site, views, batch.num_tokens, out, stride);
+  void products(Worker& worker, const NbLinearGroup& group, float* out, int stride, bool add) const {
+    Activations views[NB_MAX_INPUTS];
+    for (int i = 0; i < group.num_inputs; i++) views[i] = view(group.inputs[i], inputs[i]);
+    if (add) run_group<true>(worker, group, views, batch.num_tokens, out, stride);
+    else run_group<false>(worker, group, views, batch.num_tokens, out, stride);
   }
 
   // x of a row += norm of what the last product gave, where the architecture norms it (else it has been added already).
@@ -59,15 +59,15 @@ struct Step {
     for (int i = 0; i < m.hidden; i++) to[i] += normed[i];
   }
 
-  void norm_and_prepare(Worker& worker, int row, const float* weight, const NbSite& site) const {
+  void norm_and_prepare(Worker& worker, int row, const float* weight, const NbLinearGroup& group) const {
     float* normed = (float*)worker.scratch;
     rms_norm(x + (int64_t)row * m.hidden, weight, m.hidden, m.eps, normed);
-    prepare_all(site, inputs, row, normed, normed + m.hidden);
+    prepare_all(group, inputs, row, normed, normed + m.hidden);
   }
 
-  void prepare_rows(Worker& worker, const NbSite& site, const float* from, int width) const {
+  void prepare_rows(Worker& worker, const NbLinearGroup& group, const float* from, int width) const {
     for_rows(worker, batch.num_tokens, [&](int row) {
-      prepare_all(site, inputs, row, from + (int64_t)row * width, (float*)worker.scratch);
+      prepare_all(group, inputs, row, from + (int64_t)row * width, (float*)worker.scratch);
     });
   }
 
@@ -150,10 +150,10 @@ struct Step {
              sizeof(float) * dim);
   }
 
-  void gate_up(Worker& worker, const NbSite& site) const {
-    const NbLinear &gate = site.linears[0], &up = site.linears[1];
-    Activations from_gate = view(site.inputs[gate.input], inputs[gate.input]);
-    Activations from_up = view(site.inputs[up.input], inputs[up.input]);
+  void gate_up(Worker& worker, const NbLinearGroup& group) const {
+    const NbLinear &gate = group.linears[0], &up = group.linears[1];
+    Activations from_gate = view(group.inputs[gate.input], inputs[gate.input]);
+    Activations from_up = view(group.inputs[up.input], inputs[up.input]);
     Grid grid(batch.num_tokens, tiles_of(gate), worker.threads);
     nibble::parallel(worker, grid.chunks(), [&](int chunk) {
       int row = chunk / grid.tile_blocks * kMaxRows, tile = chunk % grid.tile_blocks * grid.tiles;
@@ -172,7 +172,7 @@ struct Step {
   }
 
   void attention(Worker& worker, const NbLayer& layer, const Cache& kv) const {
-    site(worker, layer.qkv, b.qkv, qkv_dim(), false);
+    products(worker, layer.qkv, b.qkv, qkv_dim(), false);
     for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(row, layer, kv); });
     nibble::parallel(worker, b.num_units * m.num_kv_heads, [&](int chunk) {
       int unit = b.num_units - 1 - chunk / m.num_kv_heads;  // long ones first
@@ -180,7 +180,7 @@ struct Step {
     });
     prepare_rows(worker, layer.o, b.attended, heads_dim());
     bool normed = layer.post_attention_norm != nullptr;
-    site(worker, layer.o, normed ? b.y : x, m.hidden, !normed);
+    products(worker, layer.o, normed ? b.y : x, m.hidden, !normed);
   }
 
   void run(Worker& worker) const {
@@ -189,7 +189,7 @@ struct Step {
       const NbLayer& layer = m.layers[l];
       for_rows(worker, batch.num_tokens, [&](int row) {
         if (l == 0) {
-          embed(row);
+          if (m.embedding) embed(row);
           angles(row);
         }
         add_normed(worker, row, last_norm);
@@ -203,30 +203,28 @@ struct Step {
       gate_up(worker, layer.gate_up);
       prepare_rows(worker, layer.down, b.inner, m.intermediate);
       last_norm = layer.post_mlp_norm;
-      site(worker, layer.down, last_norm ? b.y : x, m.hidden, !last_norm);
+      products(worker, layer.down, last_norm ? b.y : x, m.hidden, !last_norm);
     }
-    for_rows(worker, batch.num_tokens, [&](int row) { add_normed(worker, row, last_norm); });
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      add_normed(worker, row, last_norm);
+      float* hidden = x + (int64_t)row * m.hidden;
+      if (m.norm) rms_norm(hidden, m.norm, m.hidden, m.eps, hidden);
+    });
   }
 };
 
-inline void site_rows(Worker& worker, const NbSite& site, const StepBuffers& b, int rows, float* out, int stride,
-                      const float* x, const float* norm, int hidden, float eps) {
-  InputBuffer buffers[3];
-  Activations views[3];
-  for (int i = 0; i < site.num_inputs; i++) {
+inline void group_rows(Worker& worker, const NbLinearGroup& group, const StepBuffers& b, int rows, float* out, int stride,
+                       const float* x, int width) {
+  InputBuffer buffers[NB_MAX_INPUTS];
+  Activations views[NB_MAX_INPUTS];
+  for (int i = 0; i < group.num_inputs; i++) {
     buffers[i] = {b.inputs[i], b.scales[i], b.sums[i]};
-    views[i] = view(site.inputs[i], buffers[i]);
+    views[i] = view(group.inputs[i], buffers[i]);
   }
   for_rows(worker, rows, [&](int row) {
-    const float* from = x + (int64_t)row * hidden;
-    float* scratch = (float*)worker.scratch;
-    if (norm) {
-      rms_norm(from, norm, hidden, eps, scratch);
-      from = scratch;
-    }
-    prepare_all(site, buffers, row, from, scratch + hidden);
+    prepare_all(group, buffers, row, x + (int64_t)row * width, (float*)worker.scratch);
   });
-  run_site<false>(worker, site, views, rows, out, stride);
+  run_group<false>(worker, group, views, rows, out, stride);
 }
 
 inline void forward(Worker& worker, void* job) { Step(*(StepJob*)job).run(worker); }
@@ -234,14 +232,14 @@ inline void forward(Worker& worker, void* job) { Step(*(StepJob*)job).run(worker
 inline void logits(Worker& worker, void* argument) {
   const LogitsJob& job = *(LogitsJob*)argument;
   const NbModel& m = *job.model;
-  site_rows(worker, m.head, *job.buffers, job.rows, job.logits, m.vocab, job.hidden, m.norm, m.hidden, m.eps);
+  group_rows(worker, m.head, *job.buffers, job.rows, job.logits, m.vocab, job.hidden, m.hidden);
 }
 
 inline void linear(Worker& worker, void* argument) {
   const LinearJob& job = *(LinearJob*)argument;
   int width = 0;
-  for (int i = 0; i < job.site->num_linears; i++) width += job.site->linears[i].n;
-  site_rows(worker, *job.site, *job.buffers, job.rows, job.y, width, job.x, nullptr, job.site->inputs[0].k, 0.0f);
+  for (int i = 0; i < job.group->num_linears; i++) width += job.group->linears[i].n;
+  group_rows(worker, *job.group, *job.buffers, job.rows, job.y, width, job.x, job.group->inputs[0].k);
 }
 
 extern const nibble::Kernels kKernels;

@@ -24,7 +24,7 @@ constexpr int kAhead = 2048;      // bytes between what is read and what is fetc
 constexpr int kPiece = 256;       // columns of a piece; a multiple of every group
 constexpr int kWidth = kTiles * 16;
 
-// The activations of one site input: rows of k_padded codes or bfloat16.
+// The activations of one input: rows of k_padded codes or bfloat16.
 struct Activations {
   const void* data;
   const float* scale;    // int8: [rows, groups]; bfloat16: sums of columns by group, where wanted
@@ -329,23 +329,23 @@ struct Grid {
   int chunks() const { return row_blocks * tile_blocks; }
 };
 
-// All linears of a site, their outputs side by side in out [rows, stride].
+// All linears of a group, their outputs side by side in out [rows, stride].
 template <bool Add>
-inline void run_site(Worker& worker, const NbSite& site, const Activations* inputs, int rows, float* out, int64_t stride) {
-  int first_chunk[4] = {0, 0, 0, 0};
-  Grid grids[3] = {Grid(rows, 1, 1), Grid(rows, 1, 1), Grid(rows, 1, 1)};
-  for (int i = 0; i < site.num_linears; i++) {
-    grids[i] = Grid(rows, tiles_of(site.linears[i]), worker.threads);
-    first_chunk[i + 1] = first_chunk[i] + grids[i].chunks();
-  }
-  nibble::parallel(worker, first_chunk[site.num_linears], [&](int chunk) {
-    int i = 0, column = 0;
-    while (chunk >= first_chunk[i + 1]) column += site.linears[i++].n;
-    const NbLinear& w = site.linears[i];
-    chunk -= first_chunk[i];
-    int row = chunk / grids[i].tile_blocks * kMaxRows, tile = chunk % grids[i].tile_blocks * grids[i].tiles;
-    product<Add>(w, inputs[w.input], row, min_int(kMaxRows, rows - row), tile,
-                 min_int(tile + grids[i].tiles, tiles_of(w)), out + row * stride + column + tile * 16, stride);
+inline void run_group(Worker& worker, const NbLinearGroup& group, const Activations* inputs, int rows, float* out, int64_t stride) {
+  auto grid_of = [&](const NbLinear& w) { return Grid(rows, tiles_of(w), worker.threads); };
+  int chunks = 0;
+  for (int i = 0; i < group.num_linears; i++) chunks += grid_of(group.linears[i]).chunks();
+  nibble::parallel(worker, chunks, [&](int chunk) {
+    const NbLinear* w = group.linears;
+    Grid grid = grid_of(*w);
+    int column = 0;
+    for (; chunk >= grid.chunks(); grid = grid_of(*w)) {
+      chunk -= grid.chunks();
+      column += w++->n;
+    }
+    int row = chunk / grid.tile_blocks * kMaxRows, tile = chunk % grid.tile_blocks * grid.tiles;
+    product<Add>(*w, inputs[w->input], row, min_int(kMaxRows, rows - row), tile,
+                 min_int(tile + grid.tiles, tiles_of(*w)), out + row * stride + column + tile * 16, stride);
   });
 }
 

@@ -117,8 +117,8 @@ inline void prepare(const NbInput& input, const InputBuffer& buffer, int row, co
   }
 }
 
-inline void prepare_all(const NbSite& site, const InputBuffer* buffers, int row, const float* x, float* padded) {
-  for (int i = 0; i < site.num_inputs; i++) prepare(site.inputs[i], buffers[i], row, x, padded);
+inline void prepare_all(const NbLinearGroup& group, const InputBuffer* buffers, int row, const float* x, float* padded) {
+  for (int i = 0; i < group.num_inputs; i++) prepare(group.inputs[i], buffers[i], row, x, padded);
 }
 
 // Rotate one head in place: (i, i + dim/2) pair up.

@@ -11,9 +11,9 @@ struct Unit {
 };
 
 struct StepBuffers {
-  char* inputs[3];       // prepared activations, see InputBuffer
-  float* scales[3];
-  int32_t* sums[3];
+  char* inputs[NB_MAX_INPUTS];  // prepared activations, see InputBuffer
+  float* scales[NB_MAX_INPUTS];
+  int32_t* sums[NB_MAX_INPUTS];
   float* qkv;            // [tokens, heads + 2 kv_heads, head_dim]
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
@@ -42,7 +42,7 @@ struct LogitsJob {
 };
 
 struct LinearJob {
-  const NbSite* site;
+  const NbLinearGroup* group;
   const StepBuffers* buffers;
   const float* x;
   int rows;

@@ -80,19 +80,19 @@ struct InputSize {
   size_t data = 0, groups = 0;  // of one row
 };
 
-void widen(InputSize* sizes, const NbSite& site) {
-  for (int i = 0; i < site.num_inputs; i++) {
-    const NbInput& input = site.inputs[i];
+void widen(InputSize* sizes, const NbLinearGroup& group) {
+  for (int i = 0; i < group.num_inputs; i++) {
+    const NbInput& input = group.inputs[i];
     size_t data = size_t(input.k_padded) * (input.group ? 1 : 2);
-    int group = input.group ? input.group : input.sum_group;
-    size_t groups = group ? (input.k_padded + group - 1) / group : 0;
+    int columns = input.group ? input.group : input.sum_group;
+    size_t groups = columns ? (input.k_padded + columns - 1) / columns : 0;
     if (data > sizes[i].data) sizes[i].data = data;
     if (groups > sizes[i].groups) sizes[i].groups = groups;
   }
 }
 
 void place_inputs(Arena& arena, StepBuffers& b, const InputSize* sizes, size_t rows) {
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < NB_MAX_INPUTS; i++) {
     b.inputs[i] = arena.take<char>(rows * sizes[i].data);
     b.scales[i] = arena.take<float>(rows * sizes[i].groups);
     b.sums[i] = arena.take<int32_t>(rows * sizes[i].groups);
@@ -164,10 +164,10 @@ void nb_pool_free(NbPool* pool) {
 }
 
 void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float* hidden) {
-  InputSize sizes[3];
+  InputSize sizes[NB_MAX_INPUTS];
   for (int l = 0; l < model->num_layers; l++)
-    for (const NbSite* site : {&model->layers[l].qkv, &model->layers[l].o, &model->layers[l].gate_up, &model->layers[l].down})
-      widen(sizes, *site);
+    for (const NbLinearGroup* group : {&model->layers[l].qkv, &model->layers[l].o, &model->layers[l].gate_up, &model->layers[l].down})
+      widen(sizes, *group);
   StepBuffers buffers;
   Arena measure, arena;
   place_step(measure, buffers, sizes, *model, *batch);
@@ -178,9 +178,9 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   team_run(pool->team, pool->kernels->forward, &job, 10 * model->num_layers + 2);
 }
 
-static void place_rows(NbPool* pool, const NbSite& site, int rows, StepBuffers& buffers) {
-  InputSize sizes[3];
-  widen(sizes, site);
+static void place_rows(NbPool* pool, const NbLinearGroup& group, int rows, StepBuffers& buffers) {
+  InputSize sizes[NB_MAX_INPUTS];
+  widen(sizes, group);
   Arena measure, arena;
   place_inputs(measure, buffers, sizes, rows);
   arena.memory = team_buffer(pool->team, measure.used);
@@ -194,10 +194,10 @@ void nb_logits(NbPool* pool, const NbModel* model, const float* hidden, int32_t 
   team_run(pool->team, pool->kernels->logits, &job, 2);
 }
 
-void nb_linear(NbPool* pool, const NbSite* site, const float* x, int32_t rows, float* y) {
+void nb_linear(NbPool* pool, const NbLinearGroup* group, const float* x, int32_t rows, float* y) {
   StepBuffers buffers;
-  place_rows(pool, *site, rows, buffers);
-  LinearJob job{site, &buffers, x, rows, y};
+  place_rows(pool, *group, rows, buffers);
+  LinearJob job{group, &buffers, x, rows, y};
   team_run(pool->team, pool->kernels->linear, &job, 2);
 }
 }

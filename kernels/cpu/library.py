@@ -8,7 +8,8 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
+MAX_INPUTS = 4  # NB_MAX_INPUTS
 _HOW_TO_BUILD = (
     "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
 )
@@ -50,12 +51,12 @@ class NbInput(ctypes.Structure):
     ]
 
 
-class NbSite(ctypes.Structure):
+class NbLinearGroup(ctypes.Structure):
     _fields_ = [
         ("num_inputs", c_int32),
         ("num_linears", c_int32),
-        ("inputs", NbInput * 3),
-        ("linears", NbLinear * 3),
+        ("inputs", c_void_p),
+        ("linears", c_void_p),
     ]
 
 
@@ -69,10 +70,10 @@ class NbLayer(ctypes.Structure):
         ("post_mlp_norm", c_void_p),
         ("rope", c_int32),
         ("window", c_int32),
-        ("qkv", NbSite),
-        ("o", NbSite),
-        ("gate_up", NbSite),
-        ("down", NbSite),
+        ("qkv", NbLinearGroup),
+        ("o", NbLinearGroup),
+        ("gate_up", NbLinearGroup),
+        ("down", NbLinearGroup),
     ]
 
 
@@ -94,7 +95,7 @@ class NbModel(ctypes.Structure):
         ("embedding", c_void_p),
         ("norm", c_void_p),
         ("inv_freq", c_void_p * 2),
-        ("head", NbSite),
+        ("head", NbLinearGroup),
     ]
 
 
@@ -119,7 +120,7 @@ _FUNCTIONS = {
     "nb_pool_free": (None, [c_void_p]),
     "nb_forward": (None, [c_void_p, POINTER(NbModel), POINTER(NbBatch), c_void_p]),
     "nb_logits": (None, [c_void_p, POINTER(NbModel), c_void_p, c_int32, c_void_p]),
-    "nb_linear": (None, [c_void_p, POINTER(NbSite), c_void_p, c_int32, c_void_p]),
+    "nb_linear": (None, [c_void_p, POINTER(NbLinearGroup), c_void_p, c_int32, c_void_p]),
 }
 
 

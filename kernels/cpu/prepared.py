@@ -15,7 +15,7 @@ from torch import Tensor
 from ...quant.weight import QuantizedWeight
 from . import library as lib
 from .arena import Arena
-from .library import NbInput, NbLinear, NbSite, Pool
+from .library import NbInput, NbLinear, NbLinearGroup, Pool
 
 LAYOUT = (
     2  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
@@ -181,41 +181,55 @@ def _perm(weight: QuantizedWeight) -> Tensor | None:
 
 
 @dataclass(slots=True)
-class Site:
-    """The linears that read the same activations, and how these are prepared for each: at most three of both."""
+class PreparedGroup:
+    """The linears that read the same activations, and how these are prepared for each."""
 
     linears: list[Prepared]
     int8: bool  # activations of integer weights as int8 codes by group, else bfloat16
     inputs: list[Prepared] = field(init=False)  # the first linear that wants each kind of input
+    arrays: tuple[ctypes.Array, ctypes.Array] = field(init=False)  # NbInput, NbLinear
 
     def __post_init__(self) -> None:
         self.inputs = []
         for linear in self.linears:
             if not any(self._same_input(linear, other) for other in self.inputs):
                 self.inputs.append(linear)
+        if len(self.inputs) > lib.MAX_INPUTS:
+            raise ValueError(f"{len(self.inputs)} kinds of input in one group of linears")
+        self.arrays = (
+            (NbInput * len(self.inputs))(*map(self._input, self.inputs)),
+            (NbLinear * len(self.linears))(*map(self._linear, self.linears)),
+        )
 
-    def struct(self) -> NbSite:
-        site = NbSite(len(self.inputs), len(self.linears))
-        for i, first in enumerate(self.inputs):
-            group, sums = self._input_groups(first)
-            site.inputs[i] = NbInput(first.k, first.k_padded, group, sums, pointer(first.perm))
-        for i, w in enumerate(self.linears):
-            chosen = next(j for j, first in enumerate(self.inputs) if self._same_input(w, first))
-            site.linears[i] = NbLinear(
-                w.format,
-                w.offset,
-                w.n,
-                w.group,
-                w.groups,
-                w.midpoint,
-                chosen,
-                w.multiplier,
-                pointer(w.data),
-                pointer(w.scales),
-                pointer(w.offsets),
-                pointer(w.bias),
-            )
-        return site
+    def struct(self) -> NbLinearGroup:
+        """Points to this group's arrays, which must live as long."""
+        inputs, linears = map(ctypes.addressof, self.arrays)
+        return NbLinearGroup(len(self.inputs), len(self.linears), inputs, linears)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+        return sum(linear.nbytes for linear in self.linears)
+
+    def _input(self, first: Prepared) -> NbInput:
+        group, sums = self._input_groups(first)
+        return NbInput(first.k, first.k_padded, group, sums, pointer(first.perm))
+
+    def _linear(self, w: Prepared) -> NbLinear:
+        return NbLinear(
+            w.format,
+            w.offset,
+            w.n,
+            w.group,
+            w.groups,
+            w.midpoint,
+            next(j for j, first in enumerate(self.inputs) if self._same_input(w, first)),
+            w.multiplier,
+            pointer(w.data),
+            pointer(w.scales),
+            pointer(w.offsets),
+            pointer(w.bias),
+        )
 
     def _input_groups(self, linear: Prepared) -> tuple[int, int]:
         """(group of int8 codes, group of sums for bfloat16)."""

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import CheckpointError
 from ..scheme import QuantScheme
-from ..weight import QuantizedWeight
+from ..weight import QuantizedWeight, part
+
+_ALL = slice(None)
 
 
 class Checkpoint(ABC):
@@ -40,9 +43,21 @@ class Checkpoint(ABC):
         Raises CheckpointError if it is missing or a float tensor holds NaN or infinity.
         """
 
+    def linear(
+        self, module: str, rows: slice = _ALL, cols: slice = _ALL
+    ) -> QuantizedWeight | Tensor:
+        """The weight of a linear (or embedding) module: quantized as on disk, else dense [out, in] as stored.
+
+        rows, cols: the part of it that is wanted, on the boundaries of its groups (CheckpointError elsewhere).
+        """
+        try:
+            return part(self._linear(module), rows, cols)
+        except ValueError as error:
+            raise CheckpointError(str(error), file=self.path, tensor=f"{module}.weight") from None
+
     @abstractmethod
-    def linear(self, module: str) -> QuantizedWeight | Tensor:
-        """The weight of a linear (or embedding) module: quantized as on disk, else dense [out, in] as stored."""
+    def _linear(self, module: str) -> QuantizedWeight | Tensor:
+        """All of it."""
 
     @abstractmethod
     def is_quantized(self, module: str) -> bool:

@@ -50,7 +50,7 @@ class FolderCheckpoint(Checkpoint):
             raise self._error(name, error.problem) from None
         return tensor if dtype is None else tensor.to(dtype)
 
-    def linear(self, module: str) -> QuantizedWeight | Tensor:
+    def _linear(self, module: str) -> QuantizedWeight | Tensor:
         if not self.is_quantized(module):
             return self.tensor(f"{module}.weight")
         layer = self._layer(module)

@@ -46,6 +46,9 @@ class GgufCheckpoint(Checkpoint):
         if len(shape) == 1:
             offset = gguf_model.norm_offset(self.file, self._gguf_name(name))
             vector = self._dense_rows(name, 0, 1).reshape(shape)
+            order = gguf_model.hf_row_order(self.file, self._gguf_name(name))
+            if order is not None:  # the biases of q and k have the rows' order
+                vector = vector[torch.from_numpy(order)]
             return (
                 (vector.float() - offset).to(dtype or vector.dtype)
                 if offset
@@ -57,7 +60,7 @@ class GgufCheckpoint(Checkpoint):
             out[first : first + step] = self._dense_rows(name, first, first + step)
         return out
 
-    def linear(self, module: str) -> QuantizedWeight | Tensor:
+    def _linear(self, module: str) -> QuantizedWeight | Tensor:
         name = f"{module}.weight"
         return self._blocks(name, 0, None) if self.is_quantized(module) else self.tensor(name)
 

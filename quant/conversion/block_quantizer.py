@@ -1,4 +1,4 @@
-"""One decoder block quantized: AWQ's scales folded, then each stage of linears as its inputs arrive.
+"""One decoder block quantized: AWQ's scales folded, then each group of linears as its inputs arrive.
 
 The pipeline calls this for one block after the other and writes down what it returns; everything that decides how well
 a block is quantized is here and in `algorithms/`.
@@ -106,38 +106,44 @@ def quantize_block(
     recipe: Recipe,
 ) -> BlockResult:
     """Quantize the linears of a block and take the activations through it (None: the method needs none)."""
-    full = {name: f"{source.name(index)}.{name}" for stage in source.map.stages for name in stage}
-    stages = {stage[0]: stage for stage in source.map.stages if full[stage[0]] in plan.group_sizes}
+    full = {
+        name: f"{source.name(index)}.{name}" for group in source.groups(index) for name in group
+    }
+    groups = {
+        group[0]: group for group in source.groups(index) if full[group[0]] in plan.group_sizes
+    }
     result = BlockResult()
     cache = KeyValueRange()
     if recipe.method == "fp8":
-        _quantize_float(block, full, stages, activations, index, cache, plan, result)
+        _quantize_float(block, full, groups, activations, index, cache, plan, result)
         result.scales = cache.scales() if recipe.kv_scales else {}
         return result
     arguments = activations.arguments[index]
-    grids = {name: plan.grid(full[name], recipe) for stage in stages.values() for name in stage}
-    first = activations.hidden[
-        :FOLD_WINDOWS
-    ]  # their statistics are as large as all Hessians: they must not live on
+    grids = {name: plan.grid(full[name], recipe) for group in groups.values() for name in group}
+    # statistics are as large as all Hessians: they must not live on
+    first = activations.hidden[:FOLD_WINDOWS]
     fold_block(
         block,
-        source.map,
-        calibration.input_statistics(block, first, arguments, stages),
+        source.folds(index),
+        calibration.input_statistics(block, first, arguments, groups),
         grids,
         plan.dtype,
+        1.0 if source.spec.norm_offset else 0.0,
     )
 
-    def quantize(site: str, hessian: Tensor) -> None:
-        linears = {full[name]: block.get_submodule(name) for name in stages[site]}
-        weights = _quantize_stage(
+    def quantize(first_linear: str, hessian: Tensor) -> None:
+        linears = {full[name]: block.get_submodule(name) for name in groups[first_linear]}
+        weights = _quantize_group(
             {name: linear.weight for name, linear in linears.items()}, hessian, plan, recipe, result
         )
-        for name, linear, weight in zip(stages[site], linears.values(), weights, strict=True):
+        for name, linear, weight in zip(
+            groups[first_linear], linears.values(), weights, strict=True
+        ):
             linear.weight.copy_(weight.dequantize())
             result.weights[name] = weight
 
     calibration.run_quantizing(
-        block, activations.hidden, cache.put_into(arguments), stages, quantize, activations.at_once
+        block, activations.hidden, cache.put_into(arguments), groups, quantize, activations.at_once
     )
     result.scales = cache.scales() if recipe.kv_scales else {}
     return result
@@ -146,20 +152,20 @@ def quantize_block(
 def _quantize_float(
     block: nn.Module,
     full: dict[str, str],
-    stages: dict[str, tuple[str, ...]],
+    groups: dict[str, tuple[str, ...]],
     activations: Activations | None,
     index: int,
     cache: KeyValueRange,
     plan: Plan,
     result: BlockResult,
 ) -> None:
-    """FP8: each stage by itself, its error that on inputs of no preferred direction."""
-    for stage in stages.values():
-        linears = [block.get_submodule(name) for name in stage]
+    """FP8: each group by itself, its error that on inputs of no preferred direction."""
+    for group in groups.values():
+        linears = [block.get_submodule(name) for name in group]
         weights = float_quantizer.quantize(
             [linear.weight for linear in linears], plan.scheme.default
         )
-        for name, linear, weight in zip(stage, linears, weights, strict=True):
+        for name, linear, weight in zip(group, linears, weights, strict=True):
             rounded = weight.dequantize()
             error = (rounded - linear.weight).square().sum() / linear.weight.square().sum().clamp(
                 min=1e-30
@@ -170,11 +176,11 @@ def _quantize_float(
     if activations is not None:
         arguments = cache.put_into(activations.arguments[index])
         result.weights = float_quantizer.with_static_scales(
-            result.weights, stages, block, activations.hidden, arguments, activations.at_once
+            result.weights, groups, block, activations.hidden, arguments, activations.at_once
         )
 
 
-def _quantize_stage(
+def _quantize_group(
     weights: dict[str, Tensor], hessian: Tensor, plan: Plan, recipe: Recipe, report: BlockResult
 ) -> list[QuantizedWeight]:
     """Quantize linears {full name: [out_i, in]} that share their input, whose E[x x^T] is given."""

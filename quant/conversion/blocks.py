@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ...architectures.layer_map import LayerMap, layer_map
+from ...architectures.base import Fold
+from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 
@@ -23,7 +24,7 @@ class BlockSource:
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint = checkpoint
         self.device = device
-        self.map: LayerMap = layer_map(checkpoint.config.get("model_type"))
+        self.spec = model_spec(checkpoint.config)
         settings = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         try:
             self.config = AutoConfig.for_model(**settings)
@@ -75,7 +76,14 @@ class BlockSource:
 
     def name(self, index: int) -> str:
         """The module name of a block, e.g. model.layers.3"""
-        return f"{self.map.blocks}.{index}"
+        return self.spec.layer_name(index)
+
+    def groups(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """Names within block `index` of the linears that read the same input, in the order in which they run."""
+        return tuple(group.modules for group in self.spec.groups(index))
+
+    def folds(self, index: int) -> tuple[Fold, ...]:
+        return self.spec.folds(index)
 
     def load(self, index: int) -> nn.Module:
         """Block `index` with its weights, dequantized where the checkpoint is quantized."""
@@ -93,10 +101,10 @@ class BlockSource:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [n, T] -> hidden states [n, T, hidden], as the first block sees them."""
-        table = self.checkpoint.dense(self.map.embedding)
+        table = self.checkpoint.dense(f"{self.spec.prefix}embed_tokens")
         hidden = nn.functional.embedding(token_ids, table).float().to(self.device)
-        if self.map.scaled_embedding:
-            hidden *= torch.tensor(self.config.hidden_size**0.5, dtype=table.dtype).float()
+        if self.spec.embedding_scale != 1.0:
+            hidden *= torch.tensor(self.spec.embedding_scale, dtype=table.dtype).float()
         self.checkpoint.release()  # a table may be larger than a block
         return hidden
 

@@ -135,22 +135,22 @@ class InputStatistics:
 
 @torch.no_grad()
 def input_statistics(
-    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str]
+    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], modules: Iterable[str]
 ) -> dict[str, InputStatistics]:
     """Run a block on hidden states [n, T, hidden]; returns what the inputs of some of its submodules are like."""
     tokens = hidden.shape[:-1].numel()
     sums: dict[str, InputStatistics] = {}
 
-    def add(site: str, x: Tensor) -> None:
+    def add(module: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
-        if site not in sums:
-            sums[site] = InputStatistics(
+        if module not in sums:
+            sums[module] = InputStatistics(
                 x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
             )
-        sums[site].mean_abs.add_(x.abs().sum(0), alpha=1 / tokens)
-        sums[site].products.addmm_(x.t(), x, alpha=1 / tokens)
+        sums[module].mean_abs.add_(x.abs().sum(0), alpha=1 / tokens)
+        sums[module].products.addmm_(x.t(), x, alpha=1 / tokens)
 
-    with _watching(block, sites, add):
+    with _hooked(block, modules, add):
         for batch in hidden.split(MICRO_BATCH):
             block(batch, **kwargs)
     return sums
@@ -161,88 +161,91 @@ def run_quantizing(
     block: nn.Module,
     hidden: Tensor,
     kwargs: dict[str, Any],
-    sites: Iterable[str],
+    modules: Iterable[str],
     quantize: Callable[[str, Tensor], None],
     at_once: int | None = None,
 ) -> None:
     """Replace hidden states [n, T, hidden], in place, by a block's outputs, quantizing the block on the way.
 
-    The moment the inputs x of a site arrive, `quantize(site, E[x x^T])` may replace the weights that will read them, so
-    each sees exactly what the quantized weights before it produce, at the price of one pass. All windows go at once:
-    the activations inside the block set the peak of memory. Where that is too much, `at_once` windows go at a time,
-    and the block runs once more for each site.
+    The moment the inputs x of a module arrive, `quantize(module, E[x x^T])` may replace the weights that will read
+    them, so each sees exactly what the quantized weights before it produce, at the price of one pass. All windows go at
+    once: activations inside the block set the peak of memory. Where that is too much, `at_once` windows go at a time,
+    and the block runs once more for each module.
     """
     if at_once is not None and at_once < len(hidden):
-        _run_in_parts(block, hidden, kwargs, sites, quantize, at_once)
+        _run_in_parts(block, hidden, kwargs, modules, quantize, at_once)
         return
 
-    def meet(site: str, x: Tensor) -> None:
+    def hook(module: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
-        quantize(site, (x.t() @ x) / len(x))
+        quantize(module, (x.t() @ x) / len(x))
 
-    with _watching(block, sites, meet):
+    with _hooked(block, modules, hook):
         out = block(hidden, **kwargs)
     hidden.copy_(out[0] if isinstance(out, tuple) else out)
 
 
 @torch.no_grad()
 def run_observing(
-    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], sites: Iterable[str], at_once: int
+    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], modules: Iterable[str], at_once: int
 ) -> dict[str, Tensor]:
-    """Replace hidden states [n, T, hidden], in place, by a block's outputs; max|x| [1] of the inputs of each site."""
-    absmax = {site: hidden.new_zeros(1) for site in sites}
+    """Replace hidden states [n, T, hidden], in place, by a block's outputs; max|x| [1] of the inputs of each module."""
+    absmax = {module: hidden.new_zeros(1) for module in modules}
 
-    def widen(site: str, x: Tensor) -> None:
-        absmax[site] = torch.maximum(absmax[site], x.abs().max())
+    def widen(module: str, x: Tensor) -> None:
+        absmax[module] = torch.maximum(absmax[module], x.abs().max())
 
-    with _watching(block, absmax, widen):
+    with _hooked(block, absmax, widen):
         for part in hidden.split(at_once):
             out = block(part, **kwargs)
             part.copy_(out[0] if isinstance(out, tuple) else out)
     return absmax
 
 
-class _Met(Exception):
-    """The block has run as far as it was wanted to."""
+class _EarlyExit(Exception):
+    """The rest of the block need not run."""
 
 
 def _run_in_parts(
     block: nn.Module,
     hidden: Tensor,
     kwargs: dict[str, Any],
-    sites: Iterable[str],
+    modules: Iterable[str],
     quantize: Callable[[str, Tensor], None],
     at_once: int,
 ) -> None:
     tokens = hidden.shape[:-1].numel()
-    for site in sites:
+    for module in modules:
         hessian: list[Tensor] = []
 
-        def meet(_site: str, x: Tensor, hessian: list[Tensor] = hessian) -> None:
+        def hook(_module: str, x: Tensor, hessian: list[Tensor] = hessian) -> None:
             x = x.flatten(0, -2)
             hessian[:] = [hessian[0].addmm_(x.t(), x)] if hessian else [x.t() @ x]
-            raise _Met
+            raise _EarlyExit
 
-        with _watching(block, [site], meet):
+        with _hooked(block, [module], hook):
             for part in hidden.split(at_once):
-                with suppress(_Met):
+                with suppress(_EarlyExit):
                     block(part, **kwargs)
-        quantize(site, hessian[0].div_(tokens))
+        quantize(module, hessian[0].div_(tokens))
     for part in hidden.split(at_once):
         out = block(part, **kwargs)
         part.copy_(out[0] if isinstance(out, tuple) else out)
 
 
 @contextmanager
-def _watching(
-    block: nn.Module, sites: Iterable[str], meet: Callable[[str, Tensor], None]
+def _hooked(
+    block: nn.Module, modules: Iterable[str], hook: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call `meet(site, input)` whenever one of these submodules is about to run."""
+    """Call `hook(module, input)` whenever one of these submodules is about to run."""
 
-    def hook_of(site: str) -> Callable:
-        return lambda _module, args: meet(site, args[0])
+    def hook_for(module: str) -> Callable:
+        return lambda _self, args: hook(module, args[0])
 
-    handles = [block.get_submodule(site).register_forward_pre_hook(hook_of(site)) for site in sites]
+    handles = [
+        block.get_submodule(module).register_forward_pre_hook(hook_for(module))
+        for module in modules
+    ]
     try:
         yield
     finally:

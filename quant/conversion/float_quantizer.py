@@ -55,19 +55,21 @@ def quantize(matrices: list[Tensor], layer: LayerScheme) -> list[QuantizedWeight
 
 def with_static_scales(
     weights: dict[str, QuantizedWeight],
-    stages: dict[str, tuple[str, ...]],
+    groups: dict[str, tuple[str, ...]],
     block: nn.Module,
     hidden: Tensor,
     arguments: dict[str, Any],
     at_once: int,
 ) -> dict[str, QuantizedWeight]:
-    """Run a block whose stages (by their first linear) are quantized, and give its weights the range of their inputs.
+    """Run a block whose groups (by their first linear) are quantized, and give its weights the range of their inputs.
 
     hidden [n, T, hidden] becomes the block's outputs, in place.
     """
-    absmax = calibration.run_observing(block, hidden, arguments, stages, at_once)
+    absmax = calibration.run_observing(block, hidden, arguments, groups, at_once)
     scales = {
-        name: fp8.to_scale(absmax[site]).cpu() for site, stage in stages.items() for name in stage
+        name: fp8.to_scale(absmax[first_linear]).cpu()
+        for first_linear, group in groups.items()
+        for name in group
     }
     return {
         name: replace(weight, input_scale=scales[name]) if weight.act_quant == "tensor" else weight

@@ -1,13 +1,13 @@
 """Fold AWQ's scales into a decoder block, which computes the same function before and after.
 
-For each fold of the layer map: find the scales by `algorithms.awq`, judged by the error that GPTQ will leave in the
-consumers, then divide the source and multiply the consumers in place.
+For each fold of the layer (architectures/base.py): find the scales by `algorithms.awq`, judged by the error that GPTQ
+will leave in the consumers, then divide the source and multiply the consumers in place.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ...architectures.layer_map import Fold, LayerMap
+from ...architectures.base import Fold
 from ..algorithms import awq, gptq
 from .calibration import InputStatistics
 
@@ -17,25 +17,27 @@ Grid = tuple[int, int, bool]  # bits, group_size, symmetric
 @torch.no_grad()
 def fold_block(
     block: nn.Module,
-    layer_map: LayerMap,
+    folds: tuple[Fold, ...],
     inputs: dict[str, InputStatistics],
     grids: dict[str, Grid],
     dtype: torch.dtype,
+    norm_offset: float = 0.0,
 ) -> dict[str, float]:
-    """Scale a block in place. grids: of each linear that will be quantized; dtype: what norms are stored in.
+    """Scale a block in place. grids: of each linear that will be quantized; dtype: what norms are stored in;
+    norm_offset: norms multiply by weight + this.
 
     inputs: of each fold's first consumer, before any fold. No linear consumes two folds, and what is folded into a
     linear scales its rows alone, so they fit until the linear's own fold.
     Returns, per fold source, the loss with scales relative to the loss without.
     """
     gains = {}
-    for fold in layer_map.folds:
+    for fold in folds:
         if fold.consumers[0] in grids:
             linears = [block.get_submodule(name) for name in fold.consumers]
             found = _search(
                 block, fold, linears, inputs[fold.consumers[0]], grids[fold.consumers[0]]
             )
-            scales = _divide_source(block, fold, found.scales, layer_map.norm_offset, dtype)
+            scales = _divide_source(block, fold, found.scales, norm_offset, dtype)
             for linear in linears:
                 linear.weight.mul_(scales)
             gains[fold.source] = found.loss / max(found.identity_loss, 1e-30)

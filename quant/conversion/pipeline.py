@@ -368,7 +368,7 @@ def _block_tensors(
 
 def _outside_blocks(checkpoint: Checkpoint, source: BlockSource) -> dict[str, str]:
     """Names of the tensors outside the blocks -> the module each is the weight of, "" where it is none."""
-    blocks = f"{source.map.blocks}."
+    blocks = f"{source.spec.prefix}layers."
     modules = checkpoint.modules()
     consumed = {name for m in modules for name in checkpoint.weight_names(m)}
     weights = {f"{m}.weight": m for m in sorted(modules) if not m.startswith(blocks)}

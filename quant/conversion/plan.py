@@ -172,19 +172,19 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         for i in range(len(source))
         for name, shape in source.linear_shapes(i).items()
     }
-    stages = [
-        [f"{source.name(i)}.{n}" for n in stage]
+    groups = [
+        [f"{source.name(i)}.{n}" for n in group]
         for i in range(len(source))
-        for stage in source.map.stages
+        for group in source.groups(i)
     ]
     sizes: dict[str, int] = {}
     dense: dict[str, str] = {}
-    for stage in stages:
-        size, why = _group_size([shapes[m] for m in stage], recipe)
+    for group in groups:
+        size, why = _group_size([shapes[m] for m in group], recipe)
         if size is None:
-            dense |= dict.fromkeys(stage, why)
+            dense |= dict.fromkeys(group, why)
         else:
-            sizes |= dict.fromkeys(stage, size)
+            sizes |= dict.fromkeys(group, size)
     if not sizes:
         raise UnsupportedError(
             f"{checkpoint.path}: no layer can be quantized ({next(iter(dense.values()))})"
@@ -193,7 +193,7 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         sizes = dict.fromkeys(sizes, min(sizes.values()))
     notes = _notes(recipe, sizes, dense)
     if recipe.fp8_scheme == "block" and any(
-        shapes[m][0] % 128 for stage in stages if len(stage) > 1 for m in stage
+        shapes[m][0] % 128 for group in groups if len(group) > 1 for m in group
     ):
         notes += (
             "blocks of 128 rows do not divide every q, k, v, gate and up: vLLM, which fuses them, will refuse "

@@ -1,15 +1,15 @@
 """Bits per layer under a budget (`--auto-bits AVG`): many where rounding is felt, few where it is not.
 
-Each stage of linears (they share an input, and runtimes fuse them, so they share their bits too) is rounded at every
-width with searched ranges, alone, and its block replayed on a few tokens. The damage is what that adds to the residual
-stream: the mean over tokens of |h' - h|^2 / |h|^2 with h the block's output. It is relative because the next norm is,
-and comparable from block to block because all blocks add to one stream; as errors of different layers point in
-unrelated directions, damages add up. So the widths of least total damage are wanted, which is a knapsack:
+Each group of linears (they share an input, and runtimes fuse them, so they share their bits too) is rounded at every
+width with searched ranges, alone, and its block replayed on a few tokens. Its sensitivity is what that adds to the
+residual stream: the mean over tokens of |h' - h|^2 / |h|^2 with h the block's output. It is relative because the next
+norm is, and comparable from block to block because all blocks add to one stream; as errors of different layers point
+in unrelated directions, sensitivities add up. The widths of least total sensitivity are wanted, which is a knapsack:
 
-    damage |*                     each stage climbs from its fewest bits along the lower hull of its curve;
-           | .                    steps are taken in order of damage saved per bit, over all stages,
-           |   *  .  .  *         as long as the budget has room for them
-           +--2--3--4-----8 bits
+    sensitivity |*                each group climbs from its fewest bits along the lower hull of its curve;
+                | .               steps are taken in order of sensitivity saved per bit, over all groups,
+                |   *  .  .  *    as long as the budget has room for them
+                +--2--3--4-----8 bits
 """
 
 import time
@@ -27,8 +27,8 @@ from .calibration import Samples
 from .plan import Plan, Recipe, fits_words, with_bits
 
 REPLAY_WINDOWS, REPLAY_TOKENS = 8, 64  # a few tokens of each kind of text
-Stage = tuple[str, ...]  # full names of its linears
-Damage = dict[int, float]  # by bits
+Group = tuple[str, ...]  # full names of its linears
+Sensitivity = dict[int, float]  # by bits
 
 
 @torch.no_grad()
@@ -46,62 +46,62 @@ def allocate(
     start = time.monotonic()
     hidden = source.embed(samples.token_ids[:REPLAY_WINDOWS, :REPLAY_TOKENS])
     arguments = source.keyword_arguments(hidden[:1])
-    damage: dict[Stage, Damage] = {}
-    sizes: dict[Stage, int] = {}
+    sensitivity: dict[Group, Sensitivity] = {}
+    sizes: dict[Group, int] = {}
     for index in range(len(source)):
         block, shapes = source.load(index), source.linear_shapes(index)
         full = {
-            stage: tuple(f"{source.name(index)}.{name}" for name in stage)
-            for stage in source.map.stages
+            group: tuple(f"{source.name(index)}.{name}" for name in group)
+            for group in source.groups(index)
         }
-        stages = [stage for stage in source.map.stages if full[stage][0] in plan.group_sizes]
+        groups = [group for group in source.groups(index) if full[group][0] in plan.group_sizes]
         inputs = calibration.input_statistics(
-            block, hidden, arguments[index], [stage[0] for stage in stages]
+            block, hidden, arguments[index], [group[0] for group in groups]
         )
         output = _run(block, hidden, arguments[index])
-        for stage in stages:
-            sizes[full[stage]] = sum(prod(shapes[name]) for name in stage)
-            damage[full[stage]] = {}
+        for group in groups:
+            sizes[full[group]] = sum(prod(shapes[name]) for name in group)
+            sensitivity[full[group]] = {}
             for bits in recipe.widths:
-                if fits_words([shapes[name] for name in stage], bits):
+                if fits_words([shapes[name] for name in group], bits):
                     noisy = _rounded_run(
                         block,
-                        stage,
+                        group,
                         hidden,
                         arguments[index],
-                        inputs[stage[0]].products.diagonal(),
-                        (bits, plan.group_sizes[full[stage][0]], recipe.symmetric),
+                        inputs[group[0]].products.diagonal(),
+                        (bits, plan.group_sizes[full[group][0]], recipe.symmetric),
                     )
-                    damage[full[stage]][bits] = _relative(noisy - output, output)
+                    sensitivity[full[group]][bits] = _relative(noisy - output, output)
         hidden = output
         source.checkpoint.release()
         tell(index + 1, time.monotonic() - start)
-    chosen = distribute(damage, sizes, recipe.auto_bits or recipe.bits)
-    return with_bits(plan, recipe, {name: bits for stage, bits in chosen.items() for name in stage})
+    chosen = distribute(sensitivity, sizes, recipe.auto_bits or recipe.bits)
+    return with_bits(plan, recipe, {name: bits for group, bits in chosen.items() for name in group})
 
 
 def distribute(
-    damage: dict[Stage, Damage], sizes: dict[Stage, int], average: float
-) -> dict[Stage, int]:
-    """Bits for each stage, so that the mean over sizes is at most `average` and the damage as small as steps go."""
-    chosen = {stage: min(curve) for stage, curve in damage.items()}
+    sensitivity: dict[Group, Sensitivity], sizes: dict[Group, int], average: float
+) -> dict[Group, int]:
+    """Bits for each group, so that the mean over sizes is at most `average` and their sensitivity small."""
+    chosen = {group: min(curve) for group, curve in sensitivity.items()}
     left = average * sum(sizes.values()) - sum(
-        bits * sizes[stage] for stage, bits in chosen.items()
+        bits * sizes[group] for group, bits in chosen.items()
     )
     steps = [
-        (saved / sizes[stage], stage, low, high)
-        for stage, curve in damage.items()
-        for saved, low, high in _hull(curve)
+        (saved / sizes[group], group, low, high)
+        for group, curve in sensitivity.items()
+        for saved, low, high in _lower_hull(curve)
     ]
-    for _, stage, low, high in sorted(steps, key=lambda step: -step[0]):
-        cost = (high - low) * sizes[stage]
-        if chosen[stage] == low and cost <= left:
-            chosen[stage], left = high, left - cost
+    for _, group, low, high in sorted(steps, key=lambda step: -step[0]):
+        cost = (high - low) * sizes[group]
+        if chosen[group] == low and cost <= left:
+            chosen[group], left = high, left - cost
     return chosen
 
 
-def _hull(curve: Damage) -> list[tuple[float, int, int]]:
-    """Steps (damage saved per bit, from, to) up the lower hull of a curve, each saving less than the one before."""
+def _lower_hull(curve: Sensitivity) -> list[tuple[float, int, int]]:
+    """Steps (saved per bit, from, to) up the lower hull of a curve, each saving less than the one before."""
     steps, low = [], min(curve)
     while rises := [
         ((curve[low] - curve[bits]) / (bits - low), bits)
@@ -116,14 +116,14 @@ def _hull(curve: Damage) -> list[tuple[float, int, int]]:
 
 def _rounded_run(
     block: nn.Module,
-    stage: tuple[str, ...],
+    group: tuple[str, ...],
     hidden: Tensor,
     kwargs: dict[str, Any],
     importance: Tensor,
     grid: tuple[int, int, bool],
 ) -> Tensor:
-    """The block's output with the linears of one stage rounded; they are as before afterwards."""
-    linears = [block.get_submodule(name) for name in stage]
+    """The block's output with the linears of one group rounded; they are as before afterwards."""
+    linears = [block.get_submodule(name) for name in group]
     originals = [linear.weight.clone() for linear in linears]
     for linear, weight in zip(linears, originals, strict=True):
         linear.weight.copy_(search.quantize(weight, importance, *grid).dequantize())

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -43,6 +45,18 @@ CONFIGS = {
     "mistral-window": MistralConfig(**_SIZES, sliding_window=24, head_dim=16),
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES, head_dim=32),
+    "qwen2-upper-window": Qwen2Config(
+        **_SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=2
+    ),
+    "gemma": GemmaConfig(**_SIZES, head_dim=32),
+    "gemma2": Gemma2Config(
+        **_SIZES,
+        head_dim=32,
+        sliding_window=24,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    ),
     "gemma3": Gemma3TextConfig(
         **_SIZES,
         head_dim=32,

@@ -76,7 +76,7 @@ def test_triton_decoder_errs_no_more_than_torch(real_model: Path) -> None:
     )
     theirs = (llm.logits(ids) - exact).norm()
     runner = llm.core.runner
-    runner.model = triton.TritonDecoder(runner.model)
+    runner.model = triton.TritonDecoder(runner.model, runner.config)
     assert (llm.logits(ids) - exact).norm() <= factor * theirs
 
 
@@ -108,7 +108,7 @@ def test_conversions_serve_what_they_hold(
     theirs_bf16 = (reference_logits(tmp_path / "dense", ids, torch.bfloat16) - exact).norm()
     for strict in ({"cpu_activations": "bf16"}, {"cpu_isa": "none"}):
         served = LLM(str(out), dtype="bfloat16", kv_cache_memory=1 << 28, **strict)
-        packed = "cpu-torch-int4" in served.core.runner.kernels.used
+        packed = "cpu-torch-int4" in served.core.runner.model.report.used
         assert (served.logits(ids) - exact).norm() <= (2**0.5 if packed else 1.1) * theirs_bf16, (
             strict
         )

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nibble.kernels.cpu import library as lib
 from nibble.kernels.cpu.library import NbBatch, NbModel, Pool
-from nibble.kernels.cpu.prepared import Site
+from nibble.kernels.cpu.prepared import PreparedGroup
 
 LINEAR, FORWARD, LOGITS = range(3)
-_STRUCTURES = (lib.NbLinear, lib.NbInput, lib.NbSite, lib.NbLayer, lib.NbModel, lib.NbBatch)
+_STRUCTURES = (lib.NbLinear, lib.NbInput, lib.NbLinearGroup, lib.NbLayer, lib.NbModel, lib.NbBatch)
 _HEADER = 8 * (len(_STRUCTURES) + 4)
 _ALIGNMENT = 64
 
@@ -50,15 +50,15 @@ class Image:
         self._places: dict[int, int] = {}  # address here -> offset
         self._kept: list[object] = []  # lest an address is used twice
 
-    def linear(self, group: str, name: str, site: Site, x: Tensor) -> None:
+    def linear(self, group: str, name: str, linears: PreparedGroup, x: Tensor) -> None:
         """x float32 [rows, k]"""
-        self.add(site)
+        self.arrays(linears)
         self._call(
             LINEAR,
-            self.structure(site.struct()),
+            self.structure(linears.struct()),
             self.add(x),
             len(x),
-            Result(group, name, 0, (len(x), sum(w.n for w in site.linears))),
+            Result(group, name, 0, (len(x), sum(w.n for w in linears.linears))),
         )
 
     def forward(self, group: str, name: str, model: int, batch: NbBatch, hidden: int) -> None:
@@ -98,6 +98,12 @@ class Image:
             at = self._places[address]
         return at
 
+    def arrays(self, linears: PreparedGroup) -> None:
+        """What the structure of a group of linears points to."""
+        self.add(linears)
+        for array in linears.arrays:
+            self.structure(array)
+
     def structure(self, value: ctypes.Structure | ctypes.Array) -> int:
         """Its offset. What it points to has been added."""
         self._kept.append(value)
@@ -132,7 +138,7 @@ class Image:
             thing, given, output = base + thing, base + given, base + output
             if kind == LINEAR:
                 pool.library.nb_linear(
-                    pool.handle, lib.NbSite.from_address(thing), given, rows, output
+                    pool.handle, lib.NbLinearGroup.from_address(thing), given, rows, output
                 )
             elif kind == FORWARD:
                 pool.library.nb_forward(

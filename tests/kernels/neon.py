@@ -30,7 +30,7 @@ from nibble.engine.runner import Runner
 from nibble.kernels.cpu import library
 from nibble.kernels.cpu.build import HERE, compile_objects, run
 from nibble.kernels.cpu.library import NbBatch, Pool
-from nibble.kernels.cpu.prepared import Site, prepare
+from nibble.kernels.cpu.prepared import PreparedGroup, prepare
 from nibble.quant.weight import QuantizedWeight
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def add_products(image: Image) -> None:
                     image.linear(
                         mode,
                         f"{bits} bits, {zero}, {n}x{k}, group {group}, {rows} rows",
-                        Site([weight], int8),
+                        PreparedGroup([weight], int8),
                         torch.randn(rows, k),
                     )
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -114,7 +114,7 @@ def add_products(image: Image) -> None:
                 image.linear(
                     "bf16",
                     f"{name}, {n}x{k}, {rows} rows",
-                    Site([weight], True),
+                    PreparedGroup([weight], True),
                     torch.randn(rows, k),
                 )
     for code, zero in ((255, 0), (0, 255)):  # the largest sums there are
@@ -128,7 +128,7 @@ def add_products(image: Image) -> None:
         image.linear(
             "int8",
             f"codes of {code} less {zero}",
-            Site([prepare(largest)], True),
+            PreparedGroup([prepare(largest)], True),
             torch.ones(5, 256),
         )
     broken = torch.ones(3, 128)
@@ -136,7 +136,7 @@ def add_products(image: Image) -> None:
     image.linear(
         "int8",
         "not a number",
-        Site([prepare(native.make_integer(48, 128, 32, 4, "zeros"))], True),
+        PreparedGroup([prepare(native.make_integer(48, 128, 32, 4, "zeros"))], True),
         broken,
     )
 
@@ -158,9 +158,12 @@ def add_decoder(
     )
     decoder = Runner(config).model
     image.add(decoder)
+    groups = [g for each in decoder.layers for g in (each.qkv, each.o, each.gate_up, each.down)]
+    for linears in (*groups, decoder.head):
+        image.arrays(linears)
     image.structure(decoder._kept[1])  # the layers, which the model points to
-    model = image.structure(decoder._model)
-    cache = decoder.new_cache(10, config)
+    model = image.structure(decoder._struct)
+    cache = decoder.new_cache(10)
     image.add(cache.blocks)
     tables = torch.tensor([7, 3, 9, 5, 2], dtype=torch.int32)
     for what, items in (
@@ -169,7 +172,7 @@ def add_decoder(
     ):
         flat = torch.tensor(items, dtype=torch.int32)
         tokens = torch.randint(
-            3, decoder.config.vocab_size, (int(flat[:, 0].sum()),), dtype=torch.int32
+            3, decoder.model.vocab_size, (int(flat[:, 0].sum()),), dtype=torch.int32
         )
         image.add([flat, tokens, tables])
         batch = NbBatch(
@@ -182,20 +185,20 @@ def add_decoder(
             cache.blocks.shape[1],
             cache.int8,
         )
-        image.forward(group, what, model, batch, decoder.config.hidden_size)
+        image.forward(group, what, model, batch, decoder.model.hidden_size)
     image.logits(
         group,
         "logits",
         model,
-        torch.randn(3, decoder.config.hidden_size),
-        decoder.config.vocab_size,
+        torch.randn(3, decoder.model.hidden_size),
+        decoder.model.vocab_size,
     )
     if cache.int8:  # the codes; scales follow them
         image.watch(
             group,
             "cache",
             cache.blocks.view(torch.int8),
-            2 * config.block_size * decoder.config.head_dim,
+            2 * config.block_size * decoder.layers[0].mixer.head_dim,
         )
     else:
         image.watch(group, "cache", cache.blocks.view(torch.bfloat16))

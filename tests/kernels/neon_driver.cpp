@@ -24,7 +24,7 @@ struct Relocation { int64_t at, to; };
 
 struct Call { int64_t kind, object, input, rows, output; };
 
-constexpr int64_t kSizes[6] = {sizeof(NbLinear), sizeof(NbInput), sizeof(NbSite),
+constexpr int64_t kSizes[6] = {sizeof(NbLinear), sizeof(NbInput), sizeof(NbLinearGroup),
                                sizeof(NbLayer),  sizeof(NbModel), sizeof(NbBatch)};
 
 [[noreturn]] void fail(const char* why) {
@@ -47,7 +47,7 @@ char* read(const char* path, size_t& size) {
 void run(NbPool* pool, char* image, const Call& call) {
   float* output = (float*)(image + call.output);
   const float* input = (const float*)(image + call.input);
-  if (call.kind == kLinear) nb_linear(pool, (const NbSite*)(image + call.object), input, call.rows, output);
+  if (call.kind == kLinear) nb_linear(pool, (const NbLinearGroup*)(image + call.object), input, call.rows, output);
   if (call.kind == kForward)
     nb_forward(pool, (const NbModel*)(image + call.object), (const NbBatch*)(image + call.input), output);
   if (call.kind == kLogits) nb_logits(pool, (const NbModel*)(image + call.object), input, call.rows, output);

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nibble.kernels.cpu import library
-from nibble.kernels.cpu.prepared import Site, prepare, quantize_head
+from nibble.kernels.cpu.prepared import PreparedGroup, prepare, quantize_head
 from nibble.quant.weight import QuantizedWeight
 
 pytestmark = pytest.mark.skipif(
@@ -71,10 +71,10 @@ def test_integer_weights(pool: library.Pool, shape: tuple[int, int, int], int8: 
     torch.manual_seed(0)
     for bits, zero in INTEGERS:
         weight, bias = make_integer(*shape, bits, zero), torch.randn(shape[0])
-        site = Site([prepare(weight, bias)], int8)
+        group = PreparedGroup([prepare(weight, bias)], int8)
         for rows in ROWS:
             x = torch.randn(rows, shape[1]).bfloat16()
-            assert error(site(pool, x), x, weight.dequantize(), bias) < (
+            assert error(group(pool, x), x, weight.dequantize(), bias) < (
                 INT8_ERROR if int8 else BF16_ERROR
             )
 
@@ -95,8 +95,8 @@ def test_fp8_and_dense_weights(pool: library.Pool, n: int, k: int, block: tuple[
     dense = torch.randn(n, k).bfloat16()
     for rows in ROWS:
         x = torch.randn(rows, k).bfloat16()
-        assert error(Site([prepare(fp8)], True)(pool, x), x, fp8.dequantize()) < 1e-6
-        assert error(Site([prepare(dense)], True)(pool, x), x, dense) < 1e-6
+        assert error(PreparedGroup([prepare(fp8)], True)(pool, x), x, fp8.dequantize()) < 1e-6
+        assert error(PreparedGroup([prepare(dense)], True)(pool, x), x, dense) < 1e-6
 
 
 def test_a_row_gives_the_same_in_every_batch(pool: library.Pool) -> None:
@@ -108,11 +108,11 @@ def test_a_row_gives_the_same_in_every_batch(pool: library.Pool) -> None:
         torch.randn(100, 576).bfloat16(),
     ):
         for int8 in (True, False):
-            site = Site([prepare(weight)], int8)
-            assert torch.equal(site(pool, x), torch.cat([site(pool, row[None]) for row in x]))
+            group = PreparedGroup([prepare(weight)], int8)
+            assert torch.equal(group(pool, x), torch.cat([group(pool, row[None]) for row in x]))
 
 
-def test_a_site_of_different_formats_and_orders(pool: library.Pool) -> None:
+def test_a_group_of_different_formats_and_orders(pool: library.Pool) -> None:
     torch.manual_seed(0)
     weights = [
         make_integer(48, 128, 32, 4, "zeros"),
@@ -123,14 +123,14 @@ def test_a_site_of_different_formats_and_orders(pool: library.Pool) -> None:
     dense = torch.cat(
         [w.float() if isinstance(w, torch.Tensor) else w.dequantize() for w in weights]
     )
-    assert error(Site([prepare(w) for w in weights], True)(pool, x), x, dense) < INT8_ERROR
+    assert error(PreparedGroup([prepare(w) for w in weights], True)(pool, x), x, dense) < INT8_ERROR
 
 
 def test_not_a_number_stays_one(pool: library.Pool) -> None:
     x = torch.ones(3, 128)
     x[1, 7] = float("nan")
     for weight in (make_integer(48, 128, 32, 4, "zeros"), torch.randn(48, 128).bfloat16()):
-        y = Site([prepare(weight)], True)(pool, x)
+        y = PreparedGroup([prepare(weight)], True)(pool, x)
         assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
@@ -138,7 +138,7 @@ def test_a_grid_the_kernels_do_not_know_is_dequantized(pool: library.Pool) -> No
     weight = make_integer(48, 140, 20, 4, "zeros")
     x = torch.randn(5, 140).bfloat16()
     assert (
-        error(Site([prepare(weight)], True)(pool, x), x, weight.dequantize()) < 4e-3
+        error(PreparedGroup([prepare(weight)], True)(pool, x), x, weight.dequantize()) < 4e-3
     )  # bfloat16 weights
 
 
@@ -152,6 +152,6 @@ def test_many_threads_and_many_calls() -> None:
     """More threads than cores: every chunk is computed once, whoever is given the processor."""
     torch.manual_seed(0)
     pool, weight, x = library.Pool(7), make_integer(200, 64, 32, 4, "zeros"), torch.randn(2, 64)
-    site = Site([prepare(weight)], True)
-    first = site(pool, x)
-    assert all(torch.equal(site(pool, x), first) for _ in range(300))
+    group = PreparedGroup([prepare(weight)], True)
+    first = group(pool, x)
+    assert all(torch.equal(group(pool, x), first) for _ in range(300))

@@ -27,7 +27,7 @@ def test_a_machine_is_described(capsys):
 def test_a_checkpoint_gets_its_kernels_and_its_memory(capsys, tiny_llama):
     code, found = findings(capsys, str(tiny_llama), "--device", "cpu")
     assert code == 0
-    assert found["kernel"] and found["decoder"] and found["fits"][0]["state"] == "ok"
+    assert found["kernel"] and found["backend"] and found["fits"][0]["state"] == "ok"
 
 
 def test_missing_cpp_kernels_are_slow_and_say_what_to_do(capsys, monkeypatch):

@@ -1,71 +1,210 @@
-"""Checkpoint -> NativeDecoder: as `loader.py`, with every weight in the C++ kernels' layout.
+"""The C++ backend: which layers its kernels compute, and a checkpoint's weights in their layout.
 
-Nothing is fused here: the linears of a site lie side by side in one call whatever their formats.
+Nothing is fused here: the linears of a group lie side by side in one call whatever their formats.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from ....architectures.base import LayerSpec, ModelSpec
+from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
-from ....kernels.cpu.library import DENSE, Pool
-from ....kernels.cpu.prepared import Prepared, Site, prepare, quantize_head
-from ....quant.weight import QuantizedWeight
-from ..torch.loader import Loader
-from .decoder import NativeDecoder, NativeLayer
+from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
+from ....quant.checkpoint import Checkpoint
+from ..base import KernelReport, Progress, Target, unknown_feature
+from ..weights import Linear, ModelWeights
+from .decoder import CppDecoder, CppLayer
 from .prepared_cache import PreparedCache
 
+_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH, _MAX_ROPES = (
+    32,
+    1024,
+    65536,
+    2,
+)  # of the kernels' scratch memory
 
-@dataclass(slots=True, kw_only=True)
-class NativeLoader(Loader):
-    """Builds a NativeDecoder from a checkpoint."""
 
-    pool: Pool
-    int8: bool  # activations of integer weights
-    block_size: int
-    head_bits: int | None  # 8: a dense output head is quantized
-    cache: PreparedCache | None = None
+class CppBackend:
+    """The C++ kernels, in bfloat16 on a CPU."""
+
+    name = "cpp"
+    features = frozenset(
+        {
+            "model",
+            "model.norm_offset",
+            "model.embedding_scale",
+            "model.final_soft_cap",
+            "layer",
+            "norms",
+            "norms.after_mixer",
+            "norms.after_mlp",
+            "attention",
+            "attention.window",
+            "attention.qk_norm",
+            "rope",
+            "rope.scaling=default",
+            "rope.scaling=linear",
+            "rope.scaling=llama3",
+            "gated_mlp",
+            "gated_mlp.activation=silu",
+            "gated_mlp.activation=gelu_tanh",
+        }
+    )
+
+    def __init__(self, target: Target):
+        self.target = target
+
+    @cached_property
+    def pool(self) -> lib.Pool:
+        config = self.target.config
+        return lib.Pool(config.num_threads or torch.get_num_threads(), config.cpu_isa)
+
+    def unavailable(self) -> str | None:
+        config, dtype = self.target.config, self.target.dtype
+        if self.target.device.type != "cpu":
+            return f"runs on a CPU, not on {self.target.device.type}"
+        if config.cpu_isa == "none":
+            return "--cpu-isa none"
+        if dtype != torch.bfloat16:
+            return f"computes in bfloat16, not in {dtype}; serve with --dtype bfloat16"
+        if reason := lib.why_missing():
+            return reason
+        if config.block_size % 16:
+            return f"needs KV blocks of a multiple of 16 tokens, not {config.block_size}"
+        return None
+
+    def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
+        if reason := unknown_feature(self.features, layer, model):
+            return reason
+        mixer = layer.mixer
+        shared = mixer.num_heads // mixer.num_kv_heads
+        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
+            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
+        sizes = (model.hidden_size, layer.mlp.intermediate_size, mixer.num_heads * mixer.head_dim)
+        if any(size % 16 or size > _MAX_WIDTH for size in sizes):
+            return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
+        if _shape(layer) != _shape(model.layers[0]):
+            return "needs layers of one shape"
+        if len({each.mixer.rope for each in model.layers}) > _MAX_ROPES:
+            return f"has room for {_MAX_ROPES} kinds of rotary embedding"
+        return None
+
+    def load(
+        self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
+    ) -> CppDecoder:
+        config = self.target.config
+        head_bits = config.lm_head_bits or self._head_bits(checkpoint)
+        # what is quantized at load has no path
+        folder = config.prepared_cache if config.quantize is None else None
+        cache = PreparedCache.of(checkpoint, folder, f"head {head_bits}") if folder else None
+        weights = ModelWeights(checkpoint, model)
+        return _Loader(weights, self.target, self.pool, head_bits, cache).load(layers, progress)
+
+    def _head_bits(self, checkpoint: Checkpoint) -> int:
+        """Of a 16-bit output head: 8 beside weights of at most 4 bits and int8 activations, whose own error is far
+        larger."""
+        weights = checkpoint.scheme.default if checkpoint.scheme else None
+        few = weights is not None and weights.kind == "int" and weights.bits <= 4
+        return 8 if few and self.target.config.cpu_activations == "int8" else 16
+
+
+def _shape(layer: LayerSpec) -> tuple[object, ...]:
+    """What the kernels are told once for all layers."""
+    mixer = layer.mixer
+    return mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.scale, layer.mlp
+
+
+@dataclass(slots=True)
+class _Loader:
+    weights: ModelWeights
+    target: Target
+    pool: lib.Pool
+    head_bits: int  # 8: a dense output head is quantized
+    cache: PreparedCache | None
     arena: Arena = field(default_factory=Arena)
+    report: KernelReport = field(default_factory=KernelReport)
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> Any:
-        """As Loader.load, but a NativeDecoder."""
-        layers = self._layers(NativeLayer, progress)
-        embedding = self._embedding().contiguous()
-        norm = self._norm(f"{self.config.prefix}norm", self.config.hidden_size)
-        head = self._cached("lm_head", lambda: Loader._lm_head(self, embedding))
+    def load(self, layers: range, progress: Progress) -> CppDecoder:
+        model = self.weights.model
+        first, last = layers.start == 0, layers.stop == model.num_layers
+        loaded = []
+        for index in layers:
+            loaded.append(self._layer(index))
+            progress(index)
+        embedding = None
+        if first or last:
+            embedding = self.weights.embedding(torch.bfloat16).contiguous()
+        head = self._prepared("lm_head", lambda: [self._head(embedding)]) if last else None
         if self.cache is not None:
             self.cache.save()
-        return NativeDecoder(self.config, self.pool, embedding, layers, norm, head, self.block_size)
-
-    def _linear(self, *modules: str) -> Site:
-        return self._cached(modules[0], lambda: Loader._linear(self, *modules))
-
-    def _cached(self, name: str, make: Callable[[], Site]) -> Site:
-        """The site from the cache; else made, and kept there unless it is dense, which is a copy and no more."""
-        if self.cache is None:
-            return make()
-        if (linears := self.cache.site(name)) is not None:
-            return self._site(linears)
-        site = make()
-        if any(linear.format != DENSE for linear in site.linears):
-            self.cache.add(name, site.linears)
-        return site
-
-    def _build(self, weights: list[QuantizedWeight | Tensor], biases: list[Tensor | None]) -> Site:
-        return self._site([prepare(w, b) for w, b in zip(weights, biases, strict=True)])
-
-    def _site(self, linears: list[Prepared]) -> Site:
-        for linear in linears:
-            linear.move(self.arena)
-            self.report.used[f"cpu-{self.pool.isa} {linear.describe(self.int8)}"] += 1
-        return Site(linears, self.int8)
-
-    def _head_weight(self, weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
-        return (
-            quantize_head(weight) if self.head_bits == 8 and isinstance(weight, Tensor) else weight
+        config = self.target.config
+        return CppDecoder(
+            model,
+            self.pool,
+            loaded,
+            config.block_size,
+            config.kv_cache_dtype == "int8",
+            embedding if first else None,
+            self.weights.final_norm() if last else None,
+            head,
+            self.report,
         )
 
-    def _norm(self, name: str, width: int) -> Tensor:
-        return self._norm_weight(name, width)
+    def _layer(self, index: int) -> CppLayer:
+        model, weights = self.weights.model, self.weights
+        spec, prefix = model.layers[index], f"{model.layer_name(index)}."
+        groups = [
+            self._prepared(
+                prefix + group.modules[0], lambda group=group: weights.group(index, group)
+            )
+            for group in model.groups(index)
+        ]
+
+        def norm(name: str | None, width: int = model.hidden_size) -> Tensor | None:
+            return None if name is None else weights.norm(prefix + name, width)
+
+        head_norms = (
+            ("self_attn.q_norm", "self_attn.k_norm") if spec.mixer.qk_norm else (None, None)
+        )
+        before_mixer, before_mlp = norm(spec.norms.before_mixer), norm(spec.norms.before_mlp)
+        if before_mixer is None or before_mlp is None:
+            raise ValueError("a layer that why_not refuses")
+        return CppLayer(
+            spec.mixer,
+            *groups,
+            before_mixer,
+            norm(spec.norms.after_mixer),
+            before_mlp,
+            norm(spec.norms.after_mlp),
+            *(norm(name, spec.mixer.head_dim) for name in head_norms),
+        )
+
+    def _prepared(self, name: str, read: Callable[[], list[Linear]]) -> PreparedGroup:
+        """The group from the cache; else made, and kept there unless it is dense, which is a copy and no more."""
+        linears = self.cache.group(name) if self.cache is not None else None
+        if linears is None:
+            linears = [prepare(linear.weight, linear.bias) for linear in read()]
+            if self.cache is not None and any(linear.format != lib.DENSE for linear in linears):
+                self.cache.add(name, linears)
+        return self._group(linears)
+
+    def _group(self, linears: list[Prepared]) -> PreparedGroup:
+        int8 = self.target.config.cpu_activations == "int8"
+        for linear in linears:
+            linear.move(self.arena)
+            self.report.used[f"cpu-{self.pool.isa} {linear.describe(int8)}"] += 1
+        return PreparedGroup(linears, int8)
+
+    def _head(self, embedding: Tensor | None) -> Linear:
+        if embedding is None:
+            raise ValueError(
+                "the last layers come with the embedding, to which the head may be tied"
+            )
+        head = self.weights.head(embedding)
+        if self.head_bits == 8 and isinstance(head.weight, Tensor):
+            return Linear(quantize_head(head.weight), head.bias)
+        return head

@@ -3,8 +3,8 @@
     <folder>/<checkpoint>-<state>.safetensors   16 hex digits each: of the checkpoint's path and the options that change
                                                 what is prepared; of its files as they are and the kernels' layout
         source               uint8: the checkpoint's path, so that an entry without one can be found and removed
-        <site>.<i>.numbers   float64: the scalars of the site's i-th linear
-        <site>.<i>.<field>   its tensors
+        <group>.<i>.numbers   float64: the scalars of the group's i-th linear
+        <group>.<i>.<field>   its tensors
 
 Invariant: a file under its final name is whole, and holds what the checkpoint would be prepared to again. Whatever else
 is wrong with the cache costs a line in the log, never a start.
@@ -35,7 +35,7 @@ _SHARE_OF_DISK = 0.1  # of what is free
 
 @dataclass(slots=True)
 class PreparedCache:
-    """The sites of one checkpoint: read where an earlier start left them, else collected and, by `save`, left."""
+    """The groups of one checkpoint: read where an earlier start left them, else collected and, by `save`, left."""
 
     file: Path
     source: Path  # of the checkpoint
@@ -55,8 +55,8 @@ class PreparedCache:
         cache._open()
         return cache
 
-    def site(self, name: str) -> list[Prepared] | None:
-        """The linears of a site, in mapped memory; None if they are to be prepared."""
+    def group(self, name: str) -> list[Prepared] | None:
+        """The linears of a group, in mapped memory; None if they are to be prepared."""
         linears: list[Prepared] = []
         while (numbers := self._found.get(f"{name}.{len(linears)}.numbers")) is not None:
             prefix = f"{name}.{len(linears)}."
@@ -67,7 +67,7 @@ class PreparedCache:
         return linears or None
 
     def add(self, name: str, linears: list[Prepared]) -> None:
-        """Remember a site that was prepared."""
+        """Remember a group that was prepared."""
         for i, linear in enumerate(linears):
             prefix = f"{name}.{i}."
             scalars = [getattr(linear, key) for key in _NUMBERS]

@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....architectures.base import Attention
 from ...scheduling.batch import ScheduledRequest
+from ..batch import Batch
+from .layers import soft_cap
 
 
 @dataclass(slots=True)
@@ -30,11 +33,9 @@ class KVCache:
     @classmethod
     def allocate(
         cls,
-        num_layers: int,
+        mixers: list[Attention],
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
@@ -44,16 +45,16 @@ class KVCache:
         use on, and a start-up nothing. Not huge pages: the first block would touch one for every head of every layer,
         hundreds of megabytes and half a second of zeroing.
         """
-        shape = (2, num_kv_heads, num_blocks, block_size, head_dim)
 
-        def zeros() -> Tensor:
+        def zeros(mixer: Attention) -> Tensor:
+            shape = (2, mixer.num_kv_heads, num_blocks, block_size, mixer.head_dim)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             return torch.frombuffer(
                 zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype
             ).view(shape)
 
-        return cls([zeros() for _ in range(num_layers)], block_size)
+        return cls([zeros(mixer) for mixer in mixers], block_size)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that a failed request may have left NaN in."""
@@ -87,9 +88,7 @@ class _DecodeView:
 
     blocks: Tensor | slice  # int64 [B * n]
     width: int  # tokens per request after padding: n * block_size
-    mask: (
-        Tensor | None
-    )  # additive, in the activations' dtype [1, B, 1, width]; None: every position is real
+    mask: Tensor | None  # additive [1, B, 1, width]; None: every position is real
 
 
 @dataclass(slots=True)
@@ -97,47 +96,36 @@ class AttentionMetadata:
     """Where this step's tokens live; made once a step and shared by all layers."""
 
     slots: Tensor  # int64 [T]
-    decodes: list[ScheduledRequest]
-    chunks: list[ScheduledRequest]
+    items: list[ScheduledRequest]
+    num_decodes: int
     block_size: int
     dtype: torch.dtype
     device: torch.device
     _decode_views: dict[int | None, _DecodeView] = field(default_factory=dict)
-    _chunk_views: dict[tuple[int, int | None], tuple[Tensor | slice, Tensor]] = field(
+    _views: dict[tuple[int, int | None], tuple[Tensor | slice, Tensor]] = field(
         default_factory=dict
     )
 
     @classmethod
-    def build(
-        cls,
-        items: list[ScheduledRequest],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> "AttentionMetadata":
-        """`items` must have the decode tokens (num_tokens == 1) first."""
-        slots = [slot for item in items for slot in item.slots(block_size)]
-        decodes = [item for item in items if item.num_tokens == 1]
-        return cls(
-            torch.tensor(slots, device=device),
-            decodes,
-            items[len(decodes) :],
-            block_size,
-            dtype,
-            device,
-        )
+    def build(cls, batch: Batch, dtype: torch.dtype, device: torch.device) -> "AttentionMetadata":
+        slots = torch.tensor(batch.slot_mapping, device=device)
+        return cls(slots, batch.items, batch.num_decodes, batch.block_size, dtype, device)
+
+    @property
+    def decodes(self) -> list[ScheduledRequest]:
+        return self.items[: self.num_decodes]
 
     def decode_view(self, window: int | None) -> _DecodeView:
         if window not in self._decode_views:
             self._decode_views[window] = self._make_decode_view(window)
         return self._decode_views[window]
 
-    def chunk_view(self, index: int, window: int | None) -> tuple[Tensor | slice, Tensor]:
-        """Blocks [n] a chunk looks at, and its additive mask [tokens, n * block_size]."""
+    def view(self, index: int, window: int | None) -> tuple[Tensor | slice, Tensor]:
+        """Blocks [n] that item `index` looks at, and its additive mask [tokens, n * block_size]."""
         key = (index, window)
-        if key not in self._chunk_views:
-            self._chunk_views[key] = self._make_chunk_view(self.chunks[index], window)
-        return self._chunk_views[key]
+        if key not in self._views:
+            self._views[key] = self._make_view(self.items[index], window)
+        return self._views[key]
 
     def _first_block(self, first_query: int, window: int | None) -> int:
         return 0 if window is None else max(0, first_query + 1 - window) // self.block_size
@@ -165,7 +153,7 @@ class AttentionMetadata:
             seen &= position >= ends[:, None] - window
         return _DecodeView(blocks, width, self._additive(seen)[None, :, None])
 
-    def _make_chunk_view(
+    def _make_view(
         self, item: ScheduledRequest, window: int | None
     ) -> tuple[Tensor | slice, Tensor]:
         size = self.block_size
@@ -192,57 +180,50 @@ class AttentionMetadata:
 
 def paged_attention(
     qkv: Tensor,
-    num_heads: int,
+    spec: Attention,
     cache: KVCache,
     layer: int,
     meta: AttentionMetadata,
-    scale: float,
-    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Write this step's keys and values, then attend.
 
-    qkv [T, num_heads + 2 * num_kv_heads, head_dim], rotated; window: positions seen, itself included, or None for all.
+    qkv [T, num_heads + 2 * num_kv_heads, head_dim], rotated; sinks float32 [num_heads], where the layer has them.
     Returns [T, num_heads * head_dim].
     """
-    tokens, all_heads, dim = qkv.shape
-    kv_heads = (all_heads - num_heads) // 2
-    q, kv = qkv[:, :num_heads], qkv[:, num_heads:].view(tokens, 2, kv_heads, dim)
+    q, kv = qkv[:, : spec.num_heads], qkv[:, spec.num_heads :]
+    kv = kv.view(-1, 2, spec.num_kv_heads, spec.head_dim)
     cache.write(layer, meta.slots, kv)
-    num_decodes = len(meta.decodes)
-    outputs = []
-    if num_decodes:
-        outputs.append(
-            _decode(q[:num_decodes], kv_heads, cache, layer, meta.decode_view(window), scale)
-        )
-    offset = num_decodes
-    for index, item in enumerate(meta.chunks):
+    plain = sinks is None and spec.soft_cap is None
+    outputs, offset, first = [], 0, 0
+    if plain and meta.num_decodes:
+        offset = first = meta.num_decodes
+        outputs.append(_decode(q[:first], spec, cache, layer, meta.decode_view(spec.window)))
+    for index, item in enumerate(meta.items[first:], first):
         rows = slice(offset, offset + item.num_tokens)
         offset += item.num_tokens
-        if item.start == 0 and (window is None or item.num_tokens <= window):
-            outputs.append(_fresh_chunk(q[rows], kv[rows], scale))
+        if not plain:
+            blocks, mask = meta.view(index, spec.window)
+            outputs.append(_attend_plainly(q[rows], cache.gather(layer, blocks), spec, mask, sinks))
+        elif item.start == 0 and (spec.window is None or item.num_tokens <= spec.window):
+            # a chunk that starts its sequence needs nothing from the cache
+            outputs.append(_attend(q[rows], kv[rows].permute(1, 2, 0, 3), spec.scale, None))
         else:
-            blocks, mask = meta.chunk_view(index, window)
-            outputs.append(_attend(q[rows], cache.gather(layer, blocks), scale, mask))
+            blocks, mask = meta.view(index, spec.window)
+            outputs.append(_attend(q[rows], cache.gather(layer, blocks), spec.scale, mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _decode(
-    q: Tensor, kv_heads: int, cache: KVCache, layer: int, view: _DecodeView, scale: float
-) -> Tensor:
+def _decode(q: Tensor, spec: Attention, cache: KVCache, layer: int, view: _DecodeView) -> Tensor:
     """One query token per request: the query heads that share a kv head become the rows of one small product.
 
     torch sees the kv heads as its batch and the requests as its heads, which is how the gathered blocks lie.
     """
-    batch, num_heads, dim = q.shape
-    grouped = q.reshape(batch, kv_heads, num_heads // kv_heads, dim).transpose(0, 1)
-    k, v = cache.gather(layer, view.blocks).view(2, kv_heads, batch, view.width, dim)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=view.mask, scale=scale)
+    batch, kv_heads = len(q), spec.num_kv_heads
+    grouped = q.reshape(batch, kv_heads, spec.num_heads // kv_heads, -1).transpose(0, 1)
+    k, v = cache.gather(layer, view.blocks).view(2, kv_heads, batch, view.width, spec.head_dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=view.mask, scale=spec.scale)
     return out.transpose(0, 1).reshape(batch, -1)
-
-
-def _fresh_chunk(q: Tensor, kv: Tensor, scale: float) -> Tensor:
-    """A chunk that starts its sequence needs nothing from the cache. kv [tokens, 2, num_kv_heads, head_dim]."""
-    return _attend(q, kv.permute(1, 2, 0, 3), scale, None)
 
 
 def _attend(q: Tensor, kv: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -257,3 +238,17 @@ def _attend(q: Tensor, kv: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         enable_gqa=True,
     )
     return out[0].transpose(0, 1).flatten(1)
+
+
+def _attend_plainly(
+    q: Tensor, kv: Tensor, spec: Attention, mask: Tensor, sinks: Tensor | None
+) -> Tensor:
+    """As `_attend`, spelled out in float32 for what torch's own attention lacks: soft caps and sinks."""
+    grouped = q.view(len(q), spec.num_kv_heads, -1, spec.head_dim).permute(1, 2, 0, 3).float()
+    keys, values = kv.float()
+    scores = soft_cap(grouped @ keys.unsqueeze(1).mT * spec.scale, spec.soft_cap) + mask.float()
+    if sinks is not None:
+        column = sinks.view(spec.num_kv_heads, -1, 1, 1).expand(-1, -1, len(q), 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[1]]
+    return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).flatten(1).to(q.dtype)

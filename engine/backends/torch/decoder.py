@@ -1,10 +1,9 @@
-"""One data-driven decoder for the Llama family and its cousins.
+"""The plain decoder, in torch's operators: every kind that a ModelSpec knows, and the oracle of the other backends.
 
-A DecoderConfig says where architectures differ; `Decoder` is the same few lines for all of them. One layer, on a flat
-batch of T tokens from many requests (there is no batch or padding axis outside attention):
+One layer, on a flat batch of T tokens from many requests (there is no batch or padding axis outside attention):
 
-    x [T, hidden] -> input norm -> qkv -> (q, k norm) -> RoPE -> paged attention -> o -> (norm) -> + x
-                  -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x
+    x [T, hidden] -> (norm) -> qkv -> (q, k norm) -> RoPE -> paged attention -> o -> (norm) -> + x
+                  -> (norm) -> gate_up -> act(gate) * up -> down -> (norm) -> + x
 """
 
 from dataclasses import dataclass
@@ -13,115 +12,108 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import DecoderConfig
-from ...config import EngineConfig
-from ...scheduling.batch import ScheduledRequest
+from ....architectures.base import LayerSpec, ModelSpec, Rope
+from ...memory import tensor_bytes
+from ..base import HostSampling, KernelReport
+from ..batch import Batch
 from .attention import AttentionMetadata, KVCache, paged_attention
-from .layers import RMSNorm, RopeTable, apply_rope
-from .linear import Linear
+from .layers import RMSNorm, RopeTable, apply_rope, soft_cap
+from .linear import FusedLinear
 
 
 @dataclass(slots=True)
-class DecoderLayer:
-    input_norm: RMSNorm
-    mlp_norm: RMSNorm
-    qkv: Linear
-    o: Linear
-    gate_up: Linear
-    down: Linear
+class TorchLayer:
+    """One layer's weights. A norm that the layer does not have is None."""
+
+    spec: LayerSpec
+    qkv: FusedLinear
+    o: FusedLinear
+    gate_up: FusedLinear
+    down: FusedLinear
+    before_mixer: RMSNorm | None
+    after_mixer: RMSNorm | None
+    before_mlp: RMSNorm | None
+    after_mlp: RMSNorm | None
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
-    post_attention_norm: RMSNorm | None
-    post_mlp_norm: RMSNorm | None
+    sinks: Tensor | None  # float32 [num_heads]
 
 
 @dataclass(slots=True)
-class Decoder:
-    config: DecoderConfig
-    embedding: Tensor  # [vocab, hidden]
-    layers: list[DecoderLayer]
-    norm: RMSNorm
-    lm_head: Linear
-    rope: dict[str, RopeTable]
+class TorchDecoder(HostSampling):
+    """Consecutive layers; embedding, norm and head where they are the model's first or last."""
 
-    def new_cache(self, num_blocks: int, config: EngineConfig) -> KVCache:
-        model = self.config
-        return KVCache.allocate(
-            model.num_layers,
-            num_blocks,
-            config.block_size,
-            model.num_kv_heads,
-            model.head_dim,
-            self.embedding.dtype,
-            self.embedding.device,
-        )
+    model: ModelSpec
+    layers: list[TorchLayer]
+    ropes: dict[Rope, RopeTable]
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    embedding: Tensor | None  # [vocab, hidden]
+    norm: RMSNorm | None
+    head: FusedLinear | None
+    report: KernelReport
 
-    def forward(self, items: list[ScheduledRequest], cache: KVCache) -> Tensor:
-        """Compute the items' tokens (decodes first), writing their keys and values to the cache. Returns the hidden
-        states of all [T, hidden], before the final norm."""
-        device = self.embedding.device
-        token_ids = [token for item in items for token in item.token_ids]
-        positions = [position for item in items for position in range(item.start, item.end)]
-        meta = AttentionMetadata.build(items, cache.block_size, self.embedding.dtype, device)
-        return self._hidden_states(
-            torch.tensor(token_ids, device=device),
-            torch.tensor(positions, device=device),
-            cache,
-            meta,
-        )
+    @property
+    def weight_bytes(self) -> int:
+        return tensor_bytes([self.layers, self.embedding, self.head])
 
-    def _hidden_states(
-        self, token_ids: Tensor, positions: Tensor, cache: KVCache, meta: AttentionMetadata
-    ) -> Tensor:
-        config = self.config
-        x = F.embedding(token_ids, self.embedding)
-        if config.embedding_scale != 1.0:
-            x = x * torch.tensor(config.embedding_scale, dtype=x.dtype)
-        angles = {kind: table.at(positions) for kind, table in self.rope.items()}
+    def new_cache(self, num_blocks: int) -> KVCache:
+        mixers = [layer.spec.mixer for layer in self.layers]
+        return KVCache.allocate(mixers, num_blocks, self.block_size, self.dtype, self.device)
+
+    def forward(self, batch: Batch, cache: KVCache, hidden: Tensor | None = None) -> Tensor:
+        x = self._embed(batch) if hidden is None else hidden.to(self.device, self.dtype)
+        meta = AttentionMetadata.build(batch, self.dtype, self.device)
+        positions = torch.tensor(batch.positions, device=self.device)
+        angles = {rope: table.at(positions) for rope, table in self.ropes.items()}
         for index, layer in enumerate(self.layers):
-            attended = self._attention(layer, index, layer.input_norm(x), angles, cache, meta)
-            if layer.post_attention_norm is not None:
-                attended = layer.post_attention_norm(attended)
-            x = x + attended
-            mixed = self._mlp(layer, layer.mlp_norm(x))
-            if layer.post_mlp_norm is not None:
-                mixed = layer.post_mlp_norm(mixed)
-            x = x + mixed
-        return x
+            mixed = self._attention(
+                layer, index, _normed(layer.before_mixer, x), angles, cache, meta
+            )
+            x = x + _normed(layer.after_mixer, mixed)
+            mixed = self._mlp(layer, _normed(layer.before_mlp, x))
+            x = x + _normed(layer.after_mlp, mixed)
+        return _normed(self.norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [R, hidden] of the rows that need it -> float32 [R, vocab]."""
-        return self.lm_head(self.norm(hidden)).float()
+        if self.head is None:
+            raise ValueError("these are not the model's last layers")
+        return soft_cap(self.head(hidden).float(), self.model.final_soft_cap)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        if self.embedding is None:
+            raise ValueError("these are not the model's first layers")
+        x = F.embedding(torch.tensor(batch.token_ids, device=self.device), self.embedding)
+        if self.model.embedding_scale == 1.0:
+            return x
+        return x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)
 
     def _attention(
         self,
-        layer: DecoderLayer,
+        layer: TorchLayer,
         index: int,
         h: Tensor,
-        angles: dict[str, tuple[Tensor, Tensor]],
+        angles: dict[Rope, tuple[Tensor, Tensor]],
         cache: KVCache,
         meta: AttentionMetadata,
     ) -> Tensor:
-        config = self.config
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = layer.qkv(h).view(-1, heads + 2 * kv_heads, dim)
+        spec = layer.spec.mixer
+        rotated = spec.num_heads + spec.num_kv_heads
+        qkv = layer.qkv(h).view(-1, rotated + spec.num_kv_heads, spec.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            qkv = torch.cat(
-                (
-                    layer.q_norm(qkv[:, :heads]),
-                    layer.k_norm(qkv[:, heads : heads + kv_heads]),
-                    qkv[:, heads + kv_heads :],
-                ),
-                dim=1,
+            queries, keys, values = qkv.split(
+                (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1
             )
-        apply_rope(qkv[:, : heads + kv_heads], *angles[config.layer_types[index]])
-        scale = config.attention_scale or dim**-0.5
-        out = paged_attention(qkv, heads, cache, index, meta, scale, config.window(index))
-        return layer.o(out)
+            qkv = torch.cat((layer.q_norm(queries), layer.k_norm(keys), values), dim=1)
+        apply_rope(qkv[:, :rotated], *angles[spec.rope])
+        return layer.o(paged_attention(qkv, spec, cache, index, meta, layer.sinks))
 
-    def _mlp(self, layer: DecoderLayer, h: Tensor) -> Tensor:
+    def _mlp(self, layer: TorchLayer, h: Tensor) -> Tensor:
         gate, up = layer.gate_up(h).chunk(2, dim=-1)
-        gate = (
-            F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
-        )
-        return layer.down(gate * up)
+        silu = layer.spec.mlp.activation == "silu"
+        return layer.down((F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up)
+
+
+def _normed(norm: RMSNorm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)

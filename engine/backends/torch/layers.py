@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....architectures.base import Rope
 from ....errors import UnsupportedError
 
 
@@ -55,30 +56,35 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     first.copy_(rotated_first)
 
 
-def inverse_frequencies(dim: int, theta: float, scaling: dict) -> Tensor:
-    """Inverse frequencies float32 [dim/2] under the checkpoint's rope_scaling (`linear`, `llama3`, or none).
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap): near x while that is small, within +-cap always. None: x."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
-    Raises UnsupportedError naming any other type.
-    """
-    inv_freq = theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+
+def inverse_frequencies(dim: int, rope: Rope) -> Tensor:
+    """Inverse frequencies float32 [dim/2] under a rope's scaling. Raises UnsupportedError for one that is not known."""
+    inv_freq = rope.theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    parameters = dict(rope.parameters)
+    if rope.scaling == "default":
         return inv_freq
-    if kind == "linear":
-        return inv_freq / float(scaling["factor"])
-    if kind == "llama3":
-        return _llama3_frequencies(inv_freq, scaling)
-    raise UnsupportedError(
-        f"config.json: rope_scaling type {kind!r} is not supported (default, linear, llama3 are)"
-    )
+    if rope.scaling == "linear":
+        return inv_freq / parameters["factor"]
+    if rope.scaling == "llama3":
+        return _llama3_frequencies(inv_freq, parameters)
+    raise UnsupportedError(f"rope scaling {rope.scaling!r} is not supported")
 
 
-def _llama3_frequencies(inv_freq: Tensor, scaling: dict) -> Tensor:
+def _llama3_frequencies(inv_freq: Tensor, parameters: dict[str, float]) -> Tensor:
     """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a smooth ramp between."""
-    factor, low, high = (
-        float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor")
+    factor, low, high, context = (
+        parameters[name]
+        for name in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
     )
-    context = float(scaling["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inv_freq
     ramp = ((context / wavelength - low) / (high - low)).clamp(0, 1)
     return inv_freq / factor * (1 - ramp) + inv_freq * ramp

@@ -1,10 +1,8 @@
-"""Linear: a weight with the kernel that multiplies by it. The model never branches on a format.
+"""FusedLinear: the linears of a group with the kernels that multiply by them. The decoder never branches on a format.
 
-Projections that read the same input (q, k, v; gate, up) are stacked into one product wherever their formats agree, and
-run one after the other where they do not.
+They are stacked into one product wherever their formats agree, and run one after the other where they do not.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,75 +12,72 @@ from torch import Tensor
 from ....kernels.select import choose
 from ....kernels.spec import Kernel, LinearSpec
 from ....quant.weight import QuantizedWeight, can_fuse, fuse, scaled_by_row
-
-Weight = QuantizedWeight | Tensor
+from ..base import KernelReport
+from ..weights import Linear
 
 
 @dataclass(slots=True)
-class _Part:
+class _Product:
     kernel: Kernel
     prepared: Any
     bias: Tensor | None
 
 
 @dataclass(slots=True)
-class Linear:
-    """y [T, out] = x [T, in] W^T + b, over one part or several whose outputs stand side by side."""
+class FusedLinear:
+    """y [T, out] = x [T, in] W^T + b, the outputs of one product or several side by side."""
 
-    parts: list[_Part]
+    products: list[_Product]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(self.parts) == 1:
-            part = self.parts[0]
-            return part.kernel.apply(x, part.prepared, part.bias)
-        return torch.cat(
-            [part.kernel.apply(x, part.prepared, part.bias) for part in self.parts], dim=-1
-        )
+        outputs = [
+            product.kernel.apply(x, product.prepared, product.bias) for product in self.products
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     @classmethod
     def build(
         cls,
-        weights: list[Weight],
-        biases: list[Tensor | None],
+        linears: list[Linear],
         dtype: torch.dtype,
         device: torch.device,
-        report: Callable[[LinearSpec, Any], None] | None = None,
-    ) -> "Linear":
-        """Prepare `weights` (each [out_i, in]) for their kernels, fused where nothing changes by it.
-
-        `report` hears of each part's spec and Choice.
-        """
-        parts = []
-        for weight, bias in _fused(weights, biases):
-            spec = LinearSpec.of(weight, dtype, device)
+        report: KernelReport | None = None,
+    ) -> "FusedLinear":
+        """Prepare the linears of a group for their kernels, fused where nothing changes by it."""
+        products = []
+        for linear in _fused(linears):
+            spec = LinearSpec.of(linear.weight, dtype, device)
             choice = choose(spec)
             if report is not None:
-                report(spec, choice)
-            moved_bias = None if bias is None else bias.to(device=device, dtype=dtype)
-            parts.append(_Part(choice.kernel, choice.kernel.prepare(weight, spec), moved_bias))
-        return cls(parts)
+                report.add(spec, choice)
+            bias = None if linear.bias is None else linear.bias.to(device=device, dtype=dtype)
+            products.append(
+                _Product(choice.kernel, choice.kernel.prepare(linear.weight, spec), bias)
+            )
+        return cls(products)
 
 
-def _fused(
-    weights: list[Weight], biases: list[Tensor | None]
-) -> list[tuple[Weight, Tensor | None]]:
-    if len(weights) > 1:
-        dense = [w for w in weights if isinstance(w, Tensor)]
-        quantized = [scaled_by_row(w) for w in weights if isinstance(w, QuantizedWeight)]
-        if len(dense) == len(weights):
-            return [(torch.cat(dense), _stack_biases(weights, biases))]
-        if len(quantized) == len(weights) and can_fuse(quantized):
-            return [(fuse(quantized), _stack_biases(weights, biases))]
-    return list(zip(weights, biases, strict=True))
+def _fused(linears: list[Linear]) -> list[Linear]:
+    if len(linears) == 1:
+        return linears
+    weights = [linear.weight for linear in linears]
+    dense = [w for w in weights if isinstance(w, Tensor)]
+    quantized = [scaled_by_row(w) for w in weights if isinstance(w, QuantizedWeight)]
+    if len(dense) == len(weights):
+        return [Linear(torch.cat(dense), _stacked_bias(linears))]
+    if len(quantized) == len(weights) and can_fuse(quantized):
+        return [Linear(fuse(quantized), _stacked_bias(linears))]
+    return linears
 
 
-def _stack_biases(weights: list[Weight], biases: list[Tensor | None]) -> Tensor | None:
-    if all(bias is None for bias in biases):
+def _stacked_bias(linears: list[Linear]) -> Tensor | None:
+    if all(linear.bias is None for linear in linears):
         return None
-    rows = [w.shape[0] if isinstance(w, Tensor) else w.out_features for w in weights]
-    return torch.cat(
-        [
-            torch.zeros(n) if bias is None else bias.float()
-            for n, bias in zip(rows, biases, strict=True)
-        ]
-    )
+    return torch.cat([_bias(linear) for linear in linears])
+
+
+def _bias(linear: Linear) -> Tensor:
+    if linear.bias is not None:
+        return linear.bias.float()
+    weight = linear.weight
+    return torch.zeros(len(weight) if isinstance(weight, Tensor) else weight.out_features)

@@ -1,198 +1,149 @@
-"""Checkpoint -> Decoder: names are looked up, projections fused, every weight prepared for its kernel, one layer at a
-time, so that no more than one layer is ever held in two forms.
+"""The torch backend: any layer that there is, on any device. It loads one layer at a time, so that no more than one is
+ever held in two forms.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ....architectures.base import DecoderConfig
-from ....errors import CheckpointError
-from ....kernels.select import Choice
-from ....kernels.spec import LinearSpec
+from ....architectures.base import LayerSpec, ModelSpec, Norms
 from ....quant.checkpoint import Checkpoint
-from ....quant.weight import QuantizedWeight
-from .decoder import Decoder, DecoderLayer
+from ..base import KernelReport, Progress, Target, unknown_feature
+from ..weights import Linear, ModelWeights
+from .decoder import TorchDecoder, TorchLayer
 from .layers import RMSNorm, RopeTable, inverse_frequencies
-from .linear import Linear
+from .linear import FusedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBackend:
+    """Torch's operators, with the best kernel that there is for each linear (kernels/select.py)."""
+
+    target: Target
+    name = "torch"
+    features = frozenset(
+        {
+            "model",
+            "model.norm_offset",
+            "model.embedding_scale",
+            "model.final_soft_cap",
+            "layer",
+            "norms",
+            "norms.before_mixer=None",
+            "norms.after_mixer",
+            "norms.before_mlp=None",
+            "norms.after_mlp",
+            "attention",
+            "attention.window",
+            "attention.qk_norm",
+            "attention.soft_cap",
+            "attention.sinks",
+            "rope",
+            "rope.scaling=default",
+            "rope.scaling=linear",
+            "rope.scaling=llama3",
+            "gated_mlp",
+            "gated_mlp.activation=silu",
+            "gated_mlp.activation=gelu_tanh",
+        }
+    )
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
+        return unknown_feature(self.features, layer, model)
+
+    def load(
+        self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
+    ) -> TorchDecoder:
+        return _Loader(ModelWeights(checkpoint, model), self.target, KernelReport()).load(
+            layers, progress
+        )
 
 
 @dataclass(slots=True)
-class KernelReport:
-    """Which kernels the layers got, and why better ones were refused (one reason per kernel is enough to act on)."""
+class _Loader:
+    weights: ModelWeights
+    target: Target
+    report: KernelReport
 
-    used: Counter[str] = field(default_factory=Counter)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def add(self, spec: LinearSpec, choice: Choice) -> None:
-        self.used[choice.kernel.name] += 1
-        if spec.kind != "dense":
-            for name, reason in choice.refused:
-                self.refused.setdefault(name, reason)
-
-
-@dataclass(slots=True)
-class Loader:
-    """Builds a Decoder from a checkpoint."""
-
-    checkpoint: Checkpoint
-    config: DecoderConfig
-    dtype: torch.dtype
-    device: torch.device
-    report: KernelReport = field(default_factory=KernelReport)
-
-    def load(self, progress: Callable[[int, int], None] | None = None) -> Decoder:
-        """progress(done, total) is called after every layer. Raises CheckpointError naming file and tensor."""
-        config = self.config
-        layers = self._layers(DecoderLayer, progress)
-        embedding = self._embedding()
-        return Decoder(
-            config,
-            embedding,
-            layers,
-            self._norm(f"{config.prefix}norm", config.hidden_size),
-            self._lm_head(embedding),
-            self._rope_tables(),
+    def load(self, layers: range, progress: Progress) -> TorchDecoder:
+        model, target = self.weights.model, self.target
+        first, last = layers.start == 0, layers.stop == model.num_layers
+        loaded = []
+        for index in layers:
+            loaded.append(self._layer(index))
+            progress(index)
+        embedding = self.weights.embedding(target.dtype) if first or last else None
+        head = (
+            self._fused([self.weights.head(embedding)]) if embedding is not None and last else None
+        )
+        return TorchDecoder(
+            model,
+            loaded,
+            self._rope_tables(layers),
+            target.config.block_size,
+            target.dtype,
+            target.device,
+            embedding.to(target.device) if embedding is not None and first else None,
+            self._norm(self.weights.final_norm()) if last else None,
+            head,
+            self.report,
         )
 
-    def _layers(
-        self, kind: Callable[..., Any], progress: Callable[[int, int], None] | None
-    ) -> list[Any]:
-        """Every layer, made by `kind`, which takes what DecoderLayer takes."""
-        self._check_shapes()
-        layers = []
-        for index in range(self.config.num_layers):
-            layers.append(self._layer(f"{self.config.prefix}layers.{index}.", kind))
-            if progress is not None:
-                progress(index + 1, self.config.num_layers)
-        return layers
+    def _layer(self, index: int) -> TorchLayer:
+        model = self.weights.model
+        spec, prefix = model.layers[index], f"{model.layer_name(index)}."
+        groups = [self._fused(self.weights.group(index, group)) for group in model.groups(index)]
+        mixer = spec.mixer
 
-    def _embedding(self) -> Tensor:
-        return self.checkpoint.dense(f"{self.config.prefix}embed_tokens", self.dtype).to(
-            self.device
+        def head_norm(name: str) -> RMSNorm | None:
+            if not mixer.qk_norm:
+                return None
+            return self._norm(self.weights.norm(f"{prefix}self_attn.{name}", mixer.head_dim))
+
+        sinks = (
+            self.weights.vector(f"{prefix}self_attn.sinks", mixer.num_heads)
+            if mixer.sinks
+            else None
+        )
+        return TorchLayer(
+            spec,
+            *groups,
+            **self._norms(prefix, spec.norms),
+            q_norm=head_norm("q_norm"),
+            k_norm=head_norm("k_norm"),
+            sinks=None if sinks is None else sinks.to(self.target.device),
         )
 
-    def _layer(self, prefix: str, kind: Callable[..., Any]) -> Any:
-        config = self.config
-        before_attention, before_mlp = config.norm_names
-
-        def norm(name: str, wanted: bool = True, width: int = config.hidden_size) -> Any:
-            return self._norm(prefix + name, width) if wanted else None
-
-        return kind(
-            input_norm=self._norm(prefix + before_attention, config.hidden_size),
-            mlp_norm=self._norm(prefix + before_mlp, config.hidden_size),
-            qkv=self._linear(*(f"{prefix}self_attn.{p}_proj" for p in "qkv")),
-            o=self._linear(f"{prefix}self_attn.o_proj"),
-            gate_up=self._linear(f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"),
-            down=self._linear(f"{prefix}mlp.down_proj"),
-            q_norm=norm("self_attn.q_norm", config.qk_norm, config.head_dim),
-            k_norm=norm("self_attn.k_norm", config.qk_norm, config.head_dim),
-            post_attention_norm=norm("post_attention_layernorm", config.sandwich_norms),
-            post_mlp_norm=norm("post_feedforward_layernorm", config.sandwich_norms),
-        )
-
-    def _linear(self, *modules: str) -> Any:
-        """The modules' weights, which read the same input, side by side."""
-        return self._build(
-            [self._checked(m) for m in modules], [self.checkpoint.bias(m) for m in modules]
-        )
-
-    def _build(self, weights: list[QuantizedWeight | Tensor], biases: list[Tensor | None]) -> Any:
-        return Linear.build(weights, biases, self.dtype, self.device, self.report.add)
-
-    def _checked(self, module: str) -> QuantizedWeight | Tensor:
-        weight = self.checkpoint.linear(module)
-        shape = (
-            tuple(weight.shape)
-            if isinstance(weight, Tensor)
-            else (weight.out_features, weight.in_features)
-        )
-        want = self._linear_shape(module.rpartition(".")[2])
-        if shape != want:
-            raise CheckpointError(
-                f"has shape {shape}, config.json implies {want}",
-                file=self.checkpoint.path,
-                tensor=f"{module}.weight",
-                fix="download the checkpoint again",
-            )
-        return weight
-
-    def _linear_shape(self, name: str) -> tuple[int, int]:
-        config = self.config
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def _norms(self, prefix: str, norms: Norms) -> dict[str, RMSNorm | None]:
+        width = self.weights.model.hidden_size
+        names = {each.name: getattr(norms, each.name) for each in fields(norms)}
         return {
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-            "lm_head": (config.vocab_size, hidden),
-        }[name]
+            place: None if name is None else self._norm(self.weights.norm(prefix + name, width))
+            for place, name in names.items()
+        }
 
-    def _check_shapes(self) -> None:
-        """The tensors that need no decoding, from headers alone: a wrong file is refused in no time."""
-        config = self.config
-        want = {f"{config.prefix}norm.weight": (config.hidden_size,)}
-        if not self.checkpoint.is_quantized(f"{config.prefix}embed_tokens"):
-            want[f"{config.prefix}embed_tokens.weight"] = (config.vocab_size, config.hidden_size)
-        for name, shape in want.items():
-            if self.checkpoint.shape(name) != shape:
-                raise CheckpointError(
-                    f"has shape {self.checkpoint.shape(name)}, config.json implies {shape}",
-                    file=self.checkpoint.path,
-                    tensor=name,
-                    fix="download the checkpoint again",
-                )
+    def _norm(self, weight: Tensor) -> RMSNorm:
+        """In float32 where 1 was added to it, as the architectures that do so compute it."""
+        model, target = self.weights.model, self.target
+        dtype = torch.float32 if model.norm_offset else target.dtype
+        return RMSNorm(weight.to(target.device, dtype), model.norm_eps)
 
-    def _norm(self, name: str, width: int) -> Any:
-        weight = self._norm_weight(name, width)
-        return RMSNorm(
-            weight.to(self.device, weight.dtype if self.config.norm_offset else self.dtype),
-            self.config.rms_norm_eps,
-        )
+    def _fused(self, linears: list[Linear]) -> FusedLinear:
+        return FusedLinear.build(linears, self.target.dtype, self.target.device, self.report)
 
-    def _norm_weight(self, name: str, width: int) -> Tensor:
-        """What a normed vector is multiplied by, float32 [width]."""
-        weight = self.checkpoint.tensor(f"{name}.weight")
-        if tuple(weight.shape) != (width,):
-            raise CheckpointError(
-                f"has shape {tuple(weight.shape)}, config.json implies ({width},)",
-                file=self.checkpoint.path,
-                tensor=f"{name}.weight",
-                fix="download it again",
-            )
-        return weight.float() + 1.0 if self.config.norm_offset else weight.float()
-
-    def _lm_head(self, embedding: Tensor) -> Any:
-        """An untied head, a tied quantized one, or the embedding itself."""
-        if self.checkpoint.has("lm_head.weight") or "lm_head" in self.checkpoint.modules():
-            weight, bias = self._checked("lm_head"), self.checkpoint.bias("lm_head")
-        else:
-            tied, bias = f"{self.config.prefix}embed_tokens", None
-            weight = (
-                self.checkpoint.linear(tied) if self.checkpoint.is_quantized(tied) else embedding
-            )
-        return self._build([self._head_weight(weight)], [bias])
-
-    def _head_weight(self, weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
-        return weight
-
-    def _rope_tables(self) -> dict[str, RopeTable]:
-        config = self.config
+    def _rope_tables(self, layers: range) -> dict:
+        model, target = self.weights.model, self.target
+        mixers = {model.layers[index].mixer.rope: model.layers[index].mixer for index in layers}
         return {
-            kind: RopeTable.build(
-                inverse_frequencies(config.head_dim, rope.theta, dict(rope.scaling)),
-                config.max_position_embeddings,
-                self.dtype,
-                self.device,
+            rope: RopeTable.build(
+                inverse_frequencies(mixer.head_dim, rope),
+                model.max_position_embeddings,
+                target.dtype,
+                target.device,
             )
-            for kind, rope in config.rope.items()
+            for rope, mixer in mixers.items()
         }

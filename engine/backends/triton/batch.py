@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...request import UNKNOWN, Request
 from ...scheduling.batch import ScheduledRequest
+from ..batch import Batch
 
 
 @dataclass(slots=True)
@@ -53,44 +54,29 @@ def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     )
 
 
-def upload(
-    items: list[ScheduledRequest],
-    block_size: int,
-    previous: SampledTokens | None,
-    device: torch.device,
-) -> DeviceBatch:
-    """A step of any shape; its decodes must come first."""
-    tables = np.zeros(
-        (len(items), max(len(item.request.block_table) for item in items)), dtype=np.int32
-    )
-    for row, item in zip(tables, items, strict=True):
-        row[: len(item.request.block_table)] = item.request.block_table
-    decodes = [item for item in items if item.num_tokens == 1]
-    token_ids = to_device(
-        [token for item in items for token in item.token_ids], torch.int64, device
-    )
-    fill_in(token_ids, decodes, previous)
+def upload(batch: Batch, previous: SampledTokens | None, device: torch.device) -> DeviceBatch:
+    """A step of any shape."""
+    tables = np.zeros((len(batch), max(map(len, batch.block_tables))), dtype=np.int32)
+    for row, table in zip(tables, batch.block_tables, strict=True):
+        row[: len(table)] = table
+    token_ids = to_device(batch.token_ids, torch.int64, device)
+    fill_in(token_ids, batch, previous)
     return DeviceBatch(
         token_ids,
-        to_device(
-            [position for item in items for position in range(item.start, item.end)],
-            torch.int64,
-            device,
-        ),
-        to_device([slot for item in items for slot in item.slots(block_size)], torch.int64, device),
-        to_device(np.cumsum([0, *(item.num_tokens for item in items)]), torch.int32, device),
-        to_device([item.end for item in items], torch.int32, device),
+        to_device(batch.positions, torch.int64, device),
+        to_device(batch.slot_mapping, torch.int64, device),
+        to_device(batch.query_start_loc, torch.int32, device),
+        to_device(batch.seq_lens, torch.int32, device),
         to_device(tables, torch.int32, device),
-        len(decodes),
+        batch.num_decodes,
     )
 
 
-def fill_in(
-    token_ids: Tensor, decodes: list[ScheduledRequest], previous: SampledTokens | None
-) -> None:
+def fill_in(token_ids: Tensor, batch: Batch, previous: SampledTokens | None) -> None:
     """Write the decodes' tokens that the host does not know yet into the first of token_ids."""
     if previous is None:
         return
+    decodes = batch.items[: batch.num_decodes]
     unknown = [row for row, item in enumerate(decodes) if item.token_ids == [UNKNOWN]]
     if unknown:
         sampled = [previous.rows[decodes[row].request.request_id] for row in unknown]
@@ -130,20 +116,17 @@ class StaticBatch:
             size,
         )
 
-    def load(
-        self, items: list[ScheduledRequest], size: int, previous: SampledTokens | None
-    ) -> None:
-        """Overwrite the first `size` rows with these decodes and padding."""
-        padding = size - len(items)
-        starts = [item.start for item in items]
-        slots = [slot for item in items for slot in item.slots(self.block_size)]
-        ids = [token for item in items for token in item.token_ids]
-        for target, values, pad in zip(self._longs, (ids, starts, slots), (0, 0, -1), strict=True):
-            target[:size].copy_(to_device([*values, *[pad] * padding], torch.int64, self.device))
-        lengths = [item.end for item in items] + [0] * padding
+    def load(self, batch: Batch, size: int, previous: SampledTokens | None) -> None:
+        """Overwrite the first `size` rows with a batch of decodes and padding."""
+        padding = size - len(batch)
+        values = (batch.token_ids, batch.positions, batch.slot_mapping)
+        for target, numbers, pad in zip(self._longs, values, (0, 0, -1), strict=True):
+            padded = [*numbers, *[pad] * padding]
+            target[:size].copy_(to_device(padded, torch.int64, self.device))
+        lengths = batch.seq_lens + [0] * padding
         self._lengths[:size].copy_(to_device(lengths, torch.int32, self.device))
-        fill_in(self._longs[0], items, previous)
-        self._update_tables(items)
+        fill_in(self._longs[0], batch, previous)
+        self._update_tables(batch.items)
 
     def _update_tables(self, items: list[ScheduledRequest]) -> None:
         """Only what is new: a block for every block_size tokens of a request that keeps its row."""

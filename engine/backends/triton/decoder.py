@@ -1,4 +1,4 @@
-"""The decoder of `decoder.py` from Triton's kernels, nine or ten launches a layer (kernels/fused lists them).
+"""Consecutive layers from Triton's kernels, nine or ten launches a layer (kernels/fused lists them).
 
 x [T, hidden] runs through the layers as `residual`, which every norm adds to and reads in one launch:
 
@@ -8,7 +8,8 @@ x [T, hidden] runs through the layers as `residual`, which every norm adds to an
     gate_up -> act(gate) * up -> down
     residual += (norm of) down       h = next layer's input norm(residual), or the final norm
 
-Steps of decodes alone are replayed from CUDA graphs (graphs.py), others are launched as they come.
+Steps of decodes alone are replayed from CUDA graphs (graphs.py), others are launched as they come. Tokens are sampled
+on the device, and the next step may be launched before the host knows them.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import DecoderConfig
+from ....architectures.base import Attention
 from ....kernels.attention.paged import (
     AttentionSpec,
     PagedBatch,
@@ -26,24 +27,22 @@ from ....kernels.attention.paged import (
     paged_attention,
 )
 from ....kernels.fused.activation import gated
-from ....kernels.fused.norm import MAX_WIDTH, rms_norm
+from ....kernels.fused.norm import rms_norm
 from ....kernels.fused.rope import Pages, rope_and_cache
 from ...config import EngineConfig
-from ...scheduling.batch import ScheduledRequest
-from ..torch.decoder import Decoder, DecoderLayer
-from .batch import DeviceBatch, SampledTokens, StaticBatch, upload
-from .graphs import DecodeGraphs, Record
+from ...request import Request
+from ...sampler import sample
+from ...scheduling.batch import PendingStep, StepResult
+from ..base import KernelReport
+from ..batch import Batch
+from ..torch.decoder import TorchDecoder, TorchLayer
+from ..torch.layers import soft_cap
+from .batch import DeviceBatch, StaticBatch, upload
+from .graphs import CudaRecorder, DecodeGraphs, Record
+from .sampler import DeviceSampler
 
 _CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-
-
-def why_not(config: DecoderConfig) -> str | None:
-    """None if this decoder can serve the model where Triton's kernels run, else the reason."""
-    if not 16 <= config.head_dim <= 256 or config.head_dim % 2:
-        return f"has no attention for heads of {config.head_dim} dimensions"
-    if config.hidden_size > MAX_WIDTH:
-        return f"has no norm for a hidden size of {config.hidden_size}"
-    return None
+_WARM_UP_TOKENS = (16, 32, 64, 128, 512)
 
 
 @dataclass(slots=True)
@@ -57,28 +56,28 @@ class TritonCache:
     @classmethod
     def allocate(
         cls,
-        model: DecoderConfig,
+        mixers: list[Attention],
         num_blocks: int,
         config: EngineConfig,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "TritonCache":
-        shape = (2, model.num_kv_heads, num_blocks, config.block_size, model.head_dim)
         stored = _CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
+        bits8 = stored.itemsize == 1
 
-        def layer() -> PagedCache:
-            keys, values = torch.zeros(
-                shape, dtype=torch.uint8 if stored.itemsize == 1 else stored, device=device
-            ).view(stored)
+        def layer(mixer: Attention) -> PagedCache:
+            shape = (2, mixer.num_kv_heads, num_blocks, config.block_size, mixer.head_dim)
+            zeros = torch.zeros(shape, dtype=torch.uint8 if bits8 else stored, device=device)
+            keys, values = zeros.view(stored)
             scales = [
-                allocate_scales(num_blocks, config.block_size, model.num_kv_heads, device)
-                if stored.itemsize == 1
+                allocate_scales(num_blocks, config.block_size, mixer.num_kv_heads, device)
+                if bits8
                 else None
                 for _ in range(2)
             ]
             return PagedCache(keys, values, *scales)
 
-        return cls([layer() for _ in range(model.num_layers)], config.block_size)
+        return cls([layer(mixer) for mixer in mixers], config.block_size)
 
     def clear(self, blocks: list[int]) -> None:
         """Nothing: the attention kernel never reads behind a request's last token."""
@@ -94,115 +93,128 @@ class _Captured:
 
 
 class TritonDecoder:
-    """`decoder`'s weights, run by the kernels."""
+    """The weights of a TorchDecoder, run by the kernels."""
 
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
-        self.dtype, self.device = decoder.embedding.dtype, decoder.embedding.device
+    def __init__(self, weights: TorchDecoder, config: EngineConfig):
+        self.weights, self.config, self.model = weights, config, weights.model
+        self.dtype, self.device = weights.dtype, weights.device
+        self.sampler = DeviceSampler(self.model.vocab_size, config.max_num_seqs, self.device)
         self.captured: _Captured | None = None
 
-    def new_cache(self, num_blocks: int, config: EngineConfig) -> TritonCache:
-        return TritonCache.allocate(
-            self.decoder.config, num_blocks, config, self.dtype, self.device
-        )
+    @property
+    def report(self) -> KernelReport:
+        return self.weights.report
 
-    def capture(
-        self, record: Record, cache: TritonCache, max_num_seqs: int, max_model_len: int
-    ) -> None:
+    @property
+    def weight_bytes(self) -> int:
+        return self.weights.weight_bytes
+
+    def new_cache(self, num_blocks: int) -> TritonCache:
+        mixers = [layer.spec.mixer for layer in self.weights.layers]
+        return TritonCache.allocate(mixers, num_blocks, self.config, self.dtype, self.device)
+
+    def warm_up(self, cache: TritonCache, max_model_len: int) -> None:
+        """Prompts of each size that the products have a path of their own for, then graphs of decode steps. Compiled
+        kernels stay on disk, so this takes seconds once and milliseconds from then on."""
+        for tokens in _WARM_UP_TOKENS:
+            count = min(tokens, self.config.max_num_batched_tokens, max_model_len)
+            batch = Batch.of_one([1] * count, cache.block_size)
+            self.forward(batch, self.new_cache(batch.num_blocks))
+        self.capture(CudaRecorder(self.device), cache, max_model_len)
+
+    def capture(self, record: Record, cache: TritonCache, max_model_len: int) -> None:
         """From now on, steps of decodes over `cache` come from graphs."""
+        capacity = self.config.max_num_seqs
         static = StaticBatch(
-            max_num_seqs, -(-max_model_len // cache.block_size), cache.block_size, self.device
+            capacity, -(-max_model_len // cache.block_size), cache.block_size, self.device
         )
         graphs = DecodeGraphs(
-            max_num_seqs, record, lambda size: self._hidden_states(static.view(size), cache)
+            capacity, record, lambda size: self._hidden_states(static.view(size), cache)
         )
         self.captured = _Captured(graphs, static, cache)
 
-    def forward(
-        self,
-        items: list[ScheduledRequest],
-        cache: TritonCache,
-        previous: SampledTokens | None = None,
-    ) -> Tensor:
-        """Compute the items' tokens (decodes first), writing their keys and values to the cache. Returns the hidden
-        states of all [T, hidden] after the final norm; those of a graph are overwritten by its next replay."""
-        hidden = self._replayed(items, cache, previous)
-        if hidden is not None:
-            return hidden
-        return self._hidden_states(upload(items, cache.block_size, previous, self.device), cache)
+    def forward(self, batch: Batch, cache: TritonCache, hidden: Tensor | None = None) -> Tensor:
+        """As Decoder.forward; what comes from a graph is overwritten by its next replay."""
+        replayed = self._replayed(batch, cache) if hidden is None else None
+        if replayed is not None:
+            return replayed
+        return self._hidden_states(upload(batch, self.sampler.previous, self.device), cache, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows [R, hidden] of what `forward` gave -> float32 [R, vocab]."""
-        return self.decoder.lm_head(hidden).float()
+        if self.weights.head is None:
+            raise ValueError("these are not the model's last layers")
+        return soft_cap(self.weights.head(hidden).float(), self.model.final_soft_cap)
 
-    def _replayed(
-        self, items: list[ScheduledRequest], cache: TritonCache, previous: SampledTokens | None
-    ) -> Tensor | None:
+    def sample(
+        self, logits: Tensor, requests: list[Request], result: StepResult
+    ) -> StepResult | PendingStep:
+        """On the device whatever it can; a step with a request that wants log-probabilities is waited for."""
+        here = [row for row, request in enumerate(requests) if _wants_logprobs(request)]
+        if not here:
+            return self.sampler.launch(logits, requests, result)
+        there = [row for row in range(len(requests)) if row not in here]
+        sample(logits[here], [requests[row] for row in here], result)
+        step = self.sampler.launch(logits[there], [requests[row] for row in there], result)
+        return step.result()
+
+    def _replayed(self, batch: Batch, cache: TritonCache) -> Tensor | None:
         """The hidden states from a graph; None where there is none for this step."""
         captured = self.captured
-        if (
-            captured is None
-            or cache is not captured.cache
-            or any(item.num_tokens > 1 for item in items)
-        ):
+        if captured is None or cache is not captured.cache or batch.num_decodes < len(batch):
             return None
-        size = captured.graphs.size_for(len(items))
+        size = captured.graphs.size_for(len(batch))
         if size is None:
             return None
-        captured.static.load(items, size, previous)
+        captured.static.load(batch, size, self.sampler.previous)
         hidden = captured.graphs.replay(size)
-        return None if hidden is None else hidden[: len(items)]
+        return None if hidden is None else hidden[: len(batch)]
 
-    def _hidden_states(self, batch: DeviceBatch, cache: TritonCache) -> Tensor:
-        decoder, config = self.decoder, self.decoder.config
-        x = F.embedding(batch.token_ids, decoder.embedding)
-        if config.embedding_scale != 1.0:
-            x = x * torch.tensor(config.embedding_scale, dtype=x.dtype)
-        residual, paged = x, self._paged(batch, cache)
-        hidden, _ = rms_norm(x, decoder.layers[0].input_norm.weight, config.rms_norm_eps)
-        following = [layer.input_norm for layer in decoder.layers[1:]] + [decoder.norm]
-        for index, (layer, next_norm) in enumerate(zip(decoder.layers, following, strict=True)):
-            mixed = self._attention(layer, index, hidden, batch, cache.layers[index], paged)
-            hidden, _ = rms_norm(
-                mixed,
-                layer.mlp_norm.weight,
-                config.rms_norm_eps,
-                residual,
-                post_weight=_weight(layer.post_attention_norm),
-            )
-            inner, _ = gated(layer.gate_up(hidden), config.activation)
-            hidden, _ = rms_norm(
-                layer.down(inner),
-                next_norm.weight,
-                config.rms_norm_eps,
-                residual,
-                post_weight=_weight(layer.post_mlp_norm),
-            )
-        return hidden
-
-    def _paged(self, batch: DeviceBatch, cache: TritonCache) -> PagedBatch:
-        return PagedBatch(
+    def _hidden_states(
+        self, batch: DeviceBatch, cache: TritonCache, hidden: Tensor | None = None
+    ) -> Tensor:
+        weights, eps = self.weights, self.model.norm_eps
+        given = None if hidden is None else hidden.to(self.device, self.dtype, copy=True)
+        residual = self._embed(batch) if given is None else given  # norms add to it
+        paged = PagedBatch(
             batch.tables,
             batch.starts,
             batch.lengths,
             batch.num_decodes,
             max_context=batch.tables.shape[1] * cache.block_size,
         )
+        h, _ = rms_norm(residual.clone(), _weight(weights.layers[0].before_mixer), eps)
+        following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
+        for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
+            mixed = self._attention(layer, h, batch, pages, paged)
+            after = _weight(layer.after_mixer)
+            h, _ = rms_norm(mixed, _weight(layer.before_mlp), eps, residual, post_weight=after)
+            inner, _ = gated(layer.gate_up(h), layer.spec.mlp.activation)
+            mixed, after = layer.down(inner), layer.after_mlp
+            if next_norm is None:  # more layers follow elsewhere
+                return residual + (mixed if after is None else after(mixed))
+            h, _ = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after))
+        return h
+
+    def _embed(self, batch: DeviceBatch) -> Tensor:
+        if self.weights.embedding is None:
+            raise ValueError("these are not the model's first layers")
+        x = F.embedding(batch.token_ids, self.weights.embedding)
+        if self.model.embedding_scale != 1.0:
+            x = x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)
+        return x
 
     def _attention(
         self,
-        layer: DecoderLayer,
-        index: int,
+        layer: TorchLayer,
         hidden: Tensor,
         batch: DeviceBatch,
         cache: PagedCache,
         paged: PagedBatch,
     ) -> Tensor:
-        config = self.decoder.config
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = layer.qkv(hidden).view(-1, heads + 2 * kv_heads, dim)
-        table = self.decoder.rope[config.layer_types[index]]
-        pages = Pages(cache.keys, cache.values, cache.key_scales, cache.value_scales)
+        mixer = layer.spec.mixer
+        heads = mixer.num_heads
+        qkv = layer.qkv(hidden).view(-1, heads + 2 * mixer.num_kv_heads, mixer.head_dim)
+        table = self.weights.ropes[mixer.rope]
         rope_and_cache(
             qkv,
             heads,
@@ -210,14 +222,18 @@ class TritonDecoder:
             table.sin,
             batch.positions,
             batch.slots,
-            pages,
+            Pages(cache.keys, cache.values, cache.key_scales, cache.value_scales),
             q_weight=_weight(layer.q_norm),
             k_weight=_weight(layer.k_norm),
-            eps=config.rms_norm_eps,
+            eps=self.model.norm_eps,
         )
-        spec = AttentionSpec(config.attention_scale or dim**-0.5, config.window(index))
+        spec = AttentionSpec(mixer.scale, mixer.window, mixer.soft_cap, layer.sinks)
         return layer.o(paged_attention(qkv[:, :heads], cache, paged, spec).flatten(1))
 
 
 def _weight(norm) -> Tensor | None:
     return None if norm is None else norm.weight
+
+
+def _wants_logprobs(request: Request) -> bool:
+    return request.params.logprobs is not None or request.params.prompt_logprobs is not None

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nibble.engine.backends.cpp.decoder import NativeDecoder
+from nibble.architectures.base import Attention
+from nibble.engine.backends.batch import Batch
+from nibble.engine.backends.cpp.decoder import CppDecoder
 from nibble.engine.backends.torch import decoder
 from nibble.engine.backends.torch.attention import paged_attention
 from nibble.engine.config import EngineConfig
@@ -29,7 +31,10 @@ def make_runner(folder: Path, **more) -> Runner:
     )
 
 
-@pytest.fixture(scope="module", params=list(models.CONFIGS))
+NOT_TAKEN = {"gemma2"}  # soft caps: torch's operators serve it
+
+
+@pytest.fixture(scope="module", params=sorted(set(models.CONFIGS) - NOT_TAKEN))
 def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     models.build(request.param, folder)
@@ -39,7 +44,7 @@ def folder(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=["auto", "int8"])
 def runner(request, folder: Path) -> Runner:
     runner = make_runner(folder, num_threads=2, kv_cache_dtype=request.param)
-    assert isinstance(runner.model, NativeDecoder)
+    assert isinstance(runner.model, CppDecoder)
     return runner
 
 
@@ -104,7 +109,9 @@ def test_logits_of_decoding_are_those_of_the_prompt(runner: Runner) -> None:
     ids = prompt(60, seed=5)
     request = make_request(ids, list(range(10)))
     rows = [
-        runner.model.logits(runner._forward([ScheduledRequest(request, i, 1)], runner.cache))
+        runner.model.logits(
+            runner.model.forward(Batch([ScheduledRequest(request, i, 1)], 16), runner.cache)
+        )
         for i in range(60)
     ]
     assert torch.equal(torch.cat(rows), runner.logits(ids))
@@ -118,12 +125,13 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
     bfloat16 does."""
     ids = prompt(150)
 
-    def attend(qkv: torch.Tensor, num_heads: int, *rest: object) -> torch.Tensor:
+    def attend(qkv: torch.Tensor, spec: Attention, *rest: object) -> torch.Tensor:
+        num_heads = spec.num_heads
         kv = qkv[:, num_heads:].float()
         scale = kv.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
         return paged_attention(
             torch.cat([qkv[:, :num_heads], (kv / scale).round().mul(scale).to(qkv.dtype)], 1),
-            num_heads,
+            spec,
             *rest,
         )
 
@@ -135,7 +143,7 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
 
 
 def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
-    dim = make_runner(folder).model_config.head_dim
+    dim = make_runner(folder).spec.layers[0].mixer.head_dim
     tokens = {
         kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")
     }
@@ -180,7 +188,7 @@ def test_prompt_logprobs(runner: Runner) -> None:
 
 def test_what_cannot_be_served_is_refused_in_words(tmp_path: Path) -> None:
     models.build("llama", tmp_path)
-    assert not isinstance(make_runner(tmp_path, block_size=4).model, NativeDecoder)
+    assert not isinstance(make_runner(tmp_path, block_size=4).model, CppDecoder)
     with pytest.raises(UserError, match="avx9"):
         make_runner(tmp_path, cpu_isa="avx9")
     with pytest.raises(UserError, match="int9"):

@@ -138,7 +138,7 @@ def test_torch_int4_kernels_stay_within_bfloat16(tmp_path, kind: str) -> None:
     runner = Runner(
         EngineConfig(model=str(tmp_path), dtype="bfloat16", kv_cache_memory=1 << 23, cpu_isa="none")
     )
-    assert "cpu-torch-int4" in runner.kernels.used
+    assert "cpu-torch-int4" in runner.model.report.used
     assert (runner.logits(IDS) - exact).norm() <= 2 * theirs
 
 
@@ -156,5 +156,5 @@ def test_cpp_kernels_stay_within_bfloat16(tmp_path, kind: str) -> None:
                 cpu_activations=activations,
             )
         )
-        assert runner.kernels.used.total() == 4 * 7 + 1
+        assert runner.model.report.used.total() == 4 * 7 + 1
         assert (runner.logits(IDS) - exact).norm() <= factor * theirs

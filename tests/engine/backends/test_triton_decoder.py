@@ -1,7 +1,6 @@
 """The Triton decoder, its sampler and its graphs in Triton's interpreter, against the torch decoder and the host's
 sampler. A recorded graph is here a call that is made again over the same tensors, which is what a replay is."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nibble.engine.backends.choose import why_torch
-from nibble.engine.backends.triton.decoder import TritonDecoder, why_not
+from nibble.engine.backends.base import HostSampling, Target
+from nibble.engine.backends.choose import assign
+from nibble.engine.backends.triton.decoder import TritonDecoder
 from nibble.engine.backends.triton.graphs import DecodeGraphs, graph_sizes
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
@@ -60,15 +60,12 @@ def again(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 def triton_runner(folder: Path, cache: str = "auto", **options) -> Runner:
     """What the runner makes of itself on a CUDA device."""
     runner = torch_runner(folder, **options)
-    runner.config = EngineConfig(
-        **{
-            **{f: getattr(runner.config, f) for f in runner.config.__struct_fields__},
-            "kv_cache_dtype": cache,
-        }
-    )
-    runner.model = TritonDecoder(runner.model)
-    runner.cache = runner.model.new_cache(runner.num_blocks, runner.config)
-    runner._overlap(again)
+    fields = {name: getattr(runner.config, name) for name in runner.config.__struct_fields__}
+    runner.config = EngineConfig(**{**fields, "kv_cache_dtype": cache})
+    runner.model = TritonDecoder(runner.model, runner.config)
+    runner.cache = runner.model.new_cache(runner.num_blocks)
+    with torch.inference_mode():
+        runner.model.capture(again, runner.cache, runner.max_model_len)
     return runner
 
 
@@ -160,7 +157,9 @@ def test_sampling_is_that_of_the_host(small, host_too: bool) -> None:
         asked.insert(2, (prompt(4, 9), {"temperature": 0.9, "seed": 5, "logprobs": 2}))
     runner = triton_runner(small)
     there = generate(runner, asked)
-    runner.sampler = None
+    runner.model.sample = lambda logits, requests, result: HostSampling().sample(
+        logits, requests, result
+    )
     assert generate(runner, asked) == there
 
 
@@ -177,7 +176,7 @@ def test_a_step_is_open_until_it_is_asked_for(small) -> None:
 def test_logits_that_are_not_numbers_fail_one_request(small) -> None:
     runner = triton_runner(small)
     with torch.inference_mode():
-        runner.model.decoder.embedding[7] = float("nan")
+        runner.model.weights.embedding[7] = float("nan")
     core = EngineCore(runner.config, runner)
     core.add(AddRequest("good", [3, 4, 5], SamplingParams(temperature=0.0, max_tokens=4)))
     core.add(AddRequest("bad", [3, 7, 5], SamplingParams(temperature=0.0, max_tokens=4)))
@@ -209,9 +208,8 @@ def test_sizes_of_graphs() -> None:
 
 
 def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
-    model = torch_runner(small).model_config
-    assert why_not(model) is None
-    assert "8 dimensions" in why_not(dataclasses.replace(model, head_dim=8))
+    model = torch_runner(small).spec
+    config = EngineConfig(model="")
     for cc, dtype, reason in (
         (90, torch.float32, "16-bit"),
         (75, torch.bfloat16, "8.0"),
@@ -219,10 +217,8 @@ def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
         (75, torch.float16, None),
     ):
         monkeypatch.setattr(linear, "cuda_capability", lambda device, cc=cc: cc)
-        said = why_torch(EngineConfig(model=""), model, dtype, torch.device("cuda"))
-        assert said is None if reason is None else reason in said
-    assert why_torch(
-        EngineConfig(model="", cpu_isa="none"), model, torch.float16, torch.device("cpu")
-    )
+        assignment = assign(Target(config, dtype, torch.device("cuda")), model)
+        assert assignment.refused is None if reason is None else reason in str(assignment.refused)
+        assert assignment.runs[0].backend.name == ("torch" if reason else "triton")
     with pytest.raises(UserError, match="fp8 needs a CUDA device"):
         torch_runner(small, kv_cache_dtype="fp8")

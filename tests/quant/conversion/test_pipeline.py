@@ -1,12 +1,13 @@
 """Conversions of tiny models from end to end: what is on disk is what was computed, and nothing half-done stays."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nibble.architectures.layer_map import LAYER_MAPS, layer_map
+from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
 from nibble.quant.checkpoint import open_checkpoint
@@ -14,7 +15,7 @@ from nibble.quant.checkpoint.writer import dequantize_checkpoint
 from nibble.quant.conversion import calibration
 from nibble.quant.conversion.blocks import BlockSource
 from nibble.quant.conversion.folding import fold_block
-from nibble.quant.conversion.pipeline import convert, convert_with_report
+from nibble.quant.conversion.pipeline import convert, convert_with_report, dry_run
 from nibble.quant.conversion.plan import Recipe, make_plan
 from nibble.quant.weight import QuantizedWeight
 
@@ -96,12 +97,15 @@ def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
 
 VARIANTS = {
     "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {}, "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
+               "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3_text": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32,
                     "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": None},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", sorted(LAYER_MAPS))
+@pytest.mark.parametrize("model_type", sorted(entry.model_type for entry in ARCHITECTURES))
 @torch.no_grad()
 def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
     make_checkpoint, model_type
@@ -128,11 +132,13 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
 
 def _check_folds(source, block, hidden, kwargs, want):
     """Folding leaves the block's function alone, and makes every rounded linear no worse."""
-    sites = [stage[0] for stage in source.map.stages]
-    inputs = calibration.input_statistics(block, hidden, kwargs, sites)
-    grids = {name: (4, 32, False) for stage in source.map.stages for name in stage}
+    groups, folds = source.groups(0), source.folds(0)
+    inputs = calibration.input_statistics(block, hidden, kwargs, [group[0] for group in groups])
+    grids = {name: (4, 32, False) for group in groups for name in group}
     before = {name: p.clone() for name, p in block.named_parameters()}
-    gains = fold_block(block, source.map, inputs, grids, torch.bfloat16)
+    gains = fold_block(
+        block, folds, inputs, grids, torch.bfloat16, 1.0 if source.spec.norm_offset else 0.0
+    )
     assert len(gains) == 4 and all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
     assert any(not torch.equal(p, before[name]) for name, p in block.named_parameters())
     torch.testing.assert_close(run(block, hidden, kwargs), want, rtol=1e-3, atol=1e-3)
@@ -150,7 +156,7 @@ def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_produce(d
     hidden = source.embed(torch.arange(3, 67).reshape(4, 16))
     kwargs = source.keyword_arguments(hidden[:1])[0]
     block = source.load(0)
-    sites = [stage[0] for stage in source.map.stages]
+    sites = [group[0] for group in source.groups(0)]
     met = {}
 
     def damage(site, hessian):
@@ -214,9 +220,22 @@ def test_impossible_recipes_are_refused(method, bits, group_size):
         Recipe.of(method, bits, group_size)
 
 
-def test_unknown_architecture_is_named():
-    with pytest.raises(UnsupportedError, match="mamba"):
-        layer_map("mamba")
+def test_what_nothing_could_serve_is_not_converted(dense, tmp_path):
+    """One table for serving and converting, asked before anything is read, by a dry run too."""
+    for change, said in (
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+        ({"hidden_act": "relu2"}, "relu2"),
+    ):
+        folder = shutil.copytree(dense, tmp_path / "model", dirs_exist_ok=True)
+        config = json.loads((dense / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UnsupportedError, match=said):
+            dry_run(folder, tmp_path / "out", Recipe.of("awq"))
+        with pytest.raises(UnsupportedError, match=said):
+            convert(folder, tmp_path / "out", "awq")
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_plan_for_widths_of_smollm2(make_checkpoint):

@@ -220,7 +220,7 @@ def test_activations_beyond_the_bound_go_to_disk(dense, tmp_path, monkeypatch):
 @torch.no_grad()
 def test_a_block_run_in_parts_sees_and_gives_what_it_does_at_once(dense):
     source = BlockSource(open_checkpoint(dense), torch.device("cpu"))
-    sites = [stage[0] for stage in source.map.stages]
+    sites = [group[0] for group in source.groups(0)]
     results = []
     for at_once in (None, 3):
         hidden, block, met = source.embed(torch.arange(3, 83).reshape(5, 16)), source.load(0), {}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nibble.architectures.llama import llama3_divisors
 from nibble.errors import CheckpointError, UnsupportedError
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.side_files import copy_side_files
 from nibble.quant.checkpoint.writer import dequantize_checkpoint, write_json
-from nibble.quant.formats.gguf.model import llama3_divisors
 from nibble.quant.weight import QuantizedWeight
 
 F32, Q4_0, Q8_0 = (

@@ -1,0 +1,47 @@
+"""What a family is called in a GGUF file, and how its config.json is made from the metadata.
+
+What llama.cpp's converter changes (convert_hf_to_gguf.py) is said here by family and undone by quant/formats/gguf.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GgufSource(Protocol):
+    """What a family reads of a GGUF file."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+    def number(self, key: str, default: Any = None) -> Any: ...
+
+    def rows(self, name: str) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """GGUF names of a layer's norms, its part of config.json, and what the converter did to its tensors."""
+
+    norms: dict[str, str]  # GGUF stem -> name within the layer
+    config: Callable[[GgufSource, dict[str, Any]], dict[str, Any]]
+    interleaved_heads: bool = False  # rows of q and k, weights and biases, are in llama.cpp's order
+    norm_offset: float = 0.0  # norms are stored as w + this
+
+
+def tidy(value: float) -> float:
+    """The short decimal that a float32 in the metadata was written from (1e-05, not 9.999999747378752e-06)."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,73 @@
+"""Batch: a step's tokens side by side, as every backend takes them. Plain lists; each backend moves what it needs.
+
+Decodes (one token a request) lie first, then the chunks:
+
+    token_ids, positions, slot_mapping   [T]     slot: block * block_size + offset in the KV cache
+    query_start_loc                      [S+1]   where each request's tokens begin
+    seq_lens                             [S]     tokens it has then, these included
+    block_tables                         [S][*]  its KV blocks
+"""
+
+import itertools
+from functools import cached_property
+
+from ..request import Request, SamplingParams
+from ..scheduling.batch import ScheduledRequest
+
+
+class Batch:
+    """What one step computes. Lists are made when a backend first asks for them."""
+
+    def __init__(self, items: list[ScheduledRequest], block_size: int):
+        """items: those of a ScheduledBatch, in any order."""
+        self.items = sorted(items, key=lambda item: item.num_tokens > 1)  # decodes first; stable
+        self.block_size = block_size
+
+    def __len__(self) -> int:
+        """Requests."""
+        return len(self.items)
+
+    @classmethod
+    def of_one(
+        cls, token_ids: list[int], block_size: int, start: int = 0, num_tokens: int | None = None
+    ) -> "Batch":
+        """Tokens start .. start + num_tokens (None: to the end) of a sequence that has the first blocks of a cache."""
+        blocks = list(range(-(-len(token_ids) // block_size)))
+        request = Request(
+            "scratch", token_ids, SamplingParams(), frozenset(), seed=0, block_table=blocks
+        )
+        count = len(token_ids) - start if num_tokens is None else num_tokens
+        return cls([ScheduledRequest(request, start, count)], block_size)
+
+    @property
+    def num_blocks(self) -> int:
+        """Of all requests."""
+        return sum(map(len, self.block_tables))
+
+    @cached_property
+    def num_decodes(self) -> int:
+        return sum(item.num_tokens == 1 for item in self.items)
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        return [token for item in self.items for token in item.token_ids]
+
+    @cached_property
+    def positions(self) -> list[int]:
+        return [position for item in self.items for position in range(item.start, item.end)]
+
+    @cached_property
+    def slot_mapping(self) -> list[int]:
+        return [slot for item in self.items for slot in item.slots(self.block_size)]
+
+    @cached_property
+    def query_start_loc(self) -> list[int]:
+        return [0, *itertools.accumulate(item.num_tokens for item in self.items)]
+
+    @cached_property
+    def seq_lens(self) -> list[int]:
+        return [item.end for item in self.items]
+
+    @cached_property
+    def block_tables(self) -> list[list[int]]:
+        return [item.request.block_table for item in self.items]

@@ -1,0 +1,71 @@
+"""The Triton backend: which layers its kernels compute where. Weights are loaded as torch's are."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ....architectures.base import LayerSpec, ModelSpec
+from ....kernels.gptq.linear import why_no_triton
+from ....quant.checkpoint import Checkpoint
+from ..base import Progress, Target, unknown_feature
+from ..torch.loader import TorchBackend
+
+if TYPE_CHECKING:
+    from .decoder import TritonDecoder
+
+_MAX_NORM_WIDTH = 32768  # kernels/fused/norm.py: a row in the registers of one program
+
+
+@dataclass(frozen=True, slots=True)
+class TritonBackend:
+    """Triton's kernels and CUDA graphs, in 16 bits on a CUDA device."""
+
+    target: Target
+    name = "triton"
+    features = frozenset(
+        {
+            "model",
+            "model.norm_offset",
+            "model.embedding_scale",
+            "model.final_soft_cap",
+            "layer",
+            "norms",
+            "norms.after_mixer",
+            "norms.after_mlp",
+            "attention",
+            "attention.window",
+            "attention.qk_norm",
+            "attention.soft_cap",
+            "attention.sinks",
+            "rope",
+            "rope.scaling=default",
+            "rope.scaling=linear",
+            "rope.scaling=llama3",
+            "gated_mlp",
+            "gated_mlp.activation=silu",
+            "gated_mlp.activation=gelu_tanh",
+        }
+    )
+
+    def unavailable(self) -> str | None:
+        if self.target.device.type != "cuda":
+            return f"runs on a CUDA device, not on {self.target.device.type}"
+        return why_no_triton(self.target.device, self.target.dtype)
+
+    def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
+        if reason := unknown_feature(self.features, layer, model):
+            return reason
+        if not 16 <= layer.mixer.head_dim <= 256 or layer.mixer.head_dim % 2:
+            return f"has no attention for heads of {layer.mixer.head_dim} dimensions"
+        if model.hidden_size > _MAX_NORM_WIDTH:
+            return f"has no norm for a hidden size of {model.hidden_size}"
+        return None
+
+    def load(
+        self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
+    ) -> "TritonDecoder":
+        from .decoder import (
+            TritonDecoder,
+        )  # imports Triton, which a machine without a GPU need not have
+
+        weights = TorchBackend(self.target).load(checkpoint, model, layers, progress)
+        return TritonDecoder(weights, self.target.config)

@@ -1,0 +1,111 @@
+"""ModelWeights: a checkpoint's tensors as a ModelSpec names them, each checked against the shape that it implies.
+
+Backends lay out what comes from here; none of them knows a tensor's name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...architectures.base import LinearGroup, ModelSpec
+from ...errors import CheckpointError
+from ...quant.checkpoint import Checkpoint
+from ...quant.weight import QuantizedWeight
+
+Weight = QuantizedWeight | Tensor
+_FIX = "config.json and the weights are not of one model"
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear of a group: weight [out, in], bias [out] or None."""
+
+    weight: Weight
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """Reads lazily: nothing is held."""
+
+    checkpoint: Checkpoint
+    model: ModelSpec
+
+    def check(self) -> None:
+        """The tensors outside the layers, from headers alone: a wrong file is refused in no time. CheckpointError."""
+        model = self.model
+        self._check_shape(f"{model.prefix}norm.weight", (model.hidden_size,))
+        if not self.checkpoint.is_quantized(f"{model.prefix}embed_tokens"):
+            self._check_shape(
+                f"{model.prefix}embed_tokens.weight", (model.vocab_size, model.hidden_size)
+            )
+        if not (model.tie_word_embeddings or self._has_head):
+            raise CheckpointError(
+                "is missing, and config.json does not tie it to the embedding",
+                file=self.checkpoint.path,
+                tensor="lm_head.weight",
+                fix="set tie_word_embeddings if it is, or get the complete model",
+            )
+
+    def embedding(self, dtype: torch.dtype) -> Tensor:
+        """[vocab_size, hidden_size]"""
+        return self.checkpoint.dense(f"{self.model.prefix}embed_tokens", dtype)
+
+    def norm(self, name: str, width: int) -> Tensor:
+        """What a normed vector is multiplied by, float32 [width]. name: of the module."""
+        self._check_shape(f"{name}.weight", (width,))
+        weight = self.checkpoint.tensor(f"{name}.weight").float()
+        return weight + 1.0 if self.model.norm_offset else weight
+
+    def vector(self, name: str, width: int) -> Tensor:
+        """A tensor that is no module's, float32 [width]."""
+        self._check_shape(name, (width,))
+        return self.checkpoint.tensor(name).float()
+
+    def final_norm(self) -> Tensor:
+        return self.norm(f"{self.model.prefix}norm", self.model.hidden_size)
+
+    def group(self, layer: int, group: LinearGroup) -> list[Linear]:
+        """The linears of a group of one layer."""
+        linears = []
+        for name, out in zip(group.modules, group.out_features, strict=True):
+            module = f"{self.model.layer_name(layer)}.{name}"
+            weight = self._linear(module, (out, group.in_features))
+            linears.append(Linear(weight, self.checkpoint.bias(module)))
+        return linears
+
+    def head(self, embedding: Tensor) -> Linear:
+        """An output head of its own, a tied quantized one, or the embedding itself."""
+        if self._has_head:
+            shape = (self.model.vocab_size, self.model.hidden_size)
+            return Linear(self._linear("lm_head", shape), self.checkpoint.bias("lm_head"))
+        tied = f"{self.model.prefix}embed_tokens"
+        quantized = self.checkpoint.is_quantized(tied)
+        return Linear(self.checkpoint.linear(tied) if quantized else embedding, None)
+
+    @property
+    def _has_head(self) -> bool:
+        return self.checkpoint.has("lm_head.weight") or "lm_head" in self.checkpoint.modules()
+
+    def _linear(self, module: str, shape: tuple[int, int]) -> Weight:
+        weight = self.checkpoint.linear(module)
+        dense = isinstance(weight, Tensor)
+        found = tuple(weight.shape) if dense else (weight.out_features, weight.in_features)
+        if found != shape:
+            raise self._error(f"{module}.weight", found, shape)
+        return weight
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self.checkpoint.has(name):
+            raise CheckpointError("is missing", file=self.checkpoint.path, tensor=name, fix=_FIX)
+        if (found := tuple(self.checkpoint.shape(name))) != shape:
+            raise self._error(name, found, shape)
+
+    def _error(self, name: str, found: tuple[int, ...], want: tuple[int, ...]) -> CheckpointError:
+        return CheckpointError(
+            f"has shape {found}, config.json implies {want}",
+            file=self.checkpoint.path,
+            tensor=name,
+            fix=_FIX,
+        )

@@ -1,0 +1,148 @@
+"""config.json -> ModelSpec: what transformers would compute, or one clear line. Logits: tests/engine/test_runner.py."""
+
+import pytest
+
+from nibble.architectures.base import (
+    Attention,
+    GatedMlp,
+    LayerSpec,
+    ModelSpec,
+    Norms,
+    Rope,
+    features,
+)
+from nibble.architectures.registry import ARCHITECTURES, find, model_spec
+from nibble.errors import CheckpointError, UnsupportedError, UserError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "hidden_act": "silu",
+}
+QWEN = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+GEMMA3 = LLAMA | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "hidden_act": None,
+}
+
+
+def windows(config: dict) -> list[int | None]:
+    return [layer.mixer.window for layer in model_spec(config).layers]
+
+
+def test_qwen_has_its_window_from_max_window_layers_on() -> None:
+    """As transformers' Qwen2Config without layer_types: 0.7 of the logits' norm if every layer had it."""
+    sliding = QWEN | {"use_sliding_window": True, "sliding_window": 8}
+    assert windows(sliding | {"max_window_layers": 3}) == [None, None, None, 8]
+    assert windows(sliding | {"max_window_layers": 0}) == [8] * 4
+    assert windows(sliding) == [None] * 4  # 28 layers without
+    assert windows(sliding | {"use_sliding_window": False, "max_window_layers": 0}) == [None] * 4
+    types = ["sliding_attention", "full_attention"] * 2
+    assert windows(sliding | {"layer_types": types}) == [8, None] * 2
+
+
+def test_mistral_has_a_window_of_4096_unless_it_says_null() -> None:
+    assert windows(MISTRAL) == [4096] * 4
+    assert windows(MISTRAL | {"sliding_window": None}) == [None] * 4
+    assert windows(MISTRAL | {"sliding_window": 7}) == [7] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, want a positive integer"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers is '4', want a positive integer"),
+        ({"num_attention_heads": None}, "num_attention_heads is missing"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', want a number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', want true or false"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs factor"),
+        ({"rope_parameters": [1]}, "no JSON object"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_that_names_the_field(change: dict, said: str) -> None:
+    with pytest.raises(UserError, match="config.json") as error:
+        model_spec(LLAMA | change)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_layer_types_are_known_and_one_for_each_layer() -> None:
+    qwen = QWEN | {"use_sliding_window": True, "sliding_window": 8}
+    with pytest.raises(UnsupportedError, match="'chunked_attention' is not supported"):
+        model_spec(qwen | {"layer_types": ["chunked_attention"] * 4})
+    with pytest.raises(CheckpointError, match="3 entries for 4 layers"):
+        model_spec(qwen | {"layer_types": ["full_attention"] * 3})
+
+
+def test_bidirectional_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="use_bidirectional_attention"):
+        model_spec(GEMMA3 | {"use_bidirectional_attention": True})
+
+
+def test_the_architecture_is_looked_up_in_one_table() -> None:
+    assert find({"model_type": "qwen3"}).name == "Qwen3ForCausalLM"
+    assert (
+        find({"architectures": ["LlamaForCausalLM"], "model_type": "internlm3"}).name
+        == "LlamaForCausalLM"
+    )
+    with pytest.raises(
+        UnsupportedError, match=r"MambaForCausalLM is not supported.*LlamaForCausalLM"
+    ):
+        find({"architectures": ["MambaForCausalLM"], "model_type": "llama"})
+    with pytest.raises(UnsupportedError, match="LlamaForSequenceClassification"):
+        find({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"})
+    with pytest.raises(UnsupportedError, match="model_type 'mamba'"):
+        find({"model_type": "mamba"})
+    assert len({entry.name for entry in ARCHITECTURES}) == len(ARCHITECTURES)
+
+
+def test_rope_scaling_is_read_in_both_spellings() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    old = LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **scaling}}
+    new = LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}}
+    ropes = {model_spec(config).layers[0].mixer.rope for config in (old, new)}
+    assert len(ropes) == 1 and ropes.pop().theta == 5e5
+
+
+def test_features_name_kinds_choices_and_what_differs_from_its_default() -> None:
+    plain = Attention(4, 2, 16, 0.25, Rope(1e4))
+    mlp = GatedMlp(96, "silu")
+    layer = LayerSpec(plain, mlp)
+    plain_features = features(layer)
+    assert plain_features == {
+        "layer",
+        "norms",
+        "attention",
+        "rope",
+        "rope.scaling=default",
+        "gated_mlp",
+        "gated_mlp.activation=silu",
+    }
+    other = LayerSpec(
+        Attention(4, 2, 16, 0.25, Rope(1e4, "yarn"), window=8, sinks=True),
+        GatedMlp(96, "gelu_tanh"),
+        Norms(before_mixer=None, after_mlp="x"),
+    )
+    assert features(other) - plain_features == {
+        "attention.window",
+        "attention.sinks",
+        "rope.scaling=yarn",
+        "gated_mlp.activation=gelu_tanh",
+        "norms.before_mixer=None",
+        "norms.after_mlp",
+    }
+    assert features(LayerSpec(plain, mlp, Norms(before_mlp="another_name"))) == plain_features
+    model = ModelSpec(64, 199, 256, 1e-6, (layer,), True, embedding_scale=8.0)
+    assert features(model) == {"model", "model.embedding_scale"}

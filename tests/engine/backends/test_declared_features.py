@@ -1,0 +1,269 @@
+"""Nothing is ever silently left out: every field and kind of a ModelSpec, on every backend, is computed as plain
+float64 arithmetic says, or refused in words.
+
+The walk is over the dataclasses themselves: a field that is added has no entry in CHANGES and fails here until it has.
+"""
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nibble.architectures import base
+from nibble.architectures.base import (
+    SANDWICH,
+    Attention,
+    GatedMlp,
+    LayerSpec,
+    ModelSpec,
+    Norms,
+    Rope,
+    features,
+)
+from nibble.architectures.registry import ARCHITECTURES
+from nibble.engine.backends.base import Backend, Target
+from nibble.engine.backends.batch import Batch
+from nibble.engine.backends.choose import assign, load_decoder
+from nibble.engine.backends.cpp.loader import CppBackend
+from nibble.engine.backends.torch.loader import TorchBackend
+from nibble.engine.backends.triton.loader import TritonBackend
+from nibble.engine.config import EngineConfig
+from nibble.errors import UnsupportedError
+from nibble.quant.checkpoint import FolderCheckpoint
+
+from .plain_decoder import plain_logits
+
+HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, LAYERS = 64, 96, 4, 2, 16, 199, 3
+LLAMA3 = (
+    ("factor", 8.0),
+    ("low_freq_factor", 1.0),
+    ("high_freq_factor", 4.0),
+    ("original_max_position_embeddings", 64.0),
+)
+ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
+LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
+MODEL = ModelSpec(HIDDEN, VOCAB, 256, 1e-6, (LAYER,) * LAYERS, False)
+
+
+def with_layers(**changes) -> ModelSpec:
+    return replace(MODEL, layers=(replace(LAYER, **changes),) * LAYERS)
+
+
+def with_attention(**changes) -> ModelSpec:
+    return with_layers(mixer=replace(ATTENTION, **changes))
+
+
+# (class, field) -> models in which it has another value than in MODEL
+CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
+    ("Rope", "theta"): [with_attention(rope=Rope(500.0))],
+    ("Rope", "scaling"): [
+        with_attention(rope=Rope(10000.0, "linear", (("factor", 4.0),))),
+        with_attention(rope=Rope(10000.0, "llama3", LLAMA3)),
+        with_attention(rope=Rope(10000.0, "yarn")),
+    ],
+    ("Rope", "parameters"): [with_attention(rope=Rope(10000.0, "linear", (("factor", 2.0),)))],
+    ("Attention", "num_heads"): [with_attention(num_heads=6)],
+    ("Attention", "num_kv_heads"): [with_attention(num_kv_heads=4)],
+    ("Attention", "head_dim"): [with_attention(head_dim=32), with_attention(head_dim=8)],
+    ("Attention", "scale"): [with_attention(scale=0.1)],
+    ("Attention", "rope"): [
+        replace(
+            MODEL,
+            layers=tuple(
+                replace(LAYER, mixer=replace(ATTENTION, rope=Rope(theta)))
+                for theta in (10000.0, 100.0, 1e6)
+            ),
+        )
+    ],
+    ("Attention", "window"): [with_attention(window=7)],
+    ("Attention", "qk_norm"): [with_attention(qk_norm=True)],
+    ("Attention", "soft_cap"): [with_attention(soft_cap=0.7)],
+    ("Attention", "sinks"): [with_attention(sinks=True)],
+    ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
+    ("GatedMlp", "activation"): [
+        with_layers(mlp=GatedMlp(INNER, "gelu_tanh")),
+        with_layers(mlp=GatedMlp(INNER, "relu2")),  # type: ignore[arg-type]
+    ],
+    ("Norms", "before_mixer"): [with_layers(norms=Norms(before_mixer=None))],
+    ("Norms", "after_mixer"): [with_layers(norms=SANDWICH)],
+    ("Norms", "before_mlp"): [with_layers(norms=Norms(before_mlp=None))],
+    ("Norms", "after_mlp"): [with_layers(norms=Norms(after_mlp="post_feedforward_layernorm"))],
+    ("LayerSpec", "mixer"): [  # layers that differ, so that backends must split them or refuse
+        replace(
+            MODEL, layers=(LAYER, replace(LAYER, mixer=replace(ATTENTION, soft_cap=0.7)), LAYER)
+        ),
+        replace(MODEL, layers=(LAYER, LAYER, replace(LAYER, mixer=replace(ATTENTION, sinks=True)))),
+    ],
+    ("LayerSpec", "mlp"): [
+        replace(MODEL, layers=(LAYER, LAYER, replace(LAYER, mlp=GatedMlp(48, "silu"))))
+    ],
+    ("LayerSpec", "norms"): [replace(MODEL, layers=(replace(LAYER, norms=SANDWICH), LAYER, LAYER))],
+    ("ModelSpec", "hidden_size"): [replace(MODEL, hidden_size=80)],
+    ("ModelSpec", "vocab_size"): [replace(MODEL, vocab_size=131)],
+    ("ModelSpec", "max_position_embeddings"): [replace(MODEL, max_position_embeddings=128)],
+    ("ModelSpec", "norm_eps"): [replace(MODEL, norm_eps=0.1)],
+    ("ModelSpec", "layers"): [replace(MODEL, layers=(LAYER,))],
+    ("ModelSpec", "tie_word_embeddings"): [replace(MODEL, tie_word_embeddings=True)],
+    ("ModelSpec", "norm_offset"): [replace(MODEL, norm_offset=True)],
+    ("ModelSpec", "embedding_scale"): [replace(MODEL, embedding_scale=3.0)],
+    ("ModelSpec", "final_soft_cap"): [replace(MODEL, final_soft_cap=0.5)],
+    ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
+}
+CASES = [
+    (f"{kind}.{name}", i, spec)
+    for (kind, name), specs in CHANGES.items()
+    for i, spec in enumerate(specs)
+]
+
+
+def test_every_field_has_a_case() -> None:
+    classes = [ModelSpec, LayerSpec, Norms, Attention, GatedMlp, Rope]
+    described = [
+        value
+        for value in vars(base).values()
+        if isinstance(value, type) and hasattr(value, "KIND") and value is not base.LinearGroup
+    ]
+    assert set(described) == set(classes), "a new kind needs cases of its own"
+    assert {(c.__name__, f.name) for c in classes for f in dataclasses.fields(c)} == set(CHANGES)
+
+
+def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
+    """Random float32 weights for everything that the spec names."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int, scale: float = 0.15) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    tensors = {
+        f"{spec.prefix}embed_tokens.weight": normal(spec.vocab_size, spec.hidden_size, scale=1.0),
+        f"{spec.prefix}norm.weight": 1 + normal(spec.hidden_size),
+    }
+    if not spec.tie_word_embeddings:
+        tensors["lm_head.weight"] = normal(spec.vocab_size, spec.hidden_size)
+    for index, layer in enumerate(spec.layers):
+        prefix = f"{spec.layer_name(index)}."
+        for group in spec.groups(index):
+            for name, out in zip(group.modules, group.out_features, strict=True):
+                tensors[f"{prefix}{name}.weight"] = normal(out, group.in_features)
+        for each in dataclasses.fields(layer.norms):
+            if (name := getattr(layer.norms, each.name)) is not None:
+                tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
+        if layer.mixer.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                tensors[f"{prefix}self_attn.{name}.weight"] = 1 + normal(layer.mixer.head_dim)
+        if layer.mixer.sinks:
+            tensors[f"{prefix}self_attn.sinks"] = normal(layer.mixer.num_heads, scale=1.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return FolderCheckpoint(folder)
+
+
+def target(folder: Path, dtype: torch.dtype, **options) -> Target:
+    config = EngineConfig(model=str(folder), prepared_cache=None, max_num_seqs=4, **options)
+    return Target(config, dtype, torch.device("cpu"))
+
+
+def prompt(spec: ModelSpec) -> list[int]:
+    return torch.randint(
+        0, spec.vocab_size, (41,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+
+
+def decoded_logits(decoder, ids: list[int]) -> torch.Tensor:
+    """The prompt in two chunks, then three tokens one by one."""
+    cache = decoder.new_cache(4)
+    rows = []
+    with torch.inference_mode():
+        for start, count in ((0, 20), (20, len(ids) - 23), *((len(ids) - n, 1) for n in (3, 2, 1))):
+            batch = Batch.of_one(ids, 16, start, count)
+            rows.append(decoder.logits(decoder.forward(batch, cache)))
+    return torch.cat(rows).double()
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize(("name", "i", "spec"), CASES, ids=[f"{name}-{i}" for name, i, _ in CASES])
+def test_a_model_is_computed_rightly_or_refused(
+    name: str, i: int, spec: ModelSpec, tmp_path: Path
+) -> None:
+    checkpoint, ids = checkpoint_of(spec, tmp_path / "model"), prompt(spec)
+    try:
+        plain = load_decoder(target(tmp_path, torch.float32, cpu_isa="none"), checkpoint, spec)
+    except UnsupportedError as refusal:
+        assert "does not compute" in str(refusal)
+        return
+    want = plain_logits(spec, checkpoint, ids)
+    assert error(decoded_logits(plain, ids), want) < 1e-5
+    rounded = load_decoder(target(tmp_path, torch.bfloat16, cpu_isa="none"), checkpoint, spec)
+    bound = 1.25 * error(decoded_logits(rounded, ids), want)
+    fast = load_decoder(target(tmp_path, torch.bfloat16), checkpoint, spec)
+    assert error(decoded_logits(fast, ids), want) <= bound
+
+
+@pytest.mark.parametrize(("name", "i", "spec"), CASES, ids=[f"{name}-{i}" for name, i, _ in CASES])
+def test_triton_computes_what_it_does_not_refuse(
+    name: str, i: int, spec: ModelSpec, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    from nibble.engine.backends.triton.decoder import TritonDecoder
+
+    backend = TritonBackend(target(tmp_path, torch.float16))
+    if any(backend.why_not(layer, spec) for layer in spec.layers):
+        return
+    checkpoint, ids = checkpoint_of(spec, tmp_path / "model"), prompt(spec)
+    torchs = TorchBackend(target(tmp_path, torch.float16)).load(
+        checkpoint, spec, range(spec.num_layers), lambda index: None
+    )
+    want = plain_logits(spec, checkpoint, ids)
+    ours = TritonDecoder(torchs, target(tmp_path, torch.float16).config)
+    assert (
+        error(decoded_logits(ours, ids), want)
+        <= 1.5 * error(decoded_logits(torchs, ids), want) + 1e-3
+    )
+
+
+def test_runs_of_layers_are_computed_where_they_can_be(tmp_path: Path) -> None:
+    """C++ takes the first and the last layer, torch the one between: the dtype and the values of the stream agree."""
+    capped = replace(LAYER, mixer=replace(ATTENTION, soft_cap=0.7))
+    spec = replace(MODEL, layers=(LAYER, capped, LAYER))
+    assignment = assign(target(tmp_path, torch.bfloat16), spec)
+    names = [(run.backend.name, run.layers) for run in assignment.runs]
+    assert names == [("cpp", range(1)), ("torch", range(1, 2)), ("cpp", range(2, 3))]
+    assert assignment.refused == "does not compute attention.soft_cap"
+
+
+@pytest.mark.parametrize("kind", [TorchBackend, CppBackend, TritonBackend])
+def test_a_backend_lists_no_feature_that_no_model_can_ask_for(kind: type[Backend]) -> None:
+    known = set().union(
+        *(
+            features(spec) | features(layer)
+            for specs in CHANGES.values()
+            for spec in specs
+            for layer in spec.layers
+        )
+    )
+    assert kind.features <= known
+
+
+def test_what_architectures_ask_for_is_computed_by_the_plain_backend() -> None:
+    """So a config.json that gives a ModelSpec can be served: conversion relies on it."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
+    sizes |= {"vocab_size": 199, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
+    sizes |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    for entry in ARCHITECTURES:
+        from nibble.architectures.config import Config
+
+        spec = entry.spec(Config(sizes))
+        backend = TorchBackend(target(Path(), torch.float32))
+        assert [backend.why_not(layer, spec) for layer in spec.layers] == [None] * 6
