@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
-from . import gemma, llama, mistral, qwen
+from . import gemma, llama, ministral, mistral, qwen, seed_oss
 from .base import ModelSpec
 from .config import Config
 from .gguf import GgufFamily
@@ -30,8 +30,10 @@ class Architecture:
 ARCHITECTURES = (
     Architecture("LlamaForCausalLM", "llama", llama.spec, ("llama", llama.GGUF)),
     Architecture("MistralForCausalLM", "mistral", mistral.spec),
+    Architecture("MinistralForCausalLM", "ministral", ministral.spec),
     Architecture("Qwen2ForCausalLM", "qwen2", qwen.qwen2),
     Architecture("Qwen3ForCausalLM", "qwen3", qwen.qwen3),
+    Architecture("SeedOssForCausalLM", "seed_oss", seed_oss.spec),
     Architecture("GemmaForCausalLM", "gemma", gemma.gemma),
     Architecture("Gemma2ForCausalLM", "gemma2", gemma.gemma2),
     Architecture("Gemma3ForCausalLM", "gemma3_text", gemma.gemma3, ("gemma3", gemma.GEMMA3_GGUF)),

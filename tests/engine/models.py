@@ -9,10 +9,12 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
 )
 
 _SIZES = {
@@ -43,6 +45,13 @@ CONFIGS = {
         **_SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     ),
     "mistral-window": MistralConfig(**_SIZES, sliding_window=24, head_dim=16),
+    "ministral": MinistralConfig(
+        **_SIZES,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "seed-oss": SeedOssConfig(**_SIZES, head_dim=32, attention_bias=True),
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES, head_dim=32),
     "qwen2-upper-window": Qwen2Config(

@@ -96,7 +96,10 @@ def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
 
 
 VARIANTS = {
-    "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {}, "qwen3": {"head_dim": 32},
+    "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {},
+    "seed_oss": {"head_dim": 32, "attention_bias": True},
+    "ministral": {"sliding_window": 16, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3": {"head_dim": 32},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
                "layer_types": ["sliding_attention", "full_attention"]},
