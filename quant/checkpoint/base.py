@@ -50,8 +50,11 @@ class Checkpoint(ABC):
 
         rows, cols: the part of it that is wanted, on the boundaries of its groups (CheckpointError elsewhere).
         """
+        weight = self._linear(module)
+        if rows == _ALL and cols == _ALL:
+            return weight
         try:
-            return part(self._linear(module), rows, cols)
+            return part(weight, rows, cols)
         except ValueError as error:
             raise CheckpointError(str(error), file=self.path, tensor=f"{module}.weight") from None
 

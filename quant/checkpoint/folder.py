@@ -15,6 +15,8 @@ from ..weight import QuantizedWeight
 from .base import Checkpoint
 from .headers import read_json, scan
 
+_MISSING = "config.json and the weights are not of one model, or a file is missing"
+
 
 class FolderCheckpoint(Checkpoint):
     """A Hugging Face folder: config.json and safetensors shards."""
@@ -72,7 +74,7 @@ class FolderCheckpoint(Checkpoint):
     def is_quantized(self, module: str) -> bool:
         found = self._suffixes(module)
         if not found:
-            raise self._error(f"{module}.weight", "is missing")
+            raise self._error(f"{module}.weight", "is missing", _MISSING)
         return formats.is_quantized({s: self._entries[f"{module}.{s}"].dtype for s in found})
 
     def modules(self) -> set[str]:
@@ -107,7 +109,7 @@ class FolderCheckpoint(Checkpoint):
 
     def _entry(self, name: str) -> Any:
         if name not in self._entries:
-            raise self._error(name, "is missing")
+            raise self._error(name, "is missing", _MISSING)
         return self._entries[name]
 
     def _error(

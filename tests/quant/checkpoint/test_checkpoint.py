@@ -309,3 +309,10 @@ def test_the_hub_is_never_asked_for_pickles(monkeypatch, llama_folder):
         p.endswith((".bin", ".pt", "*")) and p not in ("tokenizer*", "LICENSE*")
         for p in asked["patterns"]
     )
+
+
+def test_a_part_of_a_linear_is_read(llama_folder):
+    checkpoint = open_checkpoint(llama_folder)
+    module = "model.layers.0.mlp.down_proj"
+    whole = checkpoint.linear(module)
+    assert torch.equal(checkpoint.linear(module, slice(16, 48), slice(0, 32)), whole[16:48, :32])

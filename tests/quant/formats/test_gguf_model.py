@@ -218,3 +218,18 @@ def test_a_damaged_header_never_crashes(make_gguf):
                 checkpoint.tensor(name)
         except (CheckpointError, UnsupportedError):
             pass
+
+
+def test_biases_of_a_llama_are_in_the_order_of_the_rows(make_gguf):
+    """llama.cpp's converter permutes attn_q.bias and attn_k.bias as it does the weights (LlamaModel.permute)."""
+    config, tensors, biases = open_checkpoint(make_gguf("llama")).config, {}, {}
+    for name, key in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
+        heads = config[key]
+        width = heads * config["head_dim"]
+        bias = np.random.default_rng(heads).standard_normal(width).astype(np.float32)
+        biases[name] = torch.from_numpy(bias)
+        pairs = bias.reshape(heads, 2, -1).swapaxes(1, 2)
+        tensors[f"blk.0.attn_{name}.bias"] = np.ascontiguousarray(pairs.reshape(width))
+    checkpoint = open_checkpoint(make_gguf("llama", tensors=tensors))
+    for name, bias in biases.items():
+        assert torch.equal(checkpoint.bias(f"model.layers.0.self_attn.{name}_proj"), bias)
