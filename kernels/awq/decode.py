@@ -1,4 +1,4 @@
-"""A scale and a zero point in one 32-bit word: what kernels/dequant_gemm is told of AWQ weights.
+"""A scale and a zero point in one 32-bit word: what kernels/dequant_gemm is told of AWQ weights, and of GPTQ ones.
 
 bit of a word   31 ............ 16 | 15 ..... 8 | 7 ....... 0
                 the scale's 16     |  0         | zero point      int32 [groups, padded_out]

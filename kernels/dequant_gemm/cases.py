@@ -22,7 +22,7 @@ class Form:
     decode: Decode
     bits: int
     group: int  # 0: a whole row
-    scales: str  # "*i32", "*fp32"; "": as activations
+    scales: str  # "*i32", "*fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _gemm(target: _Target, tile: Tile) -> CompileCase:
 def _dequantize(target: _Target) -> CompileCase:
     signature = {
         "words": "*i32",
-        "scales": target.form.scales or f"*{target.dtype}",
+        "scales": target.form.scales,
         "dense": f"*{target.dtype}",
         **{name: _NUMBERS[name] for name in ("N", "K", "padded_out", "groups")},
     }
@@ -89,7 +89,7 @@ def _product(
     signature = {
         "x": pointer,
         "words": "*i32",
-        "scales": target.form.scales or pointer,
+        "scales": target.form.scales,
         "bias": pointer,
         "y": pointer,
         "partials": "*fp32",

@@ -46,7 +46,7 @@ def rope_and_cache(
     eps: float = 1e-6,
     offset: float = 0.0,
 ) -> None:
-    """Rotate q in place; write rotated k, and v, to their cache.
+    """Rotate q in place; write rotated k, and v, to the cache.
 
     qkv [T, num_heads + 2 KH, D] of 16 bits or float32, a token's heads contiguous. cos, sin [positions, R / 2], R <= D,
     in any float dtype. positions, slots int64 [T]; slot -1: nothing is cached. q_weight, k_weight [D]: every head is

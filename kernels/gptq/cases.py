@@ -1,25 +1,22 @@
-"""What `make kernels-report` compiles of GPTQ: every number of bits, symmetric and with zero points."""
+"""What `make kernels-report` compiles of GPTQ: 2, 3 and 8 bits. Its 4-bit weights run what AWQ's do."""
 
 from ..awq.decode import half_scale_and_zero
 from ..dequant_gemm.cases import Form, cases_of
 from ..dequant_gemm.decode import integers
 from ..dequant_gemm.layout import Decode
 from ..measure.compile_cases import CompileCase
-from .decode import symmetric_scale
 
-SYMMETRIC = ((4, 128), (4, 32), (2, 64), (3, 128), (8, 128), (8, 0))  # bits, group; 0: a whole row
-WITH_ZEROS = ((2, 64), (3, 128), (8, 128), (8, 0))  # of 4 bits: AWQ's
+WEIGHTS = ((2, 64), (3, 128), (8, 128), (8, 0))  # bits, group; 0: a whole row
 
 
 def compile_cases() -> list[CompileCase]:
-    """Symmetric 4-bit weights in groups of 128 with each tile of each table; the others with the tiles for few rows."""
-    symmetric, zeros = Decode(integers, symmetric_scale), Decode(integers, half_scale_and_zero)
-    forms = [
-        *(Form("gptq", _name(*kind) + " sym", symmetric, *kind, "") for kind in SYMMETRIC),
-        *(Form("gptq", _name(*kind), zeros, *kind, "*i32") for kind in WITH_ZEROS),
+    """With the tiles for few rows of each table."""
+    words = Decode(integers, half_scale_and_zero)
+    return [
+        case
+        for bits, group in WEIGHTS
+        for case in cases_of(
+            Form("gptq", f"int{bits} g{group or 'row'}", words, bits, group, "*i32"),
+            every_tile=False,
+        )
     ]
-    return [case for form in forms for case in cases_of(form, every_tile=form is forms[0])]
-
-
-def _name(bits: int, group: int) -> str:
-    return f"int{bits} g{group or 'row'}"

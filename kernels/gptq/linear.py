@@ -1,6 +1,8 @@
-"""The linear layer of GPTQ weights on a CUDA device. Symmetric ones read 16 bits a group; asymmetric ones have AWQ's
-words. Act-order gathers the activations' columns before the product."""
+"""The linear layer of GPTQ weights on a CUDA device. A group has AWQ's word; the zero point of a symmetric one is the
+middle of its codes. Act-order gathers the activations' columns before the product.
+"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,10 +10,10 @@ from torch import Tensor
 
 from ...quant.weight import QuantizedWeight
 from ..awq.linear import repack as with_zeros
-from ..dequant_gemm.layout import Decode, ShuffledWeight, shuffle
+from ..dequant_gemm.layout import ShuffledWeight
 from ..dequant_gemm.linear import Prepared, linear, prepared, quantized, why_no_layout
 from ..device import why_no_triton
-from ..spec import LinearSpec, scale_dtype
+from ..spec import LinearSpec
 
 CONFIGS = Path(__file__).parent / "configs"  # measured tiles of cards
 
@@ -39,10 +41,7 @@ class GptqKernel:
 
 def repack(weight: QuantizedWeight) -> ShuffledWeight:
     """Symmetric or with zero points; scales that float16 or bfloat16 hold."""
-    from ..dequant_gemm.decode import integers
-    from .decode import symmetric_scale
-
     if weight.zeros is not None:
         return with_zeros(weight)
-    scales = weight.scales.to(scale_dtype(weight.scales))
-    return shuffle(weight, Decode(integers, symmetric_scale), scales)
+    middle = torch.full_like(weight.scales, 2 ** (weight.bits - 1), dtype=torch.uint8)
+    return with_zeros(replace(weight, zeros=middle))
