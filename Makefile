@@ -86,8 +86,8 @@ bench-cpu: $(VENV)/.installed
 # On a machine with an NVIDIA GPU. Triton compiles here: the interpreter's tests run once more, without it. Compiling takes
 # longest, so several processes test; each needs some 4 GB of the card.
 test-gpu: $(VENV)/.installed-dev
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/gpu tests/kernels/test_triton_products.py \
-	  tests/kernels/test_triton_attention.py tests/kernels/test_triton_fused.py tests/kernels/test_triton_sample.py -n $(GPU_TESTERS) $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/gpu tests/kernels/fp8/test_w8a16.py \
+	  $(addprefix tests/kernels/,dequant_gemm awq gptq gguf attention fused sampling) -n $(GPU_TESTERS) $(ARGS)
 
 # Arguments go through: make bench-gpu ARGS='--quick --sections products attention --minutes 9'
 bench-gpu: $(VENV)/.installed-dev

@@ -12,13 +12,8 @@ from gpu_cells import Cell, Lab, Row
 from gpu_report import FLASHINFER, FLEX, SDPA
 from torch import Tensor
 
-from nibble.kernels.attention.paged import (
-    AttentionSpec,
-    PagedBatch,
-    PagedCache,
-    allocate_scales,
-    paged_attention,
-)
+from nibble.kernels.attention.cache import PagedCache, allocate_scales
+from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 16
 SCALE = DIM**-0.5

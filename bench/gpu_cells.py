@@ -77,7 +77,7 @@ def describe_card() -> dict[str, Any]:
     return {
         "name": card.name,
         "capability": card.cc / 10,
-        "multiprocessors": card.processors,
+        "multiprocessors": card.num_sms,
         "l2_mib": card.l2_bytes >> 20,
         "cuda": torch.version.cuda,
         "copy_bytes_per_second": round(copy_bandwidth(device)),

@@ -11,10 +11,10 @@ from gpu_report import PLAIN
 from torch import Tensor
 
 from nibble.engine.backends.torch.layers import apply_rope
-from nibble.kernels.attention.paged import allocate_scales
+from nibble.kernels.attention.cache import PagedCache, allocate_scales
 from nibble.kernels.fused.activation import gated
 from nibble.kernels.fused.norm import rms_norm
-from nibble.kernels.fused.rope import Pages, rope_and_cache
+from nibble.kernels.fused.rope import rope_and_cache
 from nibble.kernels.sampling.sample import SamplingRows, greedy, sample
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, BLOCK, POSITIONS = (
@@ -62,27 +62,17 @@ def _norm(rows: int, device: torch.device) -> tuple[Calls, int]:
         residual.add_(x)
         return F.rms_norm(residual, (HIDDEN,), weight, 1e-5)
 
-    ours = {
-        f"Nibble {code}".removesuffix(" none"): lambda code=code: rms_norm(
-            x, weight, 1e-5, residual, quantize=code
-        )
-        for code in ("none", "fp8", "int8")
-    }
+    ours = {"Nibble": lambda: rms_norm(x, weight, 1e-5, residual)}
     return {PLAIN: plain, **ours}, 8 * rows * HIDDEN
 
 
 def _gated(rows: int, device: torch.device) -> tuple[Calls, int]:
     gate_up = _randn(rows, 2 * INNER, device=device)
-    ours = {
-        f"Nibble {code}".removesuffix(" none"): lambda code=code: gated(
-            gate_up, "silu", quantize=code
-        )
-        for code in ("none", "fp8", "int8")
-    }
-    return {
+    calls = {
         PLAIN: lambda: F.silu(gate_up[:, :INNER]) * gate_up[:, INNER:],
-        **ours,
-    }, 6 * rows * INNER
+        "Nibble": lambda: gated(gate_up, "silu"),
+    }
+    return calls, 6 * rows * INNER
 
 
 def _rope(rows: int, device: torch.device) -> tuple[Calls, int]:
@@ -111,7 +101,7 @@ def _rope(rows: int, device: torch.device) -> tuple[Calls, int]:
     return {PLAIN: plain, **ours}, 4 * rows * (HEADS + 2 * KV_HEADS) * DIM
 
 
-def _pages(blocks: int, dtype: torch.dtype, device: torch.device) -> Pages:
+def _pages(blocks: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
     both = torch.zeros(
         2,
         KV_HEADS,
@@ -122,8 +112,8 @@ def _pages(blocks: int, dtype: torch.dtype, device: torch.device) -> Pages:
         device=device,
     ).view(dtype)
     if dtype == torch.bfloat16:
-        return Pages(both[0], both[1])
-    return Pages(
+        return PagedCache(both[0], both[1])
+    return PagedCache(
         both[0], both[1], *(allocate_scales(blocks, BLOCK, KV_HEADS, device) for _ in "kv")
     )
 

@@ -14,7 +14,7 @@ from gpu_cells import Cell, Lab, Row
 from gpu_report import DENSE, GEMLITE, INT4PACK, SCALED_MM
 from torch import Tensor
 
-from nibble.kernels.gptq.trial import Kind, random_weight
+from nibble.kernels.dequant_gemm.trial import Kind, random_weight
 from nibble.kernels.select import choose
 from nibble.kernels.spec import LinearSpec
 

@@ -1,9 +1,9 @@
 """What the Triton kernels compile to, on a machine without a GPU: `make kernels-report`.
 
-    python bench/kernels_report.py [--room gptq] [--cc 80 90] [--match 'gemm 16'] [--save bench/results/FILE.txt]
-    python bench/kernels_report.py --first     one configuration of each kernel of each room: what CI has time for
+    python bench/kernels_report.py [--package gptq] [--cc 80 90] [--match 'gemm 16'] [--save bench/results/FILE.txt]
+    python bench/kernels_report.py --first     one configuration of each kernel of each package: what CI has time for
 
-Each configuration that `cases.py` of a room lists is compiled for each compute capability, disassembled, and held to
+Each configuration that `cases.py` of a package lists is compiled for each compute capability, disassembled, and held to
 the gate: it compiles, spills nothing, fits the card's shared memory, multiplies on tensor cores where it has a tl.dot
 (FP8 by FP8 on those for FP8; on cc 75 Triton knows none), and its products read weights 128 bits at a time. The last
 column counts integer instructions (logic, shifts, byte permutes) of the longest loop per weight it decodes;
@@ -163,9 +163,9 @@ def line(case, cc: int, done: Compiled) -> str:
     )
 
 
-def chosen(rooms: list[list], cc: int, first: bool) -> list:
-    """Of the rooms' configurations those for this card; first: only the first of each kind in a room."""
-    fitting = [[case for case in cases if case.min_cc <= cc <= case.max_cc] for cases in rooms]
+def chosen(packages: list[list], cc: int, first: bool) -> list:
+    """Of the packages' configurations those for this card; first: only the first of each kind in a package."""
+    fitting = [[case for case in cases if case.min_cc <= cc <= case.max_cc] for cases in packages]
     if first:
         fitting = [
             list({KIND.match(case.name)[0]: case for case in reversed(cases)}.values())
@@ -174,7 +174,7 @@ def chosen(rooms: list[list], cc: int, first: bool) -> list:
     return [case for cases in fitting for case in cases]
 
 
-def report(rooms: list[list], cards: tuple[int, ...], first: bool, write=print) -> int:
+def report(packages: list[list], cards: tuple[int, ...], first: bool, write=print) -> int:
     """Print the table; the number of configurations that miss the gate."""
     import triton
 
@@ -187,7 +187,7 @@ def report(rooms: list[list], cards: tuple[int, ...], first: bool, write=print) 
     )
     bad = built = 0
     for cc in cards:
-        for case in chosen(rooms, cc, first):
+        for case in chosen(packages, cc, first):
             built += 1
             try:
                 done = compile_case(case, cc)
@@ -209,10 +209,10 @@ def report(rooms: list[list], cards: tuple[int, ...], first: bool, write=print) 
 
 def main() -> int:
     """Compile what the arguments choose; exit status 1 if anything misses the gate."""
-    from nibble.kernels.measure.compile_cases import ROOMS, compile_cases
+    from nibble.kernels.measure.compile_cases import PACKAGES, compile_cases
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--room", nargs="+", default=ROOMS, choices=ROOMS)
+    parser.add_argument("--package", nargs="+", default=PACKAGES, choices=PACKAGES)
     parser.add_argument("--cc", nargs="+", type=int, default=CARDS, choices=CARDS)
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument(
@@ -227,7 +227,8 @@ def main() -> int:
         rows.append(text)
 
     matching = [
-        [case for case in compile_cases((room,)) if args.match in case.name] for room in args.room
+        [case for case in compile_cases((package,)) if args.match in case.name]
+        for package in args.package
     ]
     bad = report(matching, tuple(args.cc), args.first, write)
     if args.save:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nibble.kernels.gptq.trial import Kind, random_weight
+from nibble.kernels.dequant_gemm.trial import Kind, random_weight
 from nibble.quant.formats import awq
 
 FORMATS = {

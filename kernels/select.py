@@ -4,19 +4,23 @@ them so that start-up can log which kernel was chosen and why each better one wa
 
 from dataclasses import dataclass
 
+from .awq.linear import AwqKernel
 from .cpu.torch_ops import Int4PackKernel, OneDnnDenseKernel
-from .fp8.linear import TritonFp8Kernel
-from .fp8.w8a8 import TritonFp8ActivationsKernel
-from .gptq.linear import TritonIntKernel
+from .fp8.w8a8 import Fp8W8A8Kernel
+from .fp8.w8a16 import Fp8W8A16Kernel
+from .gguf.linear import GgufKernel
+from .gptq.linear import GptqKernel
 from .reference import DenseKernel, DequantizeOnceKernel, ReferenceKernel
 from .spec import Kernel, LinearSpec
 
 _ONEDNN, _DENSE = OneDnnDenseKernel(), DenseKernel()
 
 KERNELS: tuple[Kernel, ...] = (
-    TritonIntKernel(),
-    TritonFp8ActivationsKernel(),
-    TritonFp8Kernel(),
+    AwqKernel(),
+    GptqKernel(),
+    GgufKernel(),
+    Fp8W8A8Kernel(),
+    Fp8W8A16Kernel(),
     _ONEDNN,
     Int4PackKernel(),
     DequantizeOnceKernel(_ONEDNN),

@@ -23,6 +23,9 @@ class LinearSpec:
     bits: int
     block: tuple[int, int]
     zero: str  # "mid" (symmetric), "zeros", "mins"
+    scale_dtype: (
+        torch.dtype
+    )  # the narrowest that holds the scales: float16, bfloat16 or float32; dense: the weight's
     permuted: bool
     act_quant: str  # "none", "token", "group", "tensor"
     act_dtype: torch.dtype
@@ -42,6 +45,7 @@ class LinearSpec:
                 weight.element_size() * 8,
                 (1, in_features),
                 "mid",
+                weight.dtype,
                 False,
                 "none",
                 act_dtype,
@@ -55,11 +59,20 @@ class LinearSpec:
             weight.bits,
             weight.block,
             zero,
+            scale_dtype(weight.scales),
             weight.perm is not None,
             weight.act_quant,
             act_dtype,
             device,
         )
+
+
+def scale_dtype(scales: Tensor) -> torch.dtype:
+    """The narrowest of float16, bfloat16 and float32 that holds every one of these exactly."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if scales.dtype == dtype or torch.equal(scales.to(dtype).float(), scales.float()):
+            return dtype
+    return torch.float32
 
 
 class Kernel(Protocol):

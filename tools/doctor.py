@@ -88,9 +88,10 @@ def machine() -> list[Finding]:
 
 def tiles(card: str, cc: int) -> Finding:
     """Whether the tiles of a card's quantized products were measured."""
-    from nibble.kernels.gptq.tuning import table
+    from nibble.kernels.awq.linear import CONFIGS
+    from nibble.kernels.dequant_gemm.tiles import table
 
-    origin = table(card, cc).origin
+    origin = table(card, cc, "int4", CONFIGS).origin
     if origin:
         return Finding("tiles", "ok", f"of quantized products: {origin}")
     return Finding(

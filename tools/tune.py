@@ -23,20 +23,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Printed
 
 from nibble.errors import UserError
-from nibble.kernels.gptq import search
-from nibble.kernels.gptq.search import DEQUANTIZE, LLAMA_3_8B, ROWS, Measurement, Shape, Trial
-from nibble.kernels.gptq.tuning import MEASURED, Table, as_json, file_name, measured_tables
+from nibble.kernels.awq import linear as awq
+from nibble.kernels.dequant_gemm import candidates
+from nibble.kernels.dequant_gemm.candidates import (
+    DEQUANTIZE,
+    LLAMA_3_8B,
+    ROWS,
+    Measurement,
+    Shape,
+    Trial,
+)
+from nibble.kernels.dequant_gemm.tiles import (
+    MEASURED,
+    Table,
+    as_json,
+    file_name,
+    measured_tables,
+)
+from nibble.kernels.fp8 import w8a16
 from nibble.kernels.measure.timing import Card
 from nibble.quant.checkpoint.writer import write_text
 
 if TYPE_CHECKING:
-    from nibble.kernels.gptq.trial import Kind
+    from nibble.kernels.dequant_gemm.trial import Kind
 
-# What can be asked for: kind, bits, group, and what else its table serves.
+# What can be asked for: kind, bits, group, whose decoding is measured, and what else its table serves.
 WEIGHTS = {
-    "int4": ("int", 4, 128, ("int2", "int3", "int4")),
-    "int8": ("int", 8, 128, ("int8",)),
-    "fp8": ("fp8", 8, 0, ("fp8",)),
+    "int4": ("int", 4, 128, awq.repack, ("int2", "int3", "int4")),
+    "int8": ("int", 8, 128, awq.repack, ("int8",)),
+    "fp8": ("fp8", 8, 0, w8a16.repack, ("fp8",)),
 }
 NARROW = 32  # 4-bit weights with scales for so few features have tiles of their own: they need more registers
 BATCH = 4  # trials that a process compiles and checks at once: seconds
@@ -80,7 +95,7 @@ def tune_command(
         tuner = Tuner(shapes, card, pool, tell)
         found = [tuner.measure(kind) for kind in names]
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, as_json(search.merge(measured_tables(target), found)))
+    write_text(target, as_json(candidates.merge(measured_tables(target), found)))
     for table in found:
         Console().print(_printed(table))
     print(
@@ -125,7 +140,7 @@ def weights_of(model: str) -> list[str] | None:
     return [
         next(
             name
-            for name, (kind, most, _, _) in WEIGHTS.items()
+            for name, (kind, most, *_) in WEIGHTS.items()
             if kind == scheme.default.kind and bits <= most
         )
     ]
@@ -142,20 +157,21 @@ class Tuner:
 
     def measure(self, name: str) -> Table:
         """The best table for one kind of WEIGHTS. UserError where not even dequantization runs."""
-        from nibble.kernels.gptq.trial import Kind
+        from nibble.kernels.dequant_gemm.trial import Kind
 
-        kind, bits, group, serves = WEIGHTS[name]
-        table = self._search(name, Kind(kind, bits, group), serves)
+        kind, bits, group, repack, serves = WEIGHTS[name]
+        table = self._search(name, Kind(kind, bits, group, repack), serves)
         if name == "int4" and table.gemm:
-            narrow = self._search(f"{name} in groups of {NARROW}", Kind(kind, bits, NARROW), serves)
-            table = search.with_narrow(table, narrow, NARROW)
+            narrow_kind = Kind(kind, bits, NARROW, repack)
+            narrow = self._search(f"{name} in groups of {NARROW}", narrow_kind, serves)
+            table = candidates.with_narrow(table, narrow, NARROW)
         return table
 
     def _search(self, label: str, kind: "Kind", serves: tuple[str, ...]) -> Table:
-        """The three rounds of search.py."""
+        """The three rounds of candidates.py."""
         cc, done = Card.of(self.card).cc, []
         for number, plan in enumerate(
-            (search.first_round, search.second_round, search.third_round), 1
+            (candidates.first_round, candidates.second_round, candidates.third_round), 1
         ):
             done += self._run(f"{label}, round {number} of 3", kind, plan(done, self.shapes, cc))
         broken = [m for m in done if m.trial.candidate == DEQUANTIZE and m.reason]
@@ -163,11 +179,13 @@ class Tuner:
             raise UserError(
                 f"{label}: dequantization of {broken[0].trial.shape} {broken[0].reason}"
             )
-        return search.build_table(done, self.shapes, cc, serves, _origin(self.card, self.shapes))
+        return candidates.build_table(
+            done, self.shapes, cc, serves, _origin(self.card, self.shapes)
+        )
 
     def _run(self, label: str, kind: "Kind", trials: list[Trial]) -> list[Measurement]:
         """Check all trials in processes of their own, then time those that may win."""
-        from nibble.kernels.gptq.trial import reasons, subject
+        from nibble.kernels.dequant_gemm.trial import reasons, subject
 
         trials = sorted(trials, key=lambda t: (t.shape, t.rows))
         by_shape = [list(group) for _, group in groupby(trials, key=lambda t: t.shape)]
@@ -232,7 +250,7 @@ def _printed(table: Table) -> Printed:
     for tile in table.gemm:
         if not tile.max_group and first < min(tile.rows + 1, table.dequantize_rows):
             last = min(tile.rows, table.dequantize_rows - 1)
-            shown.add_row(f"{first} to {last}", search.Candidate("gemm", tile).describe())
+            shown.add_row(f"{first} to {last}", candidates.Candidate("gemm", tile).describe())
             first = last + 1
     beyond = f"from {table.dequantize_rows}" + (
         " (not measured)" if table.dequantize_rows > ROWS[-1] else ""

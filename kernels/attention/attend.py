@@ -12,7 +12,7 @@ tile, so that the keys are read once for all of them and a decode step, too, is 
 Which tokens a program has is read on the device; the grid is fixed by maxima, and programs past the end return at once:
 a captured graph serves every batch up to its size.
 
-    one tile per sequence (PER_SEQ)   program x is the sequence: decode, and verification of a few drafted tokens
+    one tile per sequence (PER_SEQ)   program x is the sequence: decode
     many                              sequence s starts at tile query_starts[s] // BLOCK_Q + s, found by bisection, and
                                       the last tile of a sequence, which sees most, is started first
 
@@ -344,28 +344,23 @@ def reduce_kernel(
     out_stride_head,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
-    MAX_QUERIES: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Grid: (num_seqs * MAX_QUERIES, num_heads). The splits of one query, weighted by their masses."""
-    seq, index, head = (
-        tl.program_id(0) // MAX_QUERIES,
-        tl.program_id(0) % MAX_QUERIES,
-        tl.program_id(1),
-    )
+    """Grid: (num_seqs, num_heads). The splits of a sequence's one query, weighted by their masses."""
+    seq, head = tl.program_id(0), tl.program_id(1)
     query_start = tl.load(query_starts + seq)
     num_queries = tl.load(query_starts + seq + 1) - query_start
-    if index >= num_queries:
+    if num_queries <= 0:
         return
     context = tl.load(context_lengths + seq)
     begin, end = _keys_seen(context - num_queries, context - 1, TILE, WINDOW)
     length = _split_length(begin, end, SPLITS, MIN_SPLIT, TILE)
     splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIM)
     live = begin + splits * length < end
-    token = (query_start + index).to(tl.int64)
+    token = query_start.to(tl.int64)
     row = (token * tl.num_programs(1) + head) * SPLITS
     mass = tl.load(split_mass + row + splits, mask=live, other=NONE)
     top = tl.max(mass, 0)

@@ -130,7 +130,6 @@ def _reduce(cc: int, dim: int, dtype: str) -> CompileCase:
     constexprs = {
         "HEAD_DIM": dim,
         "DIM": padded_dim(dim),
-        "MAX_QUERIES": 1,
         "TILE": tile,
         "SPLITS": SPLITS,
         "MIN_SPLIT": MIN_SPLIT,

@@ -24,7 +24,7 @@ def padded_dim(head_dim: int) -> int:
 
 
 def decode_config(cc: int, head_dim: int, rows: int, cache_bytes: int) -> TileConfig:
-    """For tiles of one sequence's newest tokens. rows: tokens times heads of one kv head; cache_bytes: of one value.
+    """For tiles of one sequence's newest token. rows: heads of one kv head; cache_bytes: of one value.
 
     Bound by memory: few rows, and a tile of keys and values on its way.
     """

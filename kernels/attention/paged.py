@@ -1,8 +1,7 @@
 """Checked calls of the attention kernels: `paged_attention` for a batch, decodes first, then chunks.
 
-One call takes a whole step: the first `num_decodes` sequences have `decode_queries` newest tokens at most (1, or more
-where drafted tokens are verified) and go to split-KV decode; the others, chunks of any length after any prefix, to
-prefill.
+One call takes a whole step: the first `num_decodes` sequences have one new token each and go to split-KV decode; the
+others, chunks of any length after any prefix, to prefill.
 Nothing is read back from the device: what the grid depends on is given by the caller as maxima, so that a graph
 captured with maxima serves every batch within them.
 """
@@ -14,80 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import UnsupportedError
 from .attend import attend_kernel, reduce_kernel
+from .cache import FP8, PagedCache, form, require
 from .config import TileConfig, decode_config, num_splits, padded_dim, prefill_config
 
 ACTIVATIONS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-FP8 = torch.float8_e4m3fn
 MIN_SPLIT = 256  # keys below which another split costs more than it gains; a multiple of every tile
-
-
-@dataclass(frozen=True, slots=True)
-class PagedCache:
-    """One layer's keys and values, laid out as the package's docstring draws them. Checked when it is made."""
-
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        keys, values = self.keys, self.values
-        _require(
-            keys.dim() == 4 and keys.shape == values.shape and keys.stride() == values.stride(),
-            f"keys {_form(keys)} and values {_form(values)} must have one shape and one layout "
-            "[num_kv_heads, num_blocks, block_size, head_dim]",
-        )
-        _require(keys.stride(3) == 1, "the head_dim of the KV cache must be contiguous")
-        _require(
-            keys.dtype == values.dtype and keys.dtype in (*ACTIVATIONS, FP8, torch.int8),
-            f"KV cache of {keys.dtype} and {values.dtype}: use float16, bfloat16, float8_e4m3fn or int8",
-        )
-        _require(
-            16 <= keys.shape[3] <= 256,
-            f"head_dim {keys.shape[3]}: attention kernels take 16 to 256",
-        )
-        self._check_scales()
-
-    def _check_scales(self) -> None:
-        scales = [s for s in (self.key_scales, self.value_scales) if s is not None]
-        if self.keys.dtype in ACTIVATIONS:
-            _require(not scales, f"a KV cache of {self.keys.dtype} takes no scales")
-            return
-        _require(
-            len(scales) == 2, f"a KV cache of {self.keys.dtype} needs key_scales and value_scales"
-        )
-        k, v = scales
-        heads, blocks, size, _ = self.keys.shape
-        shapes = [(blocks, size, heads)] + ([(1,)] if self.keys.dtype == FP8 else [])
-        _require(
-            k.dtype == v.dtype == torch.float32
-            and k.shape == v.shape
-            and tuple(k.shape) in shapes
-            and k.stride() == v.stride()
-            and k.device == v.device == self.keys.device,
-            f"KV scales {_form(k)} and {_form(v)}: want float32 on {self.keys.device}, of shape "
-            + " or ".join(map(str, shapes)),
-        )
-
-    @property
-    def scales(self) -> str:
-        """ "none", "tensor" or "token"."""
-        return (
-            "none"
-            if self.key_scales is None
-            else "tensor"
-            if self.key_scales.dim() == 1
-            else "token"
-        )
-
-
-def allocate_scales(
-    num_blocks: int, block_size: int, num_kv_heads: int, device: torch.device
-) -> Tensor:
-    """float32 zeros [num_blocks, block_size, num_kv_heads], a kv head's blocks after one another in memory."""
-    return torch.zeros(num_kv_heads, num_blocks, block_size, device=device).permute(1, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,31 +32,27 @@ class PagedBatch:
     block_tables: Tensor  # [num_seqs, max_blocks]
     query_starts: Tensor  # [num_seqs + 1], the first 0
     context_lengths: Tensor  # [num_seqs]
-    num_decodes: int  # sequences, the first ones, with decode_queries tokens at most
-    decode_queries: int = 1
+    num_decodes: int  # sequences, the first ones, with one token each
     max_context: int = 0  # of the decodes, and of whatever a captured graph will serve; 0: what the block tables hold
 
     def __post_init__(self) -> None:
         tables, starts, lengths = self.block_tables, self.query_starts, self.context_lengths
-        _require(
+        require(
             tables.dim() == 2
             and tables.stride(1) == 1
             and starts.shape == (len(tables) + 1,)
             and lengths.shape == (len(tables),),
-            f"block_tables {_form(tables)}, query_starts {_form(starts)}, context_lengths {_form(lengths)}: want "
+            f"block_tables {form(tables)}, query_starts {form(starts)}, context_lengths {form(lengths)}: want "
             "[S, max_blocks], [S + 1] and [S]",
         )
-        _require(
+        require(
             tables.dtype == starts.dtype == lengths.dtype == torch.int32
             and tables.device == starts.device == lengths.device,
             "block_tables, query_starts and context_lengths must be int32 and on one device",
         )
-        _require(
-            0 <= self.num_decodes <= len(tables)
-            and self.decode_queries >= 1
-            and self.max_context >= 0,
-            f"num_decodes {self.num_decodes}, decode_queries {self.decode_queries}, max_context {self.max_context}"
-            f" do not fit {len(tables)} sequences",
+        require(
+            0 <= self.num_decodes <= len(tables) and self.max_context >= 0,
+            f"num_decodes {self.num_decodes}, max_context {self.max_context} do not fit {len(tables)} sequences",
         )
 
 
@@ -143,14 +70,14 @@ class AttentionSpec:
     )
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.window is None or self.window >= 1,
             f"sliding window {self.window}: must be 1 or more",
         )
-        _require(
+        require(
             self.soft_cap is None or self.soft_cap > 0, f"soft cap {self.soft_cap}: must be above 0"
         )
-        _require(
+        require(
             self.splits is None or self.splits in (1, 2, 4, 8, 16, 32, 64),
             f"{self.splits} splits: must be a power of two, 64 at most",
         )
@@ -161,7 +88,7 @@ def paged_attention(q: Tensor, cache: PagedCache, batch: PagedBatch, spec: Atten
 
     q [T, num_heads, head_dim], float16 or bfloat16, rotated, the last dimension contiguous. Keys and values of these
     tokens must have been written. Returns a contiguous [T, num_heads, head_dim] of the same dtype. Raises
-    UnsupportedError where shapes, dtypes or devices do not fit together.
+    KernelArgumentError where shapes, dtypes or devices do not fit together.
     """
     _check(q, cache, batch, spec)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -169,9 +96,7 @@ def paged_attention(q: Tensor, cache: PagedCache, batch: PagedBatch, spec: Atten
     num_decodes, num_seqs = batch.num_decodes, len(batch.context_lengths)
     group, head_dim = q.shape[1] // cache.keys.shape[0], q.shape[2]
     if num_decodes:
-        config = decode_config(
-            cc, head_dim, group * batch.decode_queries, cache.keys.element_size()
-        )
+        config = decode_config(cc, head_dim, group, cache.keys.element_size())
         max_context = batch.max_context or batch.block_tables.shape[1] * cache.keys.shape[2]
         seen = min(max_context, spec.window or max_context)
         splits = spec.splits or num_splits(
@@ -215,13 +140,13 @@ def _decode(
         )
         return
     _, num_heads, head_dim = q.shape
-    rows = min(batch.num_decodes * batch.decode_queries, q.shape[0])
+    rows = batch.num_decodes
     parts = torch.empty(rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
     mass = torch.empty(rows, num_heads, splits, dtype=torch.float32, device=q.device)
     _attend(
         q, parts, mass, cache, batch, seqs, spec, config, (batch.num_decodes, splits), per_seq=True
     )
-    reduce_kernel[(batch.num_decodes * batch.decode_queries, num_heads)](
+    reduce_kernel[(batch.num_decodes, num_heads)](
         parts,
         mass,
         out,
@@ -231,7 +156,6 @@ def _decode(
         out.stride(1),
         HEAD_DIM=head_dim,
         DIM=padded_dim(head_dim),
-        MAX_QUERIES=batch.decode_queries,
         TILE=config.tile,
         SPLITS=splits,
         MIN_SPLIT=MIN_SPLIT,
@@ -324,40 +248,31 @@ def _card(device: torch.device) -> tuple[int, int]:
 
 def _check(q: Tensor, cache: PagedCache, batch: PagedBatch, spec: AttentionSpec) -> None:
     kv_heads, _, _, head_dim = cache.keys.shape
-    _require(
+    require(
         q.dim() == 3 and q.dtype in ACTIVATIONS and q.stride(2) == 1 and len(q) > 0,
-        f"queries {_form(q)}: want float16 or bfloat16 [T, num_heads, head_dim], head_dim contiguous",
+        f"queries {form(q)}: want float16 or bfloat16 [T, num_heads, head_dim], head_dim contiguous",
     )
-    _require(
+    require(
         q.shape[2] == head_dim and q.shape[1] % kv_heads == 0,
-        f"queries {_form(q)} do not fit keys {_form(cache.keys)}: same head_dim, a multiple of the kv heads",
+        f"queries {form(q)} do not fit keys {form(cache.keys)}: same head_dim, a multiple of the kv heads",
     )
-    _require(
+    require(
         cache.keys.dtype == q.dtype or cache.keys.dtype not in ACTIVATIONS,
         f"queries of {q.dtype} over a KV cache of {cache.keys.dtype}: they must agree",
     )
-    _require(
+    require(
         q.device == cache.keys.device == batch.block_tables.device,
         f"queries on {q.device}, KV cache on {cache.keys.device}, block tables on {batch.block_tables.device}",
     )
-    _require(
+    require(
         q.device.type == "cuda" or triton.knobs.runtime.interpret,
         f"Triton attention runs on a CUDA device, not on {q.device}",
     )
-    _require(
+    require(
         spec.sinks is None or (spec.sinks.shape == (q.shape[1],) and spec.sinks.device == q.device),
         "sinks must be [num_heads], on the queries' device",
     )
-    _require(
+    require(
         _card(q.device)[0] >= 80 or q.dtype == torch.float16 or q.device.type != "cuda",
         "bfloat16 attention needs compute capability 8.0 or later: use float16",
     )
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise UnsupportedError(problem)

@@ -4,13 +4,16 @@ from dataclasses import dataclass, replace
 
 import triton
 
+from ..dequant_gemm.cases import Form, cases_of
+from ..dequant_gemm.layout import Decode
 from ..fused.rows import warps
-from ..gptq.cases import cases_of
 from ..measure.compile_cases import CompileCase
-from . import products
+from .decode import e4m3, float_scale
+from .gemm import gemm
 from .launch import CHUNK, GROUP_M
 from .layout import TILE_OUT
-from .tuning import FOLDER, Table, Tile, tables
+from .quantize import quantize
+from .tiles import FOLDER, Table, Tile, tables
 from .w8a8 import MAX_WIDTH
 
 _NUMBERS = dict.fromkeys(
@@ -23,7 +26,7 @@ _NUMBERS = dict.fromkeys(
         "w_scale_stride",
         "x_scale_row",
         "x_scale_group",
-        "trips",
+        "k_tiles",
     ),
     "i32",
 )
@@ -40,16 +43,16 @@ class Scales:
 
 
 CHANNEL, BLOCK = Scales("channel", 0, 1, 0), Scales("block", 128, 128, 128)
-OTHER = Scales("group 64", 64, 1, 64)  # no rows that share scales, groups shorter than a trip
+OTHER = Scales("group 64", 64, 1, 64)  # no rows that share scales, groups shorter than a tile of K
 
 
 def compile_cases() -> list[CompileCase]:
     """Scales per block of 128 and per output channel, each with every tile; W8A16, W8A8 and its quantization."""
-    w8a16 = [
-        case
-        for group in (128, 0)
-        for case in cases_of((8, group, False), every_tile=True, fp8=True)
+    decode = Decode(e4m3, float_scale)
+    forms = [
+        Form("w8a16", f"fp8 g{group or 'row'}", decode, 8, group, "*fp32") for group in (128, 0)
     ]
+    w8a16 = [case for form in forms for case in cases_of(form, every_tile=True)]
     return w8a16 + _w8a8_cases() + _quantize_cases()
 
 
@@ -129,7 +132,7 @@ def _gemm(
     )
     return CompileCase(
         f"w8a8 {form} {dtype} cc{table.min_cc}",
-        products.gemm,
+        gemm,
         {**signature, **dict.fromkeys(constants, "constexpr")},
         constants,
         tile.warps,
@@ -177,7 +180,7 @@ def _quantize(kind: str, group: int, static: bool, dtype: str) -> CompileCase:
     constants = {"GROUP": group, "GROUPS": together, "STATIC": static, "NATIVE_FP8": True}
     return CompileCase(
         f"quantize {kind} {group} {dtype}",
-        products.quantize,
+        quantize,
         {**signature, **dict.fromkeys(constants, "constexpr")},
         constants,
         warps(group * together),

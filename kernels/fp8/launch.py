@@ -1,14 +1,16 @@
-"""Checked launches of the kernels in products.py. Importing this imports Triton."""
+"""Checked launches of quantization and the W8A8 product. Importing this imports Triton."""
 
 import torch
 import triton
 from torch import Tensor
 
+from ..dequant_gemm.tiles import split_k
+from ..errors import KernelArgumentError
 from ..fused.rows import bytes_of, native_fp8, warps
-from ..gptq.tuning import split_k
-from . import products
+from .gemm import gemm as gemm_kernel
 from .layout import TILE_OUT, Fp8Weight
-from .tuning import Tile
+from .quantize import quantize as quantize_kernel
+from .tiles import Tile
 
 GROUP_M = 8  # tiles of rows whose columns are computed together
 CHUNK = 2048  # features a program quantizes where no scale spans the row
@@ -31,7 +33,7 @@ def quantize(x: Tensor, group: int, static: Tensor | None = None) -> tuple[Tenso
     block = CHUNK if static is not None else group or triton.next_power_of_2(width)
     together = max(1, CHUNK // block)
     programs = triton.cdiv(width, block * together)
-    products.quantize[(rows, programs)](
+    quantize_kernel[(rows, programs)](
         x,
         bytes_of(codes),
         scales,
@@ -56,21 +58,21 @@ def gemm(
     dtype: torch.dtype,
     tile: Tile,
     promote: bool,
-    processors: int,
+    num_sms: int,
 ) -> Tensor:
     """x [M, K] -> y [M, N] in `dtype`. x is e4m3 with x_scales float32 [M, groups], or of 16 bits with None: then the
-    product quantizes what it reads, a scale per row and trip, or the weight's static scale."""
+    product quantizes what it reads, a scale per row and tile of K, or the weight's static scale."""
     rows = x.shape[0]
     _check(x, x_scales, weight)
     step, block_n = min(tile.block_k, weight.step), tile_width(tile, weight)
-    trips = triton.cdiv(weight.in_features, step)
+    k_tiles = triton.cdiv(weight.in_features, step)
     programs = triton.cdiv(rows, tile.block_m) * triton.cdiv(weight.out_features, block_n)
     # Many rows have many partial sums to write and read: one program on each multiprocessor is enough there.
-    parts = split_k(programs, trips, processors if tile.block_m <= 32 else processors // 2)
+    splits = split_k(programs, k_tiles, num_sms if tile.block_m <= 32 else num_sms // 2)
     if programs > weight.locks.numel():
-        parts = 1
+        splits = 1
     y = torch.empty(rows, weight.out_features, dtype=dtype, device=x.device)
-    partials = y.new_empty((parts, *y.shape), dtype=torch.float32) if parts > 1 else y
+    partials = y.new_empty((splits, *y.shape), dtype=torch.float32) if splits > 1 else y
     own = "no" if x_scales is not None else "static" if weight.input_scale is not None else "group"
     scales = (
         x_scales
@@ -80,7 +82,7 @@ def gemm(
         else weight.scales
     )
     by_row, by_group = x_scales.stride() if x_scales is not None else (0, 0)
-    products.gemm[(programs, parts)](
+    gemm_kernel[(programs, splits)](
         x,
         scales,
         weight.codes,
@@ -97,7 +99,7 @@ def gemm(
         weight.scales.stride(0),
         by_row,
         by_group,
-        trips,
+        k_tiles,
         QUANTIZE=own,
         X_GROUP=weight.x_group if own == "no" and x_scales.shape[1] > 1 else 0,
         W_ROWS=weight.block_rows,
@@ -107,7 +109,7 @@ def gemm(
         BLOCK_M=tile.block_m,
         BLOCK_N=block_n,
         BLOCK_K=step,
-        SPLIT_K=parts,
+        SPLIT_K=splits,
         SWAP=tile.swap,
         PROMOTE=promote,
         NATIVE_FP8=native_fp8(x),
@@ -125,20 +127,22 @@ def tile_width(tile: Tile, weight: Fp8Weight) -> int:
 
 def _check(x: Tensor, x_scales: Tensor | None, weight: Fp8Weight) -> None:
     if x.dim() != 2 or x.shape[1] != weight.in_features or x.stride(1) != 1:
-        raise ValueError(
+        raise KernelArgumentError(
             f"activations {tuple(x.shape)} must be rows of {weight.in_features} contiguous features"
         )
     if x.device != weight.codes.device:
-        raise ValueError(f"activations are on {x.device}, the weight on {weight.codes.device}")
+        raise KernelArgumentError(
+            f"activations are on {x.device}, the weight on {weight.codes.device}"
+        )
     if x_scales is None:
         if x.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(
+            raise KernelArgumentError(
                 f"activations must be float16, bfloat16, or e4m3 codes with their scales, not {x.dtype}"
             )
         return
     groups = -(-weight.in_features // weight.x_group) if weight.x_group else 1
     if x.dtype != torch.float8_e4m3fn or x_scales.dtype != torch.float32:
-        raise ValueError(
+        raise KernelArgumentError(
             f"codes must be float8_e4m3fn and scales float32, not {x.dtype} and {x_scales.dtype}"
         )
     if (
@@ -146,7 +150,7 @@ def _check(x: Tensor, x_scales: Tensor | None, weight: Fp8Weight) -> None:
         or x_scales.shape[0] != x.shape[0]
         or x_scales.shape[1] not in (1, groups)
     ):
-        raise ValueError(
+        raise KernelArgumentError(
             f"scales {tuple(x_scales.shape)} must be ({x.shape[0]}, 1), a scale per row, or "
             f"({x.shape[0]}, {groups}), one per {weight.x_group or weight.in_features} features"
         )

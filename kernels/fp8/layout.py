@@ -7,7 +7,7 @@
 Nothing is shuffled: FP8 tensor cores take both operands as rows of K, from shared memory, so a 128-byte piece of a row,
 copied there 16 bytes a thread, is already what they read. A weight whose rows are a multiple of 128 long is used as it
 was loaded, with no copy. The products step by `step` features, which divides the groups of weights and activations, so
-that one trip of their loop has one scale of each.
+that one iteration of their loop, a tile of K, has one scale of each.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ...quant.weight import QuantizedWeight
+from ..errors import KernelArgumentError
 
-STEP = 128  # features a trip of the product's loop takes at most
+STEP = 128  # features a tile of K has at most
 MIN_STEP = 32  # what an FP8 tensor-core instruction takes
 TILE_OUT = 64  # outputs of the narrowest tile
 
@@ -35,7 +36,7 @@ class Fp8Weight:
     group: int  # features of a weight that share a scale; 0: all
     x_group: int  # features of an activation row that share a scale; 0: all
     step: int
-    locks: Tensor  # int32, zero between launches: how many parts of a split product have arrived, per output tile
+    locks: Tensor  # int32, zero between launches: how many splits of a product have arrived, per output tile
 
     @property
     def out_features(self) -> int:
@@ -44,22 +45,22 @@ class Fp8Weight:
 
 def groups(block_cols: int, in_features: int, act_quant: str) -> tuple[int, int]:
     """(features of a weight, features of an activation row) that share a scale; 0: all of a row. Activations take the
-    weight's groups, in parts of a trip where those are longer."""
+    weight's groups, in parts of a tile of K where those are longer."""
     group = block_cols if block_cols < in_features else 0
     return group, gcd(group, STEP) if act_quant == "group" else 0
 
 
 def step(group: int, x_group: int) -> int:
-    """Features a trip may take so that it meets one scale of each: a power of two up to 128."""
+    """Features a tile of K may have so that it meets one scale of each: a power of two up to 128."""
     return gcd(group, x_group, STEP)
 
 
 def fp8_weight(weight: QuantizedWeight) -> Fp8Weight:
-    """Canonical codes to the form above, on the weight's own device. ValueError where no trip fits the groups."""
+    """Canonical codes to the form above, on the weight's own device. KernelArgumentError where no tile fits."""
     out_features, in_features = weight.codes.shape
     group, x_group = groups(weight.block[1], in_features, weight.act_quant)
     if step(group, x_group) < MIN_STEP:
-        raise ValueError(
+        raise KernelArgumentError(
             f"no FP8 product for groups of {weight.group_size}; the kernel's can_implement says so"
         )
     padded = -(-in_features // STEP) * STEP

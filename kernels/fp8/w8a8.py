@@ -2,8 +2,8 @@
 
 Activations are quantized as the format asks: a scale per token, per token and group of features, or the static scale of
 the checkpoint. Few rows are quantized inside the product, where reading the weights takes the time: one launch, and
-scales per token and 128 features even where one per token would do, which only lowers the error. A producer that holds
-codes already (the norms and activations of kernels/fused) hands them to `apply_codes`.
+scales per token and 128 features even where one per token would do, which only lowers the error. More rows are
+quantized by a launch of their own.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...quant.weight import QuantizedWeight
-from ..gptq.linear import cuda_capability, why_no_triton
+from ..device import cuda_capability, num_sms, why_no_triton
 from ..spec import LinearSpec
 from .layout import MIN_STEP, Fp8Weight, fp8_weight, groups, step
-from .tuning import Table, table
+from .tiles import Table, table
 
 MAX_WIDTH = 32768  # a row in the registers of the program that finds its scale
 
@@ -24,13 +24,13 @@ MAX_WIDTH = 32768  # a row in the registers of the program that finds its scale
 class Prepared:
     weight: Fp8Weight
     table: Table
-    processors: int  # multiprocessors of the card
+    num_sms: int  # multiprocessors of the card
 
 
-class TritonFp8ActivationsKernel:
+class Fp8W8A8Kernel:
     """y = x W^T with e4m3 codes on both sides and float32 sums."""
 
-    name = "triton-fp8-w8a8"
+    name = "fp8-w8a8-triton"
 
     def can_implement(self, spec: LinearSpec) -> str | None:
         if spec.kind != "fp8":
@@ -53,26 +53,13 @@ class TritonFp8ActivationsKernel:
     def prepare(self, weight: QuantizedWeight | Tensor, spec: LinearSpec) -> Prepared:
         if isinstance(weight, Tensor):
             raise TypeError("a dense weight was given to a kernel for quantized ones")
-        card = torch.cuda.get_device_properties(spec.device)
-        chosen = table(card.name, cuda_capability(spec.device))
-        return Prepared(fp8_weight(weight.to(spec.device)), chosen, card.multi_processor_count)
+        chosen = table(torch.cuda.get_device_name(spec.device), cuda_capability(spec.device))
+        return Prepared(fp8_weight(weight.to(spec.device)), chosen, num_sms(spec.device))
 
     def apply(self, x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         return multiply(rows, prepared, bias).view(*x.shape[:-1], prepared.weight.out_features)
-
-    def apply_codes(
-        self,
-        codes: Tensor,
-        scales: Tensor,
-        prepared: Prepared,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """For who has quantized already: e4m3 codes [M, K]; float32 scales [M, 1], or [M, groups] where the format has
-        groups -> [M, N] in `dtype`."""
-        return multiply_codes(codes, scales, prepared, bias, dtype)
 
 
 def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
@@ -85,28 +72,9 @@ def multiply(x: Tensor, prepared: Prepared, bias: Tensor | None) -> Tensor:
         return x.new_empty(0, weight.out_features)
     if rows <= chosen.quantize_rows:
         return launch.gemm(
-            x, None, weight, bias, x.dtype, chosen.tile(rows), chosen.promote, prepared.processors
+            x, None, weight, bias, x.dtype, chosen.tile(rows), chosen.promote, prepared.num_sms
         )
-    return multiply_codes(
-        *launch.quantize(x, weight.x_group, weight.input_scale), prepared, bias, x.dtype
-    )
-
-
-def multiply_codes(
-    codes: Tensor, scales: Tensor, prepared: Prepared, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """codes [M, K], scales [M, groups] -> [M, N] in `dtype`."""
-    from . import launch
-
-    if codes.shape[0] == 0:
-        return codes.new_empty((0, prepared.weight.out_features), dtype=dtype)
+    codes, scales = launch.quantize(x, weight.x_group, weight.input_scale)
     return launch.gemm(
-        codes,
-        scales,
-        prepared.weight,
-        bias,
-        dtype,
-        prepared.table.tile(codes.shape[0]),
-        prepared.table.promote,
-        prepared.processors,
+        codes, scales, weight, bias, x.dtype, chosen.tile(rows), chosen.promote, prepared.num_sms
     )

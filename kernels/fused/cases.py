@@ -1,112 +1,60 @@
-"""What `make kernels-report` compiles: each kernel as it is launched for small and large models, with every output."""
+"""What `make kernels-report` compiles: each kernel as it is launched for small and large models, with every cache."""
 
 import triton
 
 from ..measure.compile_cases import CompileCase
-from ..sampling.sample import BLOCK
-from ..sampling.sample_kernels import PIECE as SAMPLE_PIECE
-from ..sampling.sample_kernels import bias_kernel, choose_kernel, record_kernel, scan_kernel
 from .activation import PIECE, _gated_kernel
 from .norm import _rms_norm_kernel
-from .rope import PROGRAM, _rope_kernel
+from .rope import PROGRAM
+from .rope_kernels import rope_kernel
 from .rows import warps
 
-OUTPUTS = {"none": "*fp16", "int8": "*i8", "fp8": "*u8"}
+PAGES = {"int8": "*i8", "fp8": "*u8"}
 
 
 def compile_cases() -> list[CompileCase]:
     """FP8 is compiled twice: with the conversion in integers, for any card, and with that of cards from 8.9 on."""
-    cases = []
-    for code, native in (("none", False), ("int8", False), ("fp8", False), ("fp8", True)):
-        cases += [_norm(width, code, native) for width in (576, 4096, 8192)]
-        cases += [
-            _gated(width, activation, code, native)
-            for width in (1536, 14336, 28672)
-            for activation in ("silu", "gelu_tanh")
-        ]
-        cases += [
-            _rope(code, native, code != "none", heads, dim, norm)
-            for heads, dim, norm in (
-                (9, 64, False),
-                (32, 128, True),
-                (4, 256, True),
-                (32, 96, False),
-            )
-        ]
+    cases = [_norm(width) for width in (576, 4096, 8192)]
     cases += [
-        _norm(4096, "none", False, dtype="bf16", gemma=True),
-        _norm(4096, "none", False, place=True),
-        _gated(14336, "silu", "none", False, dtype="bf16"),
+        _gated(width, activation)
+        for width in (1536, 14336, 28672)
+        for activation in ("silu", "gelu_tanh")
+    ]
+    cases += [
+        _rope(code, native, code != "none", heads, dim, norm)
+        for code, native in (("none", False), ("int8", False), ("fp8", False), ("fp8", True))
+        for heads, dim, norm in ((9, 64, False), (32, 128, True), (4, 256, True), (32, 96, False))
+    ]
+    return [
+        *cases,
+        _norm(4096, dtype="bf16", gemma=True),
+        _gated(14336, "silu", dtype="bf16"),
         _rope("fp8", True, False, 32, 128, True, dtype="bf16"),
         _rope("none", False, False, 32, 128, True, dtype="bf16"),
     ]
-    return (
-        cases + _sample(False, False) + _sample(True, False) + _sample(True, True) + _state_cases()
-    )
 
 
-def _norm(
-    width: int,
-    code: str,
-    native: bool,
-    dtype: str = "fp16",
-    gemma: bool = False,
-    place: bool = False,
-) -> CompileCase:
+def _norm(width: int, dtype: str = "fp16", gemma: bool = False) -> CompileCase:
     block = triton.next_power_of_2(width)
     pointers = {
         "x_ptr": f"*{dtype}",
         "residual_ptr": f"*{dtype}",
         "weight_ptr": "*fp32" if gemma else f"*{dtype}",
         "post_weight_ptr": "*fp32" if gemma else None,
-        "place_ptr": "*i32" if place else None,
-        "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
-        "scale_ptr": "*fp32" if code != "none" else None,
+        "out_ptr": f"*{dtype}",
     }
     numbers = {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
-    constants = {
-        "WIDTH": width,
-        "BLOCK": block,
-        "OFFSET": 1.0 if gemma else 0.0,
-        "CODE": code,
-        "NATIVE_FP8": native,
-    }
-    extra = "-gemma" * gemma + "-place" * place
-    return _case(
-        f"norm-{width}-{dtype}-{code}{extra}",
-        _rms_norm_kernel,
-        pointers,
-        numbers,
-        constants,
-        warps(block),
-    )
+    constants = {"WIDTH": width, "BLOCK": block, "OFFSET": 1.0 if gemma else 0.0}
+    name = f"norm-{width}-{dtype}{'-gemma' * gemma}"
+    return _case(name, _rms_norm_kernel, pointers, numbers, constants, warps(block))
 
 
-def _gated(
-    width: int, activation: str, code: str, native: bool, dtype: str = "fp16"
-) -> CompileCase:
-    block = triton.next_power_of_2(width)
-    block = block if code != "none" else min(block, PIECE)
-    pointers = {
-        "gate_up_ptr": f"*{dtype}",
-        "out_ptr": f"*{dtype}" if code == "none" else OUTPUTS[code],
-        "scale_ptr": "*fp32" if code != "none" else None,
-    }
-    constants = {
-        "WIDTH": width,
-        "BLOCK": block,
-        "ACTIVATION": activation,
-        "CODE": code,
-        "NATIVE_FP8": native,
-    }
-    return _case(
-        f"gated-{width}-{activation}-{dtype}-{code}",
-        _gated_kernel,
-        pointers,
-        {"gate_up_stride": "i32"},
-        constants,
-        warps(block),
-    )
+def _gated(width: int, activation: str, dtype: str = "fp16") -> CompileCase:
+    block = min(triton.next_power_of_2(width), PIECE)
+    pointers = {"gate_up_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    constants = {"WIDTH": width, "BLOCK": block, "ACTIVATION": activation}
+    name = f"gated-{width}-{activation}-{dtype}"
+    return _case(name, _gated_kernel, pointers, {"gate_up_stride": "i32"}, constants, warps(block))
 
 
 def _rope(
@@ -114,7 +62,7 @@ def _rope(
 ) -> CompileCase:
     pairs = triton.next_power_of_2(dim // 2)
     program_heads = min(triton.next_power_of_2(heads), PROGRAM // (2 * pairs))
-    page = f"*{dtype}" if code == "none" else OUTPUTS[code]
+    page = f"*{dtype}" if code == "none" else PAGES[code]
     scale = "*fp32" if code != "none" else None
     pointers = {
         "qkv_ptr": f"*{dtype}",
@@ -153,83 +101,12 @@ def _rope(
     kind = "head" if per_head else "tensor" if code != "none" else "16bit"
     return _case(
         f"rope-{heads}x{dim}-{dtype}-{code}-{kind}",
-        _rope_kernel,
+        rope_kernel,
         pointers,
         numbers,
         constants,
         warps(2 * program_heads * pairs),
     )
-
-
-def _sample(sampled: bool, penalties: bool) -> list[CompileCase]:
-    """Both launches, for a vocabulary of 128256."""
-    parts = {
-        "part_max_ptr": "*fp32",
-        "part_sum_ptr": "*fp32",
-        "part_best_ptr": "*fp32",
-        "part_id_ptr": "*i32",
-    }
-    rows = {"x_ptr": "*fp32", "filter_ptr": "*fp32", "key_ptr": "*i32"}
-    state = {"penalty_ptr": "*fp32", "state_row_ptr": "*i32", "state_ptr": "*i32"}
-    pointers = (
-        parts
-        | (rows if sampled else dict.fromkeys(rows))
-        | (state if penalties else dict.fromkeys(state))
-    )
-    constants = {"SAMPLED": sampled, "PIECE": SAMPLE_PIECE}
-    kind = ("sample" if sampled else "greedy") + "-penalties" * penalties
-    choose = {name: pointer for name, pointer in pointers.items() if name != "penalty_ptr"} | {
-        "token_ptr": "*i64"
-    }
-    return [
-        _case(
-            f"scan-{kind}",
-            scan_kernel,
-            pointers | {"logits_ptr": "*fp32"},
-            {"logits_stride": "i32", "vocab": "i32"},
-            constants,
-            4,
-        ),
-        _case(
-            f"choose-{kind}",
-            choose_kernel,
-            choose,
-            {"vocab": "i32", "pieces": "i32"},
-            constants | {"PARTS": 64},
-            8,
-        ),
-    ]
-
-
-def _state_cases() -> list[CompileCase]:
-    tokens = {"state_ptr": "*i32", "token_ptr": "*i64"}
-    biases = {"logits_ptr": "*fp32", "row_ptr": "*i64", "token_ptr": "*i64", "bias_ptr": "*fp32"}
-    return [
-        _case(
-            "record-prompt",
-            record_kernel,
-            tokens,
-            {"count": "i32"},
-            {"OUTPUT": False, "BLOCK": BLOCK},
-            2,
-        ),
-        _case(
-            "record-output",
-            record_kernel,
-            tokens,
-            {"count": "i32"},
-            {"OUTPUT": True, "BLOCK": BLOCK},
-            2,
-        ),
-        _case(
-            "bias",
-            bias_kernel,
-            biases,
-            {"count": "i32", "logits_stride": "i32"},
-            {"BLOCK": BLOCK},
-            2,
-        ),
-    ]
 
 
 def _case(
@@ -244,9 +121,7 @@ def _case(
     kinds = {argument: kind or "constexpr" for argument, kind in pointers.items()} | numbers
     kinds |= dict.fromkeys(constants, "constexpr")
     aligned = [
-        name
-        for name, kind in kinds.items()
-        if kind.startswith("*") or name.endswith("stride") or name == "vocab"
+        name for name, kind in kinds.items() if kind.startswith("*") or name.endswith("stride")
     ]
     native, bf16 = constants.get("NATIVE_FP8", False), "-bf16" in name
     return CompileCase(

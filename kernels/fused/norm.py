@@ -1,7 +1,6 @@
-"""RMSNorm with what stands around it: the residual addition before, quantization after.
+"""RMSNorm with the residual addition before it.
 
-    x [T, H] --(post norm: Gemma)--> + residual [T, H], written back --> norm * (offset + weight) --> codes or 16 bits
-                                                                          \\-> column c to place[c] (act-order)
+    x [T, H] --(post norm: Gemma)--> + residual [T, H], written back --> norm * (offset + weight)
 
 One program a row; the row stays in registers: x and the residual are read once, the sum and the output written once.
 The norm is that of the sum as it is kept, in the residual's dtype. Zhang and Sennrich 2019, arXiv 1910.07467.
@@ -12,18 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import (
-    CODES,
-    FLOATS,
-    bytes_of,
-    empty_codes,
-    native_fp8,
-    need,
-    need_rows,
-    row_scale,
-    to_code,
-    warps,
-)
+from .rows import FLOATS, need, need_rows, warps
 
 MAX_WIDTH = 32768  # a row in the registers of one program
 
@@ -39,17 +27,13 @@ def _rms_norm_kernel(
     residual_ptr,  # [T, WIDTH], read and written; None: nothing is added
     weight_ptr,  # [WIDTH]
     post_weight_ptr,  # [WIDTH]: norm of x before it is added; None: no such norm
-    place_ptr,  # int32 [WIDTH]: where each column goes; None: it stays
-    out_ptr,  # [T, WIDTH]: 16 bits, or codes int8 or uint8
-    scale_ptr,  # float32 [T]
+    out_ptr,  # [T, WIDTH]
     x_stride,
     residual_stride,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     OFFSET: tl.constexpr,
-    CODE: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -68,16 +52,7 @@ def _rms_norm_kernel(
         x = kept.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
     y = _normalized(x, weight, eps, WIDTH)
-    place = column
-    if place_ptr is not None:
-        place = tl.load(place_ptr + column, mask=inside, other=0)
-    out = out_ptr + row * WIDTH + place
-    if CODE == "none":
-        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        scale = row_scale(y, 0, CODE)
-        tl.store(scale_ptr + row, scale)
-        tl.store(out, to_code(y * (1.0 / scale), CODE, NATIVE_FP8), mask=inside)
+    tl.store(out_ptr + row * WIDTH + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(
@@ -88,17 +63,13 @@ def rms_norm(
     *,
     offset: float = 0.0,
     post_weight: Tensor | None = None,
-    place: Tensor | None = None,
-    quantize: str = "none",
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """RMSNorm of x, or of residual + x, over the last axis.
 
     x [T, H] float16, bfloat16 or float32, its rows contiguous. weight [H]; the factor is offset + weight (Gemma stores
     w and means 1 + w). residual [T, H]: becomes residual + x. post_weight [H]: x is normalized with it first.
-    place int32 [H]: column c of the result is written to column place[c]. quantize: "none", "int8" or "fp8".
 
-    Returns (out [T, H] in x's dtype, None), or (codes int8 or float8_e4m3fn [T, H], scales float32 [T, 1]).
-    Raises UnsupportedError naming the argument that does not fit.
+    Returns [T, H] in x's dtype. Raises KernelArgumentError naming the argument that does not fit.
     """
     name = "rms_norm"
     need_rows(name, "x", x, FLOATS, None, None)
@@ -108,16 +79,13 @@ def rms_norm(
         name,
         f"rows of {width} numbers; at most {MAX_WIDTH} fit one program",
     )
-    need(quantize in CODES, name, f"quantize is {quantize!r}, want one of {list(CODES)}")
     need_rows(name, "weight", weight, FLOATS, width)
     if residual is not None:
         need_rows(name, "residual", residual, FLOATS, rows, width)
     if post_weight is not None:
         need(residual is not None, name, "post_weight is given without a residual")
         need_rows(name, "post_weight", post_weight, FLOATS, width)
-    if place is not None:
-        need_rows(name, "place", place, (torch.int32,), width)
-    out, scales = empty_codes((rows, width), quantize, x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
         block = triton.next_power_of_2(width)
         _rms_norm_kernel[(rows,)](
@@ -125,17 +93,13 @@ def rms_norm(
             residual,
             weight,
             post_weight,
-            place,
-            bytes_of(out),
-            scales,
+            out,
             x.stride(0),
             residual.stride(0) if residual is not None else 0,
             eps,
             WIDTH=width,
             BLOCK=block,
             OFFSET=offset,
-            CODE=quantize,
-            NATIVE_FP8=native_fp8(x),
             num_warps=warps(block),
         )
-    return out, scales
+    return out

@@ -5,10 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import UnsupportedError
+from ..errors import KernelArgumentError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-CODES = {"none": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @triton.jit
@@ -72,22 +71,10 @@ def bytes_of(codes: Tensor | None) -> Tensor | None:
     )
 
 
-def empty_codes(
-    shape: tuple[int, int], quantize: str, like: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Room for rows [rows, width]: in the dtype of `like`, or codes and their scales float32 [rows, 1]."""
-    if quantize == "none":
-        return torch.empty(shape, dtype=like.dtype, device=like.device), None
-    return (
-        torch.empty(shape, dtype=CODES[quantize], device=like.device),
-        torch.empty((shape[0], 1), dtype=torch.float32, device=like.device),
-    )
-
-
 def need(ok: bool, kernel: str, problem: str) -> None:
-    """Raise UnsupportedError naming the kernel where an argument is not what it takes."""
+    """Raise KernelArgumentError naming the kernel where an argument is not what it takes."""
     if not ok:
-        raise UnsupportedError(f"{kernel}: {problem}")
+        raise KernelArgumentError(f"{kernel}: {problem}")
 
 
 def need_rows(

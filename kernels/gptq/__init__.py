@@ -1,1 +1,1 @@
-"""Triton products with 2-, 3-, 4- and 8-bit integer weights (GPTQ, GGUF, and what AWQ shares)."""
+"""Triton products with GPTQ weights: 2, 3, 4 or 8 bits, symmetric or with zero points, act-order too."""

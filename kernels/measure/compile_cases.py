@@ -1,14 +1,14 @@
-"""What each Triton room wants compiled without a GPU: the contract between the kernels and `make kernels-report`.
+"""What each package of Triton kernels wants compiled without a GPU: its contract with `make kernels-report`.
 
-Each room's `cases.py` has `compile_cases() -> list[CompileCase]` covering every kernel with the configurations that are
-shipped. This module imports no Triton; the rooms do, when they are asked for their cases.
+A package's `cases.py` has `compile_cases() -> list[CompileCase]` covering every kernel with the configurations that
+are shipped. This module imports no Triton; the packages do, when they are asked for their cases.
 """
 
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
-ROOMS = ("gptq", "fp8", "attention", "fused")
+PACKAGES = ("awq", "gptq", "gguf", "fp8", "attention", "fused", "sampling")
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class CompileCase:
     max_cc: int = 1000
     aligned: tuple[str, ...] = ()
     weights_per_program: int = (
-        0  # quantized weights one trip of the main loop decodes; 0: not a product
+        0  # quantized weights one iteration of the main loop decodes; 0: not a product
     )
     fp8_dot: bool = False  # its products must be those of FP8 tensor cores
 
 
-def compile_cases(rooms: tuple[str, ...] = ROOMS) -> list[CompileCase]:
-    """The cases of these rooms."""
+def compile_cases(packages: tuple[str, ...] = PACKAGES) -> list[CompileCase]:
+    """The cases of these packages."""
     kernels = __package__.rpartition(".")[0]
     return [
         case
-        for room in rooms
-        for case in importlib.import_module(f"{kernels}.{room}.cases").compile_cases()
+        for package in packages
+        for case in importlib.import_module(f"{kernels}.{package}.cases").compile_cases()
     ]

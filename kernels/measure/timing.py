@@ -18,7 +18,7 @@ class Card:
 
     name: str
     cc: int
-    processors: int
+    num_sms: int
     l2_bytes: int
 
     @classmethod

@@ -46,7 +46,7 @@ class SamplingRows:
     state: Tensor | None = None
 
     def check(self, kernel: str, rows: int, vocab: int) -> None:
-        """Raise UnsupportedError naming the tensor that does not fit [rows, vocab] logits."""
+        """Raise KernelArgumentError naming the tensor that does not fit [rows, vocab] logits."""
         fields = [
             ("filters", self.filters, torch.float32, (rows, 4)),
             ("keys", self.keys, torch.int32, (rows, 2)),
@@ -112,7 +112,7 @@ def sample(logits: Tensor, sampling: SamplingRows) -> Tensor:
     """Tokens int64 [B] drawn as `sampling` says from logits [B, V] (16 bits or float32), which stay as they are; -1
     where a row holds NaN or no finite largest. Chosen tokens are added to `sampling.state`.
 
-    Raises UnsupportedError naming the argument that does not fit.
+    Raises KernelArgumentError naming the argument that does not fit.
     """
     return _select("sample", logits, sampling)
 

@@ -50,11 +50,6 @@ def test_soft_cap_and_sinks() -> None:
     case.check(sinks=torch.randn(32) * 3, window=300)
 
 
-def test_drafted_tokens() -> None:
-    step = [(4, 4), (2000, 5), (513, 1), (0, 1), (64, 3)]
-    AttentionCase(step, 32, 8, 128, HALF, decodes=5, decode_queries=5).check()
-
-
 def test_a_long_context_of_one_sequence() -> None:
     """32k keys in as many splits as there are."""
     AttentionCase([(32768, 1)], 32, 8, 128, HALF, decodes=1).check()

@@ -1,6 +1,6 @@
 """The small kernels compiled, on rows as wide as real models', against torch in float64 and the engine's sampler.
 
-The tests of tests/kernels/test_triton_*.py, which `make test-gpu` runs compiled too, go through every option.
+The tests of tests/kernels, which `make test-gpu` runs compiled too, go through every option.
 """
 
 import pytest
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from kernel_cases import BF16, HALF, on_device  # noqa: F401  (a fixture)
 
 from nibble.engine.backends.torch.layers import apply_rope
+from nibble.kernels.attention.cache import PagedCache
 from nibble.kernels.fused.activation import gated
 from nibble.kernels.fused.norm import rms_norm
-from nibble.kernels.fused.rope import Pages, rope_and_cache
+from nibble.kernels.fused.rope import rope_and_cache
 from nibble.kernels.sampling.sample import SamplingRows, greedy, sample
 
 TOLERANCE = {HALF: 2e-3, BF16: 1.6e-2}
@@ -21,16 +22,6 @@ def near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> No
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
-
-
-def near_codes(codes: torch.Tensor, scales: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within half a step of the grid: of int8 the step is the scale, of e4m3 an eighth of the value."""
-    half = (
-        scales.double() * 0.5
-        if codes.dtype == torch.int8
-        else expected.abs() / 16 + scales.double() * 2.0**-10
-    )
-    assert bool(((codes.double() * scales.double() - expected).abs() <= half * 1.01).all())
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
@@ -44,11 +35,9 @@ def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     )
     summed = (residual.double() + x.double()).to(dtype)
     want = F.rms_norm(summed.double(), (width,), weight.double(), 1e-5)
-    got, _ = rms_norm(x, weight, 1e-5, residual)
+    got = rms_norm(x, weight, 1e-5, residual)
     near(residual, summed, dtype)
     near(got, want, dtype)
-    for code in ("int8", "fp8"):
-        near_codes(*rms_norm(summed, weight, 1e-5, quantize=code), want)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
@@ -57,10 +46,8 @@ def test_gated(rows: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     gate_up = torch.randn(rows, 2 * width).to(dtype)
     gate, up = gate_up.double().chunk(2, -1)
-    near(gated(gate_up, "silu")[0], F.silu(gate) * up, dtype)
-    near(gated(gate_up, "gelu_tanh")[0], F.gelu(gate, approximate="tanh") * up, dtype)
-    for code in ("int8", "fp8"):
-        near_codes(*gated(gate_up, "silu", quantize=code), F.silu(gate) * up)
+    near(gated(gate_up, "silu"), F.silu(gate) * up, dtype)
+    near(gated(gate_up, "gelu_tanh"), F.gelu(gate, approximate="tanh") * up, dtype)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
@@ -71,7 +58,7 @@ def test_rope_and_cache(heads: int, kv_heads: int, dim: int, rows: int, dtype: t
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim).to(dtype)
     angles = torch.rand(4096, dim // 2) * 6
     positions, slots = torch.randint(0, 4096, (rows,)), torch.randperm(20 * 16)[:rows]
-    pages = Pages(*torch.zeros(2, kv_heads, 20, 16, dim, dtype=dtype))
+    pages = PagedCache(*torch.zeros(2, kv_heads, 20, 16, dim, dtype=dtype))
     want = qkv.double()
     apply_rope(
         want[:, : heads + kv_heads],

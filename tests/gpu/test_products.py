@@ -12,12 +12,13 @@ from kernel_cases import (
     make_fp8_weight,
     make_weight,
     on_device,  # noqa: F401  (a fixture)
+    repack,
 )
 from torch import Tensor
 
-from nibble.kernels.gptq import launch
-from nibble.kernels.gptq.layout import shuffle
-from nibble.kernels.gptq.tuning import table
+from nibble.kernels.awq.linear import CONFIGS
+from nibble.kernels.dequant_gemm import launch
+from nibble.kernels.dequant_gemm.tiles import table
 from nibble.kernels.measure.timing import Card
 from nibble.kernels.select import choose
 from nibble.kernels.spec import LinearSpec
@@ -53,7 +54,7 @@ def product(weight: QuantizedWeight, dtype: torch.dtype, bias: Tensor | None = N
 
 def check_all_rows(weight: QuantizedWeight, dtype: torch.dtype, bias: Tensor | None = None) -> None:
     name, multiply = product(weight, dtype, bias)
-    assert name.startswith("triton")
+    assert name.endswith("-triton")
     for rows in ROWS:
         x = activations(rows, weight.in_features, dtype)
         y = multiply(x)
@@ -111,18 +112,19 @@ def test_act_order() -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64])
 def test_split_products_are_the_same_every_time(rows: int) -> None:
-    """Parts arrive in any order and are added in one; afterwards every lock is free."""
+    """Splits arrive in any order and are added in one; afterwards every lock is free."""
     card = Card.of(torch.device("cuda", 0))
-    chosen, weight = table(card.name, card.cc), shuffle(make_weight(4, "zeros", 4096, 14336, 128))
+    chosen, weight = (
+        table(card.name, card.cc, "int4", CONFIGS),
+        repack(make_weight(4, "zeros", 4096, 14336, 128)),
+    )
     x = activations(rows, 14336, HALF)
 
     def run() -> list[Tensor]:
         gemm = (
-            [launch.gemm(x, weight, None, chosen.tile(rows), card.processors)]
-            if chosen.gemm
-            else []
+            [launch.gemm(x, weight, None, chosen.tile(rows), card.num_sms)] if chosen.gemm else []
         )
-        gemv = [launch.gemv(x, weight, None, chosen, card.processors)] if rows <= 8 else []
+        gemv = [launch.gemv(x, weight, None, chosen, card.num_sms)] if rows <= 8 else []
         return gemm + gemv
 
     first = run()
@@ -151,7 +153,7 @@ def test_split_products_in_a_graph_with_others_beside() -> None:
 def test_dequantization_is_the_definition() -> None:
     for bits, zero, group in INTEGERS:
         weight = make_weight(bits, zero, 576, 4096, group)
-        dense = launch.dequantize(shuffle(weight), HALF)
+        dense = launch.dequantize(repack(weight), HALF)
         torch.testing.assert_close(
             dense.double(), weight.dequantize(torch.float32).double(), rtol=2**-10, atol=1e-5
         )
@@ -161,4 +163,4 @@ def test_many_rows_are_cublas() -> None:
     weight = make_weight(4, "zeros", 4096, 4096, 128)
     _, multiply = product(weight, HALF)
     x = activations(600, 4096, HALF)
-    assert torch.equal(multiply(x), F.linear(x, launch.dequantize(shuffle(weight), HALF)))
+    assert torch.equal(multiply(x), F.linear(x, launch.dequantize(repack(weight), HALF)))

@@ -14,13 +14,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nibble.kernels.attention.paged import (
-    AttentionSpec,
-    PagedBatch,
-    PagedCache,
-    allocate_scales,
-    paged_attention,
-)
+from nibble.kernels.attention.cache import PagedCache, allocate_scales
+from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
+from nibble.kernels.awq import linear as awq
+from nibble.kernels.dequant_gemm.layout import ShuffledWeight
+from nibble.kernels.fp8 import w8a16
+from nibble.kernels.gguf import linear as gguf
+from nibble.kernels.gptq import linear as gptq
+from nibble.kernels.spec import scale_dtype
 from nibble.quant.weight import QuantizedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -82,6 +83,16 @@ def make_fp8_weight(
     return QuantizedWeight(
         codes.view(FP8), scales, kind="fp8", bits=8, block=block, act_quant=act_quant
     ).to(DEVICE)
+
+
+def repack(weight: QuantizedWeight) -> ShuffledWeight:
+    """As the room does that kernels/select.py chooses for such a weight."""
+    if weight.kind == "fp8":
+        return w8a16.repack(weight)
+    if weight.mins is not None or scale_dtype(weight.scales) == torch.float32:
+        return gguf.repack(weight)
+    in_order = weight.zeros is not None and weight.bits == 4 and weight.perm is None
+    return awq.repack(weight) if in_order else gptq.repack(weight)
 
 
 def activations(rows: int, inner: int, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nibble.cli import main
-from nibble.kernels.gptq import tuning
+from nibble.kernels.dequant_gemm import tiles
 from nibble.tools import doctor
 
 
@@ -55,12 +55,12 @@ def test_what_cannot_be_served_is_no(capsys, tiny_llama, tmp_path, change):
 
 
 def test_tiles_that_were_not_measured_name_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "MEASURED", tmp_path)
-    tuning.table.cache_clear()
+    monkeypatch.setattr(tiles, "MEASURED", tmp_path)
+    tiles.table.cache_clear()
     assert "nibble tune" in doctor.tiles("A Card", 90).fix
-    measured = tuning.Table(90, 0, 64, 4, 64, (), origin="nibble tune, today")
-    (tmp_path / "A_Card.json").write_text(tuning.as_json([measured]))
-    tuning.table.cache_clear()
+    measured = tiles.Table(90, 0, 64, 4, 64, (), origin="nibble tune, today")
+    (tmp_path / "A_Card.json").write_text(tiles.as_json([measured]))
+    tiles.table.cache_clear()
     finding = doctor.tiles("A Card", 90)
-    tuning.table.cache_clear()
+    tiles.table.cache_clear()
     assert finding.text.endswith("nibble tune, today") and not finding.fix

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from nibble.cli import main
-from nibble.kernels.gptq.search import DEQUANTIZE, Measurement, Trial
-from nibble.kernels.gptq.tuning import Table, Tile
+from nibble.kernels.dequant_gemm.candidates import DEQUANTIZE, Measurement, Trial
+from nibble.kernels.dequant_gemm.tiles import Table, Tile
 from nibble.tools import tune
 
 
@@ -47,7 +47,7 @@ def test_what_is_printed_is_what_serves() -> None:
     assert all(
         part in text for part in ("1 to 1", "2 to 16", "16x64 w4 s4 swap", "17 to 39", "from 40")
     )
-    assert "s3 swap p2" in text and "w8" not in text
+    assert "s3 swap k2" in text and "w8" not in text
 
 
 SHAPES = ((64, 64), (128, 64))
@@ -76,7 +76,7 @@ class Subject:
 def test_every_kind_of_weights_gets_its_table(
     tuner: tune.Tuner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial = pytest.importorskip("nibble.kernels.gptq.trial")
+    trial = pytest.importorskip("nibble.kernels.dequant_gemm.trial")
     asked = []
 
     def reasons(kind, index, trials):

@@ -19,16 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....architectures.base import Attention
-from ....kernels.attention.paged import (
-    AttentionSpec,
-    PagedBatch,
-    PagedCache,
-    allocate_scales,
-    paged_attention,
-)
+from ....kernels.attention.cache import PagedCache, allocate_scales
+from ....kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
 from ....kernels.fused.activation import gated
 from ....kernels.fused.norm import rms_norm
-from ....kernels.fused.rope import Pages, rope_and_cache
+from ....kernels.fused.rope import rope_and_cache
 from ...config import EngineConfig
 from ...request import Request
 from ...sampler import sample
@@ -182,17 +177,17 @@ class TritonDecoder:
             batch.num_decodes,
             max_context=batch.tables.shape[1] * cache.block_size,
         )
-        h, _ = rms_norm(residual.clone(), _weight(weights.layers[0].before_mixer), eps)
+        h = rms_norm(residual.clone(), _weight(weights.layers[0].before_mixer), eps)
         following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
         for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
             mixed = self._attention(layer, h, batch, pages, paged)
             after = _weight(layer.after_mixer)
-            h, _ = rms_norm(mixed, _weight(layer.before_mlp), eps, residual, post_weight=after)
-            inner, _ = gated(layer.gate_up(h), layer.spec.mlp.activation)
+            h = rms_norm(mixed, _weight(layer.before_mlp), eps, residual, post_weight=after)
+            inner = gated(layer.gate_up(h), layer.spec.mlp.activation)
             mixed, after = layer.down(inner), layer.after_mlp
             if next_norm is None:  # more layers follow elsewhere
                 return residual + (mixed if after is None else after(mixed))
-            h, _ = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after))
+            h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after))
         return h
 
     def _embed(self, batch: DeviceBatch) -> Tensor:
@@ -222,7 +217,7 @@ class TritonDecoder:
             table.sin,
             batch.positions,
             batch.slots,
-            Pages(cache.keys, cache.values, cache.key_scales, cache.value_scales),
+            cache,
             q_weight=_weight(layer.q_norm),
             k_weight=_weight(layer.k_norm),
             eps=self.model.norm_eps,

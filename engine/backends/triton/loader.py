@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....architectures.base import LayerSpec, ModelSpec
-from ....kernels.gptq.linear import why_no_triton
+from ....kernels.device import why_no_triton
 from ....quant.checkpoint import Checkpoint
 from ..base import Progress, Target, unknown_feature
 from ..torch.loader import TorchBackend

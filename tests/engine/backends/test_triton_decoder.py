@@ -21,7 +21,7 @@ from nibble.engine.request import SamplingParams
 from nibble.engine.runner import Runner
 from nibble.engine.scheduling.batch import PendingStep
 from nibble.errors import UserError
-from nibble.kernels.gptq import linear
+from nibble.kernels import device as machine
 
 from .. import models
 
@@ -216,7 +216,7 @@ def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
         (70, torch.float16, "7.5"),
         (75, torch.float16, None),
     ):
-        monkeypatch.setattr(linear, "cuda_capability", lambda device, cc=cc: cc)
+        monkeypatch.setattr(machine, "cuda_capability", lambda device, cc=cc: cc)
         assignment = assign(Target(config, dtype, torch.device("cuda")), model)
         assert assignment.refused is None if reason is None else reason in str(assignment.refused)
         assert assignment.runs[0].backend.name == ("torch" if reason else "triton")

@@ -1,5 +1,5 @@
-"""Runs what search.py wants to know on a card: is it right, and how long does it take. Importing this imports Triton;
-everything here needs a CUDA device.
+"""Runs what candidates.py wants to know on a card: is it right, and how long does it take. Importing this imports
+Triton; everything here needs a CUDA device.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,12 @@ from torch import Tensor
 from ...errors import UserError
 from ...quant.weight import QuantizedWeight
 from ..measure.timing import Card, microseconds, rotations
-from . import launch, products
-from .layout import ShuffledWeight, shuffle
-from .search import ROWS, Candidate, Measurement, Shape, Trial
-from .tuning import Table, weights_name
+from . import launch
+from .candidates import ROWS, Candidate, Measurement, Shape, Trial
+from .gemm import gemm
+from .gemv import gemv
+from .layout import ShuffledWeight
+from .tiles import Table, weights_name
 
 TOLERANCE = 0.05  # largest error, relative to the root mean square of the result: rounding costs below a fifth of it
 
@@ -28,6 +30,9 @@ class Kind:
     kind: str  # "int", "fp8"
     bits: int
     group: int  # features that share a scale, of FP8 those of as many outputs; 0: all of one output
+    repack: Callable[[QuantizedWeight], ShuffledWeight] | None = (
+        None  # their room's; None: only drawn, not measured
+    )
 
     @property
     def name(self) -> str:
@@ -95,7 +100,7 @@ class Subject:
         weight = random_weight(kind, *shape, device)
         self.x = torch.randn(ROWS[-1], shape[1], device=device).to(self.dtype)
         self.expected = self.x.float() @ weight.dequantize(torch.float32).t()
-        self.weights = rotated(shuffle(weight), self.card.l2_bytes)
+        self.weights = rotated(kind.repack(weight), self.card.l2_bytes)
 
     def call(self, candidate: Candidate, rows: int, weight: ShuffledWeight) -> Tensor:
         """y [rows, N]."""
@@ -103,9 +108,9 @@ class Subject:
         if tile is None:
             return F.linear(x, launch.dequantize(weight, self.dtype))
         if candidate.path == "gemv":
-            table = Table(0, rows, tile.block_n, tile.warps, rows + 1, (), tile.programs)
-            return launch.gemv(x, weight, None, table, self.card.processors)
-        return launch.gemm(x, weight, None, tile, self.card.processors)
+            table = Table(0, rows, tile.block_n, tile.warps, rows + 1, (), tile.splits_per_sm)
+            return launch.gemv(x, weight, None, table, self.card.num_sms)
+        return launch.gemm(x, weight, None, tile, self.card.num_sms)
 
     def why_not(self, candidate: Candidate, rows: int) -> str:
         """Why a candidate cannot win: it does not compile, spills, or computes something else. "" if it can.
@@ -148,7 +153,7 @@ def _spills() -> dict:
     device = torch.cuda.current_device()
     return {
         (kernel.__name__, key): compiled.n_spills
-        for kernel in (products.gemv, products.gemm)
+        for kernel in (gemv, gemm)
         for key, compiled in kernel.device_caches[device][0].items()
     }
 

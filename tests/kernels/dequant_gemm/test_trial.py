@@ -4,10 +4,12 @@ import pytest
 import torch
 from kernel_cases import interpreter_only
 
-from nibble.kernels.gptq import search, trial
-from nibble.kernels.gptq.search import DEQUANTIZE, Candidate
-from nibble.kernels.gptq.trial import Kind, Subject
-from nibble.kernels.gptq.tuning import Tile
+from nibble.kernels.awq import linear as awq
+from nibble.kernels.dequant_gemm import candidates, trial
+from nibble.kernels.dequant_gemm.candidates import DEQUANTIZE, Candidate
+from nibble.kernels.dequant_gemm.tiles import Tile
+from nibble.kernels.dequant_gemm.trial import Kind, Subject
+from nibble.kernels.fp8 import w8a16
 from nibble.kernels.measure.timing import Card
 
 pytestmark = interpreter_only
@@ -15,7 +17,12 @@ GEMM, GEMV = Candidate("gemm", Tile(0, 16, 64, 4, 2, True)), Candidate("gemv", T
 
 
 @pytest.fixture(
-    params=[Kind("int", 4, 128), Kind("int", 8, 128), Kind("fp8", 8, 0)], ids=lambda kind: kind.name
+    params=[
+        Kind("int", 4, 128, awq.repack),
+        Kind("int", 8, 128, awq.repack),
+        Kind("fp8", 8, 0, w8a16.repack),
+    ],
+    ids=lambda kind: kind.name,
 )
 def subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Subject:
     """On the CPU, as a card without FP8."""
@@ -63,5 +70,5 @@ def test_times_are_of_the_trial_that_was_asked_for(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "microseconds", lambda calls: float(calls[0]().shape[0]))
-    asked = search.Trial((70, 256), 16, GEMM)
-    assert subject.measure(asked) == search.Measurement(asked, 16.0)
+    asked = candidates.Trial((70, 256), 16, GEMM)
+    assert subject.measure(asked) == candidates.Measurement(asked, 16.0)

@@ -11,13 +11,13 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from .tuning import Table, Tile
+from .tiles import Table, Tile
 
 ANCHORS = (16, 32, 64, 128, 256, 512)  # rows that a tile is chosen for
 FEW = (1, 2, 4, 8)  # rows that the GEMV may serve; below the first anchor
 ROWS = (*FEW, *ANCHORS)
 SURVIVORS = 3  # tiles of an anchor that reach the second round
-PROGRAMS = (4, 8)  # for each multiprocessor, in the second round
+SPLITS_PER_SM = (4, 8)  # in the second round
 Shape = tuple[int, int]  # N, K
 
 LLAMA_3_8B: tuple[Shape, ...] = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
@@ -32,12 +32,12 @@ class Candidate:
     tile: Tile | None = None
 
     def describe(self) -> str:
-        """Such as "gemm 16x64 w4 s4 swap p2"."""
+        """Such as "gemm 16x64 w4 s4 swap k2"."""
         if self.tile is None:
             return self.path
         t = self.tile
         size = f"{t.block_m}x{t.block_n}" if self.path == "gemm" else str(t.block_n)
-        return f"{self.path} {size} w{t.warps} s{t.stages}{' swap' if t.swap else ''} p{t.programs}"
+        return f"{self.path} {size} w{t.warps} s{t.stages}{' swap' if t.swap else ''} k{t.splits_per_sm}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,10 @@ def _warps(block_m: int, block_n: int) -> tuple[int, ...]:
 def gemv_candidates() -> list[Candidate]:
     """Each width with each number of warps, K split little or much."""
     return [
-        Candidate("gemv", Tile(0, 1, block_n, warps, 1, programs=programs))
+        Candidate("gemv", Tile(0, 1, block_n, warps, 1, splits_per_sm=splits))
         for block_n in (64, 128)
         for warps in (4, 8)
-        for programs in (2, 8)
+        for splits in (2, 8)
     ]
 
 
@@ -106,10 +106,10 @@ def first_round(done: list[Measurement], shapes: tuple[Shape, ...], cc: int) -> 
 def second_round(done: list[Measurement], shapes: tuple[Shape, ...], cc: int) -> list[Trial]:
     """Of the tiles that did best."""
     return [
-        Trial(shape, rows, replace(candidate, tile=replace(candidate.tile, programs=programs)))
+        Trial(shape, rows, replace(candidate, tile=replace(candidate.tile, splits_per_sm=splits)))
         for rows in ANCHORS
         for candidate in ranking(done, shapes, rows, ("gemm",))[:SURVIVORS]
-        for programs in PROGRAMS
+        for splits in SPLITS_PER_SM
         for shape in shapes
     ]
 
@@ -167,7 +167,7 @@ def build_table(
         gemv.tile.warps,
         max(_dequantize_rows(means), gemv_rows + 1),
         tuple(_merged(tiles)),
-        gemv.tile.programs,
+        gemv.tile.splits_per_sm,
         weights,
         origin,
     )

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from nibble.kernels.measure.compile_cases import PACKAGES
+
 pytest.importorskip("triton")
 
-REPORT = Path(__file__).parents[2] / "bench" / "kernels_report.py"
+REPORT = Path(__file__).parents[3] / "bench" / "kernels_report.py"
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("room", ["gptq", "fp8", "attention", "fused"])
-def test_compiles_within_the_gate(room: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_compiles_within_the_gate(package: str, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(REPORT), "--room", room, "--first"],
+        [sys.executable, "-W", "ignore", str(REPORT), "--package", package, "--first"],
         env=env,
         cwd=tmp_path,
         capture_output=True,

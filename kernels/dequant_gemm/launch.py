@@ -1,49 +1,53 @@
-"""Checked launches of the kernels in products.py. Importing this imports Triton."""
+"""Checked launches of GEMM, GEMV and dequantization. Importing this imports Triton."""
 
 import torch
 import triton
 from torch import Tensor
 
-from . import products
+from ..errors import KernelArgumentError
+from .dequantize import dequantize as dequantize_kernel
+from .gemm import gemm as gemm_kernel
+from .gemv import gemv as gemv_kernel
 from .layout import ShuffledWeight
-from .tuning import Table, Tile, split_k
+from .tiles import Table, Tile, split_k
 
 
 def _constants(weight: ShuffledWeight) -> dict:
     return {
+        "CODE": weight.decode.code,
+        "SCALE": weight.decode.scale,
         "BITS": weight.bits,
-        "FP8": weight.fp8,
         "GROUP": weight.group,
-        "MINS": weight.packed_scale is None and not weight.fp8,
-        "BF16_SCALE": weight.packed_scale == torch.bfloat16,
     }
 
 
 def _check(x: Tensor, weight: ShuffledWeight) -> None:
     if x.dim() != 2 or x.shape[1] != weight.in_features or not x.is_contiguous():
-        raise ValueError(
+        raise KernelArgumentError(
             f"activations {tuple(x.shape)} must be contiguous rows of {weight.in_features} features"
         )
     if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"activations must be float16 or bfloat16, not {x.dtype}")
+        raise KernelArgumentError(f"activations must be float16 or bfloat16, not {x.dtype}")
     if x.device != weight.words.device:
-        raise ValueError(f"activations are on {x.device}, the weight on {weight.words.device}")
+        raise KernelArgumentError(
+            f"activations are on {x.device}, the weight on {weight.words.device}"
+        )
 
 
 def gemv(
-    x: Tensor, weight: ShuffledWeight, bias: Tensor | None, table: Table, processors: int
+    x: Tensor, weight: ShuffledWeight, bias: Tensor | None, table: Table, num_sms: int
 ) -> Tensor:
     """x [M <= 8, K] -> [M, N], without tensor cores."""
     _check(x, weight)
     programs = triton.cdiv(weight.out_features, table.gemv_block_n) * x.shape[0]
-    parts = split_k(programs, weight.words.shape[0], processors, table.gemv_programs)
+    splits = split_k(programs, weight.words.shape[0], num_sms, table.gemv_splits_per_sm)
     return _launch(
-        products.gemv,
+        gemv_kernel,
         x,
         weight,
         bias,
         programs,
-        parts,
+        splits,
         warps=table.gemv_warps,
         stages=1,
         BLOCK_N=table.gemv_block_n,
@@ -51,23 +55,23 @@ def gemv(
 
 
 def gemm(
-    x: Tensor, weight: ShuffledWeight, bias: Tensor | None, tile: Tile, processors: int
+    x: Tensor, weight: ShuffledWeight, bias: Tensor | None, tile: Tile, num_sms: int
 ) -> Tensor:
     """x [M, K] -> [M, N] on tensor cores; M <= 512."""
     _check(x, weight)
     programs = triton.cdiv(x.shape[0], tile.block_m) * triton.cdiv(
         weight.out_features, tile.block_n
     )
-    parts = split_k(programs, weight.words.shape[0], processors, tile.programs)
-    if parts > 1 and programs > weight.locks.numel():
-        parts = 1
+    splits = split_k(programs, weight.words.shape[0], num_sms, tile.splits_per_sm)
+    if splits > 1 and programs > weight.locks.numel():
+        splits = 1
     return _launch(
-        products.gemm,
+        gemm_kernel,
         x,
         weight,
         bias,
         programs,
-        parts,
+        splits,
         warps=tile.warps,
         stages=tile.stages,
         BLOCK_M=tile.block_m,
@@ -82,20 +86,20 @@ def _launch(
     weight: ShuffledWeight,
     bias: Tensor | None,
     programs: int,
-    parts: int,
+    splits: int,
     *,
     warps: int,
     stages: int,
     **constants,
 ) -> Tensor:
     rows, inner = x.shape
-    tiles, padded, _ = weight.words.shape
+    k_tiles, padded_out, _ = weight.words.shape
     y = x.new_empty(rows, weight.out_features)
     partials = (
-        x.new_empty((parts, rows, weight.out_features), dtype=torch.float32) if parts > 1 else y
+        x.new_empty((splits, rows, weight.out_features), dtype=torch.float32) if splits > 1 else y
     )
     groups = weight.scales.shape[-2]
-    kernel[(programs, parts)](
+    kernel[(programs, splits)](
         x,
         weight.words,
         weight.scales,
@@ -106,12 +110,13 @@ def _launch(
         rows,
         weight.out_features,
         inner,
-        padded,
-        tiles,
+        padded_out,
+        k_tiles,
         groups,
+        HAS_MINIMUM=weight.decode.has_minimum,
         HAS_BIAS=bias is not None,
         EVEN_K=inner % weight.tile_features == 0,
-        SPLIT_K=parts,
+        SPLIT_K=splits,
         **_constants(weight),
         **constants,
         num_warps=warps,
@@ -122,17 +127,17 @@ def _launch(
 
 def dequantize(weight: ShuffledWeight, dtype: torch.dtype) -> Tensor:
     """The dense [N, K] weight, columns in the weight's own (permuted) order."""
-    tiles, padded, _ = weight.words.shape
+    k_tiles, padded_out, _ = weight.words.shape
     dense = torch.empty(
         weight.out_features, weight.in_features, dtype=dtype, device=weight.words.device
     )
-    products.dequantize[(padded // 64, tiles)](
+    dequantize_kernel[(padded_out // 64, k_tiles)](
         weight.words,
         weight.scales,
         dense,
         weight.out_features,
         weight.in_features,
-        padded,
+        padded_out,
         weight.scales.shape[-2],
         **_constants(weight),
         BLOCK_N=64,

@@ -3,9 +3,10 @@
 The first of these that has a table for the kind of weight is used:
 
     ~/.cache/nibble/tiles/<device name>.json    what `nibble tune` measured on this machine (blanks as underscores)
-    configs/<device name>.json                  measured, and shipped with the package
+    <room>/configs/<device name>.json           measured, and shipped with the package
     configs/heuristic.json                      by compute capability: reasoned from the roofline (docs/KERNELS.md), and
-                                                compiled for every capability by `make kernels-report`
+                                                compiled for every capability by `make kernels-report`; of every room,
+                                                for what differs between them weighs less than the card
 
 Rows of `gemm` are ordered by `rows`; the first that holds M and admits the weight's group serves.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent / "configs"
+HEURISTIC = Path(__file__).parent / "configs" / "heuristic.json"
 MEASURED = Path("~/.cache/nibble/tiles")  # where `nibble tune` writes
 
 
@@ -30,7 +31,7 @@ class Tile:
     warps: int
     stages: int
     swap: bool = False
-    programs: int = 2  # for each multiprocessor: K is split until there are about as many
+    splits_per_sm: int = 2  # K is split until about as many programs run on each multiprocessor
     max_group: int = 0  # for weights with a scale for at most as many features; 0: for all
 
 
@@ -42,7 +43,7 @@ class Table:
     gemv_warps: int
     dequantize_rows: int  # from here on: dequantize, then cuBLAS
     gemm: tuple[Tile, ...]
-    gemv_programs: int = 2
+    gemv_splits_per_sm: int = 2
     weights: tuple[str, ...] = ()  # as `weights_name` gives them; none: all
     origin: str = ""  # when, where and with what it was measured
 
@@ -67,18 +68,22 @@ def file_name(device_name: str) -> str:
 
 
 @cache
-def table(device_name: str, cc: int, weights: str = "int4") -> Table:
-    """The table of a card, or of its compute capability (75, 80, ...), for a kind of weight."""
-    for folder in (MEASURED, FOLDER):
+def table(device_name: str, cc: int, weights: str, shipped: Path) -> Table:
+    """The table of a card, or of its compute capability (75, 80, ...), for a kind of weight. shipped: the room's
+    folder of measured ones."""
+    for folder in (MEASURED, shipped):
         for own in measured_tables(folder / file_name(device_name)):
             if own.serves(weights):
                 return own
-    fitting = (t for t in tables(FOLDER / "heuristic.json") if t.min_cc <= cc and t.serves(weights))
+    fitting = (t for t in tables(HEURISTIC) if t.min_cc <= cc and t.serves(weights))
     return max(fitting, key=lambda t: t.min_cc)
 
 
 def tables(file: Path) -> list[Table]:
     """Every table of a file. ValueError, TypeError or KeyError where it is none."""
+    entries = json.loads(file.read_text())
+    if not isinstance(entries, list):
+        raise TypeError("not a list of tables")
     return [
         Table(
             **{
@@ -87,7 +92,7 @@ def tables(file: Path) -> list[Table]:
                 "weights": tuple(entry.get("weights", ())),
             }
         )
-        for entry in json.loads(file.read_text())
+        for entry in entries
     ]
 
 
@@ -115,7 +120,6 @@ def as_json(entries: list[Table]) -> str:
     return json.dumps([asdict(entry) for entry in entries], indent=1) + "\n"
 
 
-def split_k(programs: int, tiles: int, processors: int, wanted: int = 2) -> int:
-    """Parts to cut K into so that about `wanted` programs run on each multiprocessor, with four trips for each or
-    more."""
-    return max(1, min(wanted * processors // programs, tiles // 4, 16))
+def split_k(programs: int, k_tiles: int, num_sms: int, wanted: int = 2) -> int:
+    """Splits of K so that about `wanted` programs run on each multiprocessor, with four tiles of K for each or more."""
+    return max(1, min(wanted * num_sms // programs, k_tiles // 4, 16))

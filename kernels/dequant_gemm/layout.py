@@ -1,4 +1,4 @@
-"""ShuffledWeight: the one layout of integer and FP8 weights that the Triton products read, made once at load.
+"""ShuffledWeight: the one layout of 2-, 3-, 4- and 8-bit codes that the Triton products read, made once at load.
 
 A *tile* is `16 // bits` planes of 32 input features, for one output feature, in 16 words of 32 bits. With 4 bits:
 
@@ -12,40 +12,46 @@ operand, so that a thread's four words of a tile are one 128-bit load and a warp
 
     words [tiles, padded_out, 16] int32      word 4t + j of a tile is row i = 4j + t        (t: lane % 4)
 
-3-bit codes leave bits 15 and 31 of a word empty: 3.2 bits a weight. Scales are one of
-    int32  [groups, padded_out]     the scale's 16 bits (float16 or bfloat16) above, the zero point below
-    float32 [2, groups, padded_out] scales, then minima: w = q * scale + minimum; for scales that 16 bits do not hold
-    float32 [groups, padded_out]    FP8: w = code * scale. A code is a byte, as with 8-bit integers
-Padded features have code 0 and scale 0. Groups are what the kernels can step by: 16 features or a multiple of 32; a
-format's own group that is larger is repeated.
+3-bit codes leave bits 15 and 31 of a word empty: 3.2 bits a weight. How a code becomes a number, and how scales lie, is
+the room's own: it hands over both (`Decode`), the scales as tensors [out blocks, in blocks], which are spread to
+[groups, padded_out], or [n, groups, padded_out] if there are several. Padded features have code 0 and scale 0. Groups
+are what the kernels can step by: 16 features or a multiple of 32; a format's own group that is larger is repeated.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...quant.weight import QuantizedWeight
+from ..errors import KernelArgumentError
 
 PLANE = 32  # features a plane of a tile holds
 PAD_OUT = 128  # outputs are padded to multiples of this: the widest tile of a product
 LOCK_OUT = 64  # outputs a lock is for: the narrowest tile
 
 
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """The @triton.jit functions that decode.py describes: the loops are compiled anew for each."""
+
+    code: Any
+    scale: Any
+    has_minimum: bool = False
+
+
 @dataclass(slots=True)
 class ShuffledWeight:
     words: Tensor  # int32 [tiles, padded_out, 16]
-    scales: Tensor  # see above
-    packed_scale: (
-        torch.dtype | None
-    )  # of packed scales: torch.float16 or torch.bfloat16; None: float32 with minima
+    scales: Tensor  # [groups, padded_out] or [n, groups, padded_out], as decode.scale reads them
+    decode: Decode
     perm: Tensor | None  # int64 [in]: column j of the product is feature perm[j]
     bits: int
     group: int  # features that share a scale; 0: all
     in_features: int
     out_features: int
-    fp8: bool  # codes are e4m3 floats, not integers
-    locks: Tensor  # int32, zero between launches: how many parts of a split product have arrived, per output tile
+    locks: Tensor  # int32, zero between launches: how many splits of a product have arrived, per output tile
 
     @property
     def tile_features(self) -> int:
@@ -61,13 +67,17 @@ def kernel_group(group: int, in_features: int, bits: int) -> int | None:
     return group if group == 16 or group % PLANE == 0 else 16 if group % 16 == 0 else None
 
 
-def shuffle(weight: QuantizedWeight) -> ShuffledWeight:
-    """Canonical [out, in] codes to the layout above, on the weight's own device."""
+def shuffle(weight: QuantizedWeight, decode: Decode, *scales: Tensor) -> ShuffledWeight:
+    """Canonical [out, in] codes to the layout above, on the weight's own device.
+
+    scales: each [out blocks, in blocks] of the weight's, in what order and dtype decode.scale reads them. Raises
+    KernelArgumentError where the planes cannot follow the weight's groups.
+    """
     out_features, in_features = weight.codes.shape
     bits, planes = weight.bits, 16 // weight.bits
     group = kernel_group(weight.group_size, in_features, bits)
     if group is None:
-        raise ValueError(
+        raise KernelArgumentError(
             f"no layout for groups of {weight.group_size}; the kernel's can_implement says so"
         )
     padded_out = -(-out_features // PAD_OUT) * PAD_OUT
@@ -84,49 +94,19 @@ def shuffle(weight: QuantizedWeight) -> ShuffledWeight:
             words |= halves[:, :, plane, :, :, half] << (16 * half + bits * plane)
     words = words.permute(1, 0, 3, 2).reshape(tiles, padded_out, 16).contiguous()
     groups = 1 if group == 0 else -(-tiles * PLANE * planes // group)
-    scales, packed_scale = _scales(weight, group, groups, padded_out)
+    spread = [_spread(values, weight, group, groups, padded_out) for values in scales]
     locks = torch.zeros(8 * padded_out // LOCK_OUT, dtype=torch.int32, device=codes.device)
     return ShuffledWeight(
         words,
-        scales,
-        packed_scale,
+        spread[0] if len(spread) == 1 else torch.stack(spread),
+        decode,
         weight.perm,
         bits,
         group,
         in_features,
         out_features,
-        weight.kind == "fp8",
         locks,
     )
-
-
-def _scales(
-    weight: QuantizedWeight, group: int, groups: int, padded_out: int
-) -> tuple[Tensor, torch.dtype | None]:
-    scales = weight.scales.float()
-    if weight.kind == "fp8":
-        return _spread(scales, weight, group, groups, padded_out), None
-    kept = next(
-        (t for t in (torch.float16, torch.bfloat16) if torch.equal(scales.to(t).float(), scales)),
-        None,
-    )
-    if weight.mins is None and kept is not None:
-        zeros = (
-            weight.zeros
-            if weight.zeros is not None
-            else torch.full_like(scales, 2 ** (weight.bits - 1))
-        )
-        packed = (scales.to(kept).view(torch.int16).int() << 16) | zeros.int()
-        return _spread(packed, weight, group, groups, padded_out), kept
-    if weight.mins is not None:
-        mins = weight.mins.float()
-    else:
-        mins = -scales * (
-            weight.zeros.float() if weight.zeros is not None else 2 ** (weight.bits - 1)
-        )
-    return torch.stack(
-        [_spread(t, weight, group, groups, padded_out) for t in (scales, mins)]
-    ), None
 
 
 def _spread(

@@ -5,12 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from nibble.kernels.gptq import search, tuning
-from nibble.kernels.gptq.search import DEQUANTIZE, Candidate, Measurement, Trial
-from nibble.kernels.gptq.tuning import Table, Tile
+from nibble.kernels.dequant_gemm import candidates, tiles
+from nibble.kernels.dequant_gemm.candidates import DEQUANTIZE, Candidate, Measurement, Trial
+from nibble.kernels.dequant_gemm.tiles import Table, Tile
 from nibble.kernels.measure.timing import CALLS, repeats, rotations
 
 SHAPES = ((4096, 4096), (28672, 4096))
+
+
+def table(
+    name: str, cc: int, weights: str = "int4", shipped: Path = Path("no tables here")
+) -> Table:
+    return tiles.table(name, cc, weights, shipped)
 
 
 @pytest.mark.parametrize("nbytes", [1, 8_700_000, 50 << 20, 200 << 20])
@@ -28,8 +34,8 @@ def test_a_graph_holds_enough_calls_of_each_copy() -> None:
 
 @pytest.mark.parametrize("cc", [80, 86, 89, 90, 100, 120])
 def test_candidates_fit_the_kernel(cc: int) -> None:
-    for rows in search.ANCHORS:
-        found = search.gemm_candidates(rows, cc)
+    for rows in candidates.ANCHORS:
+        found = candidates.gemm_candidates(rows, cc)
         assert 0 < len(found) == len(set(found)) <= 16
         for candidate in found:
             tile = candidate.tile
@@ -41,14 +47,14 @@ def test_candidates_fit_the_kernel(cc: int) -> None:
 
 def test_a_card_without_tensor_cores_gets_no_gemm() -> None:
     done = _measured(75, lambda trial: 1.0 if trial.candidate.path == "gemv" else 2.0)
-    table = search.build_table(done, SHAPES, 75, ("int4",), "")
-    assert (table.gemv_rows, table.dequantize_rows, table.gemm) == (8, 9, ())
+    built = candidates.build_table(done, SHAPES, 75, ("int4",), "")
+    assert (built.gemv_rows, built.dequantize_rows, built.gemm) == (8, 9, ())
 
 
 def _measured(cc: int, time, reason=lambda trial: "") -> list[Measurement]:
     """All three rounds with invented times."""
     done: list[Measurement] = []
-    for plan in (search.first_round, search.second_round, search.third_round):
+    for plan in (candidates.first_round, candidates.second_round, candidates.third_round):
         for trial in plan(done, SHAPES, cc):
             why = reason(trial)
             done.append(Measurement(trial, math.inf if why else time(trial), why))
@@ -56,7 +62,7 @@ def _measured(cc: int, time, reason=lambda trial: "") -> list[Measurement]:
 
 
 def _invented(trial: Trial) -> float:
-    """GEMV wins up to 2 rows, swapped tiles with 4 stages and 4 programs up to 128 rows, dequantization beyond."""
+    """GEMV wins up to 2 rows, swapped tiles with 4 stages and 4 splits up to 128 rows, dequantization beyond."""
     tile, rows = trial.candidate.tile, trial.rows
     if tile is None:
         return 100.0 + rows / 100
@@ -65,7 +71,7 @@ def _invented(trial: Trial) -> float:
     preferred = (
         tile.swap
         and tile.stages in (3, 4)
-        and tile.programs == 4
+        and tile.splits_per_sm == 4
         and tile.block_n == 64
         and tile.warps == 4
     )
@@ -75,21 +81,21 @@ def _invented(trial: Trial) -> float:
 
 
 def test_the_table_follows_from_the_times() -> None:
-    table = search.build_table(_measured(90, _invented), SHAPES, 90, ("int3", "int4"), "today")
-    assert (table.gemv_rows, table.gemv_warps, table.dequantize_rows) == (2, 4, 256)
-    first = table.tile(3)
-    assert (first.rows, first.block_m, first.stages, first.programs, first.swap) == (
+    built = candidates.build_table(_measured(90, _invented), SHAPES, 90, ("int3", "int4"), "today")
+    assert (built.gemv_rows, built.gemv_warps, built.dequantize_rows) == (2, 4, 256)
+    first = built.tile(3)
+    assert (first.rows, first.block_m, first.stages, first.splits_per_sm, first.swap) == (
         16,
         16,
         4,
         4,
         True,
     )
-    assert [tile.rows for tile in table.gemm] == sorted({tile.rows for tile in table.gemm})
+    assert [tile.rows for tile in built.gemm] == sorted({tile.rows for tile in built.gemm})
     assert (
-        table.tile(128).programs == 4
-        and table.weights == ("int3", "int4")
-        and table.origin == "today"
+        built.tile(128).splits_per_sm == 4
+        and built.weights == ("int3", "int4")
+        and built.origin == "today"
     )
 
 
@@ -103,8 +109,8 @@ def test_what_fails_once_never_wins() -> None:
             else ""
         )
 
-    table = search.build_table(_measured(90, _invented, spills), SHAPES, 90, ("int4",), "")
-    assert {tile.stages for tile in table.gemm} <= {2, 3}
+    built = candidates.build_table(_measured(90, _invented, spills), SHAPES, 90, ("int4",), "")
+    assert {tile.stages for tile in built.gemm} <= {2, 3}
 
 
 def test_the_mean_is_geometric_and_needs_every_shape() -> None:
@@ -114,9 +120,9 @@ def test_the_mean_is_geometric_and_needs_every_shape() -> None:
         Measurement(Trial(SHAPES[1], 16, fast), 4.0),
         Measurement(Trial(SHAPES[0], 16, slow), 0.5),
     ]
-    assert search.means_at(done, SHAPES, 16) == {fast: pytest.approx(2.0)}
-    assert search.means_at(done, SHAPES, 32) == {}
-    assert DEQUANTIZE.describe() == "dequantize" and fast.describe() == "gemm 16x64 w4 s3 p2"
+    assert candidates.means_at(done, SHAPES, 16) == {fast: pytest.approx(2.0)}
+    assert candidates.means_at(done, SHAPES, 32) == {}
+    assert DEQUANTIZE.describe() == "dequantize" and fast.describe() == "gemm 16x64 w4 s3 k2"
 
 
 TABLE = Table(
@@ -125,7 +131,7 @@ TABLE = Table(
     64,
     4,
     256,
-    (Tile(16, 16, 64, 4, 4, True, programs=4), Tile(256, 64, 128, 8, 3, True)),
+    (Tile(16, 16, 64, 4, 4, True, splits_per_sm=4), Tile(256, 64, 128, 8, 3, True)),
     8,
     ("int4",),
     "measured",
@@ -133,7 +139,9 @@ TABLE = Table(
 
 
 def test_narrow_groups_have_tiles_of_their_own() -> None:
-    both = search.with_narrow(TABLE, Table(90, 0, 64, 4, 256, (Tile(64, 16, 64, 4, 3, True),)), 32)
+    both = candidates.with_narrow(
+        TABLE, Table(90, 0, 64, 4, 256, (Tile(64, 16, 64, 4, 3, True),)), 32
+    )
     assert both.tile(5, 16).stages == both.tile(5, 32).stages == 3
     assert both.tile(5, 128) == both.tile(5, 0) == TABLE.tile(5)
     assert both.tile(200, 32) == TABLE.tile(200)
@@ -142,22 +150,20 @@ def test_narrow_groups_have_tiles_of_their_own() -> None:
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of "A Card" in a user's folder that is used instead of the real one."""
-    monkeypatch.setattr(tuning, "MEASURED", tmp_path)
-    tuning.table.cache_clear()
+    monkeypatch.setattr(tiles, "MEASURED", tmp_path)
+    tiles.table.cache_clear()
     yield tmp_path / "A_Card.json"
-    tuning.table.cache_clear()
+    tiles.table.cache_clear()
 
 
 def test_a_measured_table_is_found_by_the_next_start(measured: Path) -> None:
     fp8 = Table(90, 0, 64, 4, 64, (), weights=("fp8",))
-    assert measured.name == tuning.file_name("A Card")
-    measured.write_text(tuning.as_json([TABLE, fp8]))
-    assert tuning.tables(measured) == [TABLE, fp8]
-    assert tuning.table("A Card", 90) == TABLE and tuning.table("A Card", 90, "fp8") == fp8
-    assert not tuning.table("A Card", 90, "int8").origin, (
-        "what was not measured has the heuristic's"
-    )
-    assert tuning.table("Another Card", 90).min_cc == 90
+    assert measured.name == tiles.file_name("A Card")
+    measured.write_text(tiles.as_json([TABLE, fp8]))
+    assert tiles.tables(measured) == [TABLE, fp8]
+    assert table("A Card", 90) == TABLE and table("A Card", 90, "fp8") == fp8
+    assert not table("A Card", 90, "int8").origin, "what was not measured has the heuristic's"
+    assert table("Another Card", 90).min_cc == 90
 
 
 @pytest.mark.parametrize("content", ["", "{}", '[{"min_cc": 90}]', '[{"gemm": []}]', "[3]"])
@@ -165,8 +171,8 @@ def test_a_broken_table_is_ignored_with_a_warning(
     measured: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured.write_text(content)
-    assert tuning.table("A Card", 90).gemm
-    assert content == "{}" or "run `nibble tune` again" in caplog.text
+    assert table("A Card", 90).gemm
+    assert "run `nibble tune` again" in caplog.text
 
 
 def test_without_a_home_there_is_the_heuristic(
@@ -176,7 +182,7 @@ def test_without_a_home_there_is_the_heuristic(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", nobody)
-    assert tuning.table("A Card", 90).min_cc == 90
+    assert table("A Card", 90).min_cc == 90
 
 
 def test_tuning_one_kind_keeps_the_others() -> None:
@@ -184,18 +190,18 @@ def test_tuning_one_kind_keeps_the_others() -> None:
         Table(90, 0, 64, 4, 64, (), weights=("fp8",)),
         Table(90, 2, 64, 4, 64, (), weights=("int4",)),
     )
-    assert search.merge([TABLE, fp8], [newer]) == [fp8, newer]
+    assert candidates.merge([TABLE, fp8], [newer]) == [fp8, newer]
 
 
 @pytest.mark.parametrize(
     ("kind", "bits", "name"), [("int", 4, "int4"), ("int", 8, "int8"), ("fp8", 8, "fp8")]
 )
 def test_names_of_weights(kind: str, bits: int, name: str) -> None:
-    assert tuning.weights_name(kind, bits) == name
+    assert tiles.weights_name(kind, bits) == name
 
 
 @pytest.mark.parametrize(
     ("cc", "group", "stages"), [(86, 32, 3), (89, 16, 3), (89, 128, 4), (90, 32, 4)]
 )
 def test_narrow_groups_spill_nothing_on_small_cards(cc: int, group: int, stages: int) -> None:
-    assert tuning.table("a card without its own table", cc).tile(4, group).stages == stages
+    assert table("a card without its own table", cc).tile(4, group).stages == stages

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..gptq.tuning import file_name
+from ..dequant_gemm.tiles import file_name
 
-FOLDER = Path(__file__).parent / "configs"
+FOLDER = Path(__file__).parent / "configs" / "w8a8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Tile:
 class Table:
     min_cc: int
     quantize_rows: int  # up to here the product quantizes its rows itself, which saves a launch
-    promote: bool  # the tensor cores' sums have fewer bits than float32: add them up outside, trip by trip
+    promote: bool  # the tensor cores' sums have fewer bits than float32: add them up outside
     gemm: tuple[Tile, ...]
 
     def tile(self, rows: int) -> Tile:

@@ -13,11 +13,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from nibble.kernels import select
+from nibble.kernels import device, select
+from nibble.kernels.errors import KernelArgumentError
 from nibble.kernels.fp8 import launch, w8a8
 from nibble.kernels.fp8.layout import Fp8Weight, fp8_weight
-from nibble.kernels.fp8.tuning import Table, Tile, table
-from nibble.kernels.fp8.w8a8 import Prepared, TritonFp8ActivationsKernel
+from nibble.kernels.fp8.tiles import Table, Tile, table
+from nibble.kernels.fp8.w8a8 import Fp8W8A8Kernel, Prepared
 from nibble.kernels.spec import LinearSpec
 from nibble.quant.weight import QuantizedWeight
 
@@ -131,7 +132,7 @@ def test_broken_row_is_broken_alone() -> None:
 def test_products_are_the_reference(
     rows: int, out: int, inner: int, block: tuple[int, int], act: str, promote: bool, tile: Tile
 ) -> None:
-    """Codes handed in, and rows that the product quantizes itself, a scale per trip."""
+    """Codes handed in, and rows that the product quantizes itself, a scale per tile of K."""
     weight, x = make(out, inner, block, act), activations(rows, inner)
     prepared = fp8_weight(weight)
     codes, scales = launch.quantize(x, prepared.x_group, prepared.input_scale)
@@ -156,15 +157,15 @@ def test_split_along_k_adds_up_and_leaves_its_locks_free(act: str) -> None:
     )
     prepared, bias = fp8_weight(weight), torch.randn(100).half()
     codes, scales = launch.quantize(x, prepared.x_group)
-    first = launch.gemm(codes, scales, prepared, bias, x.dtype, SWAP, True, processors=8)
+    first = launch.gemm(codes, scales, prepared, bias, x.dtype, SWAP, True, num_sms=8)
     check(first, x, weight, prepared.x_group or 1024, bias)
     assert not prepared.locks.any()
     assert torch.equal(
-        first, launch.gemm(codes, scales, prepared, bias, x.dtype, SWAP, True, processors=8)
+        first, launch.gemm(codes, scales, prepared, bias, x.dtype, SWAP, True, num_sms=8)
     )
 
 
-def test_narrow_trips_step_through_wide_groups() -> None:
+def test_narrow_tiles_step_through_wide_groups() -> None:
     weight, x = make(128, 256, (128, 128), "group"), activations(3, 256)
     prepared = fp8_weight(weight)
     y = launch.gemm(
@@ -177,21 +178,9 @@ def test_narrow_trips_step_through_wide_groups() -> None:
 def test_rows_choose_the_path(rows: int) -> None:
     weight, x = make(66, 256, (1, 256)), activations(max(rows, 1), 256)[:rows]
     prepared = Prepared(fp8_weight(weight), TABLE, 1)
-    y = TritonFp8ActivationsKernel().apply(x.view(1, rows, 256), prepared, None)
+    y = Fp8W8A8Kernel().apply(x.view(1, rows, 256), prepared, None)
     assert y.shape == (1, rows, 66)
     check(y[0], x, weight, 128 if rows <= TABLE.quantize_rows else 256)
-
-
-def test_a_producers_codes_are_taken() -> None:
-    from nibble.kernels.fused.norm import rms_norm
-
-    weight, x = make(66, 256, (1, 256)), activations(3, 256)
-    codes, scales = rms_norm(x, torch.ones(256), 1e-6, quantize="fp8")
-    y = TritonFp8ActivationsKernel().apply_codes(
-        codes, scales, Prepared(fp8_weight(weight), TABLE, 1), None, x.dtype
-    )
-    want = (codes.double() * scales.double()) @ weight.dequantize().double().T
-    assert torch.allclose(y.double(), want, rtol=2**-10, atol=1e-3)
 
 
 def test_whole_rows_are_used_without_a_copy() -> None:
@@ -208,13 +197,13 @@ def test_arguments_are_checked() -> None:
     def gemm(x: torch.Tensor, x_scales: torch.Tensor | None) -> None:
         launch.gemm(x, x_scales, prepared, None, torch.float16, PLAIN, True, 1)
 
-    with pytest.raises(ValueError, match="rows of 256 contiguous features"):
+    with pytest.raises(KernelArgumentError, match="rows of 256 contiguous features"):
         gemm(codes[:, :128], scales)
-    with pytest.raises(ValueError, match="float16, bfloat16, or e4m3 codes"):
+    with pytest.raises(KernelArgumentError, match="float16, bfloat16, or e4m3 codes"):
         gemm(codes.float(), None)
-    with pytest.raises(ValueError, match="must be float8_e4m3fn and scales float32"):
+    with pytest.raises(KernelArgumentError, match="must be float8_e4m3fn and scales float32"):
         gemm(codes, scales.half())
-    with pytest.raises(ValueError, match=r"\(2, 2\), one per 128 features"):
+    with pytest.raises(KernelArgumentError, match=r"\(2, 2\), one per 128 features"):
         gemm(codes, torch.ones(2, 3))
 
 
@@ -224,22 +213,22 @@ def spec_of(**changes) -> LinearSpec:
 
 
 def test_refusals_have_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = TritonFp8ActivationsKernel()
+    kernel = Fp8W8A8Kernel()
     assert "CUDA device, not on cpu" in kernel.can_implement(spec_of(device=torch.device("cpu")))
-    for module in (w8a8, __import__("nibble.kernels.gptq.linear", fromlist=["linear"])):
+    for module in (w8a8, device):
         monkeypatch.setattr(module, "cuda_capability", lambda device: 90)
     assert kernel.can_implement(spec_of()) is None
-    assert select.choose(spec_of()).kernel.name == "triton-fp8-w8a8"
+    assert select.choose(spec_of()).kernel.name == "fp8-w8a8-triton"
     assert "not int" in kernel.can_implement(spec_of(kind="int"))
     assert "weights alone" in kernel.can_implement(spec_of(act_quant="none"))
-    assert select.choose(spec_of(act_quant="none")).kernel.name == "triton-fp8-w8a16"
+    assert select.choose(spec_of(act_quant="none")).kernel.name == "fp8-w8a16-triton"
     assert "multiple of 32 columns, not 48" in kernel.can_implement(spec_of(block=(1, 48)))
     assert "up to 32768 features" in kernel.can_implement(spec_of(in_features=53248))
     assert "their own order" in kernel.can_implement(spec_of(permuted=True))
     assert "16-bit activations" in kernel.can_implement(spec_of(act_dtype=torch.float32))
     monkeypatch.setattr(w8a8, "cuda_capability", lambda device: 86)
     assert "this card has 8.6" in kernel.can_implement(spec_of())
-    assert select.choose(spec_of()).kernel.name == "triton-fp8-w8a16"
+    assert select.choose(spec_of()).kernel.name == "fp8-w8a16-triton"
 
 
 @pytest.mark.parametrize("cc", [89, 90, 100, 120])

@@ -1,54 +1,17 @@
-"""Triton kernels for FP8 activations times FP8 weights (W8A8): y [M, N] = x [M, K] W^T (+ bias), float32 sums.
+"""Triton: FP8 activations times FP8 weights (W8A8), y [M, N] = x [M, K] W^T (+ bias), float32 sums.
 
 Codes are e4m3 (arXiv 2209.05433), scales float32. Scales that hold for a whole row of x or of W multiply the finished
 sum; scales of groups of features (DeepSeek-V3, arXiv 2412.19437, section 3.3) multiply the sum of their group. The FP8
-tensor cores of cc 89 and 90 keep 13 bits of a sum's mantissa (arXiv 2411.10958), so there the sum of each trip, at most
-128 features, is added to a float32 accumulator outside them.
+tensor cores of cc 89 and 90 keep 13 bits of a sum's mantissa (arXiv 2411.10958), so there the sum of each tile of K, at
+most 128 features, is added to a float32 accumulator outside them.
 """
 
 import triton
 import triton.language as tl
 
-from ..fused.rows import row_scale, to_code
-from ..gptq.products import finish
-
-
-@triton.jit
-def quantize(
-    x,  # [M, K] float16 or bfloat16
-    codes,  # uint8 [M, K], bits of e4m3
-    scales,  # float32 [groups, M]; static: read, [1]
-    x_stride,
-    M,
-    K,
-    groups,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STATIC: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):
-    """Codes and scales of a row, GROUPS groups of GROUP features a program (static: no group means anything).
-    Grid (M, ceil(groups / GROUPS))."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    k = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    value = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    if STATIC:
-        value *= 1.0 / tl.load(scales)
-    else:
-        scale = row_scale(value, 1, "fp8")
-        tl.store(scales + group * M + row, scale, mask=group < groups)
-        value *= (1.0 / scale)[:, None]
-    tl.store(codes + row * K + k, e4m3(value, NATIVE_FP8).to(tl.uint8, bitcast=True), mask=k < K)
-
-
-@triton.jit
-def e4m3(value, NATIVE_FP8: tl.constexpr):
-    """float32 to e4m3: to nearest, ties to even; beyond 448 the card's conversion saturates, NaN stays NaN."""
-    if NATIVE_FP8:
-        return value.to(tl.float8e4nv)
-    code = tl.where(value == value, to_code(value, "fp8", False), 0x7F)
-    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+from ..dequant_gemm.split_k import finish
+from ..fused.rows import row_scale
+from .quantize import to_e4m3
 
 
 @triton.jit
@@ -80,8 +43,8 @@ def gemm(
     w_scale_stride,
     x_scale_row,
     x_scale_group,
-    trips,
-    QUANTIZE: tl.constexpr,  # x is quantized here: "no", "group" (a scale per row and trip) or "static"
+    k_tiles,
+    QUANTIZE: tl.constexpr,  # x is quantized here: "no", "group" (a scale per row and tile of K) or "static"
     X_GROUP: tl.constexpr,
     W_ROWS: tl.constexpr,
     W_GROUP: tl.constexpr,  # features (0: all) and rows to a scale
@@ -117,8 +80,8 @@ def gemm(
     x_at = x + row[:, None].to(tl.int64) * x_stride + k[None, :]
     w_at = weight + column[:, None].to(tl.int64) * weight_stride + k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-    for trip in range(split, trips, SPLIT_K):
-        first = trip * BLOCK_K
+    for k_tile in range(split, k_tiles, SPLIT_K):
+        first = k_tile * BLOCK_K
         a = tl.load(
             x_at + first, mask=live if EVEN_K else live & (first + k < K)[None, :], other=0.0
         )
@@ -128,16 +91,16 @@ def gemm(
         if QUANTIZE == "group":
             value = a.to(tl.float32)
             x_scale = row_scale(value, 1, "fp8")
-            a = e4m3(value * (1.0 / x_scale)[:, None], NATIVE_FP8)
+            a = to_e4m3(value * (1.0 / x_scale)[:, None], NATIVE_FP8)
         elif QUANTIZE == "static":
-            a = e4m3(a.to(tl.float32) * (1.0 / tl.load(x_scales)), NATIVE_FP8)
+            a = to_e4m3(a.to(tl.float32) * (1.0 / tl.load(x_scales)), NATIVE_FP8)
         elif X_GROUP:
             x_scale = tl.load(x_scales + row * x_scale_row + first // X_GROUP * x_scale_group)
         if W_GROUP and ONE_BLOCK:
             x_scale *= tl.load(w_scales + first // W_GROUP + first_n // W_ROWS * w_scale_stride)
         elif W_GROUP:
             w_scale = tl.load(w_scales + first // W_GROUP + column // W_ROWS * w_scale_stride)
-        acc = _add_trip(
+        acc = _add_tile(
             acc, a, b, x_scale, w_scale, SCALE_X, W_GROUP and not ONE_BLOCK, SWAP, PROMOTE
         )
     if SWAP:
@@ -150,7 +113,7 @@ def gemm(
 
 
 @triton.jit
-def _add_trip(
+def _add_tile(
     acc,
     a,
     b,
@@ -161,16 +124,16 @@ def _add_trip(
     SWAP: tl.constexpr,
     PROMOTE: tl.constexpr,
 ):
-    """acc + a b^T, times the scales of this trip: of each row of a, of each row of b."""
+    """acc + a b^T, times the scales of this tile of K: of each row of a, of each row of b."""
     left, right = (b, tl.trans(a)) if SWAP else (a, tl.trans(b))
     if SCALE_X or SCALE_W or PROMOTE:
         # The limit is what keeps the compiler from adding into acc on the tensor cores after all.
-        part = tl.dot(left, right, max_num_imprecise_acc=a.shape[1])
+        tile_acc = tl.dot(left, right, max_num_imprecise_acc=a.shape[1])
         if SCALE_X:
-            part *= x_scale[None, :] if SWAP else x_scale[:, None]
+            tile_acc *= x_scale[None, :] if SWAP else x_scale[:, None]
         if SCALE_W:
-            part *= w_scale[:, None] if SWAP else w_scale[None, :]
-        acc += part
+            tile_acc *= w_scale[:, None] if SWAP else w_scale[None, :]
+        acc += tile_acc
     else:
         acc = tl.dot(left, right, acc)
     return acc
