@@ -29,7 +29,7 @@ MODEL = decoder_config(
 # keys and values of 3 layers, 2 heads of 16 numbers, 2 bytes each
 TOKEN = 2 * 3 * 2 * 16 * 2
 BLOCK = 16 * TOKEN
-# 32 tokens in 16 bits: four times the hidden size, three of the MLP's, q twice, k and v twice; float32 logits of 8, twice
+# 32 tokens in 16 bits: four times the hidden size, three of the MLP's, q, k and v twice; float32 logits of 8, twice
 ACTIVATIONS = 32 * 2 * (4 * 64 + 3 * 96 + 2 * 4 * 16 + 4 * 2 * 16) + 2 * 4 * 8 * 1000
 
 

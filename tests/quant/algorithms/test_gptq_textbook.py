@@ -1,7 +1,7 @@
 """GPTQ against the paper, column by column in float64, on layers wider than one block of the product's sweep.
 
-The reference follows the product's codes: at each column they must be the nearest to what the reference holds there, and
-its own error is then carried to every column still to come. So a difference in the last bit changes nothing after it.
+The reference follows the product's codes: at each column they must be the nearest to what the reference holds there,
+and its own error is then carried to every column still to come. A difference in the last bit changes nothing after it.
 """
 
 import pytest
