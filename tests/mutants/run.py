@@ -10,6 +10,7 @@ error) and the tests that must fail with it. The tree is copied to a temporary f
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -22,10 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TIMEOUT = 600  # seconds; tests that hang have noticed
 MARKS = "not slow and not gpu and not network"
+# Tests start from a process that has loaded what takes longest to load.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PRELOADED = ("pytest", "hypothesis", "gguf", "torch._dynamo", "fastapi", "openai")
+_MODELS = ("llama.modeling_llama", "gemma3.modeling_gemma3")
+_PROCESSES.set_forkserver_preload([*_PRELOADED, *(f"transformers.models.{m}" for m in _MODELS)])
+os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +88,33 @@ def copy_tree(folder: Path) -> Path:
 
 
 def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """pytest's exit code (1 also for a run that hung) and its last lines."""
-    environment = os.environ | {
-        "PYTHONPATH": str(tree.parent),  # before the installed checkout
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", MARKS]
-    try:
-        done = subprocess.run(
-            [*command, *tests],
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return 1, "hung"
-    return done.returncode, "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+    """pytest's exit code (1 also for a run that hung or crashed) and its last lines."""
+    said = tree.parent / "output.txt"
+    child = _PROCESSES.Process(target=_pytest, args=(tree, tests, said))
+    child.start()
+    child.join(TIMEOUT)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    code = child.exitcode if (child.exitcode or 0) >= 0 else 1
+    return code or 0, "\n".join(said.read_text().splitlines()[-15:])
+
+
+def _pytest(tree: Path, tests: tuple[str, ...], said: Path) -> None:
+    """In a process of its own: run tests of a copy of the tree, which is found before the installed checkout."""
+    with said.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(tree)
+    os.environ |= {"PYTHONPATH": str(tree.parent), "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, str(tree.parent))
+    sys.dont_write_bytecode = True
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", MARKS]
+    options += [
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+    ]  # plugins that are loaded already
+    os._exit(pytest.main([*options, *tests]))
 
 
 def judge(tree: Path, mutant: Mutant) -> tuple[str, str]:
