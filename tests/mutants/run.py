@@ -114,7 +114,7 @@ def _pytest(tree: Path, tests: tuple[str, ...], said: Path) -> None:
         "-W",
         "ignore::pytest.PytestAssertRewriteWarning",
     ]  # plugins that are loaded already
-    os._exit(pytest.main([*options, *tests]))
+    sys.exit(pytest.main([*options, *tests]))
 
 
 def judge(tree: Path, mutant: Mutant) -> tuple[str, str]:

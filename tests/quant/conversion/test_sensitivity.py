@@ -29,9 +29,9 @@ def curves(seed):
     generator = torch.Generator().manual_seed(seed)
     damage, sizes = {}, {}
     for i in range(5):
-        levels = torch.rand(4, generator=generator).cumprod(0) * 10 ** (2 * i - 5)
+        levels = torch.rand(4, generator=generator).cumprod(0) * 1.3**i
         damage[f"stage {i}",] = dict(zip((2, 3, 4, 8), levels.tolist(), strict=True))
-        sizes[f"stage {i}",] = 10 * (i % 3 + 1)
+        sizes[f"stage {i}",] = (10, 35, 15, 60, 20)[i]
     return damage, sizes
 
 
