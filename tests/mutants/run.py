@@ -27,7 +27,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TIMEOUT = 600  # seconds; tests that hang have noticed
+TIMEOUT, BASELINE_TIMEOUT = 600, 3600  # seconds; tests that hang have noticed
 MARKS = "not slow and not gpu and not network"
 # Tests start from a process that has loaded what takes longest to load.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -87,12 +87,12 @@ def copy_tree(folder: Path) -> Path:
     return folder / "nibble"
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+def run_tests(tree: Path, tests: tuple[str, ...], timeout: float = TIMEOUT) -> tuple[int, str]:
     """pytest's exit code (1 also for a run that hung or crashed) and its last lines."""
     said = tree.parent / "output.txt"
     child = _PROCESSES.Process(target=_pytest, args=(tree, tests, said))
     child.start()
-    child.join(TIMEOUT)
+    child.join(timeout)
     if child.is_alive():
         child.kill()
         child.join()
@@ -131,35 +131,33 @@ def judge(tree: Path, mutant: Mutant) -> tuple[str, str]:
     return {0: "survived", 1: "killed"}.get(code, "unusable"), said
 
 
-def run(mutants: list[Mutant], jobs: int) -> dict[str, str]:
-    """What became of each, told as it is known."""
-    with tempfile.TemporaryDirectory(prefix="nibble-mutants-") as folder:
-        trees: SimpleQueue[Path] = SimpleQueue()
-        for job in range(jobs):
-            trees.put(copy_tree(Path(folder) / str(job)))
+def run(mutants: list[Mutant], trees: list[Path]) -> dict[str, str]:
+    """What became of each, told as it is known; as many at once as there are copies of the tree."""
+    free: SimpleQueue[Path] = SimpleQueue()
+    for tree in trees:
+        free.put(tree)
 
-        def one(mutant: Mutant) -> tuple[str, str]:
-            tree = trees.get()
-            try:
-                return judge(tree, mutant)
-            finally:
-                trees.put(tree)
+    def one(mutant: Mutant) -> tuple[str, str]:
+        tree = free.get()
+        try:
+            return judge(tree, mutant)
+        finally:
+            free.put(tree)
 
-        results = {}
-        with ThreadPoolExecutor(jobs) as pool:
-            for mutant, (verdict, said) in zip(mutants, pool.map(one, mutants), strict=True):
-                results[mutant.name] = verdict
-                print(f"{verdict:<9} {mutant.name:<44} {mutant.file}", flush=True)
-                if verdict == "unusable":
-                    print(said)
+    results = {}
+    with ThreadPoolExecutor(len(trees)) as pool:
+        for mutant, (verdict, said) in zip(mutants, pool.map(one, mutants), strict=True):
+            results[mutant.name] = verdict
+            print(f"{verdict:<9} {mutant.name:<44} {mutant.file}", flush=True)
+            if verdict == "unusable":
+                print(said, flush=True)
     return results
 
 
-def passes_unchanged(mutants: list[Mutant]) -> bool:
+def pass_unchanged(tree: Path, mutants: list[Mutant]) -> bool:
     """Whether the tests pass without any change: else a failure would say nothing."""
     tests = tuple(sorted({test for mutant in mutants for test in mutant.tests}))
-    with tempfile.TemporaryDirectory(prefix="nibble-mutants-") as folder:
-        code, said = run_tests(copy_tree(Path(folder)), tests)
+    code, said = run_tests(tree, tests, BASELINE_TIMEOUT)
     if code:
         print(f"the tests fail without any change:\n{said}")
     return code == 0
@@ -189,9 +187,11 @@ def main() -> int:
         for m in everything
         if not arguments.only or any(w in f"{m.name} {m.file}" for w in arguments.only)
     ]
-    if not passes_unchanged(mutants):
-        return 1
-    results = run(mutants, arguments.jobs)
+    with tempfile.TemporaryDirectory(prefix="nibble-mutants-") as folder:
+        trees = [copy_tree(Path(folder) / str(job)) for job in range(arguments.jobs)]
+        if not pass_unchanged(trees[0], mutants):
+            return 1
+        results = run(mutants, trees)
     wrong = complaints(results, survivors(), {m.name for m in everything})
     print(dict(Counter(results.values())), *wrong, sep="\n")
     return int(bool(wrong))
