@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from nibble.architectures.registry import decoder_config
+from nibble.architectures.registry import model_spec
 from nibble.engine import memory
 from nibble.engine.config import EngineConfig
 from nibble.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-MODEL = decoder_config(
+MODEL = model_spec(
     {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
