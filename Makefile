@@ -23,13 +23,15 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.scheduling.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow test-robust sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help demo serve test test-slow test-robust coverage mutants sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 	@echo '  make serve      keep the demo model up on port $(PORT) for a browser or a client'
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
+	@echo '  make coverage   which lines of the product the tests run'
+	@echo '  make mutants    change the numbers of the product one by one: do the tests notice?'
 	@echo '  make sanitize   the C++ kernels under AddressSanitizer and ThreadSanitizer'
 	@echo '  make test-neon  the ARM kernels under emulation, against the x86 ones'
 	@echo '  make check      ruff, mypy, import order'
@@ -42,7 +44,11 @@ help:
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
 
 # Tests start many processes: OpenMP threads that wait must not spin while others need the cores.
-test test-slow test-robust check: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-robust check coverage mutants: export OMP_WAIT_POLICY ?= PASSIVE
+
+# What the tests may not skip: a machine without a compiler or Triton says NIBBLE_TESTS_REQUIRE= (nothing) or names one.
+comma := ,
+test coverage mutants: export NIBBLE_TESTS_REQUIRE ?= cpp$(if $(filter Linux,$(shell uname)),$(comma)triton)
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
@@ -55,6 +61,14 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# The same tests, and which lines of the product they run; pyproject.toml has the floor.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network" --cov --cov-report=term:skip-covered
+
+# Changes the product's numbers one at a time: the tests must notice each (tests/mutants/run.py). ARGS='scheduler --jobs 2'
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 # Conversions killed, interrupted, out of disk, and of a model of 1B parameters (3 GB of disk); part of test-slow.
 test-robust: $(VENV)/.installed-dev

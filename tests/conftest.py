@@ -15,6 +15,37 @@ if "NIBBLE_TEST_CPU_LIBRARY" in os.environ:  # tests/sanitize.py: another build 
 
     library.LIBRARY = Path(os.environ["NIBBLE_TEST_CPU_LIBRARY"])
 
+
+def _why_no_cpp() -> str | None:
+    from nibble.kernels.cpu import library
+
+    return library.why_missing()
+
+
+def _why_no_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+# What a run may not do without: where NIBBLE_TESTS_REQUIRE names it (`make test` and .ci/run do), its absence ends the
+# run at once, so that no test of it can skip unseen.
+_REQUIREMENTS = {"cpp": _why_no_cpp, "triton": _why_no_triton}
+
+
+def pytest_sessionstart() -> None:
+    """Fail at once, in one line for each, where something that is required is missing."""
+    wanted = [name for name in os.environ.get("NIBBLE_TESTS_REQUIRE", "").split(",") if name]
+    if unknown := sorted(set(wanted) - set(_REQUIREMENTS)):
+        pytest.exit(f"NIBBLE_TESTS_REQUIRE={unknown[0]}: give some of cpp,triton", 4)
+    missing = [f"{name}: {why}" for name in wanted if (why := _REQUIREMENTS[name]())]
+    if missing:
+        lines = "\n".join(f"required, but missing: {line}" for line in missing)
+        pytest.exit(f"{lines}\n(NIBBLE_TESTS_REQUIRE= runs without it)", 4)
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -68,8 +68,9 @@ def _stored_bytes(shape: tuple[int, int], bits: float, group_size: int, recipe: 
         )
         return out_features * in_features + 4 * -(-out_features // rows) * -(-in_features // cols)
     groups = out_features * -(-in_features // group_size)
+    zeros = 0 if recipe.target == "compressed-tensors" and recipe.symmetric else groups
     g_idx = 4 * in_features if recipe.target in ("gptq", "gptq_v2") else 0
-    return int((out_features * in_features + groups) * bits // 8) + groups * 2 + g_idx
+    return int((out_features * in_features + zeros) * bits // 8) + groups * 2 + g_idx
 
 
 def _memory(block: list[tuple[int, int]], hidden: int, tokens: int, recipe: Recipe) -> int:

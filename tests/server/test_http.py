@@ -1,8 +1,8 @@
 """What a hostile or a broken client may send, over plain HTTP and raw sockets, to a real server process."""
 
 import json
+import select
 import socket
-import time
 
 import httpx
 import pytest
@@ -166,9 +166,8 @@ def test_slow_headers_do_not_stop_the_others(server: ServerProcess) -> None:
     socks = [socket.create_connection((host, int(port))) for _ in range(50)]
     for sock in socks:
         sock.sendall(b"GET /livez HTTP/1.1\r\nHost: ")
-    start = time.monotonic()
     assert httpx.get(f"{server.url}/livez").status_code == 200
-    assert time.monotonic() - start < 1.0
+    assert not select.select(socks, [], [], 0)[0]  # not because these had been given up
     for sock in socks:
         sock.close()
 

@@ -142,10 +142,9 @@ def test_engine_death(start_server: StartServer, tiny_llama: Path) -> None:
     server = start_server(tiny_llama, *SMALL).wait_ready()
     streams = [Stream(server, 8000) for _ in range(4)]
     assert all(stream.started.wait(20) for stream in streams)
-    killed = time.monotonic()
     os.kill(server.engine_pid(), signal.SIGKILL)
     wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503, 2)
-    assert server.process.wait(10) == 1 and time.monotonic() - killed < 10
+    assert server.process.wait(10) == 1
     for stream in streams:
         stream.join(5)
         assert '"type":"server_error"' in stream.body and stream.body.endswith("data: [DONE]\n\n")

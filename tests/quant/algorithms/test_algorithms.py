@@ -105,33 +105,6 @@ def test_gptq_beats_rounding_on_correlated_activations(bits, symmetric, group_si
     )
 
 
-@pytest.mark.parametrize("group_size", [48, 96, 192])
-def test_gptq_with_groups_that_straddle_blocks(group_size):
-    weight, x = weight_of(features=384), correlated(features=384)
-    q = gptq.quantize(weight, x.T @ x, 4, group_size, False).weight
-    assert output_error(q, weight, x) < 0.6 * output_error(
-        rtn.quantize(weight, 4, group_size, False), weight, x
-    )
-
-
-def test_gptq_equals_the_textbook_where_nothing_departs_from_it():
-    """One group, natural order forced by equal importance: column by column as in the paper, in float64."""
-    features, bits = 32, 4
-    weight = weight_of(8, features)
-    x = torch.randn(400, features, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    hessian = x.T @ x / 400
-    hessian.diagonal().fill_(hessian.diagonal().mean())
-    q = gptq.quantize(weight, hessian.float(), bits, features, True).weight
-    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(features)
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    scale, left = q.scales.double()[:, 0], weight.double().clone()
-    for j in range(features):
-        code = (left[:, j] / scale).round().clamp(-8, 7)
-        assert torch.equal(code + 8, q.codes[:, j].double())
-        error = (left[:, j] - code * scale) / upper[j, j]
-        left[:, j:] -= error[:, None] * upper[j, j:]
-
-
 def test_gptq_survives_dead_and_duplicate_channels_and_few_tokens():
     weight, x = weight_of(), correlated(tokens=8)
     x[:, 5] = 0

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from nibble.errors import UnsupportedError
@@ -165,6 +166,19 @@ def test_gptq_v2_stores_the_zero_points_themselves(dense, tmp_path):
     nibbles = torch.stack([(stored >> shift) & 15 for shift in range(0, 32, 4)], -1).flatten(1).T
     assert torch.equal(v2.linear(BLOCK0 + "mlp.up_proj").zeros, nibbles.to(torch.uint8))
     assert not torch.equal(v1.tensor(BLOCK0 + "mlp.up_proj.qzeros"), stored)
+
+
+def test_gptq_v1_gets_no_zero_point_that_it_cannot_hold(dense, tmp_path):
+    """It stores zero - 1, so weights of one sign, whose zero would be 0, need another grid."""
+    file = dense / "model.safetensors"
+    weights = load_file(file)
+    weights[BLOCK0 + "mlp.up_proj.weight"].abs_()
+    save_file(weights, file, metadata={"format": "pt"})
+    options = {"symmetric": False, "group_size": 32, "calib_samples": 2, "calib_seqlen": 32}
+    for target, least in (("gptq", 1), ("gptq_v2", 0)):
+        out = convert(dense, tmp_path / target, "gptq", to=target, **options)
+        zeros = open_checkpoint(out).linear(BLOCK0 + "mlp.up_proj").zeros
+        assert zeros.min() == least
 
 
 def test_act_order_cuts_groups_by_importance(dense, tmp_path):

@@ -311,7 +311,11 @@ def test_card_says_what_was_done(dense, tmp_path):
     out = tmp_path / "out"
     report = convert_with_report(dense, out, Recipe.of("gptq", None, 64), **FAST)
     write_card(
-        out, report, [Quality("prose", 100, 12.5, 12.0, 0.0421, 0.03, 0.3, 0.91)], "org/tiny", 10**9
+        out,
+        report,
+        [Quality("prose", 100, 12.5, 12.0, 0.0421, 0.03, 0.3, 0.91)],
+        "org/tiny",
+        2_500_000_000,
     )
     record = json.loads((out / "nibble_quality.json").read_text())
     assert record["evaluation"][0]["kl_mean"] == 0.0421
@@ -331,6 +335,9 @@ def test_card_says_what_was_done(dense, tmp_path):
     assert (
         f"{record['layer_error'][worst]:.3%} | {worst} |" in card and "vLLM or transformers" in card
     )
+    errors = [e for name, e in record["layer_error"].items() if name.endswith("down_proj")]
+    assert f"| down_proj | {sum(errors) / len(errors):.3%} | {max(errors):.3%} |" in card
+    assert "peak memory 2.5 GB" in card
     assert record["recipe"]["method"] == "gptq" and set(record["versions"]) >= {
         "python",
         "torch",

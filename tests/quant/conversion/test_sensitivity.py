@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from nibble.errors import UnsupportedError
+from nibble.quant.algorithms import search
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.conversion.pipeline import convert, convert_with_report
 from nibble.quant.conversion.plan import Recipe
-from nibble.quant.conversion.sensitivity import distribute
+from nibble.quant.conversion.sensitivity import _relative, _rounded_run, distribute
 
 FAST = {"calib_samples": 4, "calib_seqlen": 32}
 
@@ -23,25 +24,93 @@ def mean_bits(sizes, chosen):
     return sum(bits * sizes[stage] for stage, bits in chosen.items()) / sum(sizes.values())
 
 
+def curves(seed):
+    """Damage that falls with the bits, at a pace of its own for each stage, and sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    damage, sizes = {}, {}
+    for i in range(5):
+        levels = torch.rand(4, generator=generator).cumprod(0) * 1.3**i
+        damage[f"stage {i}",] = dict(zip((2, 3, 4, 8), levels.tolist(), strict=True))
+        sizes[f"stage {i}",] = (10, 35, 15, 60, 20)[i]
+    return damage, sizes
+
+
+def every_choice(damage):
+    """All there are."""
+    for bits in itertools.product((2, 3, 4, 8), repeat=len(damage)):
+        yield dict(zip(damage, bits, strict=True))
+
+
+def corners(points):
+    """The corners of the lower hull of points (spent, damage), by trying every pair."""
+    best = {}
+    for spent, damaged in points:
+        best[spent] = min(damaged, best.get(spent, damaged))
+    spents = sorted(best)
+    at, found = spents[0], [spents[0]]
+    while further := [x for x in spents if x > at and best[x] < best[at]]:
+        at = min(further, key=lambda x: ((best[x] - best[at]) / (x - at), -x))
+        found.append(at)
+    return [(x, best[x]) for x in found]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damage_is_the_least_where_steps_fill_the_budget(seed):
+    """There a greedy choice along the hulls is the best of all 1024 choices, which are tried one by one."""
+    damage, sizes = curves(seed)
+    weights = sum(sizes.values())
+    points = [(mean_bits(sizes, c) * weights, total(damage, c)) for c in every_choice(damage)]
+    wanted = corners([(round(spent), damaged) for spent, damaged in points])
+    assert len(wanted) > 6
+    for spent, least in wanted:
+        chosen = distribute(damage, sizes, spent / weights + 1e-9)
+        assert total(damage, chosen) == pytest.approx(least, rel=1e-9)
+        assert mean_bits(sizes, chosen) * weights <= spent + 1e-6
+
+
 @pytest.mark.parametrize("average", [2.0, 2.5, 3.0, 3.7, 4.0, 8.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_damage_is_nearly_the_least_that_the_budget_allows(average, seed):
-    """On the hull greedy steps are optimal up to one step's worth; brute force over all choices is the judge."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.rand(5, generator=generator).tolist()
-    damage = {
-        (str(i),): {bits: w * 4.0**-bits for bits in (2, 3, 4, 8)} for i, w in enumerate(weight)
-    }
-    sizes = {stage: 10 * (i % 3 + 1) for i, stage in enumerate(damage)}
+def test_the_budget_is_kept_and_between_corners_the_loss_is_less_than_a_step(seed, average):
+    """No line between two corners can be beaten, so the best lies above it; greedy is at most the next step away."""
+    damage, sizes = curves(seed)
+    weights = sum(sizes.values())
     chosen = distribute(damage, sizes, average)
     assert mean_bits(sizes, chosen) <= average
-    choices = (
-        dict(zip(damage, bits, strict=True)) for bits in itertools.product((2, 3, 4, 8), repeat=5)
-    )
-    best = min(total(damage, c) for c in choices if mean_bits(sizes, c) <= average)
-    assert total(damage, chosen) <= best + max(curve[2] - curve[3] for curve in damage.values())
-    uniform = dict.fromkeys(damage, int(average) if average < 5 else 8)
-    assert total(damage, chosen) <= total(damage, uniform) + 1e-12
+    points = [
+        (round(mean_bits(sizes, c) * weights), total(damage, c)) for c in every_choice(damage)
+    ]
+    below = max(p for p in corners(points) if p[0] <= average * weights)
+    assert total(damage, chosen) <= below[1] + 1e-12
+
+
+def test_damage_is_relative_to_each_tokens_own_stream():
+    signal = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    noise = torch.tensor([[0.0, 0.5], [0.05, 0.0]])
+    assert _relative(noise, signal) == pytest.approx((0.01 + 0.01) / 2)
+    assert _relative(noise, 10 * signal) == pytest.approx((0.0001 + 0.0001) / 2)
+    assert _relative(noise, torch.zeros(2, 2)) > 1e20  # and no error
+
+
+def test_a_block_is_rounded_one_stage_at_a_time_and_is_as_before_afterwards():
+    """What the stage adds, computed from dequantized weights by hand."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = (torch.nn.Linear(32, 32, bias=False) for _ in range(2))
+
+        def forward(self, x, gain):
+            return (x + self.down(self.up(x)) * gain,)
+
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 5, 32)
+    importance = torch.rand(32) + 0.1
+    before = {name: weight.clone() for name, weight in block.named_parameters()}
+    with torch.no_grad():
+        got = _rounded_run(block, ("down",), x, {"gain": 2.0}, importance, (3, 16, True))
+    rounded = search.quantize(before["down.weight"], importance, 3, 16, True).dequantize()
+    torch.testing.assert_close(got, x + x @ before["up.weight"].T @ rounded.T * 2.0)
+    assert all(torch.equal(before[name], weight) for name, weight in block.named_parameters())
 
 
 def test_bits_that_do_not_help_are_not_spent():

@@ -1,0 +1,142 @@
+"""The memory plan against bytes counted by hand, and what is free as /proc and the control group tell it."""
+
+import pytest
+import torch
+
+from nibble.architectures.registry import model_spec
+from nibble.engine import memory
+from nibble.engine.config import EngineConfig
+from nibble.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MODEL = model_spec(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1000,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+)
+# keys and values of 3 layers, 2 heads of 16 numbers, 2 bytes each
+TOKEN = 2 * 3 * 2 * 16 * 2
+BLOCK = 16 * TOKEN
+# 32 tokens in 16 bits: four times the hidden size, three of the MLP's, q, k and v twice; float32 logits of 8, twice
+ACTIVATIONS = 32 * 2 * (4 * 64 + 3 * 96 + 2 * 4 * 16 + 4 * 2 * 16) + 2 * 4 * 8 * 1000
+
+
+def config(**changes) -> EngineConfig:
+    fields = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 16}
+    return EngineConfig(model="unused", **(fields | changes))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Sets what the machine's files say; None: no such file."""
+
+    def describe(available_kib: int | None, limit: str | None = None, used: str | None = None):
+        files = {
+            "/proc/meminfo": None
+            if available_kib is None
+            else f"MemTotal:       99999999 kB\nMemAvailable:   {available_kib} kB\nCached: 5 kB\n",
+            "/sys/fs/cgroup/memory.max": limit,
+            "/sys/fs/cgroup/memory.current": used,
+        }
+        monkeypatch.setattr(memory, "_read", lambda path: files[path] or "")
+
+    return describe
+
+
+def test_free_is_what_the_kernel_says_is_available(machine) -> None:
+    machine(2000)
+    assert memory.available_bytes(CPU) == 2000 * 1024
+
+
+def test_a_control_group_leaves_its_limit_less_what_is_used(machine) -> None:
+    machine(2000, "1000000\n", "400000\n")
+    assert memory.available_bytes(CPU) == 600_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"), [("max\n", "5\n"), ("9000000\n", "1000\n"), (None, None)]
+)
+def test_a_control_group_that_allows_more_changes_nothing(machine, limit, used) -> None:
+    machine(2000, limit, used)
+    assert memory.available_bytes(CPU) == 2000 * 1024
+
+
+def test_the_cache_gets_its_share_after_the_activations(machine) -> None:
+    machine(4000)
+    plan = memory.plan(config(), MODEL, torch.bfloat16, CPU)
+    assert plan.activations == ACTIVATIONS
+    assert plan.num_blocks == (4000 * 1024 * 4 // 10 - ACTIVATIONS) // BLOCK
+    assert plan.kv_cache == plan.num_blocks * BLOCK
+    assert plan.max_model_len == 512
+
+
+def test_no_more_is_planned_than_the_batch_can_fill(machine) -> None:
+    machine(1 << 30)
+    assert memory.plan(config(), MODEL, torch.bfloat16, CPU).num_blocks == 8 * 512 // 16
+    short = memory.plan(config(max_model_len=100), MODEL, torch.bfloat16, CPU)
+    assert (short.num_blocks, short.max_model_len) == (8 * 7, 100)  # 100 tokens need 7 blocks
+
+
+def test_the_context_shrinks_to_what_the_cache_holds(machine) -> None:
+    machine(1 << 30)
+    plan = memory.plan(config(kv_cache_memory=5 * BLOCK + 7), MODEL, torch.bfloat16, CPU)
+    assert (plan.num_blocks, plan.max_model_len, plan.kv_cache) == (5, 80, 5 * BLOCK)
+
+
+def test_a_context_that_was_asked_for_does_not_shrink(machine) -> None:
+    machine(1 << 30)
+    asked = config(kv_cache_memory=5 * BLOCK, max_model_len=81)
+    with pytest.raises(UserError, match="holds 80 tokens .* a context of 81 needs"):
+        memory.plan(asked, MODEL, torch.bfloat16, CPU)
+    assert memory.plan(
+        config(kv_cache_memory=5 * BLOCK, max_model_len=80), MODEL, torch.bfloat16, CPU
+    )
+
+
+def test_a_machine_without_room_for_one_block_is_refused(machine) -> None:
+    machine((ACTIVATIONS * 10 // 4 + BLOCK) // 1024)
+    with pytest.raises(UserError, match="holds 0 tokens"):
+        memory.plan(config(), MODEL, torch.bfloat16, CPU)
+
+
+def test_more_positions_than_the_model_knows_are_refused(machine) -> None:
+    machine(1 << 30)
+    with pytest.raises(UserError, match="513 is more than the 512 positions"):
+        memory.plan(config(max_model_len=513), MODEL, torch.bfloat16, CPU)
+
+
+def test_a_quantized_cache_is_planned_with_its_scales() -> None:
+    """One byte a number and a float32 scale for each vector."""
+    assert memory.kv_bytes_per_token(MODEL, torch.bfloat16) == TOKEN
+    assert memory.kv_bytes_per_token(MODEL, torch.float32) == 2 * TOKEN
+    assert memory.kv_bytes_per_token(MODEL, torch.bfloat16, "int8") == 2 * 3 * 2 * (16 + 4)
+
+
+def test_a_gpu_needs_room_for_the_widest_matrix_in_16_bits(monkeypatch) -> None:
+    assert (
+        memory.activation_bytes(config(), MODEL, torch.bfloat16, CUDA)
+        == ACTIVATIONS + 2 * 96 * 64 * 2
+    )
+    free = 4_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    plan = memory.plan(config(), MODEL, torch.bfloat16, CUDA)
+    assert plan.num_blocks == min(256, (free * 9 // 10 - plan.activations) // BLOCK)
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(machine) -> None:
+    machine(1024)
+    memory.check_weights_fit(2**20, CPU)
+    with pytest.raises(UserError, match=r"need 0\.00 GiB, cpu memory has 0\.00 GiB free"):
+        memory.check_weights_fit(2**20 + 1, CPU)
