@@ -20,12 +20,17 @@ _OTHERS = [f"*/{pattern}" for pattern in _FILES if pattern != "*.jinja"] + ["con
 _LIKE_A_FILE = (".gguf", ".safetensors", ".json")
 
 
+def could_be_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, owner/name, and not that of a file."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.endswith(_LIKE_A_FILE)
+
+
 def download(name: str, revision: str | None = None) -> Path:
     """Fetch the files of a Hub model that Nibble reads (never pickles) and return the local folder.
 
     CheckpointError for a name that is no Hub id (it was a path, then), and for what cannot be fetched.
     """
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or name.endswith(_LIKE_A_FILE):
+    if not could_be_id(name):
         raise _does_not_exist(name)
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
     from huggingface_hub.errors import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .formats.gguf.container import MAGIC, SPLIT_NAME
-from .hub import download
+from .hub import could_be_id, download
 
 _MAX_NAMED = 8  # models of a folder that an error lists
 
@@ -29,6 +29,11 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Path:
     if any(path.glob("*.safetensors")):
         return path
     return _gguf_in(path) or path
+
+
+def is_hub_id(path_or_id: str | Path) -> bool:
+    """Whether a name is no path here and could be a model on the Hub. Asks nobody."""
+    return not Path(path_or_id).expanduser().exists() and could_be_id(str(path_or_id))
 
 
 def _checked_gguf(file: Path) -> Path:

@@ -113,7 +113,10 @@ class _Files:
         found = _read_json(self.folder / "generation_config.json").get("eos_token_id")
         if found is None:
             found = _read_json(self.folder / "config.json").get("eos_token_id")
-        return [] if found is None else found if isinstance(found, list) else [found]
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(isinstance(i, int) for i in ids):
+            raise ValueError(f"eos_token_id is {found!r}")
+        return ids
 
 
 def _read_json(file: Path) -> dict:
@@ -153,15 +156,18 @@ class Tokenizer:
     def from_pretrained(cls, model: str | Path, revision: str | None = None) -> "Tokenizer":
         """Read the tokenizer of a local folder, a .gguf file or a Hub id. CheckpointError if missing or damaged."""
         files = _Files(tokenizer_folder(model, revision))
-        special_tokens = files.special_tokens()
         backend = _load_backend(files.folder)
-        _add_missing_tokens(backend, files, special_tokens)
-        return cls(
-            backend,
-            special_tokens,
-            chat_templates=files.chat_templates(),
-            eos_token_ids=files.eos_token_ids(),
-        )
+        try:
+            special_tokens = files.special_tokens()
+            _add_missing_tokens(backend, files, special_tokens)
+            templates, eos_token_ids = files.chat_templates(), files.eos_token_ids()
+        except (ValueError, TypeError, AttributeError) as error:  # a field of another type
+            raise CheckpointError(
+                f"its tokenizer's configuration makes no sense: {error}".splitlines()[0],
+                file=files.folder,
+                fix="copy the tokenizer's .json files from the original model",
+            ) from error
+        return cls(backend, special_tokens, chat_templates=templates, eos_token_ids=eos_token_ids)
 
     @property
     def bos_token(self) -> str | None:

@@ -239,3 +239,21 @@ def test_a_reader_that_pauses_gets_everything_in_order() -> None:
             writer.close()
 
     asyncio.run(run())
+
+
+def test_no_exception_of_a_connection_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken_receive() -> Message:
+        raise ValueError("receive broke")
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise ValueError("work broke while it ended")
+
+    async def run() -> None:
+        with pytest.raises(sse.ClientGone):
+            await sse.until_disconnect(broken_receive, stubborn())
+
+    asyncio.run(run())
+    assert "receive broke" in caplog.text and "work broke while it ended" in caplog.text

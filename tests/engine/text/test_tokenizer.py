@@ -213,13 +213,18 @@ def test_eos_from_generation_config_and_tokenizer(tmp_path: Path) -> None:
         ("tokenizer.json", '{"version":', "is not a tokenizer"),
         ("tokenizer_config.json", "[]", "is not a JSON object"),
         ("tokenizer.json", None, "has no tokenizer.json"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "makes no sense"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "makes no sense"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [3]}', "makes no sense"),
+        ("added_tokens.json", '{"<a>": "b", "<c>": 1}', "makes no sense"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "makes no sense"),
     ],
 )
 def test_damaged_files_are_named(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     folder = byte_level(tmp_path)
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(CheckpointError, match=message) as caught:
