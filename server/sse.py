@@ -77,14 +77,14 @@ class EventStream(Response):
         finished = False
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            self.source.start(self._push)
+            self.source.start(self.push)
             finished = await self._relay(gone, send)
         finally:
             self.source.close()
             await _cancel(gone)
             self.on_close(not finished)
 
-    def _push(self, data: bytes, last: bool) -> None:
+    def push(self, data: bytes, last: bool) -> None:
         self.silent = False
         self.ended = last
         if last or self.pending or self.sending or not self.write(data):
