@@ -214,7 +214,9 @@ def _http_server(app: Any) -> Any:
     """uvicorn on h11 (it bounds the request head; httptools does not), its signal handling left to Lifecycle."""
     import uvicorn
 
-    from .protocol import Protocol
+    from .protocol import Protocol, check_uvicorn
+
+    check_uvicorn()
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager

@@ -223,6 +223,16 @@ def test_every_package_is_installed() -> None:
     assert present == listed
 
 
+def test_every_dependency_is_imported() -> None:
+    """At run time, by name; what only tests and benchmarks need is the dev extra's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    imported = {
+        name[1:-1] for module in MODULES for name in _imports(module) if name.startswith("<")
+    }
+    assert listed <= imported, f"no file imports {sorted(listed - imported)}"
+
+
 def _run(code: str, cwd: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
