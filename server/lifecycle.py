@@ -74,13 +74,13 @@ async def _serve(config: EngineConfig, options: ServeOptions, start_engine: Star
     engine = asyncio.ensure_future(start_engine(config))
     await asyncio.sleep(0)
     tokenizer = asyncio.ensure_future(_tokenizer(config, engine))
-    lifecycle = None
+    lifecycle: Lifecycle | None = None
     try:
         await asyncio.to_thread(import_module, ".app", __package__)
         lifecycle = Lifecycle(config, options, sock)
         return await lifecycle.run(engine, tokenizer)
     finally:
-        await _end(engine, tokenizer, told=lifecycle and lifecycle.failure)
+        await _end(engine, tokenizer, told=lifecycle.failure if lifecycle else None)
         sock.close()
 
 

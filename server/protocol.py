@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise UserError(f"uvicorn {uvicorn.__version__} is too new or too old: {error}") from None
 
-_USED = {
+_USED: dict[type, tuple[str, ...]] = {
     H11Protocol: ("loop", "conn", "transport", "cycle"),
     RequestResponseCycle: ("scope", "conn", "transport", "flow", "disconnected"),
 }
@@ -39,7 +39,7 @@ def check_uvicorn() -> None:
         f"{used.__name__}.{name}"
         for used, names in _USED.items()
         for name in names
-        if name not in used.__init__.__code__.co_names  # set there
+        if name not in vars(used)["__init__"].__code__.co_names  # set there
     ]
     if not callable(getattr(H11Protocol, "handle_events", None)):
         missing.append("H11Protocol.handle_events")

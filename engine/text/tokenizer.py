@@ -60,7 +60,7 @@ class _Files:
         found = [
             s.get("extra_special_tokens") or s.get("additional_special_tokens") for s in sources
         ]
-        listed = next(filter(None, found), [])
+        listed: Any = next(filter(None, found), [])
         named = [v for k, v in self.config.items() if k.endswith("_token") and k not in _ROLES]
         if isinstance(listed, dict):
             named, listed = [*named, *listed.values()], []
