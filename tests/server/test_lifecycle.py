@@ -1,5 +1,6 @@
 """Start, drain, death: what the process does and the exit code it leaves."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from nibble.engine.config import EngineConfig
+from nibble.server import lifecycle
 
 from .conftest import KEY, ServerProcess
 
@@ -276,6 +280,27 @@ def test_bad_input_found_by_the_tokenizer_is_the_callers_error(tiny_llama: Path)
     code = BROKEN.format(where="tokenizer", error="UserError('one line')", model=str(tiny_llama))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("nibble.errors.UserError: one line\n")
+
+
+def test_a_hub_model_is_downloaded_once_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        lifecycle.Tokenizer, "from_pretrained", lambda model, revision: read.append(model)
+    )
+
+    async def start(model: str) -> bool:
+        """Whether the tokenizer was read before the engine was up."""
+        engine = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(lifecycle._tokenizer(EngineConfig(model=model), engine))
+        done, _ = await asyncio.wait({task}, timeout=5.0 if Path(model).exists() else 0.05)
+        engine.set_result(None)
+        await task
+        return bool(done)
+
+    assert not asyncio.run(start("owner/name")) and asyncio.run(start(str(tiny_llama)))
+    assert read == ["owner/name", str(tiny_llama)]
 
 
 def changed(model: Path, folder: Path, **files: str | None) -> Path:

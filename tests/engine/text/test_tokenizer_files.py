@@ -47,9 +47,10 @@ def vocab_and_merges(
     return folder
 
 
-def test_a_gguf_tokenizer_is_made_without_torch(tmp_path: Path) -> None:
-    """In a process of its own, as at the server's first start."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+def byte_gguf(file: Path) -> Path:
+    """A GGUF file with nothing but a tokenizer in it."""
+    file.parent.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(file, "llama")
     letters = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -60,6 +61,22 @@ def test_a_gguf_tokenizer_is_made_without_torch(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
+    return file
+
+
+def test_a_gguf_tokenizer_is_read_from_where_the_weights_are(tmp_path: Path) -> None:
+    """A projector beside the model, and a file without the ending."""
+    file = byte_gguf(tmp_path / "model" / "m.gguf")
+    (tmp_path / "model" / "mmproj-m.gguf").write_bytes(b"GGUF, of another kind")
+    blob = tmp_path / "sha256-0123"
+    blob.write_bytes(file.read_bytes())
+    for place in (tmp_path / "model", blob):
+        assert Tokenizer.from_pretrained(place).encode("ab") == [257]
+
+
+def test_a_gguf_tokenizer_is_made_without_torch(tmp_path: Path) -> None:
+    """In a process of its own, as at the server's first start."""
+    byte_gguf(tmp_path / "m.gguf")
     code = """
 import sys
 from nibble.engine.text.tokenizer import Tokenizer
