@@ -128,7 +128,7 @@ class AsyncEngine:
             transport.close()
             raise
         engine.stats.num_blocks = engine.stats.num_free_blocks = engine.ready.num_blocks
-        link.on_messages = engine._take
+        link.on_messages = engine._deliver
         engine._watching = asyncio.create_task(engine._watch(), name="engine-watch")
         return engine
 
@@ -193,7 +193,7 @@ class AsyncEngine:
             return
         if self.is_alive:
             self._send(AbortRequests([name]))
-        self._hand_over(RequestOutput(name, finish_reason=FinishReason.ABORT))
+        self._forget(name)(RequestOutput(name, finish_reason=FinishReason.ABORT))
 
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stop the engine process; open requests end with finish_reason "abort". It is killed after `timeout` s."""
@@ -245,7 +245,8 @@ class AsyncEngine:
         for sink in list(self._sinks.values()):
             sink(None)
 
-    def _take(self, messages: list[FromEngine]) -> None:
+    def _deliver(self, messages: list[FromEngine]) -> None:
+        """Hand each request's news to its sink: the first of the hands on a delta's way to its client."""
         outputs: list[RequestOutput] = []
         for message in messages:
             if isinstance(message, Fatal):
@@ -254,16 +255,16 @@ class AsyncEngine:
                 self.stats = message.stats
                 outputs += message.outputs
         for output in outputs if len(messages) == 1 else _gathered(outputs):
-            self._hand_over(output)
+            sink = self._sinks.get(output.request_id)
+            if sink is None:  # aborted while this was on its way
+                continue
+            if output.finish_reason is not None:
+                self._forget(output.request_id)
+            sink(output)
 
-    def _hand_over(self, output: RequestOutput) -> None:
-        sink = self._sinks.get(output.request_id)
-        if sink is None:  # aborted while this was on its way
-            return
-        if output.finish_reason is not None:
-            del self._sinks[output.request_id]
-            del self._names[output.request_id.rpartition("#")[0]]
-        sink(output)
+    def _forget(self, name: str) -> Sink:
+        del self._names[name.rpartition("#")[0]]
+        return self._sinks.pop(name)
 
 
 def _gathered(outputs: list[RequestOutput]) -> list[RequestOutput]:

@@ -4,6 +4,8 @@ loads, and reported in the `Ready` message; nothing else reads flags or the envi
 
 import msgspec
 
+from ..quant.locate import is_hub_id
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """As given by the user. None or "auto" means: decide from the checkpoint and the machine."""
@@ -37,3 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         "~/.cache/nibble/prepared"  # weights in the CPU kernels' layout; None: nothing is kept
     )
     seed: int = 0  # for requests that bring none
+
+    @property
+    def is_from_hub(self) -> bool:
+        """Whether `model` is a Hub id, which may have to be downloaded."""
+        return is_hub_id(self.model)

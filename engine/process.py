@@ -95,10 +95,10 @@ class EngineLoop:
                 message = decode_to_engine(body)
                 if isinstance(message, Shutdown):
                     return
-                refused += self._take(message)
+                refused += self._handle(message)
             self._report(refused + self.core.step())
 
-    def _take(self, message: ToEngine) -> list[RequestOutput]:
+    def _handle(self, message: ToEngine) -> list[RequestOutput]:
         if isinstance(message, AbortRequests):
             for request_id in message.request_ids:
                 self.core.abort(request_id)

@@ -18,6 +18,14 @@ import msgspec
 UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
 
 
+class ParameterError(ValueError):
+    """A field of SamplingParams is out of range. `field` is its name."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens and when to stop. Text-level stops (`stop`) are found by the detokenizer, the rest by the
     engine. Validated by `verify`."""
@@ -44,11 +52,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
 
     def verify(self, vocab_size: int) -> None:
-        """Raise ValueError naming the first field that is out of range."""
+        """Raise ParameterError naming the first field that is out of range."""
 
         def need(ok: bool, field_name: str, want: str) -> None:
             if not ok:
-                raise ValueError(f"{field_name} must be {want}, got {getattr(self, field_name)}")
+                raise ParameterError(
+                    field_name, f"{field_name} must be {want}, got {getattr(self, field_name)}"
+                )
 
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
         need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")

@@ -1,13 +1,11 @@
-"""One HTTP request's generations: every prompt n times, as one series of Deltas.
+"""One HTTP request's generations: every prompt n times.
 
-    prompts x n  ->  engine.submit  ->  Detokenizer  ->  Delta(index = prompt * n + sample)
+    prompts x n  ->  engine.submit      news of one sequence  ->  advance  ->  Delta
 
-Everything from the engine's socket to `on_delta` is one plain call, without a task or a queue in between. `close`
-aborts what still runs; after it, nothing is called any more.
+The engine's news goes to whoever started the generation (openai/stream.py), which asks `advance` what it means: a plain
+call, without a task or a queue. `close` aborts what still runs; after it, nothing means anything any more.
 """
 
-import asyncio
-import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -19,28 +17,16 @@ from ..engine.client import EngineDeadError, child_params
 from ..engine.messages import RequestOutput, TokenLogprobs
 from ..engine.request import FinishReason, SamplingParams
 from ..engine.text.detokenizer import Detokenizer
+from ..engine.text.tokenizer import Tokenizer
 from . import errors
 from .serving import Serving
-
-log = logging.getLogger(__name__)
-
-
-class Delta(msgspec.Struct, gc=False):
-    """News of one sequence. `text` may be empty while bytes of a character or of a stop string are held back."""
-
-    index: int
-    text: str
-    logprobs: list[TokenLogprobs] | None
-    offsets: list[
-        int
-    ]  # with logprobs: where in the sequence's text each token starts, in characters
-    finish_reason: str | None
 
 
 class Sequence:
     """One sample of one prompt, while it runs and after."""
 
     __slots__ = (
+        "detokenizer",
         "index",
         "is_done",
         "last_time",
@@ -51,13 +37,38 @@ class Sequence:
         "prompt_token_ids",
     )
 
-    def __init__(self, index: int, prompt_token_ids: list[int], params: SamplingParams):
+    def __init__(
+        self,
+        index: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+    ):
         self.index, self.prompt_token_ids, self.params = index, prompt_token_ids, params
+        self.detokenizer = Detokenizer(tokenizer, params, prompt_token_ids)
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.last_time: float | None = None  # time.perf_counter() at the last token
         self.is_done = False
+
+    def usage(self) -> dict:
+        return usage(len(self.prompt_token_ids), self.num_tokens, self.num_cached_tokens)
+
+
+class Delta(msgspec.Struct, gc=False):
+    """News of one sequence. `text` may be empty while bytes of a character or of a stop string are held back."""
+
+    sequence: Sequence
+    text: str
+    logprobs: list[TokenLogprobs] | None
+    offsets: list[
+        int
+    ]  # with logprobs: where in the sequence's text each token starts, in characters
+    finish_reason: str | None
+
+
+OnOutput = Callable[[Sequence, RequestOutput | None], None]
 
 
 class Generation:
@@ -78,7 +89,7 @@ class Generation:
         self.id = uuid.uuid4().hex
         samples = [child_params(params, sample) for sample in range(n)]
         self.sequences = [
-            Sequence(i * n + j, prompt, samples[j])
+            Sequence(i * n + j, prompt, samples[j], serving.tokenizer)
             for i, prompt in enumerate(prompts)
             for j in range(n)
         ]
@@ -101,86 +112,46 @@ class Generation:
         """Every sequence has had its last delta."""
         return self.num_open == 0
 
-    def start(
-        self, on_delta: Callable[[Delta], None], on_error: Callable[[errors.ApiError], None]
-    ) -> None:
-        """Generate: each sequence's deltas come in order, those of several interleaved, the last with a finish_reason.
-        If a sequence fails or the engine dies, `on_error` hears it once, and that is the end of all."""
-        self._on_delta, self._on_error = on_delta, on_error
+    def start(self, on_output: OnOutput) -> None:
+        """Generate. `on_output` hears the engine's news of each sequence in order, those of several interleaved, in the
+        very call that brings them; it must not raise. ApiError if the engine is dead."""
         for sequence in self.sequences:
-            detokenizer = Detokenizer(
-                self.serving.tokenizer, sequence.params, sequence.prompt_token_ids
-            )
             try:
                 self.serving.engine.submit(
-                    f"{self.id}-{sequence.index}",
+                    self._request_id(sequence),
                     sequence.prompt_token_ids,
                     sequence.params,
-                    partial(self._take, sequence, detokenizer),
+                    partial(on_output, sequence),
                     self.salt,
                 )
             except EngineDeadError:
-                self._fail(errors.engine_dead())
-                return
+                raise errors.engine_dead() from None
 
     def close(self) -> None:
         """Abort the sequences that still run. Must be called at the end, however it came; more often does no harm."""
         if not self.closed:
             self.closed = True
             for sequence in self.sequences:
-                self.serving.engine.abort(f"{self.id}-{sequence.index}")
+                self.serving.engine.abort(self._request_id(sequence))
 
-    async def collect(self) -> list[Delta]:
-        """Every sequence whole, as one Delta each, in the order of their indices. Raises ApiError."""
-        texts: list[list[str]] = [[] for _ in self.sequences]
-        whole = [Delta(s.index, "", None, [], None) for s in self.sequences]
-        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def advance(self, sequence: Sequence, output: RequestOutput | None) -> Delta | None:
+        """What the engine's news (None: it has died) means for one sequence, whose last delta has a finish_reason.
+        None once nobody cares: an abort of our own has its echo here. Raises ApiError if the sequence failed."""
+        if self.closed or sequence.is_done:
+            return None
+        if output is None:
+            raise errors.engine_dead()
+        delta = _next_delta(sequence, output)
+        self._measure(sequence, output, delta)
+        if delta.finish_reason is not None:
+            sequence.is_done = True
+            self.num_open -= 1
+            if output.finish_reason is None:  # a stop string: the engine would go on
+                self.serving.engine.abort(self._request_id(sequence))
+        return delta
 
-        def take(delta: Delta) -> None:
-            texts[delta.index].append(delta.text)
-            done = whole[delta.index]
-            if delta.logprobs:
-                done.logprobs = (done.logprobs or []) + delta.logprobs
-                done.offsets += delta.offsets
-            done.finish_reason = delta.finish_reason
-            if self.is_done:
-                end.set_result(None)
-
-        try:
-            self.start(take, end.set_exception)
-            await end
-        finally:
-            self.close()
-        for done, pieces in zip(whole, texts, strict=True):
-            done.text = "".join(pieces)
-        return whole
-
-    def _take(
-        self, sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput | None
-    ) -> None:
-        """The engine's news of one sequence; None: it has died."""
-        if self.closed or sequence.is_done:  # an abort of our own has its echo here
-            return
-        try:
-            if output is None:
-                raise errors.engine_dead()
-            delta = _advance(sequence, detokenizer, output)
-            self._measure(sequence, output, delta)
-            if delta.finish_reason is not None:
-                sequence.is_done = True
-                self.num_open -= 1
-                if output.finish_reason is None:  # a stop string: the engine would go on
-                    self.serving.engine.abort(f"{self.id}-{sequence.index}")
-            self._on_delta(delta)
-        except errors.ApiError as error:
-            self._fail(error)
-        except Exception:
-            log.exception("a generation failed")
-            self._fail(errors.internal())
-
-    def _fail(self, error: errors.ApiError) -> None:
-        self.close()
-        self._on_error(error)
+    def _request_id(self, sequence: Sequence) -> str:
+        return f"{self.id}-{sequence.index}"
 
     def _measure(self, sequence: Sequence, output: RequestOutput, delta: Delta) -> None:
         metrics, now = self.serving.metrics, time.perf_counter()
@@ -191,15 +162,14 @@ class Generation:
             sequence.last_time = now
             metrics.generation_tokens.inc(len(output.token_ids))
         if delta.finish_reason is not None:
-            self._record(sequence, delta.finish_reason, now)
-
-    def _record(self, sequence: Sequence, finish_reason: str, now: float) -> None:
-        metrics = self.serving.metrics
-        metrics.prompt_tokens.inc(len(sequence.prompt_token_ids))
-        metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
-        metrics.finished(
-            finish_reason, len(sequence.prompt_token_ids), sequence.num_tokens, now - self.arrival
-        )
+            metrics.prompt_tokens.inc(len(sequence.prompt_token_ids))
+            metrics.prompt_tokens_cached.inc(sequence.num_cached_tokens)
+            metrics.finished(
+                delta.finish_reason,
+                len(sequence.prompt_token_ids),
+                sequence.num_tokens,
+                now - self.arrival,
+            )
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict:
@@ -212,9 +182,9 @@ def usage(prompt: int, completion: int, cached: int) -> dict:
     }
 
 
-def _advance(sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput) -> Delta:
+def _next_delta(sequence: Sequence, output: RequestOutput) -> Delta:
     """Take in one engine output. The sequence ends when the engine says so or a stop string is found."""
-    reason = output.finish_reason
+    detokenizer, reason = sequence.detokenizer, output.finish_reason
     if reason == FinishReason.ERROR:
         raise errors.internal(output.error or "The engine failed on this request.")
     if reason == FinishReason.ABORT:
@@ -226,9 +196,8 @@ def _advance(sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput
     if output.prompt_logprobs is not None:
         sequence.prompt_logprobs = output.prompt_logprobs
     text = detokenizer.push(output.token_ids)
-    pushed = (
-        len(detokenizer.token_offsets) - before
-    )  # fewer than came, if a stop string ended the text
+    # Fewer than came, if a stop string ended the text.
+    pushed = len(detokenizer.token_offsets) - before
     sequence.num_tokens += pushed
     if detokenizer.stopped:
         reason = FinishReason.STOP
@@ -237,6 +206,6 @@ def _advance(sequence: Sequence, detokenizer: Detokenizer, output: RequestOutput
         if detokenizer.stopped:
             reason = FinishReason.STOP
     if not output.logprobs:
-        return Delta(sequence.index, text, None, [], reason)
+        return Delta(sequence, text, None, [], reason)
     offsets = detokenizer.token_offsets[before:]
-    return Delta(sequence.index, text, output.logprobs[:pushed], offsets, reason)
+    return Delta(sequence, text, output.logprobs[:pushed], offsets, reason)

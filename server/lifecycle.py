@@ -1,13 +1,16 @@
 """The server process from its first line to its exit code. It never imports torch; the engine is a child process.
 
     start      bind the port, start the engine process, then import the application and load the tokenizer meanwhile
+               (after the engine, which downloads it, where the model is on the Hub)
     loading    /livez 200, /readyz 503; every endpoint 503 with Retry-After
     ready      the ledger is printed
     1st SIGTERM or SIGINT    nothing is admitted, /readyz 503; open requests finish, at most `shutdown_timeout` seconds
     2nd        exit at once
     engine dies              open streams get an error event; exit
+    any task fails           its traceback is logged; exit
 
-Exit codes: 0 told to stop, 1 the engine died, 2 bad input (one line on stderr), 128 + signal when forced.
+Exit codes: 0 told to stop, 1 the engine died or a task failed, 2 bad input (one line on stderr), 128 + signal when
+forced.
 """
 
 import asyncio
@@ -70,17 +73,34 @@ async def _serve(config: EngineConfig, options: ServeOptions, start_engine: Star
     # The child is running before anything heavy is imported here.
     engine = asyncio.ensure_future(start_engine(config))
     await asyncio.sleep(0)
-    tokenizer = asyncio.ensure_future(
-        asyncio.to_thread(Tokenizer.from_pretrained, config.model, config.revision)
-    )
+    tokenizer = asyncio.ensure_future(_tokenizer(config, engine))
+    lifecycle: Lifecycle | None = None
     try:
         await asyncio.to_thread(import_module, ".app", __package__)
-        return await Lifecycle(config, options, sock).run(engine, tokenizer)
+        lifecycle = Lifecycle(config, options, sock)
+        return await lifecycle.run(engine, tokenizer)
     finally:
-        for task in (engine, tokenizer):
-            task.cancel()  # a start that is cancelled kills its process
-        await asyncio.gather(engine, tokenizer, return_exceptions=True)
+        await _end(engine, tokenizer, told=lifecycle.failure if lifecycle else None)
         sock.close()
+
+
+async def _tokenizer(config: EngineConfig, engine: "asyncio.Future[AsyncEngine]") -> Tokenizer:
+    if config.is_from_hub:
+        await engine  # downloads it: a child can be killed while it does, a thread here could not
+    return await asyncio.to_thread(Tokenizer.from_pretrained, config.model, config.revision)
+
+
+async def _end(*tasks: "asyncio.Future[Any]", told: BaseException | None) -> None:
+    """Cancel what still runs (an engine's start that is cancelled kills its process) and stop an engine that nobody
+    took over. A defect other than the one already told is logged."""
+    for task in tasks:
+        task.cancel()
+    expected = UserError | EngineDeadError | asyncio.CancelledError
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, AsyncEngine):
+            await result.shutdown()
+        elif not (result is told or isinstance(result, Tokenizer | expected)):
+            log.error("a task failed while the server started", exc_info=result)
 
 
 class Lifecycle:
@@ -98,7 +118,7 @@ class Lifecycle:
         )
         self.http = _http_server(create_app(self.serving, options.api_keys))
         self.exit_code = 0
-        self.error: UserError | None = None
+        self.failure: BaseException | None = None  # what ended the server
         self.signals = 0
         self.tasks: set[asyncio.Task] = set()
 
@@ -109,7 +129,7 @@ class Lifecycle:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        watch = asyncio.create_task(self._watch(engine, tokenizer))
+        watch = self._keep(asyncio.create_task(self._watch(engine, tokenizer)))
         try:
             await self.http.serve(sockets=[self.sock])
         finally:
@@ -117,8 +137,8 @@ class Lifecycle:
             await asyncio.gather(watch, return_exceptions=True)
             if self.serving.is_loaded:
                 await self.serving.engine.shutdown(timeout=0 if self.signals > 1 else 5)
-        if self.error is not None:
-            raise self.error
+        if isinstance(self.failure, UserError):
+            raise self.failure
         return self.exit_code
 
     async def _watch(
@@ -128,8 +148,8 @@ class Lifecycle:
         try:
             loaded, ready_tokenizer = await asyncio.gather(engine, tokenizer)
         except UserError as error:
-            self.error = error
-            self.http.should_exit = True
+            self.failure = error
+            self._exit(2)
             return
         except EngineDeadError as error:
             log.error("%s", error)
@@ -175,17 +195,28 @@ class Lifecycle:
         self.exit_code = code
         self.http.should_exit = True
 
-    def _keep(self, task: asyncio.Task) -> None:
-        """The loop holds tasks weakly; one that nobody awaits must be held here."""
+    def _keep(self, task: asyncio.Task) -> asyncio.Task:
+        """The loop holds tasks weakly: one that runs beside the others must be held, and its failure be heard, here."""
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # of any kind: a panic in Rust is no Exception
+            log.critical("the server failed", exc_info=error)
+            self.failure = error
+            self._exit(1)
 
 
 def _http_server(app: Any) -> Any:
     """uvicorn on h11 (it bounds the request head; httptools does not), its signal handling left to Lifecycle."""
     import uvicorn
 
-    from .protocol import Protocol
+    from .protocol import Protocol, check_uvicorn
+
+    check_uvicorn()
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager

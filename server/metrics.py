@@ -20,7 +20,7 @@ from prometheus_client.samples import Sample
 from ..version import __version__
 
 if TYPE_CHECKING:
-    from .serving import Serving
+    from ..engine.client import AsyncEngine
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -102,13 +102,13 @@ prometheus_client.disable_created_metrics()
 
 
 class Metrics:
-    """The process's figures. `serving` gives the engine's; every sample is labelled with its first model name."""
+    """The process's figures, and from `watch` on the engine's; every sample is labelled with the model's name."""
 
-    def __init__(self, serving: "Serving"):
-        self.serving = serving
+    def __init__(self, model_name: str):
         self.registry = CollectorRegistry(auto_describe=False)
-        self.model_name = serving.model_names[0]
-        self.registry.register(_EngineCollector(serving, self.model_name))  # type: ignore[arg-type]
+        self.model_name = model_name
+        self._engine = _EngineCollector(model_name)
+        self.registry.register(self._engine)  # type: ignore[arg-type]
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
         self.prompt_tokens_cached = self._counter(
             "prompt_tokens_cached", "Prompt tokens found in the prefix cache"
@@ -169,6 +169,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         self.rejections.labels(self.model_name, reason).inc()
 
+    def watch(self, engine: "AsyncEngine") -> None:
+        """From now on, show this engine's state too."""
+        self._engine.engine = engine
+
     def exposition(self) -> bytes:
         """The Prometheus text format, aliases included."""
         return generate_latest(_WithAliases(self.registry))  # type: ignore[arg-type]
@@ -177,14 +181,15 @@ class Metrics:
 class _EngineCollector:
     """Reads the engine's state at scrape time."""
 
-    def __init__(self, serving: "Serving", model_name: str):
-        self.serving, self.model_name = serving, model_name
+    def __init__(self, model_name: str):
+        self.model_name = model_name
+        self.engine: AsyncEngine | None = None
 
     def collect(self) -> Iterator[Metric]:
         yield self._info("nibble_build", "Version and configuration", self._build_info())
-        if not self.serving.is_loaded:
+        if self.engine is None:
             return
-        stats, ready = self.serving.engine.stats, self.serving.engine.ready
+        stats, ready = self.engine.stats, self.engine.ready
         used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Sequences in the batch", stats.num_running)
         yield self._gauge(
@@ -218,8 +223,8 @@ class _EngineCollector:
 
     def _build_info(self) -> dict[str, str]:
         info = {"version": __version__, "model_name": self.model_name}
-        if self.serving.is_loaded:
-            ready = self.serving.engine.ready
+        if self.engine is not None:
+            ready = self.engine.ready
             info |= {
                 "quantization": ready.quantization,
                 "dtype": ready.dtype,

@@ -7,6 +7,8 @@ uvicorn itself waits for ever for the end of a head, so connections that send a 
 An event of a stream is some 150 bytes; through ASGI messages and h11 it costs several times what writing it costs. So
 each request's scope offers `extensions[DIRECT_WRITE]`, a function that writes one chunk of a response's body to the
 connection: h11's state is the same before and after a chunk, which it would frame just so.
+
+Both need what uvicorn keeps to itself: `check_uvicorn` says in one line at start-up if another version is without it.
 """
 
 import asyncio
@@ -14,10 +16,38 @@ from collections.abc import Callable
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+import uvicorn
 
+from ..errors import UserError
+
+try:
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+except ImportError as error:
+    raise UserError(f"uvicorn {uvicorn.__version__} is too new or too old: {error}") from None
+
+_USED: dict[type, tuple[str, ...]] = {
+    H11Protocol: ("loop", "conn", "transport", "cycle"),
+    RequestResponseCycle: ("scope", "conn", "transport", "flow", "disconnected"),
+}
 HEAD_SECONDS = 30.0  # from a connection's or a request's first byte to the end of its head
 DIRECT_WRITE = "nibble.direct_write"
+
+
+def check_uvicorn() -> None:
+    """UserError if the installed uvicorn's private classes are not those that this module builds on."""
+    missing = [
+        f"{used.__name__}.{name}"
+        for used, names in _USED.items()
+        for name in names
+        if name not in vars(used)["__init__"].__code__.co_names  # set there
+    ]
+    if not callable(getattr(H11Protocol, "handle_events", None)):
+        missing.append("H11Protocol.handle_events")
+    if missing:
+        raise UserError(
+            f"uvicorn {uvicorn.__version__} has no {', '.join(missing)} "
+            "(`pip install 'uvicorn>=0.34,<0.55'`)"
+        )
 
 
 class Protocol(H11Protocol):

@@ -43,10 +43,11 @@ class Serving:
         self.active_sequences = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(model_names[0])
 
     def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer") -> None:
         self._loaded = engine, tokenizer
+        self.metrics.watch(engine)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 

@@ -10,6 +10,7 @@ Hot path: bytes already joined and, where the server offers it (protocol.DIRECT_
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -17,6 +18,8 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from .protocol import DIRECT_WRITE
+
+log = logging.getLogger(__name__)
 
 PING_SECONDS = 15.0
 SEND_TIMEOUT_SECONDS = 30.0
@@ -74,14 +77,14 @@ class EventStream(Response):
         finished = False
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            self.source.start(self._push)
+            self.source.start(self.push)
             finished = await self._relay(gone, send)
         finally:
             self.source.close()
             await _cancel(gone)
             self.on_close(not finished)
 
-    def _push(self, data: bytes, last: bool) -> None:
+    def push(self, data: bytes, last: bool) -> None:
         self.silent = False
         self.ended = last
         if last or self.pending or self.sending or not self.write(data):
@@ -137,11 +140,19 @@ async def _as_task(sending: Any) -> None:
 
 
 async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Returns when the client has left, or cannot be heard any more."""
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except Exception:
+        log.exception("a connection failed")
 
 
 async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
-    for task in tasks:
+    """End tasks that still run. What they raise while they end is logged; whoever saw a task end has its result."""
+    running = [task for task in tasks if not task.done()]
+    for task in running:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    for result in await asyncio.gather(*running, return_exceptions=True):
+        if isinstance(result, Exception):
+            log.error("a task failed while it was cancelled", exc_info=result)

@@ -36,6 +36,11 @@ TORCH_FREE = (
     "engine.request",
     "engine.config",
     "engine.text",
+    "quant.locate",
+    "quant.hub",
+    "quant.formats.gguf.container",
+    "quant.formats.gguf.tokenizer",
+    "quant.formats.gguf.side_files",
 )
 READS_ENVIRONMENT = {"__init__", "cli", "engine.config"}
 CALIBRATED = ("quant.algorithms.awq", "quant.algorithms.gptq")
@@ -266,6 +271,16 @@ def test_every_package_is_installed() -> None:
     assert present == listed
 
 
+def test_every_dependency_is_imported() -> None:
+    """At run time, by name; what only tests and benchmarks need is the dev extra's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    imported = {
+        name[1:-1] for module in MODULES for name in _imports(module) if name.startswith("<")
+    }
+    assert listed <= imported, f"no file imports {sorted(listed - imported)}"
+
+
 def _run(code: str, cwd: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -298,7 +313,11 @@ if torch.cuda.is_initialized():
 
 
 def test_the_server_process_loads_no_torch(tmp_path: Path) -> None:
-    names = [f"nibble.{m}".rstrip(".") for m in MODULES if m in TORCH_FREE or _in(m, {"server"})]
+    names = [
+        f"nibble.{m}".rstrip(".")
+        for m in MODULES
+        if m in TORCH_FREE or _in(m, {"server", "engine.text"})
+    ]
     _run(
         f"""
 import importlib, sys

@@ -86,6 +86,17 @@ def render(
     return _cut_at_mark(text) if continue_final_message else text
 
 
+def problem_of(template: str) -> str | None:
+    """What is wrong with the template itself, whatever the messages; None if it is well-formed."""
+    try:
+        _compile(template)
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except (jinja2.TemplateError, RecursionError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(

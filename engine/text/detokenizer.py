@@ -62,7 +62,7 @@ class Detokenizer:
         """The rest of the text, when no more tokens will come: a cut character as U+FFFD, and what was held."""
         if self.stopped:
             return ""
-        text = self._emit(self._take(self._decode(self._window)))
+        text = self._emit(self._advance_window(self._decode(self._window)))
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
@@ -72,9 +72,9 @@ class Detokenizer:
         text = self._decode(self._window)
         if text.endswith("\ufffd") and len(self._window) - self._num_read < _MAX_PENDING:
             return ""
-        return self._take(text)
+        return self._advance_window(text)
 
-    def _take(self, text: str) -> str:
+    def _advance_window(self, text: str) -> str:
         """What is new in the window's text; the window moves up to keep the tokens just read as context."""
         new = text[len(self._read_text) :]
         if new:

@@ -4,17 +4,15 @@
                               text counts, not tokenizer_config.json's add_bos_token, as in transformers 5
     tokenizer_config.json     special tokens by role, tokens to add, older chat templates
     special_tokens_map.json   special tokens by role, where the former lacks them
+    added_tokens.json         older: tokens to add
     generation_config.json    eos_token_id, one or several (config.json's where it has none)
-    chat_template.jinja       the chat template (older homes: tokenizer_config.json, chat_template.json)
+    chat_template.jinja, additional_chat_templates/NAME.jinja
+                              the chat templates (older homes: tokenizer_config.json, chat_template.json)
 
-A GGUF file's tokenizer is written as these files into a cache folder once. A folder that holds only slow tokenizer
-files (tokenizer.model, vocab.json) is converted by transformers at each start.
+Where these files are, or are made: tokenizer_files.py.
 """
 
-import hashlib
-import os
-import shutil
-import tempfile
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,18 +23,11 @@ import tokenizers
 from tokenizers import AddedToken
 
 from ...errors import CheckpointError
-from ...version import __version__
 from . import chat_template
+from .tokenizer_files import tokenizer_folder
 
-_HUB_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "*config.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
+log = logging.getLogger(__name__)
+
 _ROLES = (
     "bos_token",
     "eos_token",
@@ -46,7 +37,97 @@ _ROLES = (
     "cls_token",
     "mask_token",
 )
-_CACHE = Path("~/.cache/nibble/tokenizers")
+
+
+class _Files:
+    """What the JSON files of a tokenizer folder say."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = _read_json(folder / "tokenizer_config.json")
+        self.special = _read_json(folder / "special_tokens_map.json")
+
+    def special_tokens(self) -> dict[str, str]:
+        """Role -> content."""
+        contents = {r: _content(self.config.get(r, self.special.get(r))) for r in _ROLES}
+        return {role: content for role, content in contents.items() if content is not None}
+
+    def further_special_tokens(self) -> list[AddedToken]:
+        """Those without one of the roles above: under names of the model's own, then in a list."""
+        sources = [self.config]
+        if "added_tokens_decoder" not in self.config:
+            sources.append(self.special)
+        found = [
+            s.get("extra_special_tokens") or s.get("additional_special_tokens") for s in sources
+        ]
+        listed: Any = next(filter(None, found), [])
+        named = [v for k, v in self.config.items() if k.endswith("_token") and k not in _ROLES]
+        if isinstance(listed, dict):
+            named, listed = [*named, *listed.values()], []
+        contents = [content for value in named if (content := _content(value))]
+        return [_special(content) for content in contents] + [
+            AddedToken(**{k: v for k, v in value.items() if k != "__type"})
+            if isinstance(value, dict)
+            else _special(value)
+            for value in listed
+        ]
+
+    def listed_tokens(self, special: set[str]) -> list[AddedToken]:
+        """Tokens listed with an id, by id; `special` are special also where added_tokens.json cannot say so."""
+        if "added_tokens_decoder" in self.config:
+            listed = self.config["added_tokens_decoder"] or {}
+            return [
+                AddedToken(**{**entry, "special": entry.get("special", False)})
+                for _, entry in sorted(listed.items(), key=lambda entry: int(entry[0]))
+            ]
+        older = _read_json(self.folder / "added_tokens.json")
+        return [
+            AddedToken(content, special=content in special, normalized=content not in special)
+            for content, _ in sorted(older.items(), key=lambda entry: entry[1])
+        ]
+
+    def chat_templates(self) -> dict[str, str]:
+        """Name -> source, as far as they can be read. What cannot is said in the log."""
+        found = self.config.get("chat_template") or _read_json(
+            self.folder / "chat_template.json"
+        ).get("chat_template")
+        entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        templates = {}
+        for entry in entries if found else ():
+            if isinstance(entry, dict) and all(
+                isinstance(entry.get(k), str) for k in ("name", "template")
+            ):
+                templates[entry["name"]] = entry["template"]
+            else:
+                log.warning(
+                    "%s: a chat_template without name and template is left out", self.folder
+                )
+        files = sorted(self.folder.glob("additional_chat_templates/*.jinja"))
+        templates |= {file.stem: file.read_text(encoding="utf-8") for file in files}
+        default = self.folder / "chat_template.jinja"
+        return templates | (
+            {"default": default.read_text(encoding="utf-8")} if default.is_file() else {}
+        )
+
+    def eos_token_ids(self) -> list[int]:
+        found = _read_json(self.folder / "generation_config.json").get("eos_token_id")
+        if found is None:
+            found = _read_json(self.folder / "config.json").get("eos_token_id")
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(isinstance(i, int) for i in ids):
+            raise ValueError(f"eos_token_id is {found!r}")
+        return ids
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(
+            f"is not a JSON object: {error}", file=file, fix="download it again"
+        ) from None
 
 
 class Tokenizer:
@@ -64,6 +145,7 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
+        self._template_problem = self._drop_broken_templates()
         own_eos = backend.token_to_id(self.eos_token) if self.eos_token else None
         self.eos_token_ids = sorted({*eos_token_ids, *(() if own_eos is None else (own_eos,))})
         backend.no_truncation()
@@ -73,21 +155,19 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None) -> "Tokenizer":
         """Read the tokenizer of a local folder, a .gguf file or a Hub id. CheckpointError if missing or damaged."""
-        folder = _folder_of(model, revision)
-        config = _read_json(folder / "tokenizer_config.json")
-        fallback = _read_json(folder / "special_tokens_map.json")
-        contents = {role: _content(config.get(role, fallback.get(role))) for role in _ROLES}
-        special_tokens = {
-            role: content for role, content in contents.items() if content is not None
-        }
-        backend = _load_backend(folder)
-        _add_missing_tokens(backend, config, special_tokens)
-        return cls(
-            backend,
-            special_tokens,
-            chat_templates=_read_chat_templates(folder, config),
-            eos_token_ids=_read_eos_token_ids(folder),
-        )
+        files = _Files(tokenizer_folder(model, revision))
+        backend = _load_backend(files.folder)
+        try:
+            special_tokens = files.special_tokens()
+            _add_missing_tokens(backend, files, special_tokens)
+            templates, eos_token_ids = files.chat_templates(), files.eos_token_ids()
+        except (ValueError, TypeError, AttributeError) as error:  # a field of another type
+            raise CheckpointError(
+                f"its tokenizer's configuration makes no sense: {error}".splitlines()[0],
+                file=files.folder,
+                fix="copy the tokenizer's .json files from the original model",
+            ) from error
+        return cls(backend, special_tokens, chat_templates=templates, eos_token_ids=eos_token_ids)
 
     @property
     def bos_token(self) -> str | None:
@@ -101,6 +181,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens the tokenizer knows; the model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def _drop_broken_templates(self) -> str | None:
+        """Why a chat template was dropped, said in the log too: text can be completed without one."""
+        last = None
+        for name, source in list(self._chat_templates.items()):
+            if problem := chat_template.problem_of(source):
+                last = f"the chat template {name!r} is no valid Jinja: {problem}"
+                log.warning("%s; this model is served without it", last)
+                del self._chat_templates[name]
+        return last
 
     @property
     def has_chat_template(self) -> bool:
@@ -150,7 +240,8 @@ class Tokenizer:
         template = template or templates.get("default")
         if template is None:
             raise ValueError(
-                "this model has no chat template; use text completions, or serve its instruct version"
+                self._template_problem
+                or "this model has no chat template; use text completions, or serve its instruct version"
             )
         return chat_template.render(
             template,
@@ -169,138 +260,37 @@ class Tokenizer:
         )
 
 
-def _folder_of(model: str | Path, revision: str | None) -> Path:
-    path = Path(model).expanduser()
-    if not path.exists():
-        path = _download(str(model), revision)
-    if path.is_file():
-        return _gguf_folder(path)
-    gguf_files = sorted(path.glob("*.gguf"))
-    if len(gguf_files) == 1 and not any(path.glob("*.safetensors")):
-        return _gguf_folder(gguf_files[0])
-    return path
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and only needed here
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
+def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    file = folder / "tokenizer.json"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
         raise CheckpointError(
-            f"has no tokenizer to be found: {reason}",
-            file=name,
-            fix="give a folder, a .gguf file or a Hub id owner/name",
+            f"is not a tokenizer that this version of `tokenizers` reads: {error}".splitlines()[0],
+            file=file,
+            fix="`pip install -U tokenizers`, or download the file again if it is damaged",
         ) from None
 
 
-def _gguf_folder(file: Path) -> Path:
-    """The tokenizer files of a GGUF file, made at its first use and kept as long as the file does not change."""
-    stat = file.stat()
-    key = f"{__version__}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    folder = _cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if folder.is_dir():
-        return folder
-    from ...quant.checkpoint import (
-        open_checkpoint,
-    )  # these import torch, for the weights beside the tokenizer
-    from ...quant.checkpoint.side_files import copy_side_files
-
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
-    try:
-        copy_side_files(open_checkpoint(file), partial)
-        os.rename(partial, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _cache_dir() -> Path:
-    """The cache folder, made if need be; where there is no writable home, a folder for this process alone."""
-    try:
-        folder = _CACHE.expanduser()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="nibble-"))
-
-
-def _load_backend(folder: Path) -> tokenizers.Tokenizer:
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        try:
-            return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(
-                f"is not a tokenizer: {error}".splitlines()[0], file=file, fix="download it again"
-            ) from None
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json")):
-        raise CheckpointError(
-            "has no tokenizer.json", file=folder, fix="copy it from the original model"
-        )
-    from transformers import (
-        AutoTokenizer,
-    )  # seconds to import; only for checkpoints without tokenizer.json
-
-    return AutoTokenizer.from_pretrained(folder).backend_tokenizer
-
-
 def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, config: dict, special_tokens: Mapping[str, str]
+    backend: tokenizers.Tokenizer, files: _Files, special_tokens: Mapping[str, str]
 ) -> None:
-    """Tokens that the configuration names and tokenizer.json lacks, in the order of their ids, as transformers does."""
-    listed = sorted(
-        (config.get("added_tokens_decoder") or {}).items(), key=lambda entry: int(entry[0])
-    )
-    tokens = [
-        AddedToken(**{**entry, "special": entry.get("special", False)}) for _, entry in listed
-    ]
-    tokens += [
-        AddedToken(content, special=True, normalized=False) for content in special_tokens.values()
-    ]
+    """Tokens that other files name and tokenizer.json lacks, under the ids that transformers gives them: first those
+    listed with an id, in the order of their ids, then special ones by role, then further special ones."""
+    special = [_special(content) for content in special_tokens.values()]
+    special += files.further_special_tokens()
+    tokens = files.listed_tokens({token.content for token in special}) + special
     backend.add_tokens([token for token in tokens if backend.token_to_id(token.content) is None])
     backend.add_special_tokens([token for token in tokens if token.special])
 
 
-def _read_chat_templates(folder: Path, config: dict) -> dict[str, str]:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
-    found = config.get("chat_template") or _read_json(folder / "chat_template.json").get(
-        "chat_template"
-    )
-    if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}
-    return {"default": found} if found else {}
+def _special(content: str) -> AddedToken:
+    return AddedToken(content, special=True, normalized=False)
 
 
-def _read_eos_token_ids(folder: Path) -> list[int]:
-    found = _read_json(folder / "generation_config.json").get("eos_token_id")
-    if found is None:
-        found = _read_json(folder / "config.json").get("eos_token_id")
-    return [] if found is None else found if isinstance(found, list) else [found]
-
-
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(
-            f"is not a JSON object: {error}", file=file, fix="download it again"
-        ) from None
-
-
-def _content(token: str | Mapping[str, Any] | None) -> str | None:
-    return token.get("content") if isinstance(token, Mapping) else token
+def _content(token: Any) -> str | None:
+    found = token.get("content") if isinstance(token, Mapping) else token
+    return found if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=1)

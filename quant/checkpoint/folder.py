@@ -9,13 +9,11 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from .. import formats
-from ..formats.base import BadTensor, check_finite
+from ..formats.base import BadTensor, check_finite, is_quantized
 from ..scheme import LayerScheme, QuantScheme
 from ..weight import QuantizedWeight
 from .base import Checkpoint
 from .headers import read_json, scan
-
-_MISSING = "config.json and the weights are not of one model, or a file is missing"
 
 
 class FolderCheckpoint(Checkpoint):
@@ -74,8 +72,8 @@ class FolderCheckpoint(Checkpoint):
     def is_quantized(self, module: str) -> bool:
         found = self._suffixes(module)
         if not found:
-            raise self._error(f"{module}.weight", "is missing", _MISSING)
-        return formats.is_quantized({s: self._entries[f"{module}.{s}"].dtype for s in found})
+            raise self._missing(f"{module}.weight")
+        return is_quantized({s: self._entries[f"{module}.{s}"].dtype for s in found})
 
     def modules(self) -> set[str]:
         return {m for name in self._entries if (m := name.rpartition(".")[0]) and self._suffixes(m)}
@@ -109,8 +107,13 @@ class FolderCheckpoint(Checkpoint):
 
     def _entry(self, name: str) -> Any:
         if name not in self._entries:
-            raise self._error(name, "is missing", _MISSING)
+            raise self._missing(name)
         return self._entries[name]
+
+    def _missing(self, name: str) -> CheckpointError:
+        example = min(self._entries, default="none")
+        fix = f"config.json and the weights must be of one model; here are names like {example!r}"
+        return self._error(name, "is missing", fix)
 
     def _error(
         self, name: str, problem: str, fix: str = "download it again, or convert it again"

@@ -90,7 +90,10 @@ class GgufCheckpoint(Checkpoint):
     def _gguf_name(self, name: str) -> str:
         if name not in self._gguf_names:
             raise CheckpointError(
-                "is missing", file=self.path, tensor=name, fix="download it again"
+                "is missing",
+                file=self.path,
+                tensor=name,
+                fix="the file is not whole, or not of the architecture that it names",
             )
         return self._gguf_names[name]
 

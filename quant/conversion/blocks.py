@@ -35,7 +35,7 @@ class BlockSource:
             raise CheckpointError(
                 f"config.json describes no model: {reason}",
                 file=checkpoint.path,
-                fix="download it again",
+                fix="correct config.json, or take the original one",
             ) from error
         self._model = causal_lm.model
         self._layers = list(self._model.layers)
@@ -71,7 +71,7 @@ class BlockSource:
                             f"has shape {list(there)}, config.json implies {list(parameter.shape)}",
                             file=self.checkpoint.path,
                             tensor=full,
-                            fix="download it again",
+                            fix="config.json and the weights must be of one model",
                         )
 
     def name(self, index: int) -> str:

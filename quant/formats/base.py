@@ -1,11 +1,14 @@
 """What the formats share: the error for a tensor that does not fit, and the checks that raise it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..weight import QuantizedWeight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+DENSE = (*FLOATS, torch.float64)
 
 
 class BadTensor(ValueError):
@@ -14,6 +17,11 @@ class BadTensor(ValueError):
     def __init__(self, suffix: str, problem: str):
         super().__init__(f"{suffix} {problem}")
         self.suffix, self.problem = suffix, problem
+
+
+def is_quantized(dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether a module with these tensors (suffix -> dtype) is quantized: it has more than a 16 or 32 bit `weight`."""
+    return dtypes.get("weight") not in DENSE
 
 
 def need(tensors: dict[str, Tensor], suffix: str, *dtypes: torch.dtype, ndim: int = 2) -> Tensor:

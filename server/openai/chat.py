@@ -6,6 +6,7 @@ its text as it comes, an empty delta with the finish_reason; then the usage if a
 
 import asyncio
 import time
+from collections.abc import Sequence as Items
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
@@ -13,9 +14,9 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from ...engine.request import SamplingParams
 from .. import errors, limits
-from ..generation import Delta, Generation
+from ..generation import Delta, Sequence
 from ..serving import Serving
-from .answer import Answer, encode, run
+from .answer import Answer, encode
 from .logprobs import chat_logprobs
 from .sampling import (
     Ignored,
@@ -28,6 +29,7 @@ from .sampling import (
     check_text_length,
     completion_room,
 )
+from .stream import run
 
 
 class TextPart(Schema):
@@ -189,37 +191,37 @@ class ChatAnswer(Answer):
         self.tokenizer = serving.tokenizer
         self.top_n = body.top_logprobs or 0
 
-    def choice(self, whole: Delta, generation: Generation) -> dict:
+    def choice(self, whole: Delta) -> dict:
         return {
-            "index": whole.index,
+            "index": whole.sequence.index,
             "message": {"role": "assistant", "content": whole.text, "refusal": None},
             "logprobs": self._logprobs(whole),
             "finish_reason": whole.finish_reason,
         }
 
-    def opening(self, generation: Generation) -> bytes:
+    def opening(self, sequences: Items[Sequence]) -> bytes:
         return b"".join(
             self.chunk(
                 b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
                 b'"finish_reason":null}' % sequence.index,
                 sequence,
             )
-            for sequence in generation.sequences
+            for sequence in sequences
         )
 
-    def event(self, delta: Delta, generation: Generation) -> bytes:
-        sequence, data = generation.sequences[delta.index], b""
+    def event(self, delta: Delta) -> bytes:
+        sequence, data = delta.sequence, b""
         if delta.text or delta.logprobs:
             logprobs = encode(self._logprobs(delta)) if delta.logprobs else b"null"
             data = self.chunk(
                 b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}'
-                % (delta.index, encode(delta.text), logprobs),
+                % (sequence.index, encode(delta.text), logprobs),
                 sequence,
             )
         if delta.finish_reason is not None:
             data += self.chunk(
                 b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}'
-                % (delta.index, encode(delta.finish_reason)),
+                % (sequence.index, encode(delta.finish_reason)),
                 sequence,
             )
         return data

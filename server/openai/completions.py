@@ -15,11 +15,12 @@ from pydantic import Field, model_validator
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
 from .. import errors, limits
-from ..generation import Delta, Generation, Sequence, usage
+from ..generation import Delta, Sequence, usage
 from ..serving import Serving
-from .answer import Answer, encode, json_response, run
+from .answer import Answer, encode, json_response
 from .logprobs import completion_logprobs
 from .sampling import SamplingFields, check_size, check_text_length, completion_room
+from .stream import run
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -69,7 +70,7 @@ async def create(request: Request, serving: Serving) -> Response:
     check_size(len(prompts) * n, params.max_tokens)
     answer = CompletionAnswer(body, serving, prompts)
     if body.max_tokens == 0 and body.logprobs is None:
-        return answer.echo_alone(n)
+        return answer.echo_alone()
     return await run(request, serving, answer, prompts, params, n, body.cache_salt, arrival)
 
 
@@ -124,55 +125,57 @@ class CompletionAnswer(Answer):
         super().__init__(body, body.model)
         self.tokenizer = serving.tokenizer
         self.top_n = body.logprobs or 0
+        self.n = body.n or 1
         self.num_prompt_tokens = sum(map(len, prompts))
         skip = body.skip_special_tokens is not False
         self.echoes = [_Echo(serving, prompt, skip) for prompt in prompts] if body.echo else []
         self.started: set[int] = set()  # sequences that have had their first event
         self.prompt_only = body.max_tokens == 0
 
-    def choice(self, whole: Delta, generation: Generation) -> dict:
-        text, logprobs = self._content(whole, generation, first=True)
+    def choice(self, whole: Delta) -> dict:
+        text, logprobs = self._content(whole, first=True)
         finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
         return {
-            "index": whole.index,
+            "index": whole.sequence.index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
 
-    def usage(self, generation: Generation) -> dict:
-        return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else generation.usage()
+    def usage(self, counted: dict) -> dict:
+        return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else counted
 
-    def event(self, delta: Delta, generation: Generation) -> bytes:
-        first = bool(self.echoes) and delta.index not in self.started
+    def event(self, delta: Delta) -> bytes:
+        index = delta.sequence.index
+        first = bool(self.echoes) and index not in self.started
         if not (delta.text or delta.logprobs or delta.finish_reason or first):
             return b""
-        self.started.add(delta.index)
-        text, logprobs = self._content(delta, generation, first)
+        self.started.add(index)
+        text, logprobs = self._content(delta, first)
         return self.chunk(
             b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}'
             % (
-                delta.index,
+                index,
                 encode(text),
                 b"null" if logprobs is None else encode(logprobs),
                 b"null" if delta.finish_reason is None else encode(delta.finish_reason),
             ),
-            generation.sequences[delta.index],
+            delta.sequence,
         )
 
-    def echo_alone(self, n: int) -> Response:
+    def echo_alone(self) -> Response:
         """max_tokens 0 without logprobs: nothing needs to be computed."""
         if self.body.stream:
             raise errors.bad_request("max_tokens 0 needs logprobs when streamed", "max_tokens")
         choices = [
             {
-                "index": i * n + j,
+                "index": i * self.n + j,
                 "text": echo.text,
                 "logprobs": None,
                 "finish_reason": FinishReason.LENGTH,
             }
             for i, echo in enumerate(self.echoes)
-            for j in range(n)
+            for j in range(self.n)
         ]
         return json_response(
             {
@@ -185,9 +188,7 @@ class CompletionAnswer(Answer):
             }
         )
 
-    def _content(
-        self, delta: Delta, generation: Generation, first: bool
-    ) -> tuple[str, dict | None]:
+    def _content(self, delta: Delta, first: bool) -> tuple[str, dict | None]:
         """Text and logprobs of one delta, the prompt's before them if it is to be echoed and this is the first."""
         text, positions, offsets = delta.text, delta.logprobs, delta.offsets
         if self.prompt_only:
@@ -197,9 +198,7 @@ class CompletionAnswer(Answer):
                 return text, None
             ids = [position.token_id for position in positions]
             return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
-        return self._echoed(
-            text, positions, offsets, generation.sequences[delta.index], generation.n, first
-        )
+        return self._echoed(text, positions, offsets, delta.sequence, first)
 
     def _echoed(
         self,
@@ -207,10 +206,9 @@ class CompletionAnswer(Answer):
         positions: list | None,
         offsets: list[int],
         sequence: Sequence,
-        n: int,
         first: bool,
     ) -> tuple[str, dict | None]:
-        echo = self.echoes[sequence.index // n]
+        echo = self.echoes[sequence.index // self.n]
         positions = positions or []
         ids = [position.token_id for position in positions]
         offsets = [len(echo.text) + offset for offset in offsets]

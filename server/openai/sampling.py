@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ...engine.request import SamplingParams
+from ...engine.request import ParameterError, SamplingParams
 from .. import errors, limits
 
 OnlyNone: TypeAlias = None
@@ -116,8 +116,8 @@ class SamplingFields(Schema):
         )
         try:
             params.verify(vocab_size)
-        except ValueError as error:
-            raise errors.bad_request(str(error), param=str(error).split(" ", 1)[0]) from None
+        except ParameterError as error:
+            raise errors.bad_request(str(error), param=error.field) from None
         return params
 
 

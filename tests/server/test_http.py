@@ -3,6 +3,8 @@
 import json
 import select
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -289,3 +291,50 @@ def test_requests_with_different_salts_share_nothing(http: httpx.Client) -> None
         return usage["prompt_tokens_details"]["cached_tokens"]
 
     assert cached("a") == 0 and cached("a") > 0 and cached("b") == 0
+
+
+def cached_tokens(url: str, key: str, **fields: object) -> int:
+    """The prompt tokens that a completion of a prompt of some length found in the cache."""
+    body = {
+        "model": "tiny",
+        "prompt": "a prompt of more than three blocks of sixteen tokens, or so",
+    }
+    answer = httpx.post(
+        f"{url}/v1/completions",
+        json=body | {"max_tokens": 1} | fields,
+        headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+    )
+    return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_requests_with_different_keys_share_nothing(
+    start_server: Callable[..., ServerProcess], tiny_llama: Path
+) -> None:
+    """What another tenant has asked must not be told by how much of it is cached (CVE-2025-46570)."""
+    small = ("--dtype", "float32", "--kv-cache-memory", "16MiB", "--served-model-name", "tiny")
+    server = start_server(tiny_llama, *small, "--api-key", "one", "--api-key", "two").wait_ready()
+    assert cached_tokens(server.url, "one") == 0 and cached_tokens(server.url, "one") == 48
+    assert cached_tokens(server.url, "two") == 0 and cached_tokens(server.url, "two") == 48
+    # A salt sets apart within a key, and is no way around it.
+    assert cached_tokens(server.url, "one", cache_salt="s") == 0
+    assert cached_tokens(server.url, "two", cache_salt="s") == 0
+    server.process.kill()
+
+
+def test_cached_tokens_of_a_prompt_count_once_however_often_it_is_sampled(
+    server: ServerProcess,
+) -> None:
+    prompts = ["sampled several times: " + letter * 48 for letter in "ab"]
+    salted = {"cache_salt": "n", "max_tokens": 2}
+    assert cached_tokens(server.url, KEY, prompt=prompts, **salted) == 0
+    once = cached_tokens(server.url, KEY, prompt=prompts, n=1, **salted)
+    assert once == 2 * 64
+    assert cached_tokens(server.url, KEY, prompt=prompts, n=3, **salted) == once
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": "tiny", "prompt": prompts, "n": 3} | salted | streamed
+    headers = {"Authorization": f"Bearer {KEY}"}
+    text = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).text
+    last = json.loads(text.split("\n\n")[-3].removeprefix("data: "))
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == once
+    assert last["usage"]["prompt_tokens"] == sum(map(len, prompts))

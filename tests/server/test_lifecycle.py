@@ -1,5 +1,6 @@
 """Start, drain, death: what the process does and the exit code it leaves."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from nibble.engine.config import EngineConfig
+from nibble.server import lifecycle
 
 from .conftest import KEY, ServerProcess
 
@@ -233,3 +237,115 @@ def test_chat_with_this_server(server: ServerProcess) -> None:
     assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
     refused = chat()
     assert refused.returncode == 2 and "401" in refused.stderr
+
+
+BROKEN = """
+import asyncio, logging, sys
+from nibble.engine.config import EngineConfig
+from nibble.errors import UserError
+from nibble.server import lifecycle
+
+class Panic(BaseException):
+    pass
+
+async def start_engine(config):
+    if {where!r} == "engine":
+        raise {error}
+    await asyncio.sleep(3600)
+
+def from_pretrained(*args):
+    raise {error}
+
+if {where!r} == "tokenizer":
+    lifecycle.Tokenizer.from_pretrained = from_pretrained
+logging.basicConfig()
+options = lifecycle.ServeOptions(port=0, model_names=("m",))
+sys.exit(lifecycle.serve(EngineConfig(model={model!r}), options, start_engine))
+"""
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "engine"])
+@pytest.mark.parametrize("error", ["RuntimeError('what went wrong')", "Panic('what went wrong')"])
+def test_a_defect_at_the_start_ends_the_process_and_is_logged(
+    tiny_llama: Path, where: str, error: str
+) -> None:
+    code = BROKEN.format(where=where, error=error, model=str(tiny_llama))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.count("what went wrong") == 1
+
+
+def test_bad_input_found_by_the_tokenizer_is_the_callers_error(tiny_llama: Path) -> None:
+    code = BROKEN.format(where="tokenizer", error="UserError('one line')", model=str(tiny_llama))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith("nibble.errors.UserError: one line\n")
+
+
+def test_a_hub_model_is_downloaded_once_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        lifecycle.Tokenizer, "from_pretrained", lambda model, revision: read.append(model)
+    )
+
+    async def start(model: str) -> bool:
+        """Whether the tokenizer was read before the engine was up."""
+        engine = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(lifecycle._tokenizer(EngineConfig(model=model), engine))
+        done, _ = await asyncio.wait({task}, timeout=5.0 if Path(model).exists() else 0.05)
+        engine.set_result(None)
+        await task
+        return bool(done)
+
+    assert not asyncio.run(start("owner/name")) and asyncio.run(start(str(tiny_llama)))
+    assert read == ["owner/name", str(tiny_llama)]
+
+
+def changed(model: Path, folder: Path, **files: str | None) -> Path:
+    """A copy of a model folder with some files' content replaced, or left out."""
+    folder.mkdir()
+    for file in model.iterdir():
+        if files.get(file.name, "") is not None:
+            (folder / file.name).write_bytes(file.read_bytes())
+    for name, content in files.items():
+        if content is not None:
+            (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer.json": None, "tokenizer.model": "\n\x0e\n\x05<unk>"}, "tokenizer"),
+        ({"tokenizer.json": None, "vocab.json": "{}"}, "tokenizer files cannot be read"),
+        ({"tokenizer_config.json": '{"added_tokens_decoder": [1]}'}, "makes no sense"),
+    ],
+)
+def test_tokenizers_that_cannot_be_read(
+    tiny_llama: Path, tmp_path: Path, files: dict[str, str | None], said: str
+) -> None:
+    done = run(str(changed(tiny_llama, tmp_path / "m", **files)), "--port", "0")
+    last = done.stderr.strip().splitlines()[-1]
+    assert (done.returncode, last[:7]) == (2, "error: ") and said in last, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broken_chat_template_is_said_and_text_is_completed(
+    start_server: StartServer, tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = (
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": [{"name": "default"}]}'
+    )
+    folder = changed(
+        tiny_llama,
+        tmp_path / "m",
+        **{"tokenizer_config.json": config, "chat_template.jinja": "{% if %}"},
+    )
+    server = start_server(folder, *SMALL).wait_ready()
+    assert complete(server).status_code == 200
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json=chat)
+    assert refused.status_code == 400 and "line 1" in refused.json()["error"]["message"]
+    assert "no valid Jinja: line 1" in server.log.read_text()
+    server.process.kill()

@@ -8,6 +8,7 @@ import pytest
 import uvicorn
 from starlette.types import Message
 
+from nibble.errors import UserError
 from nibble.server import protocol, sse
 
 
@@ -239,3 +240,34 @@ def test_a_reader_that_pauses_gets_everything_in_order() -> None:
             writer.close()
 
     asyncio.run(run())
+
+
+def test_no_exception_of_a_connection_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken_receive() -> Message:
+        raise ValueError("receive broke")
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise ValueError("work broke while it ended")
+
+    async def run() -> None:
+        with pytest.raises(sse.ClientGone):
+            await sse.until_disconnect(broken_receive, stubborn())
+
+    asyncio.run(run())
+    assert "receive broke" in caplog.text and "work broke while it ended" in caplog.text
+
+
+def test_another_uvicorn_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol.check_uvicorn()
+
+    class Cycle:
+        def __init__(self, scope: dict, conn: object, transport: object) -> None:
+            self.scope, self.conn, self.transport = scope, conn, transport
+
+    monkeypatch.setitem(protocol._USED, Cycle, ("scope", "conn", "transport", "flow"))
+    monkeypatch.delattr(protocol.H11Protocol, "handle_events")
+    with pytest.raises(UserError, match=r"has no Cycle.flow, H11Protocol.handle_events \(`pip"):
+        protocol.check_uvicorn()

@@ -6,7 +6,8 @@
     padding to general.alignment (32), then the tensor data; offsets count from there
 
 Invariant: once a GgufFile is open, `rows` of any tensor reads inside the file. Our own reader because gguf-py's takes
-20 s for a vocabulary of 262144 and trusts the counts it reads. Source: ggml/docs/gguf.md.
+20 s for a vocabulary of 262144 and trusts the counts it reads. No torch: the HTTP server's process reads tokenizers
+here. Source: ggml/docs/gguf.md and `enum ggml_type` of ggml.h.
 """
 
 import mmap
@@ -20,24 +21,31 @@ from typing import Any
 import numpy as np
 
 from ....errors import CheckpointError, UnsupportedError
-from .blocks import BLOCK
 
+MAGIC = b"GGUF"
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
             12: "<f8"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_TENSOR_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K",
-                 14: "Q6_K", 10: "Q2_K", 11: "Q3_K", 30: "BF16"}  # fmt: skip
-_OTHER_TENSOR_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-                       19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-                       26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
-                       39: "MXFP4"}  # fmt: skip
+BLOCK = {  # type -> (weights, bytes) per block
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
+_TENSOR_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
+    18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
+    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 34: "TQ1_0",
+    35: "TQ2_0", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
+_AGAIN = "the file is truncated or damaged; download it again"
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
     shape: tuple[int, ...]  # row major: the last dimension is contiguous
-    kind: str  # a key of gguf.BLOCK
+    kind: str  # a key of BLOCK
     start: int  # byte offset in the file
     nbytes: int
     data: mmap.mmap  # of the file that holds it: a split model has several
@@ -52,16 +60,16 @@ class GgufFile:
     def __init__(self, path: Path):
         self.path = path
         if not path.is_file() or path.stat().st_size < 24:
-            raise CheckpointError("is no GGUF file: too short", file=path, fix="download it again")
+            raise CheckpointError("is no GGUF file: too short", file=path, fix=_AGAIN)
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         cursor = _Cursor(self._data, path)
-        if cursor.take(4) != b"GGUF":
+        if cursor.take(4) != MAGIC:
             pointer = self._data[:7] == b"version"
             raise CheckpointError(
                 "is a Git LFS pointer, not the file" if pointer else "does not begin with 'GGUF'",
                 file=path,
-                fix="run `git lfs pull`" if pointer else "download it again",
+                fix="run `git lfs pull`" if pointer else "give a GGUF file, or download it again",
             )
         version, n_tensors, n_pairs = (
             cursor.number("<u4"),
@@ -101,11 +109,16 @@ class GgufFile:
             other = GgufFile(part)
             if other.metadata.get("split.no") != number - 1:
                 raise CheckpointError(
-                    f"is not part {number} of {count}", file=part, fix="download it again"
+                    f"is not part {number} of {count}",
+                    file=part,
+                    fix="the parts must be those of one model, under the names they were published with",
                 )
             if twice := other.tensors.keys() & self.tensors.keys():
                 raise CheckpointError(
-                    "is in two parts", file=part, tensor=min(twice), fix="download it again"
+                    "is in two parts",
+                    file=part,
+                    tensor=min(twice),
+                    fix="the parts must be those of one model",
                 )
             self.tensors |= other.tensors
 
@@ -152,7 +165,7 @@ class GgufFile:
                     f"{len(self._data)} bytes",
                     file=self.path,
                     tensor=name,
-                    fix="the file is truncated or damaged; download it again",
+                    fix=_AGAIN,
                 )
             tensors[name] = GgufTensor(shape, kind, begin + offset, nbytes, self._data)
         return tensors
@@ -162,32 +175,24 @@ class GgufFile:
         n_dims = cursor.number("<u4")
         if not 1 <= n_dims <= 4:
             raise CheckpointError(
-                f"has {n_dims} dimensions", file=self.path, tensor=name, fix="download it again"
+                f"has {n_dims} dimensions", file=self.path, tensor=name, fix=_AGAIN
             )
         shape = tuple(cursor.number("<u8") for _ in range(n_dims))[::-1]
         kind_id, offset = cursor.number("<u4"), cursor.number("<u8")
-        if kind_id in _OTHER_TENSOR_TYPES:
+        kind = _TENSOR_TYPES.get(kind_id, f"number {kind_id}")
+        if kind not in BLOCK:
             raise UnsupportedError(
-                f"{self.path}, tensor {name!r}: type {_OTHER_TENSOR_TYPES[kind_id]} is not "
-                f"supported (supported: {', '.join(BLOCK)})"
+                f"{self.path}, tensor {name!r}: type {kind} is not supported "
+                f"(supported: {', '.join(BLOCK)})"
             )
-        kind = _TENSOR_TYPES.get(kind_id)
-        if kind is None or 0 in shape or shape[-1] % BLOCK[kind][0]:
+        if 0 in shape or shape[-1] % BLOCK[kind][0]:
             raise CheckpointError(
-                f"type {kind or kind_id} with shape {list(shape)} is impossible",
+                f"type {kind} with shape {list(shape)} is impossible",
                 file=self.path,
                 tensor=name,
-                fix="download it again",
+                fix=_AGAIN,
             )
         return name, shape, kind, offset
-
-
-def is_split(files: list[Path]) -> bool:
-    """Whether these files, sorted by name, are the parts of one model."""
-    matches = [SPLIT_NAME.fullmatch(file.name) for file in files]
-    return all(
-        m is not None and int(m[2]) == i and m[1] == matches[0][1] for i, m in enumerate(matches, 1)
-    )
 
 
 class _Cursor:
@@ -201,7 +206,7 @@ class _Cursor:
             raise CheckpointError(
                 f"claims {count} {what} but is only {len(self.data)} bytes long",
                 file=self.path,
-                fix="the file is truncated or damaged; download it again",
+                fix=_AGAIN,
             )
 
     def take(self, n: int) -> bytes:
@@ -221,7 +226,7 @@ class _Cursor:
             raise CheckpointError(
                 f"holds a string at byte {self.pos - n} that is not UTF-8",
                 file=self.path,
-                fix="the file is damaged; download it again",
+                fix=_AGAIN,
             ) from None
 
     def value(self, kind: int, depth: int = 0) -> Any:
@@ -233,7 +238,7 @@ class _Cursor:
             raise CheckpointError(
                 f"holds a value of unknown type {kind} at byte {self.pos}",
                 file=self.path,
-                fix="the file is damaged; download it again",
+                fix=_AGAIN,
             )
         item, count = self.number("<u4"), self.number("<u8")
         if item in _SCALARS:

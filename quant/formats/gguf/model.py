@@ -74,7 +74,10 @@ def synthesize_config(file: GgufFile) -> dict[str, Any]:
     meta = file.metadata
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(
-            "is missing", file=file.path, tensor="token_embd.weight", fix="download it again"
+            "is missing",
+            file=file.path,
+            tensor="token_embd.weight",
+            fix="give the file of a whole language model",
         )
     heads = file.number(f"{arch}.attention.head_count")
     config = {

@@ -57,7 +57,7 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
         raise CheckpointError(
             f"its tokenizer is damaged: {error}".splitlines()[0],
             file=file.path,
-            fix="download it again",
+            fix="convert the model to GGUF again, or use another file of it",
         ) from None
     if adds_bos(file):
         bos = _token(file, "bos")

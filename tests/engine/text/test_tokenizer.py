@@ -157,7 +157,7 @@ def test_homes_of_the_chat_template(tmp_path: Path) -> None:
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
-        ("{% for m in messages %}", "template"),
+        ("{% for m in messages %}", "no valid Jinja: line 1"),
         ("{{ messages[9].content }}", "template"),
         ("{% set ns = namespace() %}{% set ns._x = 1 %}", "_x"),
     ],
@@ -182,10 +182,10 @@ def test_a_gguf_files_tokenizer_is_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
 ) -> None:
     made = []
-    monkeypatch.setattr("nibble.engine.text.tokenizer._CACHE", tmp_path / home)
-    monkeypatch.setattr("nibble.quant.checkpoint.open_checkpoint", lambda path: path)
+    monkeypatch.setattr("nibble.engine.text.tokenizer_files._CACHE", tmp_path / home)
+    monkeypatch.setattr("nibble.engine.text.tokenizer_files.GgufFile", lambda path: path)
     monkeypatch.setattr(
-        "nibble.quant.checkpoint.side_files.copy_side_files",
+        "nibble.engine.text.tokenizer_files.write_side_files",
         lambda file, out: made.append(byte_level(out)),
     )
     if home == "no home":
@@ -213,13 +213,18 @@ def test_eos_from_generation_config_and_tokenizer(tmp_path: Path) -> None:
         ("tokenizer.json", '{"version":', "is not a tokenizer"),
         ("tokenizer_config.json", "[]", "is not a JSON object"),
         ("tokenizer.json", None, "has no tokenizer.json"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "makes no sense"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "makes no sense"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [3]}', "makes no sense"),
+        ("added_tokens.json", '{"<a>": "b", "<c>": 1}', "makes no sense"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "makes no sense"),
     ],
 )
 def test_damaged_files_are_named(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     folder = byte_level(tmp_path)
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(CheckpointError, match=message) as caught:

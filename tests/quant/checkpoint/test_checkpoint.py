@@ -222,10 +222,10 @@ def test_no_such_place(tmp_path):
     fails(tmp_path / "nowhere", "nowhere", "does not exist")
     fails(tmp_path, "config.json")
     (tmp_path / "notes.txt").write_text("x")
-    fails(tmp_path / "notes.txt", "neither a folder nor a .gguf file")
+    fails(tmp_path / "notes.txt", "neither a folder nor a GGUF file")
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_text("x")
-    fails(tmp_path, "2 .gguf files")
+    fails(tmp_path, "2 GGUF models")
 
 
 @pytest.mark.parametrize(

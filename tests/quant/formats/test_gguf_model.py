@@ -1,5 +1,7 @@
 """GGUF models against transformers' own GGUF loading: the same config, weights, logits and tokens."""
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from nibble.errors import CheckpointError, UnsupportedError
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.side_files import copy_side_files
 from nibble.quant.checkpoint.writer import dequantize_checkpoint, write_json
+from nibble.quant.formats.gguf.container import GgufFile
 from nibble.quant.weight import QuantizedWeight
 
 F32, Q4_0, Q8_0 = (
@@ -174,6 +177,19 @@ def test_unsupported_files_are_named(make_gguf):
         )
     with pytest.raises(UnsupportedError, match="type I8"):
         open_checkpoint(make_gguf("llama", tensors={"blk.0.ffn_up.bias": np.zeros(4, np.int8)}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(20, "IQ4_NL"), (31, "Q4_0_4_4"), (40, "NVFP4"), (41, "Q1_0"), (77, "number 77")],
+)
+def test_a_tensor_type_that_is_not_read_is_named_and_the_file_not_blamed(tmp_path, kind, name):
+    tensor = struct.pack("<Q1sIQQIQ", 1, b"w", 2, 256, 256, kind, 0)
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + tensor
+    (tmp_path / "m.gguf").write_bytes(header + bytes(256 * 256))
+    with pytest.raises(UnsupportedError, match=f"'w': type {name} is not supported") as caught:
+        GgufFile(tmp_path / "m.gguf")
+    assert "download" not in str(caught.value)
 
 
 def test_nan_scale_is_named(make_gguf):
