@@ -43,7 +43,6 @@ LONG_FILES: dict[str, str] = {  # file -> why it is one piece
     "engine/client.py": "two ways to use an engine",
     "kernels/fused/rope.py": "kernel, launch and checks",
     "kernels/gptq/products.py": "decoding and the three products",
-    "quant/conversion/pipeline.py": "the conversion and its preflight",
     "quant/scheme.py": "schemes and their readers",
 }
 
@@ -263,7 +262,7 @@ for name in {names!r}:
     )
 
 
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda f: f.name)
