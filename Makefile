@@ -1,7 +1,8 @@
 # Nibble. On a fresh machine with Python 3.11+ and git:
 #
-#   make demo    fetch a small model, convert it to 4 bits, serve it, chat with it, print what that cost
-#   make test    install what the tests need and run them
+#   make demo     fetch a small model, convert it to 4 bits, serve it, chat with it, print what that cost
+#   make install  install Nibble into .venv and say how to run it
+#   make test     install what the tests need and run them
 #
 # Everything stays inside the checkout: .venv (installed packages), models (weights), .cache (logs, downloads).
 
@@ -23,11 +24,11 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.scheduling.batch nibble.engine.client \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help demo serve test test-slow test-robust coverage mutants sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help install demo serve test test-slow test-robust coverage mutants sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
-	@echo '  make serve      keep the demo model up on port $(PORT) for a browser or a client'
+	@echo '  make serve      keep the demo model up on port $(PORT) for clients'
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
 	@echo '  make coverage   which lines of the product the tests run'
@@ -49,6 +50,11 @@ test test-slow test-robust check coverage mutants: export OMP_WAIT_POLICY ?= PAS
 # What the tests may not skip: a machine without a compiler or Triton says NIBBLE_TESTS_REQUIRE= (nothing) or names one.
 comma := ,
 test coverage mutants: export NIBBLE_TESTS_REQUIRE ?= cpp$(if $(filter Linux,$(shell uname)),$(comma)triton)
+
+install: $(VENV)/.installed
+	@echo 'The `nibble` command is there after'
+	@echo '  source $(BIN)/activate'
+	@echo 'in this shell, and as $(BIN)/nibble in any.'
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py

@@ -16,7 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .engine.client import LLM as LLM
     from .engine.request import SamplingParams as SamplingParams
-    from .quant.conversion.pipeline import convert as convert
+    from .tools.convert import convert as convert
 
 # Read by OpenMP when torch loads, here and in the engine process: a waiting thread spins for some microseconds, then
 # sleeps. libgomp's own default spins for milliseconds, and where the cores are busy (with the server and its clients,
@@ -29,7 +29,7 @@ __all__ = ["LLM", "SamplingParams", "__version__", "convert"]
 _HOMES = {
     "LLM": ".engine.client",
     "SamplingParams": ".engine.request",
-    "convert": ".quant.conversion.pipeline",
+    "convert": ".tools.convert",
 }
 
 

@@ -34,6 +34,7 @@ from nibble.quant.conversion.calibration import (
     bundled_samples,
     evaluation_windows,
 )
+from nibble.quant.scheme import fitting_group
 
 QUANTIZERS = Path(__file__).with_name("quantizers.py")
 CALIBRATION = 32, 512  # windows, tokens a window
@@ -156,28 +157,19 @@ def texts() -> dict[str, str]:
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a checkpoint, dequantized, float32."""
     checkpoint = open_checkpoint(folder)
-    modules = set(checkpoint.modules())
-    consumed = {name for module in modules for name in checkpoint.weight_names(module)}
-    weights = {f"{module}.weight": checkpoint.dense(module) for module in modules}
-    weights |= {
-        name: checkpoint.tensor(name, torch.float32) for name in checkpoint.names() - consumed
-    }
+    weights = {f"{module}.weight": checkpoint.dense(module) for module in checkpoint.modules()}
+    weights |= {name: checkpoint.tensor(name, torch.float32) for name in checkpoint.loose_names()}
     return {name: weight.float() for name, weight in weights.items()}
 
 
 def round_to_nearest(judge: Judge, group_size: int, symmetric: bool) -> dict[str, Tensor]:
-    return {
-        f"{name}.weight": rtn.round_trip(
-            judge.original[f"{name}.weight"], 4, fitting(module.in_features, group_size), symmetric
-        )
-        for name, module in judge.linears()
-    }
-
-
-def fitting(width: int, group_size: int) -> int:
-    while width % group_size:
-        group_size //= 2
-    return group_size
+    rounded = {}
+    for name, module in judge.linears():
+        size = fitting_group(group_size, module.in_features)
+        if size is not None:  # else it stays dense, as every tool leaves it
+            weight = judge.original[f"{name}.weight"]
+            rounded[f"{name}.weight"] = rtn.round_trip(weight, 4, size, symmetric)
+    return rounded
 
 
 def command(

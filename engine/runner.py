@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.checkpoint.headers import read_json
+from ..quant.device import named_device
 from . import memory
 from .backends.base import Target
 from .backends.batch import Batch
@@ -157,15 +158,10 @@ class Runner:
 
 
 def resolve_device(name: str) -> torch.device:
+    """auto: the GPU where there is one. Raises UserError where torch has no such device here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    return device
+    return named_device(name)
 
 
 def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -174,10 +170,7 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
         if name not in _DTYPES:
             raise UserError(f"--dtype {name!r} is unknown; use auto, {', '.join(_DTYPES)}")
         return _DTYPES[name]
-    config = checkpoint.config
-    stored = _DTYPES.get(
-        str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.bfloat16
-    )
+    stored = checkpoint.stored_dtype
     if device.type == "cpu" and stored is torch.float16:
         return torch.bfloat16
     if (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.writer import write_json, write_text
-from .conversion.pipeline import Report
+from .conversion.report import Report
 
 PACKAGES = ("nibble-serve", "torch", "transformers")
 
@@ -55,6 +55,7 @@ def quality_record(
     samples = report.samples
     return {
         "base_model": base_model,
+        "source_scheme": report.source_scheme,
         "scheme": report.plan.scheme.describe(),
         "recipe": asdict(report.recipe),
         "bytes_before": report.bytes_before,
@@ -76,7 +77,7 @@ def quality_record(
         "bits": report.plan.bits,
         "dense": report.plan.dense,
         "fallbacks": report.fallbacks,
-        "notes": list(report.plan.notes),
+        "notes": [*report.plan.warnings, *report.plan.notes],
         "versions": versions(),
     }
 
@@ -103,14 +104,14 @@ def summary(quality: list[Quality]) -> str:
 
 
 def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
-    """The model card."""
-    name = record["base_model"]
+    """The model card. Its front matter names the original only where the Hub would find it."""
+    name, source_scheme = record["base_model"], record["source_scheme"]
     front = [
         "---",
-        f"base_model: {name}",
-        "base_model_relation: quantized",
+        *([f"base_model: {name}", "base_model_relation: quantized"] if "/" in name else []),
         *([f"license: {licence}"] if licence else []),
         "library_name: transformers",
+        "pipeline_tag: text-generation",
         "tags:",
         f"- {report.recipe.method}",
         "- nibble",
@@ -122,9 +123,16 @@ def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
         f"Quantized with Nibble: {record['bytes_before'] / 1e6:.0f} MB -> {record['bytes_after'] / 1e6:.0f} MB, "
         f"{record['bits_per_weight']:.2f} bits per weight in the decoder blocks, scales and zero points included.",
         "",
+        *_uses(report),
         "## What it cost",
         "",
     ]
+    if source_scheme:
+        lines += [
+            f"Measured against {name} as it was converted: already quantized ({source_scheme}). What that had cost "
+            "before is not in these figures.",
+            "",
+        ]
     lines += _quality_table(record["evaluation"]) or [
         "Not measured (`nibble evaluate` does it).",
         "",
@@ -145,21 +153,41 @@ def render(record: dict[str, Any], report: Report, licence: str | None) -> str:
         f"- {record['minutes']} minutes, peak memory {record['peak_rss_bytes'] / 1e9:.1f} GB",
         "- " + ", ".join(f"{package} {v}" for package, v in record["versions"].items()),
         "",
-        f"Serve it with {_readers(report)}.",
-        "",
     ]
     return "\n".join([*front, *lines])
 
 
-def _readers(report: Report) -> str:
-    """Which runtimes read what was written."""
-    recipe = report.recipe
-    fewest = min(report.plan.bits.values(), default=recipe.bits)
+def _uses(report: Report) -> list[str]:
+    """What reads the result, and the packages that it needs for that."""
+    recipe, plan = report.recipe, report.plan
+    fewest = min(plan.bits.values(), default=recipe.bits)
     if recipe.target in ("gptq", "gptq_v2") and (not recipe.symmetric or fewest < 4):
-        return "`nibble serve` or transformers (vLLM reads symmetric GPTQ of 4 and 8 bits alone)"
+        vllm = "not vLLM, which reads symmetric GPTQ of 4 and 8 bits alone"
+    else:
+        vllm = "vLLM: `vllm serve .`"
+    readers = ("Nibble: `nibble serve .`", vllm, _in_transformers(report))
+    return ["## Use", "", "In this folder:", "", *(f"- {reader}" for reader in readers), ""]
+
+
+def _in_transformers(report: Report) -> str:
+    recipe, scheme = report.recipe, report.plan.scheme
     if recipe.target == "fp8" and recipe.fp8_scheme == "tensor":
-        return "`nibble serve` or vLLM"
-    return "`nibble serve`, vLLM or transformers"
+        return "not transformers, which reads FP8 in blocks alone under this `quant_method`"
+    if recipe.target in ("gptq", "gptq_v2") and (scheme.overrides or report.plan.dense):
+        return (
+            'GPTQModel: `pip install gptqmodel`, then `GPTQModel.load(".")`; not transformers, which does not apply '
+            "the exceptions that some layers need"
+        )
+    packages = {
+        "awq": "transformers gptqmodel",
+        "gptq": "transformers optimum gptqmodel",
+        "gptq_v2": "transformers optimum gptqmodel",
+        "compressed-tensors": "transformers compressed-tensors",
+        "fp8": "transformers accelerate",
+    }[recipe.target]
+    return (
+        f'transformers: `pip install {packages}`, then `AutoModelForCausalLM.from_pretrained(".")`'
+    )
 
 
 def _quality_table(rows: list[dict[str, Any]]) -> list[str]:

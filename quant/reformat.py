@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.journal import Journal, fingerprint
 from .checkpoint.output import check_disk, check_output, unpublish, writing
 from .checkpoint.side_files import copy_side_files
-from .checkpoint.writer import ShardWriter, block_of, write_json
+from .checkpoint.writer import ShardWriter, block_of, config_in, write_json
 from .scheme import LayerScheme, QuantScheme, exactly
 from .weight import QuantizedWeight
 
@@ -199,7 +199,7 @@ class _Job:
             else _plain(self.checkpoint.linear(name))
         )
         if weight is None:
-            return {f"{name}.weight": self.checkpoint.dense(name, self._dtype)}
+            return {f"{name}.weight": self.checkpoint.dense(name, self.checkpoint.dense_dtype)}
         if (
             weight.kind == "int"
             and not self.result.scheme.default.symmetric
@@ -211,32 +211,23 @@ class _Job:
 
     def by_block(self) -> list[list[str]]:
         """Modules and tensors that belong to none, grouped by decoder block, in the order they are written."""
-        consumed = {name for m in self.modules for name in self.checkpoint.weight_names(m)}
+        loose = self.checkpoint.loose_names()
         if not self.result.scheme.kv_cache:
-            consumed |= {name for name in self.checkpoint.names() if name.endswith(_KV_SCALES)}
+            loose = {name for name in loose if not name.endswith(_KV_SCALES)}
         groups: dict[str, list[str]] = {}
-        for name in sorted(self.modules | (self.checkpoint.names() - consumed)):
+        for name in sorted(self.modules | loose):
             groups.setdefault(block_of(name), []).append(name)
         return list(groups.values())
 
     def config(self) -> dict[str, Any]:
-        dropped = ("quantization_config", "compression_config", "torch_dtype")
-        config = {k: v for k, v in self.checkpoint.config.items() if k not in dropped}
+        config = config_in(self.checkpoint.dense_dtype, self.checkpoint)
         if "lm_head" in self.modules:
             config["tie_word_embeddings"] = False  # a head of its own was written
-        return config | {
-            "dtype": str(self._dtype).removeprefix("torch."),
-            "quantization_config": self.result.scheme.to_config(),
-        }
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        named = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype")
-        return {"float16": torch.float16}.get(named, torch.bfloat16)
+        return config | {"quantization_config": self.result.scheme.to_config()}
 
     def _dense_dtype(self, module: str) -> torch.dtype | None:
         """None: as stored."""
-        return self._dtype if self.checkpoint.is_quantized(module) else None
+        return self.checkpoint.dense_dtype if self.checkpoint.is_quantized(module) else None
 
     def _write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         method, fmt = TARGETS[self.target]
@@ -306,7 +297,7 @@ class _Job:
             notes.append(
                 "the scales of the KV cache are left out: this format has no place for them"
             )
-        if self.target == "compressed-tensors" and self._dtype == torch.bfloat16:
+        if self.target == "compressed-tensors" and self.checkpoint.dense_dtype == torch.bfloat16:
             notes.append(
                 "scales keep their precision; a runtime that casts them to the model's bfloat16 rounds them"
             )

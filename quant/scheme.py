@@ -20,6 +20,7 @@ _KV_FP8 = {
     "dynamic": False,
     "symmetric": True,
 }
+GROUP_MIN = 16  # columns a scale, at the least: fewer cost more in scales than they gain
 Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "hqq", "gguf"]
 ActQuant = Literal["none", "token", "group", "tensor"]
 Strategy = Literal["tensor", "channel", "group", "block"]
@@ -122,6 +123,19 @@ class QuantScheme:
         name = self.default.describe() if self.default else "mixed"
         prefix = "" if self.method == "fp8" else f"{self.method} "
         return f"{prefix}{name}" + (f", {others} layers otherwise" if others else "")
+
+
+def fitting_group(group_size: int, width: int) -> int | None:
+    """The wished group size, halved until it divides the width, down to GROUP_MIN; None where none does.
+
+    group_size -1: the whole row.
+    """
+    if group_size == -1:
+        return width
+    size = group_size
+    while width % size and size % 2 == 0 and size // 2 >= GROUP_MIN:
+        size //= 2
+    return size if width % size == 0 else None
 
 
 def exactly(module: str) -> str:

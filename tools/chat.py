@@ -45,6 +45,7 @@ class ServerBackend:
     """A running server, spoken to in OpenAI's protocol."""
 
     def __init__(self, url: str, api_key: str | None, sampling: dict[str, Any]):
+        url = url if "://" in url else f"http://{url}"
         self.url, self.sampling, self.num_tokens = url.rstrip("/").removesuffix("/v1"), sampling, 0
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.client = httpx.AsyncClient(
@@ -194,22 +195,29 @@ def _converse(runner: asyncio.Runner, backend: Backend, opening: Messages) -> No
 
 def chat_command(
     model: Annotated[
-        str | None, typer.Argument(help="a model to load; without it, the server at --url")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A model to load; without it, the server at --url"),
     ] = None,
-    url: Annotated[str, typer.Option(help="a running server")] = DEFAULT_URL,
+    url: Annotated[str, typer.Option(metavar="URL", help="A running server")] = DEFAULT_URL,
     api_key: Annotated[
-        str | None, typer.Option(envvar="NIBBLE_API_KEY", help="the server's key")
+        str | None, typer.Option(metavar="KEY", envvar="NIBBLE_API_KEY", help="The server's key")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="the system message")] = None,
-    prompt: Annotated[str | None, typer.Option(help="one question; answer it and end")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="One question; answer it and end")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="X", help="0: always the likeliest token")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="sample from the likeliest tokens of this total")
+        float | None,
+        typer.Option(metavar="X", help="Sample from the likeliest tokens of this total"),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="longest answer [default: the rest of the context]")
+        int | None,
+        typer.Option(metavar="N", help="Longest answer", show_default="the rest of the context"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="the same answer again")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same answer again")] = None,
 ) -> None:
     """Talk to a running server or to a model in the terminal.
 

@@ -192,6 +192,16 @@ def report(source: Path, model: Path, ready: float, answer: Answer) -> Table:
     return table
 
 
+def _next_steps(model: Path) -> str:
+    """How to go on: the `nibble` command lies in the environment that this runs in."""
+    activate = Path(sys.executable).with_name("activate")
+    return (
+        f"`make serve` keeps this server up; `make bench` measures it properly. The `nibble` command is there after\n"
+        f"  source {_shown(activate)}\n"
+        f"such as: nibble serve {_shown(model)}, or nibble convert MODEL --awq"
+    )
+
+
 def _shown(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
@@ -217,7 +227,7 @@ def main() -> int:
         print(problem, file=sys.stderr)
         return 2
     console.print(report(source, model, ready, answer))
-    console.print("`make serve` keeps this server up; `make bench` measures it properly.")
+    console.print(_next_steps(model), highlight=False)
     return 0
 
 

@@ -36,11 +36,12 @@ class Finding:
 
 def doctor_command(
     model: Annotated[
-        str | None, typer.Argument(help="local folder, .gguf file or Hub id to look at")
+        str | None,
+        typer.Argument(metavar="MODEL", help="Local folder, .gguf file or Hub id to look at"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON list on standard output")
+        bool, typer.Option("--json", metavar="", help="One JSON list on standard output")
     ] = False,
 ) -> int:
     """Say what this machine can do and, given a model, whether and on what it would run. Exit code 2: it would not."""

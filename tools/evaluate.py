@@ -5,24 +5,28 @@ the reference for perplexity, KL divergence and top-1 agreement at every positio
 quantized one with activations and output head rounded to int8 (C++ kernels), that is measured beside it.
 """
 
+if __name__ == "__main__":  # python tools/evaluate.py
+    from script import run
+
+    raise SystemExit(run("evaluate"))
+
 import itertools
 import json
-import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from nibble.engine.client import LLM
 from nibble.errors import UserError
 from nibble.quant.card import Quality, summary
 from nibble.quant.conversion.calibration import DATA, EVALUATION, evaluation_windows
+from nibble.quant.conversion.report import Progress
+from nibble.tools.progress import Display
 
 WINDOWS = 4  # per text
 LENGTH = 512  # tokens a window
@@ -38,8 +42,9 @@ def evaluate(
 ) -> list[Quality]:
     """Compare two checkpoints on texts {name: text} (default: the bundled held-out prose, docs and code).
 
-    progress(done, total) is called after every window. Raises UserError where a text is shorter than one window, or
-    the two have different vocabularies.
+    progress(done, total) is called before the first window and after every one.
+
+    Raises UserError where a text is shorter than one window, or the two have different vocabularies.
     """
     texts = texts or bundled_texts()
     original, candidate = LLM(str(reference), dtype="float32"), LLM(str(quantized), dtype="float32")
@@ -50,12 +55,13 @@ def evaluate(
     }
     if short := [name for name, text in ids.items() if not text]:
         raise UserError(f"{short[0]}: too short to evaluate on (one window is {length} tokens)")
-    done, total = itertools.count(1), sum(map(len, ids.values()))
+    done, total = itertools.count(), sum(map(len, ids.values()))
 
     def tell() -> None:
         if progress is not None:
             progress(next(done), total)
 
+    tell()
     return [_compare(name, text, original, candidate, served, tell) for name, text in ids.items()]
 
 
@@ -130,19 +136,15 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@contextmanager
-def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """What `evaluate` wants as `progress`: a bar on stderr, where that is a terminal."""
-    columns = (
-        TextColumn("Measuring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("windows"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def telling(listener: Callable[[Progress], None]) -> Callable[[int, int], None]:
+    """What `evaluate` wants as `progress`, for who listens to a conversion."""
+    start = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        seconds = time.monotonic() - start
+        listener(Progress(done, total, seconds, None, doing="Measuring", unit="windows"))
+
+    return tell
 
 
 def evaluate_command(
@@ -151,21 +153,20 @@ def evaluate_command(
     ],
     quantized: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized checkpoint")],
     text: Annotated[
-        list[Path] | None, typer.Option(help="UTF-8 text to measure on, instead of the bundled")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text to measure on; repeatable",
+            show_default="bundled prose, docs and code",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON")] = False,
 ) -> None:
     """Measure what quantization cost: perplexity, KL divergence and top-1 agreement against the original."""
     try:
         texts = {file.name: file.read_text(encoding="utf-8") for file in text} if text else None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text: {error}") from None
-    with progress_bar() as progress:
-        quality = evaluate(reference, quantized, texts, progress=progress)
+    with Display() as show:
+        quality = evaluate(reference, quantized, texts, progress=telling(show))
     print(json.dumps([q.as_dict() for q in quality], indent=2) if as_json else summary(quality))
-
-
-if __name__ == "__main__":
-    from nibble.cli import main
-
-    raise SystemExit(main(["evaluate", *sys.argv[1:]]))

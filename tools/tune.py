@@ -43,6 +43,7 @@ from nibble.kernels.dequant_gemm.tiles import (
 from nibble.kernels.fp8 import w8a16
 from nibble.kernels.measure.timing import Card
 from nibble.quant.checkpoint.writer import write_text
+from nibble.quant.device import named_device
 
 if TYPE_CHECKING:
     from nibble.kernels.dequant_gemm.trial import Kind
@@ -62,23 +63,31 @@ def tune_command(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="local folder, .gguf file or Hub id whose projections to measure [default: Llama 3 8B's]"
+            metavar="MODEL",
+            help="Local folder, .gguf file or Hub id whose projections to measure",
+            show_default="Llama 3 8B's",
         ),
     ] = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(WEIGHTS)}; repeatable [default: the model's own, else all]"),
+        typer.Option(
+            help=f"{', '.join(WEIGHTS)}; repeatable", show_default="the model's own, else all"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N")] = "cuda",
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=f"write here [default: {MEASURED}/<card>.json, which every start reads]",
+            help="Write here",
+            show_default=f"{MEASURED}/CARD.json, which every start reads",
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="processes that compile; 0: as many as cores and memory allow")
+        int,
+        typer.Option(
+            metavar="N", help="Processes that compile; 0: as many as cores and memory allow"
+        ),
     ] = 0,
 ) -> int:
     """Measure which tiles the quantized products are fastest with on this GPU. Takes minutes; let nothing else run."""
@@ -112,9 +121,9 @@ def need_card(name: str) -> torch.device:
             "nibble tune measures on an NVIDIA GPU, and torch sees none here; on a machine with one, "
             "`nibble doctor` says what is missing"
         )
-    device = torch.device(name)
-    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: use cuda or cuda:N, N below {torch.cuda.device_count()}")
+    device = named_device(name)
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: is no GPU (give cuda or cuda:N)")
     return torch.device("cuda", device.index or 0)
 
 

@@ -7,10 +7,9 @@ transformers and no second look at the model.
 import torch
 from torch import Tensor
 
+from ..scheme import fitting_group
 from ..weight import QuantizedWeight
 from . import fp8, search
-
-GROUP_LEAST = 16
 
 
 def quantize(
@@ -20,11 +19,8 @@ def quantize(
 
     group_size -1: the whole row. min_zero 1: for GPTQ v1, which cannot hold a zero point of 0.
     """
-    width = weight.shape[1]
-    size = width if group_size == -1 else group_size
-    while width % size and size % 2 == 0 and size // 2 >= GROUP_LEAST:
-        size //= 2
-    if width % size:
+    size = fitting_group(group_size, weight.shape[1])
+    if size is None:
         return None
     return search.quantize(weight.float(), None, bits, size, symmetric, min_zero)
 

@@ -17,6 +17,8 @@ from ..weight import QuantizedWeight, part
 
 _ALL = slice(None)
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
 
 class Checkpoint(ABC):
     """A model's tensors by HF name. `config` is config.json's content; `scheme` is None for a 16/32-bit model."""
@@ -85,6 +87,21 @@ class Checkpoint(ABC):
 
     def has(self, name: str) -> bool:
         return name in self.names()
+
+    def loose_names(self) -> set[str]:
+        """The tensors that are no module's weight: biases, scales of a KV cache."""
+        return self.names() - {name for m in self.modules() for name in self.weight_names(m)}
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What config.json says that the weights are, bfloat16 where it names none of the three."""
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        return _DTYPES.get(str(named).removeprefix("torch."), torch.bfloat16)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """The 16 bits that what stays dense is written in, beside quantized weights."""
+        return torch.float16 if self.stored_dtype == torch.float16 else torch.bfloat16
 
     def bias(self, module: str) -> Tensor | None:
         name = f"{module}.bias"

@@ -226,24 +226,22 @@ def dequantize_checkpoint(
     writer.clean()
     writer = ShardWriter(out_dir)
     modules = checkpoint.modules()
-    consumed = {name for module in modules for name in checkpoint.weight_names(module)}
     parts: dict[str, list[str]] = {}
-    for name in sorted(
-        {f"{module}.weight" for module in modules} | (checkpoint.names() - consumed)
-    ):
+    for name in sorted({f"{module}.weight" for module in modules} | checkpoint.loose_names()):
         parts.setdefault(block_of(name), []).append(name)
     for names in parts.values():
         writer.add({name: _dense(checkpoint, name, modules, dtype) for name in names})
     writer.finish()
-    config = {
-        k: v
-        for k, v in checkpoint.config.items()
-        if k not in ("quantization_config", "compression_config")
-    }
-    config.pop("torch_dtype", None)
     copy_side_files(checkpoint, Path(out_dir))
-    write_json(Path(out_dir) / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(Path(out_dir) / "config.json", config_in(dtype, checkpoint))
     writer.clean()
+
+
+def config_in(dtype: torch.dtype, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's own config.json for weights in `dtype`, with nothing in it of how it was quantized."""
+    dropped = ("quantization_config", "compression_config", "torch_dtype")
+    config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
+    return config | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def _dense(checkpoint: Checkpoint, name: str, modules: set[str], dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,8 @@ from .blocks import BlockSource
 from .calibration import Samples
 from .float_quantizer import KeyValueRange
 from .folding import Grid, fold_block
-from .plan import Plan, Recipe
+from .plan import Plan
+from .recipe import Recipe
 
 FOLD_WINDOWS = 8  # to find AWQ's scales on
 ACTIVATION_BYTES = 2 << 30  # of hidden states in memory, and as much again inside a block

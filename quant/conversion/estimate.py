@@ -15,7 +15,8 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from .block_quantizer import ACTIVATION_BYTES
 from .blocks import BlockSource
-from .plan import Plan, Recipe
+from .plan import Plan
+from .recipe import Recipe
 
 _PROCESS = 600_000_000  # Python, torch and transformers, before any tensor
 _PROBE = 384  # rows and columns of the product that measures the machine

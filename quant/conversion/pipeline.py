@@ -1,6 +1,6 @@
 """The conversion: one decoder block in memory at a time, calibrated through the blocks already quantized.
 
-    (--auto-bits: the bits of each layer are chosen first, see bit_allocation.py)
+    (--auto-bits: the bits of each layer are chosen first, see sensitivity.py)
     for each block:  read lazily -> fold AWQ's scales -> run the activations through it, quantizing each linear with
                      error compensation (GPTQ) the moment its inputs arrive -> write its part -> journal it -> free
 
@@ -16,9 +16,9 @@ search .185, GPTQ .153, AWQ scales and range search .152, AWQ scales and GPTQ .1
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.journal import Journal, fingerprint
 from ..checkpoint.output import check_disk, check_output, unpublish, writing
 from ..checkpoint.side_files import copy_side_files
-from ..checkpoint.writer import ShardWriter, write_json
+from ..checkpoint.writer import ShardWriter, config_in, write_json
+from ..device import named_device
 from . import calibration
 from .block_quantizer import (
     ACTIVATION_BYTES,
@@ -42,144 +43,13 @@ from .block_quantizer import (
 from .blocks import BlockSource
 from .calibration import Samples
 from .estimate import Estimate, estimate
-from .plan import FP8Scheme, Plan, Recipe, Target, make_plan
+from .plan import Plan, make_plan
+from .recipe import CALIB_SAMPLES, CALIB_SEQLEN, Recipe
+from .report import BlockReport, Progress, Report
 from .sensitivity import allocate
 
-CALIB_SAMPLES = 24  # windows; more helps a little and costs in proportion
-CALIB_SEQLEN = 512  # tokens a window
 
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a conversion is, told after each block."""
-
-    block: int  # blocks done
-    blocks: int
-    seconds: float  # since this run began
-    error: (
-        float | None
-    )  # relative output error of the worst layer of the block; None where nothing was calibrated
-    blocks_before: int = 0  # done by the runs that this one resumes
-    doing: str = "Quantizing"
-
-    @property
-    def seconds_left(self) -> float:
-        return self.seconds / (self.block - self.blocks_before) * (self.blocks - self.block)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockReport:
-    """What became of one block, as the journal keeps it."""
-
-    seconds: float
-    quantized_weights: int
-    quantized_bytes: int
-    layer_error: dict[str, float]
-    fallbacks: dict[str, str]
-
-    @classmethod
-    def of(cls, result: BlockResult, seconds: float) -> "BlockReport":
-        weights = result.weights.values()
-        return cls(
-            seconds,
-            sum(weight.codes.numel() for weight in weights),
-            sum(weight.nbytes for weight in weights),
-            result.layer_error,
-            result.fallbacks,
-        )
-
-
-@dataclass(slots=True)
-class Report:
-    """What a conversion did, for the accuracy card."""
-
-    source: Path
-    recipe: Recipe
-    plan: Plan
-    samples: Samples | None
-    seconds: float = 0.0  # of quantizing, over all runs that took part
-    bytes_before: int = 0
-    bytes_after: int = 0
-    quantized_weights: int = 0
-    quantized_bytes: int = 0  # of those weights with their scales and zero points
-    layer_error: dict[str, float] = field(
-        default_factory=dict
-    )  # |(W - Q) x|^2 / |W x|^2 on calibration inputs
-    fallbacks: dict[str, str] = field(
-        default_factory=dict
-    )  # module -> why round-to-nearest was used
-
-    def add(self, block: "BlockReport") -> None:
-        """Take in what became of a block."""
-        self.seconds += block.seconds
-        self.quantized_weights += block.quantized_weights
-        self.quantized_bytes += block.quantized_bytes
-        self.layer_error |= block.layer_error
-        self.fallbacks |= block.fallbacks
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the quantized layers."""
-        return 8 * self.quantized_bytes / self.quantized_weights
-
-
-def convert(
-    model: str | Path,
-    output: str | Path,
-    method: Literal["awq", "gptq", "fp8"] = "awq",
-    bits: int | None = None,
-    group_size: int = 128,
-    symmetric: bool | None = None,
-    calib: str | Path | None = None,
-    calib_samples: int = CALIB_SAMPLES,
-    calib_seqlen: int = CALIB_SEQLEN,
-    seed: int = 0,
-    device: str = "cpu",
-    overwrite: bool = False,
-    resume: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    to: Target | None = None,
-    fp8_scheme: FP8Scheme | None = None,
-    kv_scales: bool = False,
-    desc_act: bool = False,
-    auto_bits: float | None = None,
-) -> Path:
-    """Quantize a checkpoint (HF folder, .gguf file or Hub id) into the folder `output` and return it.
-
-    symmetric None: asymmetric for AWQ, symmetric for GPTQ. group_size: see plan.py for widths it does not divide.
-    calib: a UTF-8 text file instead of the bundled mix. to: the format that is written, where the method has more than
-    one ("gptq_v2", "compressed-tensors", "fp8"). fp8_scheme: "channel" (default), "tensor" or "block". kv_scales: also
-    scales for an FP8 KV cache. desc_act: GPTQ's groups in order of importance. auto_bits: bits per weight on average,
-    chosen layer by layer. Raises UserError on bad input; then there is no `output`.
-    """
-    recipe = Recipe.of(
-        method,
-        bits,
-        group_size,
-        symmetric,
-        target=to,
-        fp8_scheme=fp8_scheme,
-        kv_scales=kv_scales,
-        desc_act=desc_act,
-        auto_bits=auto_bits,
-    )
-    convert_with_report(
-        model,
-        output,
-        recipe,
-        calib=calib,
-        calib_samples=calib_samples,
-        calib_seqlen=calib_seqlen,
-        seed=seed,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        progress=progress,
-    )
-    return Path(output)
-
-
-def convert_with_report(
+def quantize_checkpoint(
     model: str | Path,
     output: str | Path,
     recipe: Recipe,
@@ -195,10 +65,14 @@ def convert_with_report(
     progress: Callable[[Progress], None] | None = None,
     announce: Callable[[Plan], None] | None = None,
 ) -> Report:
-    """As `convert`, from a checked recipe; returns what was done. `announce` is told the plan before work starts.
+    """Quantize a checkpoint (HF folder, .gguf file or Hub id) into the folder `output`; returns what was done.
 
-    resume: go on with what an interrupted run of the same conversion left in OUT.partial; the result is the same, byte
-    for byte. activation_memory: bytes of activations beyond which they go to disk and through a block in parts.
+    calib: a UTF-8 text file instead of the bundled mix. overwrite: replace what is in `output`. resume: go on with what
+    an interrupted run of the same conversion left in OUT.partial; the result is the same, byte for byte.
+    activation_memory: bytes of activations beyond which they go to disk and through a block in parts. `announce` is
+    told the plan before work starts, `progress` how far it is.
+
+    Raises UserError on bad input; then there is no `output`.
     """
     output = Path(output)
     checkpoint, source, plan = _prepare(model, output, recipe, device, overwrite, resume)
@@ -215,12 +89,20 @@ def convert_with_report(
             plan = allocate(source, samples, plan, recipe, _telling(progress, len(source)))
         if announce is not None:
             announce(plan)
-        report = Report(checkpoint.path, recipe, plan, samples, bytes_before=checkpoint.nbytes)
+        report = Report(
+            checkpoint.path,
+            recipe,
+            plan,
+            samples,
+            source_scheme=checkpoint.scheme.describe() if checkpoint.scheme else None,
+            bytes_before=checkpoint.nbytes,
+        )
         writer = ShardWriter(partial)
         tokens = None if samples is None else samples.token_ids.tolist()
         run = fingerprint(
             checkpoint,
             recipe,
+            plan.group_sizes,
             plan.bits,
             tokens,
             windows_at_once(source, calib_seqlen, activation_memory),
@@ -258,7 +140,7 @@ def dry_run(
     overwrite: bool = False,
     resume: bool = False,
 ) -> tuple[Plan, Estimate]:
-    """What `convert_with_report` would do and need, from headers alone. Raises what its preflight would raise."""
+    """What `quantize_checkpoint` would do and need, from headers alone. Raises what its preflight would raise."""
     checkpoint, source, plan = _prepare(model, Path(output), recipe, device, overwrite, resume)
     needs = estimate(checkpoint, source, plan, recipe, calib_samples * calib_seqlen)
     check_disk(Path(output), needs.disk)
@@ -268,35 +150,13 @@ def dry_run(
 def _prepare(
     model: str | Path, output: Path, recipe: Recipe, device: str, overwrite: bool, resume: bool
 ) -> tuple[Checkpoint, BlockSource, Plan]:
-    where = compute_device(device)
+    where = named_device(device)
     checkpoint = open_checkpoint(model)
     if resume:
         unpublish(output)
     check_output(output, checkpoint, overwrite, resume)
     source = BlockSource(checkpoint, where)
     return checkpoint, source, make_plan(checkpoint, source, recipe)
-
-
-def compute_device(name: str) -> torch.device:
-    """The device of that name. Raises UserError where torch has none such here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(
-            f"--device {name}: is no device (give cpu, cuda or one of several such as cuda:1)"
-        ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: is not supported (cpu and cuda are)")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {name}: torch {torch.__version__} sees no CUDA GPU here (install a driver and a "
-            "CUDA build of torch, or use --device cpu)"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0"
-        )
-    return device
 
 
 def _convert_outside(checkpoint: Checkpoint, source: BlockSource, journal: Journal) -> None:
@@ -331,6 +191,8 @@ def _convert_blocks(
             source, report.samples, journal.state(), journal.writer.work, activation_memory
         )
     )
+    if progress is not None:
+        progress(Progress(len(done), len(source), 0.0, None, len(done)))
     for index in range(len(done), len(source)):
         began = time.monotonic()
         block = source.load(index)
@@ -369,12 +231,9 @@ def _block_tensors(
 def _outside_blocks(checkpoint: Checkpoint, source: BlockSource) -> dict[str, str]:
     """Names of the tensors outside the blocks -> the module each is the weight of, "" where it is none."""
     blocks = f"{source.spec.prefix}layers."
-    modules = checkpoint.modules()
-    consumed = {name for m in modules for name in checkpoint.weight_names(m)}
-    weights = {f"{m}.weight": m for m in sorted(modules) if not m.startswith(blocks)}
-    return weights | {
-        name: "" for name in sorted(checkpoint.names() - consumed) if not name.startswith(blocks)
-    }
+    weights = {f"{m}.weight": m for m in sorted(checkpoint.modules()) if not m.startswith(blocks)}
+    loose = {name: "" for name in sorted(checkpoint.loose_names()) if not name.startswith(blocks)}
+    return weights | loose
 
 
 def _samples(
@@ -412,9 +271,4 @@ def _samples(
 
 
 def _config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    dropped = ("quantization_config", "compression_config", "torch_dtype")
-    config = {k: v for k, v in checkpoint.config.items() if k not in dropped}
-    return config | {
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "quantization_config": plan.scheme.to_config(),
-    }
+    return config_in(plan.dtype, checkpoint) | {"quantization_config": plan.scheme.to_config()}

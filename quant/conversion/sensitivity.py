@@ -24,7 +24,8 @@ from ..algorithms import search
 from . import calibration
 from .blocks import BlockSource
 from .calibration import Samples
-from .plan import Plan, Recipe, fits_words, with_bits
+from .plan import Plan, fits_words, with_bits
+from .recipe import Recipe
 
 REPLAY_WINDOWS, REPLAY_TOKENS = 8, 64  # a few tokens of each kind of text
 Group = tuple[str, ...]  # full names of its linears

@@ -14,16 +14,20 @@ import json
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from nibble import LLM, SamplingParams, convert
+import nibble
+from nibble import LLM, SamplingParams
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.writer import dequantize_checkpoint
 from nibble.quant.reformat import reformat
+
+convert = partial(nibble.convert, evaluate=False)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent

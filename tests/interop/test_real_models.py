@@ -99,7 +99,9 @@ def test_conversions_serve_what_they_hold(
     error of the size of a weight's own rounding to bfloat16, all that transformers' has: together the root of two).
     What the CPU's default rounds besides, activations to int8 and the output head to 8 bits, moves the distribution by
     less than a tenth of what 4-bit weights do."""
-    out = nibble.convert(str(real_model), tmp_path / "out", **arguments, calib_samples=8)
+    out = nibble.convert(
+        str(real_model), tmp_path / "out", **arguments, calib_samples=8, evaluate=False
+    )
     dequantize_checkpoint(open_checkpoint(out), tmp_path / "dense", torch.float32)
     ids = AutoTokenizer.from_pretrained(real_model)(passages(1, 2000)[0]).input_ids[:300]
     exact = reference_logits(tmp_path / "dense", ids, torch.float32)

@@ -2,18 +2,21 @@
 gguf-py's decoder are the reference."""
 
 import json
+from functools import partial
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
+import nibble
 from nibble.errors import UnsupportedError
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.writer import dequantize_checkpoint
-from nibble.quant.conversion.pipeline import convert
 from nibble.quant.reformat import Grid, reformat
 from nibble.quant.weight import QuantizedWeight
+
+convert = partial(nibble.convert, evaluate=False)
 
 FAST = {"calib_samples": 4, "calib_seqlen": 32}
 Q = gguf.GGMLQuantizationType

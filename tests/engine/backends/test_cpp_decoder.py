@@ -1,10 +1,12 @@
 """The C++ decoder against the torch one on every architecture: logits, and tokens however the work is cut up."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import nibble
 from nibble.architectures.base import Attention
 from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.cpp.decoder import CppDecoder
@@ -16,9 +18,10 @@ from nibble.engine.runner import Runner
 from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest
 from nibble.errors import UserError
 from nibble.kernels.cpu import library
-from nibble.quant.conversion.pipeline import convert
 
 from .. import models
+
+convert = partial(nibble.convert, evaluate=False)
 
 pytestmark = pytest.mark.skipif(
     library.why_missing() is not None, reason=str(library.why_missing())

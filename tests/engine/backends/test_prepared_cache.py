@@ -1,17 +1,20 @@
 """Prepared weights on disk: the second start gives the same tokens from them, and no state of the cache stops one."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import nibble
 from nibble.engine.backends.cpp import loader as native_loader
 from nibble.engine.backends.cpp import prepared_cache
 from nibble.engine.client import LLM
 from nibble.kernels.cpu.library import why_missing
 from nibble.kernels.cpu.prepared import Prepared, prepare
-from nibble.quant.conversion.pipeline import convert
+
+convert = partial(nibble.convert, evaluate=False)
 
 pytestmark = pytest.mark.skipif(
     why_missing() is not None, reason=f"no C++ kernels: {why_missing()}"

@@ -5,8 +5,8 @@ import struct
 import pytest
 
 from nibble.quant.conversion import estimate as module
-from nibble.quant.conversion.pipeline import convert_with_report, dry_run
-from nibble.quant.conversion.plan import Recipe
+from nibble.quant.conversion.pipeline import dry_run, quantize_checkpoint
+from nibble.quant.conversion.recipe import Recipe
 
 FAST = {"calib_samples": 4, "calib_seqlen": 32}
 RECIPES = [
@@ -23,7 +23,7 @@ RECIPES = [
 def test_the_size_is_exact_up_to_the_header(dense, tmp_path, method, options):
     recipe = Recipe.of(method, **options)
     _, needs = dry_run(dense, tmp_path / "out", recipe, **FAST)
-    convert_with_report(dense, tmp_path / "out", recipe, **FAST)
+    quantize_checkpoint(dense, tmp_path / "out", recipe, **FAST)
     file = tmp_path / "out" / "model.safetensors"
     (header,) = struct.unpack("<Q", file.read_bytes()[:8])
     tensors = file.stat().st_size - 8 - header

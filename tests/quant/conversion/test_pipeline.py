@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import nibble
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -15,9 +17,12 @@ from nibble.quant.checkpoint.writer import dequantize_checkpoint
 from nibble.quant.conversion import calibration
 from nibble.quant.conversion.blocks import BlockSource
 from nibble.quant.conversion.folding import fold_block
-from nibble.quant.conversion.pipeline import convert, convert_with_report, dry_run
-from nibble.quant.conversion.plan import Recipe, make_plan
+from nibble.quant.conversion.pipeline import dry_run, quantize_checkpoint
+from nibble.quant.conversion.plan import make_plan
+from nibble.quant.conversion.recipe import Recipe
 from nibble.quant.weight import QuantizedWeight
+
+convert = partial(nibble.convert, evaluate=False)
 
 FAST = {"calib_samples": 4, "calib_seqlen": 32}
 
@@ -70,23 +75,41 @@ def test_same_seed_same_bytes_and_every_weight_is_there(dense, tmp_path):
             assert torch.equal(checkpoint.tensor(name), original.tensor(name))
 
 
-def test_awq_has_one_group_size_and_gptq_names_the_exceptions(dense, tmp_path):
+def test_one_group_size_for_all_layers_or_exceptions(dense, tmp_path):
     """Widths 64 and 96: 64 does not divide 96, 32 does."""
-    awq = convert(dense, tmp_path / "awq", "awq", group_size=64, **FAST)
-    assert json.loads((awq / "config.json").read_text())["quantization_config"]["group_size"] == 32
-    gptq = convert(dense, tmp_path / "gptq", "gptq", group_size=64, **FAST)
-    checkpoint = open_checkpoint(gptq)
-    assert checkpoint.linear("model.layers.1.mlp.gate_proj").group_size == 64
-    assert checkpoint.linear("model.layers.1.mlp.down_proj").group_size == 32
-    assert (
-        len(json.loads((gptq / "config.json").read_text())["quantization_config"]["dynamic"]) == 2
+
+    def group_sizes(folder):
+        checkpoint = open_checkpoint(folder)
+        mlp = (checkpoint.linear(f"model.layers.1.mlp.{n}_proj") for n in ("gate", "down"))
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        return [weight.group_size for weight in mlp], config
+
+    awq, awq_config = group_sizes(convert(dense, tmp_path / "a", "awq", group_size=64, **FAST))
+    assert (awq, awq_config["group_size"]) == ([32, 32], 32)
+    gptq, gptq_config = group_sizes(convert(dense, tmp_path / "g", "gptq", group_size=64, **FAST))
+    assert (gptq, gptq_config["group_size"]) == ([32, 32], 32)
+    assert "dynamic" not in gptq_config  # which transformers does not apply
+    mixed, _ = group_sizes(
+        convert(dense, tmp_path / "c", "gptq", group_size=64, to="compressed-tensors", **FAST)
     )
+    assert mixed == [64, 32]
+
+
+def test_gptq_takes_exceptions_rather_than_tiny_groups(make_checkpoint, tmp_path):
+    """Width 80 needs groups of 16; that all layers pay for it would cost more than the exceptions do."""
+    folder = make_checkpoint(intermediate_size=80)
+    out = convert(folder, tmp_path / "out", "gptq", group_size=64, **FAST)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["group_size"] == 64
+    assert {rule["group_size"] for rule in config["dynamic"].values()} == {16}
+    card = (out / "README.md").read_text()
+    assert "GPTQModel.load" in card and "not transformers" in card
 
 
 def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
     folder = make_checkpoint(intermediate_size=88)
     for method in ("awq", "gptq"):
-        report = convert_with_report(folder, tmp_path / method, Recipe.of(method, None, 64), **FAST)
+        report = quantize_checkpoint(folder, tmp_path / method, Recipe.of(method, None, 64), **FAST)
         checkpoint = open_checkpoint(tmp_path / method)
         down = "model.layers.0.mlp.down_proj"
         assert "no group of 64" in report.plan.dense[down]
@@ -254,10 +277,14 @@ def test_plan_for_widths_of_smollm2(make_checkpoint):
     source = BlockSource(checkpoint, torch.device("cpu"))
     assert set(make_plan(checkpoint, source, Recipe.of("awq")).group_sizes.values()) == {64}
     gptq = make_plan(checkpoint, source, Recipe.of("gptq"))
-    assert gptq.group_sizes["model.layers.0.mlp.down_proj"] == 128
-    assert gptq.group_sizes["model.layers.0.mlp.gate_proj"] == 64
-    assert gptq.scheme.default.group_size == 128
-    assert gptq.scheme.layer("model.layers.0.mlp.gate_proj").group_size == 64
+    assert set(gptq.group_sizes.values()) == {64} and "64 instead of 128 in 7 of 7" in gptq.notes[0]
+    assert gptq.scheme.default.group_size == 64 and not gptq.scheme.overrides
+    for recipe in (Recipe.of("gptq", target="compressed-tensors"), Recipe.of("gptq", auto_bits=3)):
+        mixed = make_plan(checkpoint, source, recipe)
+        assert mixed.group_sizes["model.layers.0.mlp.down_proj"] == 128
+        assert mixed.group_sizes["model.layers.0.mlp.gate_proj"] == 64
+        assert mixed.scheme.default.group_size == 128
+        assert mixed.scheme.layer("model.layers.0.mlp.gate_proj").group_size == 64
 
 
 class Bytes:
@@ -296,7 +323,7 @@ def test_evaluation_text_shares_nothing_with_calibration_text():
 def test_calibration_file_replaces_the_mix(dense, tmp_path):
     text = tmp_path / "mine.txt"
     text.write_text("hello world " * 200)
-    report = convert_with_report(dense, tmp_path / "out", Recipe.of("gptq"), calib=text, **FAST)
+    report = quantize_checkpoint(dense, tmp_path / "out", Recipe.of("gptq"), calib=text, **FAST)
     assert report.samples.source == "mine.txt"
     with pytest.raises(UserError, match="cannot be read"):
         convert(dense, tmp_path / "out2", "gptq", calib=tmp_path / "none.txt", **FAST)
@@ -309,7 +336,7 @@ def test_calibration_file_replaces_the_mix(dense, tmp_path):
 def test_card_says_what_was_done(dense, tmp_path):
     (dense / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     out = tmp_path / "out"
-    report = convert_with_report(dense, out, Recipe.of("gptq", None, 64), **FAST)
+    report = quantize_checkpoint(dense, out, Recipe.of("gptq", None, 64), **FAST)
     write_card(
         out,
         report,
@@ -332,9 +359,8 @@ def test_card_says_what_was_done(dense, tmp_path):
     worst = max(
         (n for n in record["layer_error"] if n.endswith("down_proj")), key=record["layer_error"].get
     )
-    assert (
-        f"{record['layer_error'][worst]:.3%} | {worst} |" in card and "vLLM or transformers" in card
-    )
+    assert f"{record['layer_error'][worst]:.3%} | {worst} |" in card
+    assert "vllm serve" in card and "pip install transformers optimum gptqmodel" in card
     errors = [e for name, e in record["layer_error"].items() if name.endswith("down_proj")]
     assert f"| down_proj | {sum(errors) / len(errors):.3%} | {max(errors):.3%} |" in card
     assert "peak memory 2.5 GB" in card
@@ -345,11 +371,41 @@ def test_card_says_what_was_done(dense, tmp_path):
     }
 
 
+def test_card_claims_no_original_that_the_hub_does_not_know(dense, tmp_path):
+    out = convert(dense, tmp_path / "out", "fp8")
+    card = (out / "README.md").read_text()
+    assert "base_model" not in card and "# dense, " in card
+    assert "pip install transformers compressed-tensors" in card and "Not measured" in card
+
+
+@pytest.mark.parametrize("source", ["awq", "gguf"])
+def test_what_was_quantized_before_is_said(dense, make_gguf, tmp_path, source):
+    """To the user before work starts, and in the card, whose figures begin at the quantized source."""
+    again = tmp_path / "again"
+    model = (
+        convert(dense, tmp_path / "awq", "awq", **FAST) if source == "awq" else make_gguf("llama")
+    )
+    told = []
+    report = quantize_checkpoint(model, again, Recipe.of("fp8"), announce=told.append)
+    scheme = open_checkpoint(model).scheme.describe()
+    assert f"already quantized ({scheme})" in told[0].warnings[0]
+    write_card(again, report, [], "org/tiny", 10**9)
+    assert (
+        f"already quantized ({scheme})" in (again / "README.md").read_text().split("## Recipe")[0]
+    )
+    assert json.loads((again / "nibble_quality.json").read_text())["source_scheme"] == scheme
+    report = quantize_checkpoint(dense, tmp_path / "once", Recipe.of("fp8"), announce=told.append)
+    assert report.source_scheme is None and not told[1].warnings
+
+
 def test_card_names_only_runtimes_that_read_it(dense, tmp_path):
     for options in ({"bits": 3}, {"symmetric": False}):
         out = tmp_path / f"out{options}"
-        report = convert_with_report(
+        report = quantize_checkpoint(
             dense, out, Recipe.of("gptq", group_size=32, **options), **FAST
         )
         write_card(out, report, [], "org/tiny", 10**9)
-        assert "vLLM reads symmetric GPTQ of 4 and 8 bits alone" in (out / "README.md").read_text()
+        assert (
+            "not vLLM, which reads symmetric GPTQ of 4 and 8 bits alone"
+            in (out / "README.md").read_text()
+        )

@@ -2,16 +2,20 @@
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
 
+import nibble
 from nibble.errors import UnsupportedError
 from nibble.quant.algorithms import search
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.conversion.pipeline import convert, convert_with_report
-from nibble.quant.conversion.plan import Recipe
+from nibble.quant.conversion.pipeline import quantize_checkpoint
+from nibble.quant.conversion.recipe import Recipe
 from nibble.quant.conversion.sensitivity import _relative, _rounded_run, distribute
+
+convert = partial(nibble.convert, evaluate=False)
 
 FAST = {"calib_samples": 4, "calib_seqlen": 32}
 
@@ -137,7 +141,7 @@ def test_the_checkpoint_keeps_the_budget_and_fused_layers_agree(dense, tmp_path)
 
 def test_progress_and_plan_tell_what_is_chosen(dense, tmp_path):
     seen, plans = [], []
-    report = convert_with_report(
+    report = quantize_checkpoint(
         dense,
         tmp_path / "out",
         Recipe.of("gptq", group_size=32, auto_bits=4.5),
@@ -145,7 +149,7 @@ def test_progress_and_plan_tell_what_is_chosen(dense, tmp_path):
         announce=plans.append,
         **FAST,
     )
-    assert [p.doing for p in seen] == ["Choosing bits"] * 2 + ["Quantizing"] * 2
+    assert [p.doing for p in seen] == ["Choosing bits"] * 2 + ["Quantizing"] * 3
     assert plans[0].bits == report.plan.bits and "bits in" in plans[0].notes[-1]
 
 

@@ -1,17 +1,20 @@
 """Marlin, bitsandbytes and HQQ, against decoders that go one element at a time as the formats are described."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nibble
 from nibble.errors import CheckpointError, UnsupportedError
 from nibble.quant.checkpoint import open_checkpoint
-from nibble.quant.conversion.pipeline import convert
 from nibble.quant.formats import awq, bitsandbytes, gptq, hqq
 from nibble.quant.formats.base import BadTensor
 from nibble.quant.scheme import LayerScheme, QuantScheme
+
+convert = partial(nibble.convert, evaluate=False)
 
 FAST = {"calib_samples": 4, "calib_seqlen": 32}
 BLOCK0 = "model.layers.0."

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import nibble
 from nibble.errors import UserError
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.writer import dequantize_checkpoint
-from nibble.quant.conversion.pipeline import convert
 from nibble.quant.scheme import QuantScheme
+
+convert = partial(nibble.convert, evaluate=False)
 
 FUZZ = settings(
     max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture]
