@@ -73,9 +73,8 @@ class PlaybackRunner:
         for item in batch.items:
             if item.samples:
                 request = item.request
-                result.tokens[request.request_id] = self.tokens[
-                    request.num_output_tokens % len(self.tokens)
-                ]
+                token = self.tokens[request.num_output_tokens % len(self.tokens)]
+                result.tokens[request.request_id] = [token]
         return result
 
 

@@ -102,7 +102,7 @@ class EngineCore:
                 eos_token_ids=self._eos,
                 seed=self._random.getrandbits(63) if seed is None else seed,
                 arrival_time=message.arrival_time,
-                cache_salt=message.cache_salt,
+                extra_keys=(message.cache_salt,),
             )
         )
 

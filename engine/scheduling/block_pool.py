@@ -10,14 +10,15 @@ A block is block_size consecutive tokens' keys and values, named by its index. A
 
 A block filled with computed tokens is named by a hash that covers it and everything before it:
 
-    hashes[b_i] = sha256(hashes[b_i-1] | token ids of block i)        hashes[b_-1] = sha256(cache salt)
+    hashes[b_i] = sha256(hashes[b_i-1] | token ids of block i)        hashes[b_-1] = sha256(extra keys)
 
-so equal hashes mean equal tokens from the first on, within one tenant. `cached` maps a hash to the one block that
-serves it; that block may be held or free, and a free one can be taken back without computing anything. Two requests
-that computed the same prefix at the same time have two blocks of one hash: the first serves, the second loses its
-content when it is freed. A table is freed from its tail, so that a chain is evicted before the prefix it hangs on.
+so equal hashes mean equal tokens from the first on, and equal extra keys: what sets a request's cache apart, such as
+its tenant's salt. `cached` maps a hash to the one block that serves it; that block may be held or free, and a free
+one can be taken back without computing anything. Two requests that computed the same prefix at the same time have two
+blocks of one hash: the first serves, the second loses its content when it is freed. A table is freed from its tail,
+so that a chain is evicted before the prefix it hangs on.
 
-Every operation is O(1) for each block it touches (prefix caching as in vLLM's kv_cache_utils, with a keyed salt).
+Every operation is O(1) for each block it touches (prefix caching as in vLLM's kv_cache_utils).
 """
 
 from array import array
@@ -65,7 +66,7 @@ class BlockPool:
             if self._refs[block] == 0:
                 self._release(block)
 
-    def match_prefix(self, token_ids: Sequence[int], salt: bytes = b"") -> list[int]:
+    def match_prefix(self, token_ids: Sequence[int], extra_keys: Sequence[bytes] = ()) -> list[int]:
         """The cached blocks of the longest known prefix, none of them referenced yet (see `share`).
 
         Never the whole of `token_ids`: the last token is left to compute, for its logits are wanted.
@@ -73,7 +74,7 @@ class BlockPool:
         matched: list[int] = []
         if not self.enable_prefix_caching:
             return matched
-        parent = _root(salt)
+        parent = _root(extra_keys)
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             parent = _chain(parent, token_ids[start : start + self.block_size])
             block = self._cached.get(parent)
@@ -94,7 +95,11 @@ class BlockPool:
             self._refs[block] += 1
 
     def commit(
-        self, block_table: Sequence[int], index: int, token_ids: Sequence[int], salt: bytes = b""
+        self,
+        block_table: Sequence[int],
+        index: int,
+        token_ids: Sequence[int],
+        extra_keys: Sequence[bytes] = (),
     ) -> None:
         """Block `index` of this table is now full and computed; `token_ids` are its own block_size tokens.
 
@@ -102,7 +107,7 @@ class BlockPool:
         """
         if not self.enable_prefix_caching:
             return
-        parent = self._hashes[block_table[index - 1]] if index else _root(salt)
+        parent = self._hashes[block_table[index - 1]] if index else _root(extra_keys)
         if parent is None or len(token_ids) != self.block_size:
             raise ValueError(f"block {index} of the table is committed out of order or not full")
         block = block_table[index]
@@ -154,8 +159,9 @@ class BlockPool:
             self._free.move_to_end(block, last=False)
 
 
-def _root(salt: bytes) -> bytes:
-    return sha256(salt).digest()
+def _root(extra_keys: Sequence[bytes]) -> bytes:
+    """Each key behind its length: ("ab", "c") is not ("a", "bc")."""
+    return sha256(b"".join(len(key).to_bytes(8, "little") + key for key in extra_keys)).digest()
 
 
 def _chain(parent: bytes, token_ids: Sequence[int]) -> bytes:

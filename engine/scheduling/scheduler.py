@@ -12,7 +12,8 @@ may have more tokens than the pool can hold, it always finishes: there is no dea
 
 A step is `schedule`, `launched`, `update`. The next `schedule` may come before this step's `update`, then with tokens
 that are UNKNOWN; at most one step is open so. Meanwhile a request may have been finished or preempted: `update` leaves
-the first alone, and gives the second its token and no more.
+the first alone, and gives the second its tokens and no more. A step may give a request more tokens than the one that
+was sure to come; then the step that is open samples at a position that is known by now, and that token is not new.
 """
 
 import logging
@@ -20,7 +21,7 @@ from collections import deque
 
 import msgspec
 
-from ..messages import EngineStats, RequestOutput, TokenLogprobs
+from ..messages import EngineStats, RequestOutput
 from ..request import UNKNOWN, FinishReason, Request, Status
 from .batch import ScheduledBatch, ScheduledRequest, StepResult
 from .block_pool import BlockPool
@@ -42,9 +43,6 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
-        self._prompt_logprobs: dict[
-            str, list[TokenLogprobs]
-        ] = {}  # the chunks so far, until they are sent
         self._stats = EngineStats(num_blocks=pool.num_blocks)
 
     @property
@@ -64,8 +62,6 @@ class Scheduler:
             )
         self._requests[request.request_id] = request
         self.waiting.append(request)
-        if request.params.prompt_logprobs is not None:
-            self._prompt_logprobs[request.request_id] = []
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks. One that is unknown or already finished is ignored."""
@@ -102,10 +98,15 @@ class Scheduler:
                     RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
                 )
                 continue
+            tokens = result.tokens[request.request_id] if item.samples else []
+            known = request.num_known_tokens
+            request.token_ids[item.end : item.end + len(tokens)] = tokens
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
             if request.status is Status.RUNNING:
-                self._commit(item, result)
-            if item.samples:
-                outputs.append(self._take_token(item, result))
+                self._commit(item, len(tokens))
+            if item.end + len(tokens) > known:
+                outputs.append(self._output(item, known, result))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -156,12 +157,11 @@ class Scheduler:
 
     def _hold_blocks(self, request: Request) -> bool:
         """Give a waiting request blocks for all its tokens, known prefixes first. False: not enough are free."""
-        scores_prompt = (
-            request.request_id in self._prompt_logprobs
-        )  # these need every prompt position computed
-        matched = (
-            [] if scores_prompt else self.pool.match_prefix(request.token_ids, request.cache_salt)
-        )
+        matched: list[int] = []
+        if request.prompt_logprobs is None:
+            matched = self.pool.match_prefix(request.token_ids, request.extra_keys)
+        else:
+            request.prompt_logprobs = []  # every prompt position is computed, again after a preemption
         missing = self.pool.blocks_for(request.num_tokens) - len(matched)
         if missing + self.pool.num_idle(matched) > self.pool.num_free:
             return False
@@ -182,8 +182,6 @@ class Scheduler:
         request.num_preemptions += 1
         request.status = Status.WAITING
         self.waiting.appendleft(request)
-        if request.request_id in self._prompt_logprobs:
-            self._prompt_logprobs[request.request_id] = []
         self._stats.num_preemptions += 1
         if self._stats.num_preemptions == 1:
             logger.warning(
@@ -191,30 +189,38 @@ class Scheduler:
                 "often, raise --kv-cache-memory or lower --max-num-seqs"
             )
 
-    def _commit(self, item: ScheduledRequest, result: StepResult) -> None:
-        """Full blocks may be shared from now on."""
+    def _commit(self, item: ScheduledRequest, num_new: int) -> None:
+        """What was computed for a running request: its full blocks may be shared from now on."""
         request, size = item.request, self.pool.block_size
-        for index in range(item.start // size, item.end // size):
+        end = item.end + max(0, num_new - 1)  # all new tokens but the last are computed, too
+        request.num_computed_tokens = max(request.num_computed_tokens, end)
+        for index in range(item.start // size, end // size):
             tokens = request.token_ids[index * size : (index + 1) * size]
-            self.pool.commit(request.block_table, index, tokens, request.cache_salt)
-        if request.request_id in self._prompt_logprobs:
-            self._prompt_logprobs[request.request_id] += result.prompt_logprobs.get(
-                request.request_id, []
-            )
+            self.pool.commit(request.block_table, index, tokens, request.extra_keys)
 
-    def _take_token(self, item: ScheduledRequest, result: StepResult) -> RequestOutput:
+    def _output(self, item: ScheduledRequest, known: int, result: StepResult) -> RequestOutput:
+        """The new tokens: those from position `known` on, up to the one that ends the request, if one does."""
         request = item.request
-        request.token_ids[item.end] = token = result.tokens[request.request_id]
+        end = item.end + len(result.tokens[request.request_id])
+        reason = None
+        for position in range(known, end):
+            reason = self._finish_reason(request, request.token_ids[position], position + 1)
+            if reason is not None:
+                end = position + 1
+                break
         output = RequestOutput(
-            request.request_id, [token], num_cached_tokens=request.num_cached_tokens
+            request.request_id,
+            request.token_ids[known:end],
+            num_cached_tokens=request.num_cached_tokens,
         )
         if request.params.logprobs is not None:
-            output.logprobs = [result.logprobs[request.request_id]]
-        if request.request_id in self._prompt_logprobs:
-            output.prompt_logprobs = [None, *self._prompt_logprobs.pop(request.request_id)]
-        reason = self._finish_reason(request, token, item.end + 1)
+            entries = result.logprobs[request.request_id]
+            output.logprobs = entries[known - item.end : end - item.end]
+        if request.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *request.prompt_logprobs]
+            request.prompt_logprobs = None
         if reason is not None:
-            del request.token_ids[item.end + 1 :]
+            del request.token_ids[end:]
             self._finish(request, reason)
             output.finish_reason, output.stop_reason = reason, request.stop_reason
         return output
@@ -244,7 +250,6 @@ class Scheduler:
         self._free_blocks(request)
         request.status, request.finish_reason = Status.FINISHED, reason
         del self._requests[request.request_id]
-        self._prompt_logprobs.pop(request.request_id, None)
 
     def _free_blocks(self, request: Request) -> None:
         self.pool.free(request.block_table)

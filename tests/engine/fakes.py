@@ -4,6 +4,9 @@ It keeps a KV cache of its own in which every block slot remembers the token tha
 request's history only from the blocks in its table. So a block that was freed too early, shared wrongly or evicted
 while in use changes the tokens that come out, just as it would with a real model.
 
+With max_new_tokens > 1 a step may give several tokens, as if drafts had been verified: all but the last are computed
+then, too, so there are at most as many as the request's blocks have room for.
+
     python tests/engine/fakes.py --fd N      the engine process with this runner in place of a model
 """
 
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import Ready, TokenLogprobs
-from nibble.engine.request import UNKNOWN
+from nibble.engine.request import UNKNOWN, Request
 from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest, StepResult
 from nibble.errors import UserError
 
@@ -38,10 +41,11 @@ class FakeRunner:
         max_model_len: int = 64,
         step_seconds: float = 0.0,
         vocab_size: int = VOCAB_SIZE,
+        max_new_tokens: int = 1,
     ):
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
         self.vocab_size = vocab_size
-        self.step_seconds = step_seconds
+        self.step_seconds, self.max_new_tokens = step_seconds, max_new_tokens
         self.slots = [[-1] * block_size for _ in range(num_blocks)]
         self.fail_next = 0  # steps that raise
         self.nan_ids: set[str] = set()  # requests whose logits come out as NaN
@@ -75,12 +79,9 @@ class FakeRunner:
         return result
 
     def _compute(self, item: ScheduledRequest, result: StepResult) -> None:
-        request, size = item.request, self.block_size
+        request = item.request
         for position in range(item.start, item.end):
-            self.slots[request.block_table[position // size]][position % size] = request.token_ids[
-                position
-            ]
-        history = [self.slots[request.block_table[p // size]][p % size] for p in range(item.end)]
+            self._write(request, position, request.token_ids[position])
         if request.params.prompt_logprobs is not None:
             scored = request.prompt_token_ids[item.start + 1 : item.end + 1]
             result.prompt_logprobs[request.request_id] = [
@@ -89,9 +90,28 @@ class FakeRunner:
         if request.request_id in self.nan_ids:
             result.errors[request.request_id] = "the logits are not finite"
         elif item.samples:
-            token = next_token(history, self.vocab_size)
-            result.tokens[request.request_id] = token
-            result.logprobs[request.request_id] = TokenLogprobs(token, -0.5, 1, [], [])
+            tokens = self._sample(request, item.end)
+            result.tokens[request.request_id] = tokens
+            result.logprobs[request.request_id] = [
+                TokenLogprobs(t, -0.5, 1, [], []) for t in tokens
+            ]
+
+    def _sample(self, request: Request, end: int) -> list[int]:
+        tokens = [next_token(self._history(request, end), self.vocab_size)]
+        room = len(request.block_table) * self.block_size - end
+        for position in range(end, end + min(room, tokens[0] % self.max_new_tokens)):
+            self._write(request, position, tokens[-1])
+            tokens.append(next_token(self._history(request, position + 1), self.vocab_size))
+        return tokens
+
+    def _write(self, request: Request, position: int, token: int) -> None:
+        block = request.block_table[position // self.block_size]
+        self.slots[block][position % self.block_size] = token
+
+    def _history(self, request: Request, end: int) -> list[int]:
+        """The tokens before `end`, as the request's blocks have them."""
+        size = self.block_size
+        return [self.slots[request.block_table[p // size]][p % size] for p in range(end)]
 
 
 @dataclass
@@ -125,7 +145,7 @@ class OverlappingRunner(FakeRunner):
         result = super().execute(batch)
         for request, _ in unknown:
             request.token_ids[-1] = UNKNOWN
-        self.sampled = dict(result.tokens)
+        self.sampled = {name: tokens[0] for name, tokens in result.tokens.items()}
         return FakePending(result, fails)
 
 

@@ -34,7 +34,7 @@ class DeviceStep:
             if token < 0:
                 self.step.errors[request.request_id] = NOT_FINITE
             else:
-                self.step.tokens[request.request_id] = token
+                self.step.tokens[request.request_id] = [token]
         return self.step
 
 

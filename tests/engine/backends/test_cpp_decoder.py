@@ -71,7 +71,7 @@ def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None
         for item in items:
             item.request.num_computed_tokens = item.end
             if item.samples:
-                item.request.token_ids.append(result.tokens[item.request.request_id])
+                item.request.token_ids += result.tokens[item.request.request_id]
 
 
 @pytest.mark.parametrize("isa", library.instruction_sets())

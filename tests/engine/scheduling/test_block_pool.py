@@ -9,11 +9,11 @@ from nibble.engine.scheduling.block_pool import BlockPool
 SIZE = 4
 
 
-def fill(pool: BlockPool, token_ids: list[int], salt: bytes = b"") -> list[int]:
+def fill(pool: BlockPool, token_ids: list[int], extra_keys: tuple[bytes, ...] = ()) -> list[int]:
     """Hold and commit blocks for all full blocks of token_ids."""
     table = pool.allocate(len(token_ids) // SIZE)
     for index in range(len(table)):
-        pool.commit(table, index, token_ids[index * SIZE : (index + 1) * SIZE], salt)
+        pool.commit(table, index, token_ids[index * SIZE : (index + 1) * SIZE], extra_keys)
     return table
 
 
@@ -42,12 +42,27 @@ def test_prefix_is_found_after_free_and_never_whole() -> None:
     assert pool.num_free == 8  # looking up takes nothing
 
 
-def test_salt_separates_tenants() -> None:
+@pytest.mark.parametrize(
+    "others",
+    [
+        (),
+        (b"",),
+        (b"abc",),
+        (b"a", b"bc"),
+        (b"c", b"ab"),
+        (b"ab",),
+        (b"ab", b"c", b""),
+        (b"b", b"c"),
+    ],
+)
+def test_only_equal_extra_keys_share(others: tuple[bytes, ...]) -> None:
     pool = BlockPool(8, SIZE)
-    table = fill(pool, list(range(8)), salt=b"alice")
-    assert pool.match_prefix(list(range(9)), b"alice") == table
-    assert pool.match_prefix(list(range(9)), b"bob") == []
-    assert pool.match_prefix(list(range(9))) == []
+    table = fill(pool, list(range(8)), (b"ab", b"c"))
+    assert pool.match_prefix(list(range(9)), (b"ab", b"c")) == table
+    assert pool.match_prefix(list(range(9)), others) == []
+    theirs = fill(pool, list(range(8)), others)
+    assert pool.match_prefix(list(range(9)), others) == theirs
+    assert pool.match_prefix(list(range(9)), (b"ab", b"c")) == table
 
 
 def test_caching_off() -> None:

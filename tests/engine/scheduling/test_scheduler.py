@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.engine.messages import RequestOutput
-from nibble.engine.request import Request, SamplingParams, Status
+from nibble.engine.request import UNKNOWN, Request, SamplingParams, Status
 from nibble.engine.scheduling.block_pool import BlockPool
 from nibble.engine.scheduling.scheduler import Scheduler
 
@@ -25,9 +25,10 @@ class Bench:
         max_num_batched_tokens: int = 16,
         max_model_len: int = 64,
         overlap: bool = False,
+        max_new_tokens: int = 1,
     ):
         self.runner = (OverlappingRunner if overlap else FakeRunner)(
-            num_blocks, block_size, max_model_len
+            num_blocks, block_size, max_model_len, max_new_tokens=max_new_tokens
         )
         self.pending = None  # with overlap: the batch before, and its result
         self.pool = BlockPool(num_blocks, block_size, caching)
@@ -40,10 +41,12 @@ class Bench:
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
 
-    def add(self, request_id: str, prompt: list[int], salt: bytes = b"", **params) -> Request:
-        params = {"ignore_eos": True, **params}
+    def add(
+        self, request_id: str, prompt: list[int], extra_keys: tuple[bytes, ...] = (), **params
+    ) -> Request:
+        params = SamplingParams(**{"ignore_eos": True, **params})
         request = Request(
-            request_id, prompt, SamplingParams(**params), frozenset({EOS}), seed=0, cache_salt=salt
+            request_id, prompt, params, frozenset({EOS}), seed=0, extra_keys=extra_keys
         )
         self.scheduler.add(request)
         self.requests[request_id] = request
@@ -64,6 +67,7 @@ class Bench:
             else:
                 before = batch, result
         for output in self.scheduler.update(*before) if before else []:
+            assert output.token_ids or output.finish_reason
             self.outputs.setdefault(output.request_id, []).append(output)
         self.scheduler.check_integrity()
         return True
@@ -78,6 +82,16 @@ class Bench:
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for output in self.outputs[request_id] for token in output.token_ids]
+
+    def logprobs(self, request_id: str) -> list[int]:
+        """The tokens that they are of, for a request that asked for them."""
+        outputs = self.outputs[request_id]
+        return [entry.token_id for output in outputs for entry in output.logprobs or []]
+
+    def prompt_logprobs(self, request_id: str) -> list[list[int | None]]:
+        """Each time that they were sent: the tokens that they are of."""
+        sent = [output.prompt_logprobs for output in self.outputs[request_id]]
+        return [[entry and entry.token_id for entry in entries] for entries in sent if entries]
 
     def finish_reason(self, request_id: str) -> str | None:
         return self.outputs[request_id][-1].finish_reason
@@ -131,7 +145,7 @@ def test_prefix_is_computed_once() -> None:
     bench.add("a", prompt, max_tokens=2)
     bench.run()
     bench.add("b", prompt, max_tokens=2)
-    bench.add("other tenant", prompt, salt=b"x", max_tokens=2)
+    bench.add("other tenant", prompt, extra_keys=(b"x",), max_tokens=2)
     bench.run()
     assert [bench.requests[r].num_cached_tokens for r in ("a", "b", "other tenant")] == [0, 12, 0]
     assert bench.outputs["b"][0].num_cached_tokens == 12
@@ -149,14 +163,8 @@ def test_prompt_logprobs_cover_the_prompt_in_spite_of_chunks_cache_and_preemptio
     bench.step()
     bench.add("scored", prompt, max_tokens=16, prompt_logprobs=0, logprobs=0)
     bench.run()
-    first = bench.outputs["scored"][0]
-    assert [entry and entry.token_id for entry in first.prompt_logprobs] == [None, *prompt[1:]]
-    assert all(output.prompt_logprobs is None for output in bench.outputs["scored"][1:])
-    assert (
-        [o.logprobs[0].token_id for o in bench.outputs["scored"]]
-        == bench.tokens("scored")
-        == solo(prompt, 16)
-    )
+    assert bench.prompt_logprobs("scored") == [[None, *prompt[1:]]]
+    assert bench.logprobs("scored") == bench.tokens("scored") == solo(prompt, 16)
     assert bench.requests["scored"].num_preemptions > 0
 
 
@@ -191,8 +199,39 @@ def prompt_that_ends_in_eos(after: int) -> list[int]:
     )
 
 
+@pytest.mark.parametrize(("budget", "overlap"), [(5, False), (5, True), (16, True)])
+def test_prompt_logprobs_of_a_request_preempted_in_the_middle(budget: int, overlap: bool) -> None:
+    """Of its prompt, or where its last chunk is computed but not taken in."""
+    bench = Bench(num_blocks=5, max_num_batched_tokens=budget, overlap=overlap)
+    bench.add("old", [50, 51, 52], max_tokens=8)
+    bench.add("scored", list(range(16)), max_tokens=1, prompt_logprobs=0)
+    bench.step()
+    bench.step()  # then "old" needs a second block
+    bench.run()
+    assert bench.requests["scored"].num_preemptions == 1
+    assert bench.prompt_logprobs("scored") == [[None, *range(1, 16)]]
+    assert bench.tokens("scored") == solo(list(range(16)), 1)
+
+
+def test_a_step_may_give_several_tokens() -> None:
+    """Their keys are computed but for the last one's: blocks that they fill are cached, and they are computed once."""
+    bench = Bench(block_size=16, max_new_tokens=6)
+    request = bench.add("a", [3, 1, 2], max_tokens=40, logprobs=0)
+    while bench.step():
+        if not request.is_finished:
+            assert request.num_tokens - request.num_computed_tokens == 1
+            assert UNKNOWN not in request.token_ids
+    assert bench.tokens("a") == bench.logprobs("a") == solo([3, 1, 2], 40)
+    assert max(len(output.token_ids) for output in bench.outputs["a"]) > 1
+    assert sum(end - start for ((_, start, end),) in bench.runner.batches) < 43
+    again = bench.add("again", request.token_ids, max_tokens=1)
+    bench.step()
+    assert again.num_cached_tokens == 32
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 6])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_eos_stop_ids_and_min_tokens(overlap: bool) -> None:
+def test_eos_stop_ids_and_min_tokens(overlap: bool, max_new_tokens: int) -> None:
     prompt = prompt_that_ends_in_eos(3)
     run = solo(prompt, 6)
     cases = {
@@ -201,14 +240,14 @@ def test_eos_stop_ids_and_min_tokens(overlap: bool) -> None:
         "min": ({"ignore_eos": False, "min_tokens": 4}, run, "length", None),
         "stop id": ({"stop_token_ids": (run[1],)}, run[:2], "stop", run[1]),
     }
-    bench = Bench(overlap=overlap)
+    bench = Bench(block_size=16, overlap=overlap, max_new_tokens=max_new_tokens)
     for name, (params, *_) in cases.items():
-        bench.add(name, prompt, max_tokens=6, **params)
+        bench.add(name, prompt, max_tokens=6, logprobs=0, **params)
     bench.run()
     for name, (_, tokens, reason, stop_reason) in cases.items():
         assert (bench.tokens(name), bench.finish_reason(name)) == (tokens, reason), name
         assert bench.outputs[name][-1].stop_reason == stop_reason
-        assert bench.requests[name].output_token_ids == tokens
+        assert bench.requests[name].output_token_ids == bench.logprobs(name) == tokens
 
 
 def test_abort_frees_at_once_wherever_the_request_is() -> None:
@@ -239,7 +278,7 @@ def test_a_failed_request_does_not_touch_its_batch_mates(overlap: bool) -> None:
 
 
 @st.composite
-def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
+def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]:
     options = {
         "num_blocks": draw(st.integers(6, 24)),
         "block_size": draw(st.sampled_from([1, 3, 4])),
@@ -248,12 +287,13 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
         "max_num_batched_tokens": draw(st.integers(1, 20)),
         "max_model_len": 40,
         "overlap": draw(st.booleans()),
+        "max_new_tokens": draw(st.sampled_from([1, 2, 5])),
     }
     capacity = min(40, options["num_blocks"] * options["block_size"])
     prompt = st.lists(
         st.integers(0, 1), min_size=1, max_size=capacity - 1
     )  # two tokens: prefixes collide
-    request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans())
+    request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans(), st.booleans())
     return options, draw(st.lists(request, min_size=1, max_size=8))
 
 
@@ -263,15 +303,19 @@ def test_any_workload_gives_the_tokens_of_solo_runs(workload) -> None:
     options, arrivals = workload
     bench = Bench(**options)
     capacity = bench.scheduler.max_model_len
-    for i, (steps_before, prompt, max_tokens, leaves) in enumerate(arrivals):
-        bench.add(str(i), prompt, max_tokens=max_tokens)
+    for i, (steps_before, prompt, max_tokens, leaves, scored) in enumerate(arrivals):
+        asked = {"logprobs": 0, "prompt_logprobs": 0} if scored else {}
+        bench.add(str(i), prompt, max_tokens=max_tokens, **asked)
         for _ in range(steps_before):
             bench.step()
         if leaves:
             bench.scheduler.abort(str(i))
             bench.scheduler.check_integrity()
     bench.run()
-    for i, (_, prompt, max_tokens, leaves) in enumerate(arrivals):
+    for i, (_, prompt, max_tokens, leaves, scored) in enumerate(arrivals):
         expected = solo(prompt, min(max_tokens, capacity - len(prompt)))
         got = bench.tokens(str(i)) if str(i) in bench.outputs else []
         assert got == (expected[: len(got)] if leaves else expected)
+        if scored and got:
+            assert bench.logprobs(str(i)) == got
+            assert bench.prompt_logprobs(str(i)) == [[None, *prompt[1:]]]
