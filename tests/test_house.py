@@ -40,7 +40,6 @@ TORCH_FREE = (
 READS_ENVIRONMENT = {"__init__", "cli", "engine.config"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 LONG_FILES: dict[str, str] = {  # file -> why it is one piece
-    "engine/client.py": "two ways to use an engine",
     "kernels/fused/rope.py": "kernel, launch and checks",
     "kernels/gptq/products.py": "decoding and the three products",
     "quant/conversion/pipeline.py": "the conversion and its preflight",
