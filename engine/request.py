@@ -98,7 +98,7 @@ class Status(enum.Enum):
     FINISHED = enum.auto()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One sequence in the engine. `token_ids` and `num_computed_tokens` are advanced by the scheduler alone."""
 
