@@ -25,7 +25,7 @@ from .backends.triton.graphs import CudaRecorder, Record
 from .config import EngineConfig
 from .messages import Ready, TokenLogprobs
 from .request import Request, SamplingParams
-from .sampler import sample, token_logprobs
+from .sampler import NOT_FINITE, sample, token_logprobs
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 
 logger = logging.getLogger(__name__)
@@ -108,9 +108,13 @@ class Runner:
         sampling: list[ScheduledRequest] = []
         offset = 0
         for item in items:
-            if item.request.params.prompt_logprobs is not None:
-                self._score_prompt(item, hidden[offset : offset + item.num_tokens], result)
+            rows = hidden[offset : offset + item.num_tokens]
             offset += item.num_tokens
+            if self._breaks(item, rows):
+                self._fail(item, result)
+                continue
+            if item.request.params.prompt_logprobs is not None:
+                self._score_prompt(item, rows, result)
             if item.samples:
                 ends.append(offset - 1)
                 sampling.append(item)
@@ -147,10 +151,20 @@ class Runner:
     ) -> None:
         sample(logits, [item.request for item in items], result)
         for item in items:
-            if (
-                item.request.request_id in result.errors
-            ):  # this step's blocks: those before may be shared
-                self.cache.clear(item.request.block_table[item.start // self.block_size :])
+            if item.request.request_id in result.errors:
+                self._fail(item, result)
+
+    def _breaks(self, item: ScheduledRequest, hidden: Tensor) -> bool:
+        """Whether a chunk holds what is not a number: said now, before a later step could share its blocks. A decode
+        token's is found when it is sampled; and a device of its own reads nothing behind a request's tokens."""
+        if self.sampler is not None or (item.samples and item.num_tokens == 1):
+            return False
+        return not bool(torch.isfinite(hidden).all())
+
+    def _fail(self, item: ScheduledRequest, result: StepResult) -> None:
+        """Clear this step's blocks: those before may be shared, and are whole."""
+        result.errors[item.request.request_id] = NOT_FINITE
+        self.cache.clear(item.request.block_table[item.start // self.block_size :])
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:

@@ -49,6 +49,13 @@ def test_text_and_token_prompts_alone_and_in_batches(llm: LLM) -> None:
     assert llm.generate([], params()) == []
 
 
+def test_cached_tokens_are_those_found_at_admission(llm: LLM) -> None:
+    """However many outputs say so."""
+    (first,) = llm.generate([list(range(40))], params())
+    (second,) = llm.generate([list(range(40))], params())
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 32)
+
+
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
     short, long = llm.generate(
         ["a", "b"], [params(max_tokens=2), params(max_tokens=5, logprobs=0, prompt_logprobs=0)]

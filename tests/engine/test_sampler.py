@@ -71,6 +71,7 @@ def test_temperature() -> None:
         ({"top_p": 0.5}, 1),
         ({"min_p": 0.28}, 3),
         ({"top_k": 3, "top_p": 0.9}, 3),
+        ({"top_k": 2, "top_p": 0.65}, 1),  # 0.5 is 67 % of what top_k left over, 50 % of all
         ({"top_k": 100}, 5),
         ({"top_p": 1.0}, 5),
     ],

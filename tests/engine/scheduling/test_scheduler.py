@@ -139,6 +139,17 @@ def test_preemption_takes_the_youngest_and_changes_no_token() -> None:
         assert bench.tokens(str(i)) == solo([i, i + 1, i + 2], 12)
 
 
+def test_what_a_preempted_request_finds_again_is_not_counted_as_cached() -> None:
+    bench = Bench(num_blocks=6)
+    for i in range(3):
+        bench.add(str(i), [i, i + 1, i + 2], max_tokens=8)
+    bench.run()
+    stats = bench.scheduler.stats()
+    assert stats.num_preemptions > 0
+    assert (stats.prefix_queries, stats.prefix_hits) == (9, 0)
+    assert {output.num_cached_tokens for i in range(3) for output in bench.outputs[str(i)]} == {0}
+
+
 def test_prefix_is_computed_once() -> None:
     bench = Bench()
     prompt = list(range(14))
