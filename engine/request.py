@@ -5,7 +5,7 @@ are no phases: the scheduler's one job is to let the second number catch up with
 
     token_ids   [ p p p p p p | o o o ]          p prompt, o output
     computed    [ x x x x x x | x x   ]          one more step computes the last o and samples the next
-    block_table [  7  |  2  | 11  ]              KV blocks of block_size tokens each, owned by the BlockPool
+    block table [  7  |  2  | 11  ]              KV blocks of block_size tokens each, one table for each KV group
 
 Where steps overlap, the last tokens may be UNKNOWN: the device computes the steps that sample them.
 """
@@ -112,7 +112,9 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
-    block_table: list[int] = field(default_factory=list)
+    # One for each KV group while it holds blocks; kv_cache_manager.RELEASED stands where a window has passed.
+    block_tables: list[list[int]] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # names of the blocks its tokens fill
     status: Status = Status.WAITING
     num_preemptions: int = 0
     # Of the chunks so far, until all are sent: None from then on, and where they were not asked for.

@@ -27,6 +27,7 @@ from .messages import Ready, TokenLogprobs
 from .request import Request, SamplingParams
 from .sampler import NOT_FINITE, sample, token_logprobs
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
+from .scheduling.kv_cache_manager import KVGroup
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,11 @@ class Runner:
             self._warm_up()
             self._overlap(CudaRecorder(self.device))
         self.load_seconds = time.perf_counter() - started
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """One of all layers: every backend keeps all blocks."""
+        return (KVGroup(self.num_blocks),)
 
     def ready(self) -> Ready:
         ledger = {
@@ -164,7 +170,7 @@ class Runner:
     def _fail(self, item: ScheduledRequest, result: StepResult) -> None:
         """Clear this step's blocks: those before may be shared, and are whole."""
         result.errors[item.request.request_id] = NOT_FINITE
-        self.cache.clear(item.request.block_table[item.start // self.block_size :])
+        self.cache.clear(item.request.block_tables[0][item.start // self.block_size :])
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -202,7 +208,7 @@ class Runner:
             SamplingParams(),
             frozenset(),
             seed=0,
-            block_table=list(range(blocks)),
+            block_tables=[list(range(blocks))],
         )
         return ScheduledRequest(request, 0, len(token_ids)), self.model.new_cache(
             blocks, self.config

@@ -1,8 +1,8 @@
 """ScheduledBatch: what one step computes, as the scheduler hands it to the runner, and what the runner hands back.
 
 Each ScheduledRequest says: compute tokens [start, start + num_tokens) of `request`, whose KV blocks are already in
-`request.block_table`. If that reaches the end of its tokens, sample what comes next. A prompt chunk, a whole prompt, a
-single decode token and a recomputation after preemption are all this same thing.
+`request.block_tables`, one for each KV group. If that reaches the end of its tokens, sample what comes next. A prompt
+chunk, a whole prompt, a single decode token and a recomputation after preemption are all this same thing.
 """
 
 from dataclasses import dataclass, field
@@ -31,9 +31,9 @@ class ScheduledRequest:
         """The tokens to compute."""
         return self.request.token_ids[self.start : self.end]
 
-    def slots(self, block_size: int) -> list[int]:
-        """Where in the cache their keys and values go: block * block_size + offset."""
-        table = self.request.block_table
+    def slots(self, block_size: int, group: int = 0) -> list[int]:
+        """Where in a KV group's cache their keys and values go: block * block_size + offset."""
+        table = self.request.block_tables[group]
         return [
             table[p // block_size] * block_size + p % block_size
             for p in range(self.start, self.end)

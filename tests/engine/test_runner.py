@@ -33,7 +33,7 @@ def make_request(ids: list[int], blocks: list[int], **params) -> Request:
         SamplingParams(temperature=0, max_tokens=64, **params),
         frozenset(),
         seed=0,
-        block_table=blocks,
+        block_tables=[blocks],
     )
 
 

@@ -163,7 +163,7 @@ class NativeDecoder:
     def forward(self, items: list[ScheduledRequest], cache: NativeCache) -> Tensor:
         """Compute the items' tokens, writing their keys and values to the cache. Returns the hidden states of all,
         float32 [T, hidden], before the final norm."""
-        tables = [item.request.block_table for item in items]
+        tables = [item.request.block_tables[0] for item in items]
         ends = [0, *itertools.accumulate(map(len, tables))]
         tokens = _int32([token for item in items for token in item.token_ids])
         flat = _int32(

@@ -62,10 +62,10 @@ def upload(
 ) -> DeviceBatch:
     """A step of any shape; its decodes must come first."""
     tables = np.zeros(
-        (len(items), max(len(item.request.block_table) for item in items)), dtype=np.int32
+        (len(items), max(len(item.request.block_tables[0]) for item in items)), dtype=np.int32
     )
     for row, item in zip(tables, items, strict=True):
-        row[: len(item.request.block_table)] = item.request.block_table
+        row[: len(item.request.block_tables[0])] = item.request.block_tables[0]
     decodes = [item for item in items if item.num_tokens == 1]
     token_ids = to_device(
         [token for item in items for token in item.token_ids], torch.int64, device
@@ -155,9 +155,9 @@ class StaticBatch:
             holder, preemptions, known = self._held[row]
             stays = holder is not None and holder() is request
             first = known if stays and preemptions == request.num_preemptions else 0
-            count = len(request.block_table)
+            count = len(request.block_tables[0])
             places += range(row * width + first, row * width + count)
-            blocks += request.block_table[first:]
+            blocks += request.block_tables[0][first:]
             self._held[row] = weakref.ref(request), request.num_preemptions, count
         if places:
             self._tables.view(-1)[to_device(places, torch.int64, self.device)] = to_device(

@@ -54,7 +54,7 @@ def make_request(ids: list[int], blocks: list[int]) -> Request:
         SamplingParams(temperature=0, max_tokens=64),
         frozenset(),
         seed=0,
-        block_table=blocks,
+        block_tables=[blocks],
     )
 
 
@@ -170,7 +170,7 @@ def test_prompt_logprobs(runner: Runner) -> None:
         SamplingParams(temperature=0, prompt_logprobs=2),
         frozenset(),
         seed=0,
-        block_table=[0, 1],
+        block_tables=[[0, 1]],
     )
     got = runner.execute(ScheduledBatch([ScheduledRequest(request, 0, 20)])).prompt_logprobs["r"]
     want = torch.log_softmax(runner.logits(ids), -1)

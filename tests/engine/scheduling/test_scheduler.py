@@ -1,13 +1,15 @@
 """The scheduler with a runner that sees only the blocks it is given: however a request is batched, chunked, preempted
 or found in the prefix cache, its tokens are those of a plain loop over the whole history."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.engine.messages import RequestOutput
 from nibble.engine.request import UNKNOWN, Request, SamplingParams, Status
-from nibble.engine.scheduling.block_pool import BlockPool
+from nibble.engine.scheduling.kv_cache_manager import KVCacheManager, KVGroup
 from nibble.engine.scheduling.scheduler import Scheduler
 
 from ..fakes import EOS, FakeRunner, OverlappingRunner, next_token
@@ -26,14 +28,19 @@ class Bench:
         max_model_len: int = 64,
         overlap: bool = False,
         max_new_tokens: int = 1,
+        windows: Sequence[KVGroup] = (),
     ):
         self.runner = (OverlappingRunner if overlap else FakeRunner)(
-            num_blocks, block_size, max_model_len, max_new_tokens=max_new_tokens
+            num_blocks,
+            block_size,
+            max_model_len,
+            max_new_tokens=max_new_tokens,
+            windows=windows,
         )
         self.pending = None  # with overlap: the batch before, and its result
-        self.pool = BlockPool(num_blocks, block_size, caching)
+        self.kv_cache = KVCacheManager(self.runner.kv_groups, block_size, caching)
         self.scheduler = Scheduler(
-            self.pool,
+            self.kv_cache,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
@@ -76,7 +83,7 @@ class Bench:
         for _ in range(5000):
             if not self.step():
                 assert not self.scheduler.has_work
-                self.pool.check_integrity()  # every block is free
+                self.kv_cache.check_integrity([])  # every block is free
                 return
         raise AssertionError("livelock")
 
@@ -179,6 +186,17 @@ def test_prompt_logprobs_cover_the_prompt_in_spite_of_chunks_cache_and_preemptio
     assert bench.requests["scored"].num_preemptions > 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_window_needs_blocks_for_itself_and_a_chunk_only(overlap: bool) -> None:
+    bench = Bench(max_num_batched_tokens=8, windows=[KVGroup(5, window=6)], overlap=overlap)
+    prompts = [list(range(40)), list(range(100, 130))]
+    for i, prompt in enumerate(prompts):
+        bench.add(str(i), prompt, max_tokens=10)
+    bench.run()
+    for i, prompt in enumerate(prompts):
+        assert bench.tokens(str(i)) == solo(prompt, 10)
+
+
 def test_what_can_never_fit_is_refused_at_once() -> None:
     bench = Bench(num_blocks=3, max_model_len=1000)
     with pytest.raises(ValueError, match="12 tokens has no room"):
@@ -271,7 +289,7 @@ def test_abort_frees_at_once_wherever_the_request_is() -> None:
     bench.scheduler.abort("unknown")
     assert running.status is Status.FINISHED
     assert not bench.scheduler.has_work
-    bench.pool.check_integrity()
+    bench.kv_cache.check_integrity([])
     assert bench.scheduler.schedule() is None
 
 
@@ -290,6 +308,7 @@ def test_a_failed_request_does_not_touch_its_batch_mates(overlap: bool) -> None:
 
 @st.composite
 def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]:
+    windowed = st.builds(KVGroup, st.integers(4, 24), st.integers(1, 12))
     options = {
         "num_blocks": draw(st.integers(6, 24)),
         "block_size": draw(st.sampled_from([1, 3, 4])),
@@ -299,8 +318,11 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]
         "max_model_len": 40,
         "overlap": draw(st.booleans()),
         "max_new_tokens": draw(st.sampled_from([1, 2, 5])),
+        "windows": draw(st.lists(windowed, max_size=2)),
     }
-    capacity = min(40, options["num_blocks"] * options["block_size"])
+    capacity = KVCacheManager(
+        [KVGroup(options["num_blocks"]), *options["windows"]], options["block_size"]
+    ).max_tokens(40, options["max_num_batched_tokens"])
     prompt = st.lists(
         st.integers(0, 1), min_size=1, max_size=capacity - 1
     )  # two tokens: prefixes collide
