@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 
 # The public surface, type-checked.
 TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.errors nibble.kernels.spec \
-         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.scheduling.batch nibble.engine.client \
+         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.scheduling.batch nibble.engine.client nibble.engine.llm \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
 .PHONY: help install demo serve test test-slow test-robust coverage mutants sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean

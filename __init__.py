@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine.client import LLM as LLM
+    from .engine.llm import LLM as LLM
     from .engine.request import SamplingParams as SamplingParams
     from .tools.convert import convert as convert
 
@@ -27,7 +27,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 __all__ = ["LLM", "SamplingParams", "__version__", "convert"]
 
 _HOMES = {
-    "LLM": ".engine.client",
+    "LLM": ".engine.llm",
     "SamplingParams": ".engine.request",
     "convert": ".tools.convert",
 }

@@ -28,6 +28,7 @@ from nibble.engine.core import EngineCore
 from nibble.engine.messages import Ready
 from nibble.engine.process import main as engine_main
 from nibble.engine.scheduling.batch import ScheduledBatch, StepResult
+from nibble.engine.scheduling.kv_cache_manager import KVGroup
 from nibble.engine.text.tokenizer import Tokenizer
 from nibble.server import lifecycle
 
@@ -39,6 +40,7 @@ class PlaybackRunner:
 
     num_blocks, block_size, max_model_len = _NUM_BLOCKS, _BLOCK_SIZE, _MAX_MODEL_LEN
     eos_token_ids: list[int] = []
+    kv_groups = (KVGroup(_NUM_BLOCKS),)
 
     def __init__(self, config: EngineConfig, read_mib: int):
         import torch  # in the engine process alone, as in a real server
@@ -73,9 +75,8 @@ class PlaybackRunner:
         for item in batch.items:
             if item.samples:
                 request = item.request
-                result.tokens[request.request_id] = self.tokens[
-                    request.num_output_tokens % len(self.tokens)
-                ]
+                token = self.tokens[request.num_output_tokens % len(self.tokens)]
+                result.tokens[request.request_id] = [token]
         return result
 
 

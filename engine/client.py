@@ -1,9 +1,8 @@
-"""The two ways to use an engine: LLM, in this process, and AsyncEngine, in a process of its own.
+"""AsyncEngine: an engine in a process of its own, at the other end of one socket pair.
 
-AsyncEngine   one child process, one socket pair. What a request brings is handed to its sink in the very callback
-              that read it from the socket: no queue and no task stands between (`generate` adds them for whoever
-              wants to iterate). If the child dies, every open request hears of it and `dead` is set.
-LLM           the same EngineCore, stepped by the caller. torch is imported when one is made, not before.
+What a request brings is handed to its sink in the very callback that read it from the socket: no queue and no task
+stands between (`generate` adds them for whoever wants to iterate). If the child dies, every open request hears of it
+and `dead` is set. For an engine in this process, see `llm.py`.
 """
 
 import asyncio
@@ -15,8 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -33,16 +31,10 @@ from .messages import (
     RequestOutput,
     Shutdown,
     StepOutputs,
-    TokenLogprobs,
     decode_from_engine,
     frame,
 )
 from .request import FinishReason, SamplingParams
-from .text.detokenizer import Detokenizer
-from .text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -292,121 +284,3 @@ def _reap(process: subprocess.Popen, timeout: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-@dataclass(slots=True)
-class Completion:
-    """One finished generation."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    prompt_token_ids: list[int]
-    stop_reason: int | str | None = None  # the stop string or stop token id that ended it
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    num_cached_tokens: int = 0
-
-    def add(self, output: RequestOutput, detokenizer: Detokenizer) -> None:
-        """Take in the next output of the engine. RuntimeError if the request failed."""
-        if output.error:
-            raise RuntimeError(output.error)
-        self.text += detokenizer.push(output.token_ids)
-        self.token_ids += output.token_ids
-        self.num_cached_tokens = output.num_cached_tokens
-        if output.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + output.logprobs
-        if output.prompt_logprobs is not None:
-            self.prompt_logprobs = output.prompt_logprobs
-        if output.finish_reason is not None:
-            self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-            self.text += detokenizer.finish()
-        if detokenizer.stopped:
-            self.finish_reason, self.stop_reason = FinishReason.STOP, detokenizer.stop_reason
-
-
-class LLM:
-    """A model in this process.
-
-    >>> LLM("models/SmolLM2-AWQ", max_num_seqs=8).generate("Once upon a time")[0].text
-    """
-
-    def __init__(self, model: str, **engine_config: Any):
-        """Load `model`: a local folder, a .gguf file or a Hub id. Further arguments are the fields of EngineConfig.
-
-        UserError on bad input.
-        """
-        from .core import EngineCore  # torch comes in with the runner, when one is made
-
-        config = EngineConfig(model=str(model), **engine_config)
-        self.tokenizer = Tokenizer.from_pretrained(model, config.revision)
-        self.core = EngineCore(config)
-        self._ids = itertools.count()
-
-    def generate(
-        self,
-        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> list[Completion]:
-        """One Completion for each prompt (text or token ids), in order; a single prompt gives a list of one.
-
-        `sampling_params`: one for all or one for each. ValueError for a prompt that cannot be served.
-        """
-        token_ids = [self._encode(prompt) for prompt in _as_batch(prompts)]
-        params = sampling_params or SamplingParams()
-        each = [params] * len(token_ids) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(token_ids):
-            raise ValueError(f"{len(token_ids)} prompts, but {len(each)} sampling_params")
-        return self._run(token_ids, each)
-
-    def chat(
-        self,
-        messages: Sequence[dict] | Sequence[Sequence[dict]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> list[Completion]:
-        """The answer to one conversation, or to each of several. ValueError if the model has no chat template."""
-        conversations: Sequence[Any] = (
-            [messages] if messages and isinstance(messages[0], dict) else messages
-        )
-        texts = [
-            self.tokenizer.apply_chat_template(chat, **(chat_template_kwargs or {}))
-            for chat in conversations
-        ]
-        return self.generate(
-            [self.tokenizer.encode(t, add_special_tokens=False) for t in texts], sampling_params
-        )
-
-    def logits(self, token_ids: list[int]) -> "Tensor":
-        """float32 [T, vocab]: the model's logits after each of T tokens."""
-        return self.core.runner.logits(token_ids)
-
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-
-    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
-        done: dict[str, tuple[Completion, Detokenizer]] = {}
-        try:
-            for token_ids, each in zip(prompts, params, strict=True):
-                request_id = str(next(self._ids))
-                self.core.add(AddRequest(request_id, token_ids, each))
-                done[request_id] = (
-                    Completion("", [], "", token_ids),
-                    Detokenizer(self.tokenizer, each, token_ids),
-                )
-            while self.core.has_work:
-                for output in self.core.step():
-                    completion, detokenizer = done[output.request_id]
-                    completion.add(output, detokenizer)
-                    if detokenizer.stopped:
-                        self.core.abort(output.request_id)
-        finally:  # also on KeyboardInterrupt: nothing may stay behind in the engine
-            for request_id in done:
-                self.core.abort(request_id)
-        self.core.check_idle()
-        return [completion for completion, _ in done.values()]
-
-
-def _as_batch(prompts: Any) -> list[Any]:
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if single else list(prompts)

@@ -15,14 +15,14 @@ are free and `check_idle` says so.
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from .config import EngineConfig
 from .messages import AddRequest, EngineStats, Ready, RequestOutput
 from .request import Request, SamplingParams
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
-from .scheduling.block_pool import BlockPool
+from .scheduling.kv_cache_manager import KVCacheManager, KVGroup
 from .scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ _Launched = tuple[ScheduledBatch, StepResult | PendingStep]
 class RunnerProtocol(Protocol):
     """What the loop asks of the device side: `runner.Runner`, or a fake in tests."""
 
-    num_blocks: int
     block_size: int
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
+
+    @property
+    def kv_groups(self) -> Sequence[KVGroup]: ...
 
     def ready(self) -> Ready: ...
 
@@ -61,11 +63,10 @@ class EngineCore:
         """Loads the model unless a runner is given. `progress` hears a line at each stage of loading. UserError on
         bad input."""
         self.runner = _load_runner(config, progress) if runner is None else runner
-        pool = BlockPool(
-            self.runner.num_blocks, self.runner.block_size, config.enable_prefix_caching
-        )
         self.scheduler = Scheduler(
-            pool,
+            KVCacheManager(
+                self.runner.kv_groups, self.runner.block_size, config.enable_prefix_caching
+            ),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
@@ -81,6 +82,7 @@ class EngineCore:
     def ready(self) -> Ready:
         ready = self.runner.ready()
         ready.max_model_len = self.scheduler.max_model_len
+        ready.num_blocks = self.scheduler.kv_cache.num_blocks
         return ready
 
     def stats(self) -> EngineStats:
@@ -102,7 +104,7 @@ class EngineCore:
                 eos_token_ids=self._eos,
                 seed=self._random.getrandbits(63) if seed is None else seed,
                 arrival_time=message.arrival_time,
-                cache_salt=message.cache_salt,
+                extra_keys=(message.cache_salt,),
             )
         )
 
@@ -154,19 +156,19 @@ class EngineCore:
 
     def _probe(self) -> None:
         """Run one token through the model; raises what the runner raises if the device is beyond use."""
-        pool = self.scheduler.pool
-        if pool.num_free == 0:  # the next step is the probe
-            return
         probe = Request(
             "probe", [0], SamplingParams(max_tokens=1, temperature=0.0), self._eos, seed=0
         )
-        probe.block_table = pool.allocate(1)
+        if not self.scheduler.kv_cache.admit(
+            probe, num_cached=0, end=1
+        ):  # the next step is the probe
+            return
         try:
             result = self.runner.execute(ScheduledBatch([ScheduledRequest(probe, 0, 1)]))
             if isinstance(result, PendingStep):
                 result.result()
         finally:
-            pool.free(probe.block_table)
+            self.scheduler.kv_cache.free(probe)
 
 
 def _load_runner(config: EngineConfig, progress: Callable[[str], None] | None) -> RunnerProtocol:

@@ -5,15 +5,19 @@ are no phases: the scheduler's one job is to let the second number catch up with
 
     token_ids   [ p p p p p p | o o o ]          p prompt, o output
     computed    [ x x x x x x | x x   ]          one more step computes the last o and samples the next
-    block_table [  7  |  2  | 11  ]              KV blocks of block_size tokens each, owned by the BlockPool
+    block table [  7  |  2  | 11  ]              KV blocks of block_size tokens each, one table for each KV group
 
-Where steps overlap, the last token may be UNKNOWN: the device computes the step that samples it.
+Where steps overlap, the last tokens may be UNKNOWN: the device computes the steps that sample them.
 """
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from .messages import TokenLogprobs
 
 UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
 
@@ -104,7 +108,7 @@ class Status(enum.Enum):
     FINISHED = enum.auto()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One sequence in the engine. `token_ids` and `num_computed_tokens` are advanced by the scheduler alone."""
 
@@ -114,23 +118,37 @@ class Request:
     eos_token_ids: frozenset[int]
     seed: int  # params.seed, or one drawn at admission: sampling is a function of (seed, position)
     arrival_time: float = 0.0
-    cache_salt: bytes = b""  # separates prefix caches of different tenants
+    extra_keys: tuple[bytes, ...] = ()  # what sets its cache apart: only equal ones share prefixes
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
-    block_table: list[int] = field(default_factory=list)
+    # One for each KV group while it holds blocks; kv_cache_manager.RELEASED stands where a window has passed.
+    block_tables: list[list[int]] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # names of the blocks its tokens fill
     status: Status = Status.WAITING
     num_preemptions: int = 0
+    # Of the chunks so far, until all are sent: None from then on, and where they were not asked for.
+    prompt_logprobs: "list[TokenLogprobs] | None" = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id, where one of stop_token_ids ended it
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             self.token_ids = list(self.prompt_token_ids)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = []
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Without those that are UNKNOWN, which come last."""
+        known = len(self.token_ids)
+        while self.token_ids[known - 1] == UNKNOWN:
+            known -= 1
+        return known
 
     @property
     def num_prompt_tokens(self) -> int:

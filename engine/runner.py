@@ -24,8 +24,9 @@ from .backends.choose import load_decoder
 from .backends.triton.batch import to_device
 from .config import EngineConfig
 from .messages import Ready, TokenLogprobs
-from .sampler import token_logprobs
+from .sampler import NOT_FINITE, token_logprobs
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
+from .scheduling.kv_cache_manager import KVGroup
 
 _LOGITS_ROWS = 256  # rows of prompt logits at a time: a vocabulary is wide
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -70,6 +71,11 @@ class Runner:
             self.quantization = reading.scheme.describe() if reading.scheme else "none"
         memory.release_cached(self.device)
 
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """One of all layers: every backend keeps all blocks."""
+        return (KVGroup(self.num_blocks),)
+
     def ready(self) -> Ready:
         ledger = {
             "weights": self.model.weight_bytes,
@@ -102,6 +108,9 @@ class Runner:
         for item, start, end in zip(
             batch.items, batch.query_start_loc, batch.query_start_loc[1:], strict=False
         ):
+            if self._breaks(item, hidden[start:end]):
+                self._fail(item, result)
+                continue
             if item.request.params.prompt_logprobs is not None:
                 self._score_prompt(item, hidden[start:end], result)
             if item.samples:
@@ -114,11 +123,21 @@ class Runner:
             rows = hidden[to_device(ends, torch.int64, hidden.device)]
         step = self.model.sample(self.model.logits(rows), [i.request for i in sampling], result)
         for item in sampling:
-            if (
-                item.request.request_id in result.errors
-            ):  # this step's blocks: those before may be shared
-                self.cache.clear(item.request.block_table[item.start // self.block_size :])
+            if item.request.request_id in result.errors:
+                self._fail(item, result)
         return step
+
+    def _breaks(self, item: ScheduledRequest, hidden: Tensor) -> bool:
+        """Whether a chunk holds what is not a number: said now, before a later step could share its blocks. A decode
+        token's is found when it is sampled; and what need not be waited for reads nothing behind a request's tokens."""
+        if self.model.overlaps or (item.samples and item.num_tokens == 1):
+            return False
+        return not bool(torch.isfinite(hidden).all())
+
+    def _fail(self, item: ScheduledRequest, result: StepResult) -> None:
+        """Clear this step's blocks: those before may be shared, and are whole."""
+        result.errors[item.request.request_id] = NOT_FINITE
+        self.cache.clear(item.request.block_tables[0][item.start // self.block_size :])
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:

@@ -45,11 +45,10 @@ def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
             result.errors[request.request_id] = NOT_FINITE
             continue
         token = greedy[row] if request.params.temperature == 0 else _draw(logits[row], request)
-        result.tokens[request.request_id] = token
+        result.tokens[request.request_id] = [token]
         if row in raw_logprobs:
-            result.logprobs[request.request_id] = token_logprobs(
-                raw_logprobs[row], token, request.params.logprobs or 0
-            )
+            top = request.params.logprobs or 0
+            result.logprobs[request.request_id] = [token_logprobs(raw_logprobs[row], token, top)]
 
 
 def token_logprobs(logprobs: Tensor, token: int, top: int) -> TokenLogprobs:

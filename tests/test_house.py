@@ -46,7 +46,6 @@ READS_ENVIRONMENT = {"__init__", "cli", "engine.config"}
 CALIBRATED = ("quant.algorithms.awq", "quant.algorithms.gptq")
 MAX_FILE_LINES, MAX_BODY_LINES = 400, 60  # of a function: its signature and docstring are free
 LONG_FILES: dict[str, str] = {  # file -> why it is one piece
-    "engine/client.py": "two ways to use an engine",
     "quant/scheme.py": "schemes and their readers",
 }
 LONG_FUNCTIONS = {  # a @triton.jit kernel is one function: what it holds in registers cannot be handed around

@@ -21,7 +21,7 @@ import torch
 import typer
 from torch import Tensor
 
-from nibble.engine.client import LLM
+from nibble.engine.llm import LLM
 from nibble.errors import UserError
 from nibble.quant.card import Quality, summary
 from nibble.quant.conversion.calibration import DATA, EVALUATION, evaluation_windows

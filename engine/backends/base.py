@@ -59,6 +59,7 @@ class Decoder(Protocol):
     """Consecutive layers of a model with their weights."""
 
     report: KernelReport
+    overlaps: bool  # `forward` and `sample` only launch work: the host looks at no hidden states
 
     @property
     def weight_bytes(self) -> int:
@@ -92,6 +93,9 @@ class Decoder(Protocol):
 
 class HostSampling:
     """What decoders share whose logits the host reads: sampling there, and nothing to warm up."""
+
+    __slots__ = ()
+    overlaps = False
 
     def sample(
         self, logits: Tensor, requests: list[Request], result: StepResult

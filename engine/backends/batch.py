@@ -5,7 +5,7 @@ Decodes (one token a request) lie first, then the chunks:
     token_ids, positions, slot_mapping   [T]     slot: block * block_size + offset in the KV cache
     query_start_loc                      [S+1]   where each request's tokens begin
     seq_lens                             [S]     tokens it has then, these included
-    block_tables                         [S][*]  its KV blocks
+    block_tables                         [S][*]  its KV blocks, of the one KV group that backends know
 """
 
 import itertools
@@ -34,7 +34,7 @@ class Batch:
         """Tokens start .. start + num_tokens (None: to the end) of a sequence that has the first blocks of a cache."""
         blocks = list(range(-(-len(token_ids) // block_size)))
         request = Request(
-            "scratch", token_ids, SamplingParams(), frozenset(), seed=0, block_table=blocks
+            "scratch", token_ids, SamplingParams(), frozenset(), seed=0, block_tables=[blocks]
         )
         count = len(token_ids) - start if num_tokens is None else num_tokens
         return cls([ScheduledRequest(request, start, count)], block_size)
@@ -70,4 +70,4 @@ class Batch:
 
     @cached_property
     def block_tables(self) -> list[list[int]]:
-        return [item.request.block_table for item in self.items]
+        return [item.request.block_tables[0] for item in self.items]

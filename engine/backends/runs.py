@@ -27,6 +27,7 @@ class ChainedDecoder:
     def __init__(self, decoders: list[Decoder]):
         self.decoders = decoders
         self.report = KernelReport()
+        self.overlaps = any(decoder.overlaps for decoder in decoders)
         for decoder in decoders:
             self.report.merge(decoder.report)
 

@@ -1,8 +1,8 @@
 """ScheduledBatch: what one step computes, as the scheduler hands it to the runner, and what the runner hands back.
 
 Each ScheduledRequest says: compute tokens [start, start + num_tokens) of `request`, whose KV blocks are already in
-`request.block_table`. If that reaches the end of its tokens, sample the next one. A prompt chunk, a whole prompt, a
-single decode token and a recomputation after preemption are all this same thing.
+`request.block_tables`, one for each KV group. If that reaches the end of its tokens, sample what comes next. A prompt
+chunk, a whole prompt, a single decode token and a recomputation after preemption are all this same thing.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class ScheduledRequest:
     request: Request
     start: int  # = request.num_computed_tokens when scheduled
     num_tokens: int
-    samples: bool = field(init=False)  # whether this step produces a new token for the request
+    samples: bool = field(init=False)  # whether this step produces new tokens for the request
 
     def __post_init__(self) -> None:
         self.samples = self.end == self.request.num_tokens
@@ -31,9 +31,9 @@ class ScheduledRequest:
         """The tokens to compute."""
         return self.request.token_ids[self.start : self.end]
 
-    def slots(self, block_size: int) -> list[int]:
-        """Where in the cache their keys and values go: block * block_size + offset."""
-        table = self.request.block_table
+    def slots(self, block_size: int, group: int = 0) -> list[int]:
+        """Where in a KV group's cache their keys and values go: block * block_size + offset."""
+        table = self.request.block_tables[group]
         return [
             table[p // block_size] * block_size + p % block_size
             for p in range(self.start, self.end)
@@ -51,11 +51,15 @@ class ScheduledBatch:
 
 @dataclass(slots=True)
 class StepResult:
-    """The runner's answer, keyed by request_id. A request is in `tokens` exactly if its item `samples` and did not
-    fail."""
+    """The runner's answer, keyed by request_id.
 
-    tokens: dict[str, int] = field(default_factory=dict)
-    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    A request is in `tokens` exactly if its item `samples` and did not fail: with one or more tokens, the first of which
+    stands at position item.end. The keys and values of all but the last of them have been computed, too, as far as
+    the request's blocks reach.
+    """
+
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # one for each of tokens
     # One entry per computed prompt position p in the chunk, scoring token p + 1; the scheduler strings chunks together.
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     errors: dict[str, str] = field(

@@ -1,4 +1,4 @@
-"""BlockPool: who holds which block of the paged KV cache, and which blocks still hold a prefix worth keeping.
+"""BlockPool: who holds which block of one group's KV cache, and which blocks still hold a prefix worth keeping.
 
 A block is block_size consecutive tokens' keys and values, named by its index. At any moment it is in one of two places:
 
@@ -8,47 +8,32 @@ A block is block_size consecutive tokens' keys and values, named by its index. A
               oldest                                                newest
             [ no content | no content | cached, evicted first | ... | cached, evicted last ]
 
-A block filled with computed tokens is named by a hash that covers it and everything before it:
+A block filled with computed tokens has a name, which covers it and everything before it (see kv_cache_manager.py). The
+pool maps a name to the one block that serves it; that block may be held or free, and a free one can be taken back
+without computing anything. Two requests that computed the same prefix at the same time have two blocks of one name: the
+first serves, the second loses its content when it is freed. A table is freed from its tail, so that a chain is evicted
+before the prefix it hangs on.
 
-    hashes[b_i] = sha256(hashes[b_i-1] | token ids of block i)        hashes[b_-1] = sha256(cache salt)
-
-so equal hashes mean equal tokens from the first on, within one tenant. `cached` maps a hash to the one block that
-serves it; that block may be held or free, and a free one can be taken back without computing anything. Two requests
-that computed the same prefix at the same time have two blocks of one hash: the first serves, the second loses its
-content when it is freed. A table is freed from its tail, so that a chain is evicted before the prefix it hangs on.
-
-Every operation is O(1) for each block it touches (prefix caching as in vLLM's kv_cache_utils, with a keyed salt).
+Every operation is O(1) for each block it touches.
 """
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from hashlib import sha256
 
 
 class BlockPool:
-    """The blocks 0 .. num_blocks - 1 of block_size tokens each. Not thread-safe: the engine loop owns it."""
+    """The blocks 0 .. num_blocks - 1. Not thread-safe: the engine loop owns it."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+    def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
         self._refs = [0] * num_blocks
-        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._names: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit when one request holds every block."""
-        return self.num_blocks * self.block_size
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
         """Take n blocks, evicting cached prefixes, least recently used first. ValueError if fewer are free."""
@@ -65,49 +50,28 @@ class BlockPool:
             if self._refs[block] == 0:
                 self._release(block)
 
-    def match_prefix(self, token_ids: Sequence[int], salt: bytes = b"") -> list[int]:
-        """The cached blocks of the longest known prefix, none of them referenced yet (see `share`).
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._cached
 
-        Never the whole of `token_ids`: the last token is left to compute, for its logits are wanted.
-        """
-        matched: list[int] = []
-        if not self.enable_prefix_caching:
-            return matched
-        parent = _root(salt)
-        for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            parent = _chain(parent, token_ids[start : start + self.block_size])
-            block = self._cached.get(parent)
-            if block is None:
-                break
-            matched.append(block)
-        return matched
+    def cached(self, name: bytes) -> int:
+        """The block that serves this name. KeyError if none does. It is not referenced yet: see `share`."""
+        return self._cached[name]
 
     def num_idle(self, blocks: Iterable[int]) -> int:
         """How many of these blocks `share` would take out of the free list."""
         return sum(self._refs[block] == 0 for block in blocks)
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Take one more reference to each of these blocks, as returned by `match_prefix`."""
+        """Take one more reference to each of these blocks, all of them cached or held."""
         for block in blocks:
             if self._refs[block] == 0:
                 del self._free[block]
             self._refs[block] += 1
 
-    def commit(
-        self, block_table: Sequence[int], index: int, token_ids: Sequence[int], salt: bytes = b""
-    ) -> None:
-        """Block `index` of this table is now full and computed; `token_ids` are its own block_size tokens.
-
-        The blocks before it must have been committed (or matched) already: they carry the hash to chain from.
-        """
-        if not self.enable_prefix_caching:
-            return
-        parent = self._hashes[block_table[index - 1]] if index else _root(salt)
-        if parent is None or len(token_ids) != self.block_size:
-            raise ValueError(f"block {index} of the table is committed out of order or not full")
-        block = block_table[index]
-        if self._hashes[block] is None:
-            self._hashes[block] = name = _chain(parent, token_ids)
+    def commit(self, block: int, name: bytes) -> None:
+        """This block is full and computed now: it may be found by its name. One that has a name keeps it."""
+        if self._names[block] is None:
+            self._names[block] = name
             self._cached.setdefault(name, block)
 
     def check_integrity(self, block_tables: Iterable[Sequence[int]] = ()) -> None:
@@ -117,7 +81,7 @@ class BlockPool:
         """
         expected = Counter(block for table in block_tables for block in table)
         for block, refs in enumerate(self._refs):
-            name = self._hashes[block]
+            name = self._names[block]
             serves = name is not None and self._cached.get(name) == block
             if refs != expected[block]:
                 raise RuntimeError(
@@ -129,34 +93,26 @@ class BlockPool:
                 )
             if refs == 0 and name is not None and not serves:
                 raise RuntimeError(
-                    f"KV block {block}: free, and keeps a hash that another block serves"
+                    f"KV block {block}: free, and keeps a name that another block serves"
                 )
         if len(self._free) + sum(refs > 0 for refs in self._refs) != self.num_blocks:
             raise RuntimeError("the free list names a block that does not exist")
         for name, block in self._cached.items():
-            if self._hashes[block] != name:
-                raise RuntimeError(f"KV block {block}: served under a hash it does not have")
+            if self._names[block] != name:
+                raise RuntimeError(f"KV block {block}: served under a name it does not have")
 
     def _take_oldest(self) -> int:
         block, _ = self._free.popitem(last=False)
-        name = self._hashes[block]
+        name = self._names[block]
         if name is not None:
             del self._cached[name]
-            self._hashes[block] = None
+            self._names[block] = None
         self._refs[block] = 1
         return block
 
     def _release(self, block: int) -> None:
         self._free[block] = None
-        name = self._hashes[block]
+        name = self._names[block]
         if name is None or self._cached.setdefault(name, block) != block:
-            self._hashes[block] = None
+            self._names[block] = None
             self._free.move_to_end(block, last=False)
-
-
-def _root(salt: bytes) -> bytes:
-    return sha256(salt).digest()
-
-
-def _chain(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    return sha256(parent + array("I", token_ids).tobytes()).digest()

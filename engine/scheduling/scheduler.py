@@ -1,18 +1,19 @@
 """Scheduler: which tokens of which requests the next step computes.
 
 There are no phases. Every request has tokens and computed tokens; a step lets the second number catch up with the
-first, under a budget of tokens and a pool of blocks. A request that catches up gets one more token.
+first, under a budget of tokens and of blocks. A request that catches up gets one more token.
 
-    running    [ r1 r2 r3 ]   admitted, oldest first; each holds blocks for all the tokens it has
+    running    [ r1 r2 r3 ]   admitted, oldest first; each holds the blocks that its next tokens see
     waiting    [ r4 r5 ... ]  holds no blocks; first come, first served
 
 `running + waiting` is always in order of arrival: a request is admitted from the left of `waiting`, and preempted from
 the right of `running` back to the left of `waiting`. So the oldest request is never preempted, and since no request
-may have more tokens than the pool can hold, it always finishes: there is no deadlock and no livelock.
+may need more blocks than there are, it always finishes: there is no deadlock and no livelock.
 
 A step is `schedule`, `launched`, `update`. The next `schedule` may come before this step's `update`, then with tokens
 that are UNKNOWN; at most one step is open so. Meanwhile a request may have been finished or preempted: `update` leaves
-the first alone, and gives the second its token and no more.
+the first alone, and gives the second its tokens and no more. A step may give a request more tokens than the one that
+was sure to come; then the step that is open samples at a position that is known by now, and that token is not new.
 """
 
 import logging
@@ -20,32 +21,34 @@ from collections import deque
 
 import msgspec
 
-from ..messages import EngineStats, RequestOutput, TokenLogprobs
+from ..messages import EngineStats, RequestOutput
 from ..request import UNKNOWN, FinishReason, Request, Status
 from .batch import ScheduledBatch, ScheduledRequest, StepResult
-from .block_pool import BlockPool
+from .kv_cache_manager import KVCacheManager
 
 logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Owns every request in the engine from `add` until it is finished, and the block pool with them."""
+    """Owns every request in the engine from `add` until it is finished, and the KV cache's blocks with them."""
 
     def __init__(
-        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        kv_cache: KVCacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
     ):
-        """max_model_len: tokens of prompt and output together; lowered here to what the pool can hold."""
-        self.pool = pool
+        """max_model_len: tokens of prompt and output together; lowered here to what the KV cache can hold."""
+        self.kv_cache = kv_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = min(max_model_len, pool.capacity)
+        self.max_model_len = kv_cache.max_tokens(max_model_len, max_num_batched_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
-        self._prompt_logprobs: dict[
-            str, list[TokenLogprobs]
-        ] = {}  # the chunks so far, until they are sent
-        self._stats = EngineStats(num_blocks=pool.num_blocks)
+        self._stats = EngineStats(num_blocks=kv_cache.num_blocks)
 
     @property
     def has_work(self) -> bool:
@@ -64,8 +67,6 @@ class Scheduler:
             )
         self._requests[request.request_id] = request
         self.waiting.append(request)
-        if request.params.prompt_logprobs is not None:
-            self._prompt_logprobs[request.request_id] = []
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks. One that is unknown or already finished is ignored."""
@@ -102,10 +103,15 @@ class Scheduler:
                     RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
                 )
                 continue
+            tokens = result.tokens[request.request_id] if item.samples else []
+            known = request.num_known_tokens
+            request.token_ids[item.end : item.end + len(tokens)] = tokens
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
             if request.status is Status.RUNNING:
-                self._commit(item, result)
-            if item.samples:
-                outputs.append(self._take_token(item, result))
+                self._commit(item, len(tokens))
+            if item.end + len(tokens) > known:
+                outputs.append(self._output(item, known, result))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -114,12 +120,12 @@ class Scheduler:
             self._stats,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            num_free_blocks=self.pool.num_free,
+            num_free_blocks=self.kv_cache.num_free,
         )
 
     def check_integrity(self) -> None:
-        """RuntimeError if the pool's books and the requests' block tables disagree."""
-        self.pool.check_integrity(request.block_table for request in self._requests.values())
+        """RuntimeError if the KV cache's books and the requests' block tables disagree."""
+        self.kv_cache.check_integrity(self._requests.values())
 
     def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], int, bool]:
         items: list[ScheduledRequest] = []
@@ -129,15 +135,13 @@ class Scheduler:
             if self._is_full(request, request.num_tokens):  # its last token is on its way
                 index += 1
                 continue
-            missing = self.pool.blocks_for(request.num_tokens) - len(request.block_table)
-            if missing > self.pool.num_free:
+            item = _next_chunk(request, budget)
+            if not self.kv_cache.grow(request, item.end):
                 self._preempt_youngest()
                 preempted = True
                 continue
-            if missing > 0:
-                request.block_table += self.pool.allocate(missing)
-            items.append(_next_chunk(request, budget))
-            budget -= items[-1].num_tokens
+            items.append(item)
+            budget -= item.num_tokens
             index += 1
         return items, budget, preempted
 
@@ -145,7 +149,7 @@ class Scheduler:
         items = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            if not self._hold_blocks(request):
+            if not self._hold_blocks(request, budget):
                 break
             self.waiting.popleft()
             self.running.append(request)
@@ -154,20 +158,17 @@ class Scheduler:
             budget -= items[-1].num_tokens
         return items
 
-    def _hold_blocks(self, request: Request) -> bool:
-        """Give a waiting request blocks for all its tokens, known prefixes first. False: not enough are free."""
-        scores_prompt = (
-            request.request_id in self._prompt_logprobs
-        )  # these need every prompt position computed
-        matched = (
-            [] if scores_prompt else self.pool.match_prefix(request.token_ids, request.cache_salt)
-        )
-        missing = self.pool.blocks_for(request.num_tokens) - len(matched)
-        if missing + self.pool.num_idle(matched) > self.pool.num_free:
+    def _hold_blocks(self, request: Request, budget: int) -> bool:
+        """Give a waiting request blocks to begin with, known prefixes first. False: not enough are free."""
+        num_cached = 0
+        if request.prompt_logprobs is None:
+            num_cached = self.kv_cache.find_prefix(request)
+        else:
+            request.prompt_logprobs = []  # every prompt position is computed, again after a preemption
+        end = min(request.num_tokens, num_cached + budget)
+        if not self.kv_cache.admit(request, num_cached, end):
             return False
-        self.pool.share(matched)
-        request.block_table = matched + self.pool.allocate(missing)
-        request.num_computed_tokens = len(matched) * self.pool.block_size
+        request.num_computed_tokens = num_cached
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
             self._stats.prefix_queries += request.num_tokens
@@ -177,13 +178,11 @@ class Scheduler:
     def _preempt_youngest(self) -> None:
         """Its blocks are wanted by an older request. It keeps its tokens and computes them again later."""
         request = self.running.pop()
-        self._free_blocks(request)
+        self.kv_cache.free(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = Status.WAITING
         self.waiting.appendleft(request)
-        if request.request_id in self._prompt_logprobs:
-            self._prompt_logprobs[request.request_id] = []
         self._stats.num_preemptions += 1
         if self._stats.num_preemptions == 1:
             logger.warning(
@@ -191,30 +190,36 @@ class Scheduler:
                 "often, raise --kv-cache-memory or lower --max-num-seqs"
             )
 
-    def _commit(self, item: ScheduledRequest, result: StepResult) -> None:
-        """Full blocks may be shared from now on."""
-        request, size = item.request, self.pool.block_size
-        for index in range(item.start // size, item.end // size):
-            tokens = request.token_ids[index * size : (index + 1) * size]
-            self.pool.commit(request.block_table, index, tokens, request.cache_salt)
-        if request.request_id in self._prompt_logprobs:
-            self._prompt_logprobs[request.request_id] += result.prompt_logprobs.get(
-                request.request_id, []
-            )
-
-    def _take_token(self, item: ScheduledRequest, result: StepResult) -> RequestOutput:
+    def _commit(self, item: ScheduledRequest, num_new: int) -> None:
+        """What was computed for a running request: its full blocks may be shared from now on."""
         request = item.request
-        request.token_ids[item.end] = token = result.tokens[request.request_id]
+        end = item.end + max(0, num_new - 1)  # all new tokens but the last are computed, too
+        request.num_computed_tokens = max(request.num_computed_tokens, end)
+        self.kv_cache.commit(request, item.start, end)
+
+    def _output(self, item: ScheduledRequest, known: int, result: StepResult) -> RequestOutput:
+        """The new tokens: those from position `known` on, up to the one that ends the request, if one does."""
+        request = item.request
+        end = item.end + len(result.tokens[request.request_id])
+        reason = None
+        for position in range(known, end):
+            reason = self._finish_reason(request, request.token_ids[position], position + 1)
+            if reason is not None:
+                end = position + 1
+                break
         output = RequestOutput(
-            request.request_id, [token], num_cached_tokens=request.num_cached_tokens
+            request.request_id,
+            request.token_ids[known:end],
+            num_cached_tokens=request.num_cached_tokens,
         )
         if request.params.logprobs is not None:
-            output.logprobs = [result.logprobs[request.request_id]]
-        if request.request_id in self._prompt_logprobs:
-            output.prompt_logprobs = [None, *self._prompt_logprobs.pop(request.request_id)]
-        reason = self._finish_reason(request, token, item.end + 1)
+            entries = result.logprobs[request.request_id]
+            output.logprobs = entries[known - item.end : end - item.end]
+        if request.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *request.prompt_logprobs]
+            request.prompt_logprobs = None
         if reason is not None:
-            del request.token_ids[item.end + 1 :]
+            del request.token_ids[end:]
             self._finish(request, reason)
             output.finish_reason, output.stop_reason = reason, request.stop_reason
         return output
@@ -241,14 +246,9 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
-        self._free_blocks(request)
+        self.kv_cache.free(request)
         request.status, request.finish_reason = Status.FINISHED, reason
         del self._requests[request.request_id]
-        self._prompt_logprobs.pop(request.request_id, None)
-
-    def _free_blocks(self, request: Request) -> None:
-        self.pool.free(request.block_table)
-        request.block_table = []
 
 
 def _next_chunk(request: Request, budget: int) -> ScheduledRequest:

@@ -1,8 +1,12 @@
 """A runner without a model: the next token is a hash of all tokens so far.
 
-It keeps a KV cache of its own in which every block slot remembers the token that was computed there, and reads a
-request's history only from the blocks in its table. So a block that was freed too early, shared wrongly or evicted
-while in use changes the tokens that come out, just as it would with a real model.
+It keeps a KV cache of its own in which every block slot remembers the token that was computed there, and looks at a
+request's history only through the blocks in its tables: at all of it in a group of full attention, in a group with a
+window at what the window shows. So a block that was released or freed too early, shared wrongly or evicted while in
+use is an error here, as it would be wrong tokens with a real model.
+
+With max_new_tokens > 1 a step may give several tokens, as if drafts had been verified: all but the last are computed
+then, too, so there are at most as many as the request's blocks have room for.
 
     python tests/engine/fakes.py --fd N      the engine process with this runner in place of a model
 """
@@ -10,13 +14,15 @@ while in use changes the tokens that come out, just as it would with a real mode
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import Ready, TokenLogprobs
-from nibble.engine.request import UNKNOWN
+from nibble.engine.request import UNKNOWN, Request
 from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest, StepResult
+from nibble.engine.scheduling.kv_cache_manager import RELEASED, KVGroup
 from nibble.errors import UserError
 
 VOCAB_SIZE = 512
@@ -38,11 +44,17 @@ class FakeRunner:
         max_model_len: int = 64,
         step_seconds: float = 0.0,
         vocab_size: int = VOCAB_SIZE,
+        max_new_tokens: int = 1,
+        windows: Sequence[KVGroup] = (),
     ):
-        self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
+        """One group of num_blocks blocks of full attention, and `windows` beside it."""
+        self.kv_groups = [KVGroup(num_blocks), *windows]
+        self.block_size, self.max_model_len = block_size, max_model_len
         self.vocab_size = vocab_size
-        self.step_seconds = step_seconds
-        self.slots = [[-1] * block_size for _ in range(num_blocks)]
+        self.step_seconds, self.max_new_tokens = step_seconds, max_new_tokens
+        self.slots = [
+            [[-1] * block_size for _ in range(group.num_blocks)] for group in self.kv_groups
+        ]
         self.fail_next = 0  # steps that raise
         self.nan_ids: set[str] = set()  # requests whose logits come out as NaN
         self.batches: list[list[tuple[str, int, int]]] = []
@@ -52,7 +64,7 @@ class FakeRunner:
             self.max_model_len,
             self.vocab_size,
             self.eos_token_ids,
-            self.num_blocks,
+            self.kv_groups[0].num_blocks,
             self.block_size,
             "float32",
             "fake",
@@ -75,12 +87,10 @@ class FakeRunner:
         return result
 
     def _compute(self, item: ScheduledRequest, result: StepResult) -> None:
-        request, size = item.request, self.block_size
+        request = item.request
         for position in range(item.start, item.end):
-            self.slots[request.block_table[position // size]][position % size] = request.token_ids[
-                position
-            ]
-        history = [self.slots[request.block_table[p // size]][p % size] for p in range(item.end)]
+            self._write(request, position, request.token_ids[position])
+        self._look(request, item.start, request.token_ids[: item.end])
         if request.params.prompt_logprobs is not None:
             scored = request.prompt_token_ids[item.start + 1 : item.end + 1]
             result.prompt_logprobs[request.request_id] = [
@@ -89,9 +99,46 @@ class FakeRunner:
         if request.request_id in self.nan_ids:
             result.errors[request.request_id] = "the logits are not finite"
         elif item.samples:
-            token = next_token(history, self.vocab_size)
-            result.tokens[request.request_id] = token
-            result.logprobs[request.request_id] = TokenLogprobs(token, -0.5, 1, [], [])
+            tokens = self._sample(request, item.start, item.end)
+            result.tokens[request.request_id] = tokens
+            result.logprobs[request.request_id] = [
+                TokenLogprobs(t, -0.5, 1, [], []) for t in tokens
+            ]
+
+    def _sample(self, request: Request, start: int, end: int) -> list[int]:
+        tokens = request.token_ids[:end]
+        tokens.append(next_token(tokens, self.vocab_size))
+        room = min(map(len, request.block_tables)) * self.block_size - end
+        for position in range(end, end + min(room, tokens[-1] % self.max_new_tokens)):
+            self._write(request, position, tokens[-1])
+            self._look(request, start, tokens)
+            tokens.append(next_token(tokens, self.vocab_size))
+        return tokens[end:]
+
+    def _write(self, request: Request, position: int, token: int) -> None:
+        for slots, table in zip(self.slots, request.block_tables, strict=True):
+            slots[_block(table, position, self.block_size)][position % self.block_size] = token
+
+    def _look(self, request: Request, start: int, tokens: list[int]) -> None:
+        """AssertionError unless the caches hold `tokens`, as far as the queries from `start` on see them."""
+        size = self.block_size
+        for group, slots, table in zip(
+            self.kv_groups, self.slots, request.block_tables, strict=True
+        ):
+            first = 0 if group.window is None else max(0, start - group.window + 1)
+            for position in range(first, len(tokens)):
+                found = slots[_block(table, position, size)][position % size]
+                if found != tokens[position]:
+                    raise AssertionError(
+                        f"position {position} holds {found}, not {tokens[position]}"
+                    )
+
+
+def _block(table: list[int], position: int, size: int) -> int:
+    block = table[position // size]
+    if block == RELEASED:
+        raise AssertionError(f"position {position} is asked for, and its block is released")
+    return block
 
 
 @dataclass
@@ -125,7 +172,7 @@ class OverlappingRunner(FakeRunner):
         result = super().execute(batch)
         for request, _ in unknown:
             request.token_ids[-1] = UNKNOWN
-        self.sampled = dict(result.tokens)
+        self.sampled = {name: tokens[0] for name, tokens in result.tokens.items()}
         return FakePending(result, fails)
 
 

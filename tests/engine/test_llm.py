@@ -11,12 +11,14 @@ from .fakes import FakeRunner, next_token
 from .text.tiny_tokenizers import CHATML, byte_level
 
 
-@pytest.fixture
-def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LLM:
+@pytest.fixture(params=[1, 6])
+def llm(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LLM:
+    """With one token a step, and with up to six."""
     folder = byte_level(tmp_path, chat_template=CHATML)
     vocab_size = Tokenizer.from_pretrained(folder).vocab_size
     monkeypatch.setattr(
-        "nibble.engine.core._load_runner", lambda *_: FakeRunner(vocab_size=vocab_size)
+        "nibble.engine.core._load_runner",
+        lambda *_: FakeRunner(block_size=16, vocab_size=vocab_size, max_new_tokens=request.param),
     )
     return LLM(str(folder), max_num_seqs=4)
 
@@ -45,6 +47,13 @@ def test_text_and_token_prompts_alone_and_in_batches(llm: LLM) -> None:
     assert [c.token_ids for c in llm.generate(texts[0], params())] == [many[0].token_ids]
     assert [c.token_ids for c in llm.generate(ids[0], params())] == [many[0].token_ids]
     assert llm.generate([], params()) == []
+
+
+def test_cached_tokens_are_those_found_at_admission(llm: LLM) -> None:
+    """However many outputs say so."""
+    (first,) = llm.generate([list(range(40))], params())
+    (second,) = llm.generate([list(range(40))], params())
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 32)
 
 
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
@@ -77,10 +86,14 @@ def test_a_stop_string_ends_text_and_request(llm: LLM) -> None:
     stop = next(
         free.text[i : i + 2] for i in range(2, len(free.text)) if free.text[i : i + 2].isprintable()
     )
-    stopped = llm.generate("the cat", params(max_tokens=30, stop=(stop,)))[0]
+    stopped = llm.generate("the cat", params(max_tokens=30, stop=(stop,), logprobs=0))[0]
     assert stopped.text == free.text[: free.text.index(stop)]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
     assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert [entry.token_id for entry in stopped.logprobs] == stopped.token_ids
+    last = stopped.token_ids.pop()
+    assert stop not in llm.tokenizer.decode(stopped.token_ids)
+    assert stop in llm.tokenizer.decode([*stopped.token_ids, last])
 
 
 def test_a_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:

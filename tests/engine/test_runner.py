@@ -33,7 +33,7 @@ def make_request(ids: list[int], blocks: list[int], **params) -> Request:
         SamplingParams(temperature=0, max_tokens=64, **params),
         frozenset(),
         seed=0,
-        block_table=blocks,
+        block_tables=[blocks],
     )
 
 
@@ -50,7 +50,7 @@ def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None
         for item in items:
             item.request.num_computed_tokens = item.end
             if item.samples:
-                item.request.token_ids.append(result.tokens[item.request.request_id])
+                item.request.token_ids += result.tokens[item.request.request_id]
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ def draw(count: int, logits: torch.Tensor = LOGITS, **params) -> Counter:
     requests = [request(str(i), seed=i, **params) for i in range(count)]
     result = StepResult()
     sample(logits.repeat(count, 1), requests, result)
-    return Counter(result.tokens.values())
+    return Counter(token for (token,) in result.tokens.values())
 
 
 def check_frequencies(counts: Counter, probs: np.ndarray) -> None:
@@ -50,7 +50,8 @@ def check_frequencies(counts: Counter, probs: np.ndarray) -> None:
 def one(logits: torch.Tensor, r: Request) -> int:
     result = StepResult()
     sample(logits[None].clone(), [r], result)
-    return result.tokens["r"]
+    (token,) = result.tokens["r"]
+    return token
 
 
 def test_plain_sampling_follows_the_softmax() -> None:
@@ -70,6 +71,7 @@ def test_temperature() -> None:
         ({"top_p": 0.5}, 1),
         ({"min_p": 0.28}, 3),
         ({"top_k": 3, "top_p": 0.9}, 3),
+        ({"top_k": 2, "top_p": 0.65}, 1),  # 0.5 is 67 % of what top_k left over, 50 % of all
         ({"top_k": 100}, 5),
         ({"top_p": 1.0}, 5),
     ],
@@ -117,7 +119,7 @@ def test_a_seed_fixes_the_token_in_any_company() -> None:
     others = [request(str(i), seed=i) for i in range(5)]
     result = StepResult()
     sample(LOGITS.repeat(6, 1), [*others, request("r", seed=11)], result)
-    assert result.tokens["r"] == alone
+    assert result.tokens["r"] == [alone]
 
 
 def test_the_race_is_exponential_and_independent() -> None:
@@ -143,7 +145,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     sample(
         LOGITS[None].clone(), [request(temperature=0, logprobs=2, logit_bias={3: 100.0})], result
     )
-    entry = result.logprobs["r"]
+    (entry,) = result.logprobs["r"]
     assert (entry.token_id, entry.rank, entry.top_ids) == (3, 4, [0, 1])
     assert entry.logprob == pytest.approx(math.log(0.07), abs=1e-5)
     assert entry.top_logprobs == pytest.approx([math.log(0.5), math.log(0.25)], abs=1e-5)

@@ -4,7 +4,7 @@ The cache of one layer is one tensor. A block holds block_size consecutive token
 blocks gives a context whose keys (and values) of one head lie side by side, as torch's attention wants them:
 
     cache.layers[l]  [2, num_kv_heads, num_blocks, block_size, head_dim]
-                      ^ 0: keys (rotated), 1: values   ^ request.block_table
+                      ^ 0: keys (rotated), 1: values   ^ request.block_tables[0]
 
 A step's tokens lie flat, decode tokens (one per request) first, then the chunks:
 
@@ -134,7 +134,7 @@ class AttentionMetadata:
         size = self.block_size
         firsts = [self._first_block(item.start, window) for item in self.decodes]
         tables = [
-            item.request.block_table[first : -(-item.end // size)]
+            item.request.block_tables[0][first : -(-item.end // size)]
             for item, first in zip(self.decodes, firsts, strict=True)
         ]
         longest = max(map(len, tables))
@@ -158,7 +158,7 @@ class AttentionMetadata:
     ) -> tuple[Tensor | slice, Tensor]:
         size = self.block_size
         first = self._first_block(item.start, window)
-        table = item.request.block_table[first : -(-item.end // size)]
+        table = item.request.block_tables[0][first : -(-item.end // size)]
         key = torch.arange(first * size, (first + len(table)) * size)
         query = torch.arange(item.start, item.end)[:, None]
         seen = key <= query

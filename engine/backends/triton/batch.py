@@ -11,6 +11,7 @@ Decode tokens lie first, one a request, then the chunks; `tables` has a row for 
 graph finds every step in the same place; rows behind the last request are padded with what reads and writes nothing.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +100,8 @@ class StaticBatch:
         self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._lengths = zeros(capacity, dtype=torch.int32)
         self._tables = zeros(capacity, max_blocks, dtype=torch.int32)
-        self._held: list[tuple[Request | None, int, int]] = [
-            (None, 0, 0)
-        ] * capacity  # of each row: whose blocks
+        # Of each row: whose blocks, after how many preemptions, how many.
+        self._held: list[tuple[weakref.ref[Request] | None, int, int]] = [(None, 0, 0)] * capacity
 
     def view(self, size: int) -> DeviceBatch:
         """The first `size` rows: the same memory at every call."""
@@ -136,11 +136,12 @@ class StaticBatch:
         for row, item in enumerate(items):
             request = item.request
             holder, preemptions, known = self._held[row]
-            first = known if holder is request and preemptions == request.num_preemptions else 0
-            count = len(request.block_table)
+            stays = holder is not None and holder() is request
+            first = known if stays and preemptions == request.num_preemptions else 0
+            count = len(request.block_tables[0])
             places += range(row * width + first, row * width + count)
-            blocks += request.block_table[first:]
-            self._held[row] = request, request.num_preemptions, count
+            blocks += request.block_tables[0][first:]
+            self._held[row] = weakref.ref(request), request.num_preemptions, count
         if places:
             self._tables.view(-1)[to_device(places, torch.int64, self.device)] = to_device(
                 blocks, torch.int32, self.device

@@ -90,6 +90,8 @@ class _Captured:
 class TritonDecoder:
     """The weights of a TorchDecoder, run by the kernels."""
 
+    overlaps = True
+
     def __init__(self, weights: TorchDecoder, config: EngineConfig):
         self.weights, self.config, self.model = weights, config, weights.model
         self.dtype, self.device = weights.dtype, weights.device

@@ -3,10 +3,11 @@
     logits -> logit_bias, min_tokens (add_bias) -> penalties, temperature, filters, race -> tokens, still on the device
 
 Penalties need to know what a request has said. A row of `state` holds that for each request that asks for them: filled
-from its tokens once, then kept by the kernel. Rows are taken back from requests that are not in the step.
+from its tokens once, then kept by the kernel. Rows are taken back from requests that are gone or not in the step.
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class DeviceStep:
             if token < 0:
                 self.step.errors[request.request_id] = NOT_FINITE
             else:
-                self.step.tokens[request.request_id] = token
+                self.step.tokens[request.request_id] = [token]
         return self.step
 
 
@@ -45,9 +46,8 @@ class DeviceSampler:
         self.vocab_size, self.device = vocab_size, device
         self.previous: SampledTokens | None = None  # of the last step
         self._max_rows = max_num_seqs
-        self._rows: dict[
-            Request, tuple[int, int]
-        ] = {}  # request -> its row of `_state`, tokens that row has taken in
+        # request -> its row of `_state`, tokens that row has taken in
+        self._rows: WeakKeyDictionary[Request, tuple[int, int]] = WeakKeyDictionary()
         self._state: Tensor | None = None  # made when somebody first asks for penalties
 
     def launch(self, logits: Tensor, requests: list[Request], step: StepResult) -> DeviceStep:
@@ -124,6 +124,7 @@ class DeviceSampler:
         return row
 
     def _free_row(self, requests: list[Request]) -> int:
-        if len(self._rows) < self._max_rows:
-            return len(self._rows)
+        free = set(range(self._max_rows)).difference(row for row, _ in self._rows.values())
+        if free:
+            return free.pop()
         return self._rows.pop(next(holder for holder in self._rows if holder not in requests))[0]

@@ -62,7 +62,7 @@ def make_request(ids: list[int], blocks: list[int]) -> Request:
         SamplingParams(temperature=0, max_tokens=64),
         frozenset(),
         seed=0,
-        block_table=blocks,
+        block_tables=[blocks],
     )
 
 
@@ -79,7 +79,7 @@ def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None
         for item in items:
             item.request.num_computed_tokens = item.end
             if item.samples:
-                item.request.token_ids.append(result.tokens[item.request.request_id])
+                item.request.token_ids += result.tokens[item.request.request_id]
 
 
 @pytest.mark.parametrize("isa", library.instruction_sets())
@@ -181,7 +181,7 @@ def test_prompt_logprobs(runner: Runner) -> None:
         SamplingParams(temperature=0, prompt_logprobs=2),
         frozenset(),
         seed=0,
-        block_table=[0, 1],
+        block_tables=[[0, 1]],
     )
     got = runner.execute(ScheduledBatch([ScheduledRequest(request, 0, 20)])).prompt_logprobs["r"]
     want = torch.log_softmax(runner.logits(ids), -1)

@@ -10,7 +10,7 @@ import torch
 import nibble
 from nibble.engine.backends.cpp import loader as native_loader
 from nibble.engine.backends.cpp import prepared_cache
-from nibble.engine.client import LLM
+from nibble.engine.llm import LLM
 from nibble.kernels.cpu.library import why_missing
 from nibble.kernels.cpu.prepared import Prepared, prepare
 

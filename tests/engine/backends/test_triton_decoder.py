@@ -1,6 +1,8 @@
 """The Triton decoder, its sampler and its graphs in Triton's interpreter, against the torch decoder and the host's
 sampler. A recorded graph is here a call that is made again over the same tensors, which is what a replay is."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +163,19 @@ def test_sampling_is_that_of_the_host(small, host_too: bool) -> None:
         logits, requests, result
     )
     assert generate(runner, asked) == there
+
+
+def test_a_finished_request_is_forgotten(small) -> None:
+    runner = triton_runner(small)
+    core = EngineCore(runner.config, runner)
+    penalized = SamplingParams(max_tokens=4, presence_penalty=1.0, ignore_eos=True)
+    core.add(AddRequest("a", prompt(5), penalized))
+    request = weakref.ref(core.scheduler.waiting[0])
+    while core.has_work:
+        assert request() is not None
+        core.step()
+    gc.collect()
+    assert request() is None
 
 
 def test_a_step_is_open_until_it_is_asked_for(small) -> None:

@@ -1,13 +1,15 @@
 """The scheduler with a runner that sees only the blocks it is given: however a request is batched, chunked, preempted
 or found in the prefix cache, its tokens are those of a plain loop over the whole history."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.engine.messages import RequestOutput
-from nibble.engine.request import Request, SamplingParams, Status
-from nibble.engine.scheduling.block_pool import BlockPool
+from nibble.engine.request import UNKNOWN, Request, SamplingParams, Status
+from nibble.engine.scheduling.kv_cache_manager import KVCacheManager, KVGroup
 from nibble.engine.scheduling.scheduler import Scheduler
 
 from ..fakes import EOS, FakeRunner, OverlappingRunner, next_token
@@ -25,14 +27,20 @@ class Bench:
         max_num_batched_tokens: int = 16,
         max_model_len: int = 64,
         overlap: bool = False,
+        max_new_tokens: int = 1,
+        windows: Sequence[KVGroup] = (),
     ):
         self.runner = (OverlappingRunner if overlap else FakeRunner)(
-            num_blocks, block_size, max_model_len
+            num_blocks,
+            block_size,
+            max_model_len,
+            max_new_tokens=max_new_tokens,
+            windows=windows,
         )
         self.pending = None  # with overlap: the batch before, and its result
-        self.pool = BlockPool(num_blocks, block_size, caching)
+        self.kv_cache = KVCacheManager(self.runner.kv_groups, block_size, caching)
         self.scheduler = Scheduler(
-            self.pool,
+            self.kv_cache,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
@@ -40,10 +48,12 @@ class Bench:
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
 
-    def add(self, request_id: str, prompt: list[int], salt: bytes = b"", **params) -> Request:
-        params = {"ignore_eos": True, **params}
+    def add(
+        self, request_id: str, prompt: list[int], extra_keys: tuple[bytes, ...] = (), **params
+    ) -> Request:
+        params = SamplingParams(**{"ignore_eos": True, **params})
         request = Request(
-            request_id, prompt, SamplingParams(**params), frozenset({EOS}), seed=0, cache_salt=salt
+            request_id, prompt, params, frozenset({EOS}), seed=0, extra_keys=extra_keys
         )
         self.scheduler.add(request)
         self.requests[request_id] = request
@@ -64,6 +74,7 @@ class Bench:
             else:
                 before = batch, result
         for output in self.scheduler.update(*before) if before else []:
+            assert output.token_ids or output.finish_reason
             self.outputs.setdefault(output.request_id, []).append(output)
         self.scheduler.check_integrity()
         return True
@@ -72,12 +83,22 @@ class Bench:
         for _ in range(5000):
             if not self.step():
                 assert not self.scheduler.has_work
-                self.pool.check_integrity()  # every block is free
+                self.kv_cache.check_integrity([])  # every block is free
                 return
         raise AssertionError("livelock")
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for output in self.outputs[request_id] for token in output.token_ids]
+
+    def logprobs(self, request_id: str) -> list[int]:
+        """The tokens that they are of, for a request that asked for them."""
+        outputs = self.outputs[request_id]
+        return [entry.token_id for output in outputs for entry in output.logprobs or []]
+
+    def prompt_logprobs(self, request_id: str) -> list[list[int | None]]:
+        """Each time that they were sent: the tokens that they are of."""
+        sent = [output.prompt_logprobs for output in self.outputs[request_id]]
+        return [[entry and entry.token_id for entry in entries] for entries in sent if entries]
 
     def finish_reason(self, request_id: str) -> str | None:
         return self.outputs[request_id][-1].finish_reason
@@ -125,13 +146,24 @@ def test_preemption_takes_the_youngest_and_changes_no_token() -> None:
         assert bench.tokens(str(i)) == solo([i, i + 1, i + 2], 12)
 
 
+def test_what_a_preempted_request_finds_again_is_not_counted_as_cached() -> None:
+    bench = Bench(num_blocks=6)
+    for i in range(3):
+        bench.add(str(i), [i, i + 1, i + 2], max_tokens=8)
+    bench.run()
+    stats = bench.scheduler.stats()
+    assert stats.num_preemptions > 0
+    assert (stats.prefix_queries, stats.prefix_hits) == (9, 0)
+    assert {output.num_cached_tokens for i in range(3) for output in bench.outputs[str(i)]} == {0}
+
+
 def test_prefix_is_computed_once() -> None:
     bench = Bench()
     prompt = list(range(14))
     bench.add("a", prompt, max_tokens=2)
     bench.run()
     bench.add("b", prompt, max_tokens=2)
-    bench.add("other tenant", prompt, salt=b"x", max_tokens=2)
+    bench.add("other tenant", prompt, extra_keys=(b"x",), max_tokens=2)
     bench.run()
     assert [bench.requests[r].num_cached_tokens for r in ("a", "b", "other tenant")] == [0, 12, 0]
     assert bench.outputs["b"][0].num_cached_tokens == 12
@@ -149,15 +181,20 @@ def test_prompt_logprobs_cover_the_prompt_in_spite_of_chunks_cache_and_preemptio
     bench.step()
     bench.add("scored", prompt, max_tokens=16, prompt_logprobs=0, logprobs=0)
     bench.run()
-    first = bench.outputs["scored"][0]
-    assert [entry and entry.token_id for entry in first.prompt_logprobs] == [None, *prompt[1:]]
-    assert all(output.prompt_logprobs is None for output in bench.outputs["scored"][1:])
-    assert (
-        [o.logprobs[0].token_id for o in bench.outputs["scored"]]
-        == bench.tokens("scored")
-        == solo(prompt, 16)
-    )
+    assert bench.prompt_logprobs("scored") == [[None, *prompt[1:]]]
+    assert bench.logprobs("scored") == bench.tokens("scored") == solo(prompt, 16)
     assert bench.requests["scored"].num_preemptions > 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_window_needs_blocks_for_itself_and_a_chunk_only(overlap: bool) -> None:
+    bench = Bench(max_num_batched_tokens=8, windows=[KVGroup(5, window=6)], overlap=overlap)
+    prompts = [list(range(40)), list(range(100, 130))]
+    for i, prompt in enumerate(prompts):
+        bench.add(str(i), prompt, max_tokens=10)
+    bench.run()
+    for i, prompt in enumerate(prompts):
+        assert bench.tokens(str(i)) == solo(prompt, 10)
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:
@@ -191,8 +228,39 @@ def prompt_that_ends_in_eos(after: int) -> list[int]:
     )
 
 
+@pytest.mark.parametrize(("budget", "overlap"), [(5, False), (5, True), (16, True)])
+def test_prompt_logprobs_of_a_request_preempted_in_the_middle(budget: int, overlap: bool) -> None:
+    """Of its prompt, or where its last chunk is computed but not taken in."""
+    bench = Bench(num_blocks=5, max_num_batched_tokens=budget, overlap=overlap)
+    bench.add("old", [50, 51, 52], max_tokens=8)
+    bench.add("scored", list(range(16)), max_tokens=1, prompt_logprobs=0)
+    bench.step()
+    bench.step()  # then "old" needs a second block
+    bench.run()
+    assert bench.requests["scored"].num_preemptions == 1
+    assert bench.prompt_logprobs("scored") == [[None, *range(1, 16)]]
+    assert bench.tokens("scored") == solo(list(range(16)), 1)
+
+
+def test_a_step_may_give_several_tokens() -> None:
+    """Their keys are computed but for the last one's: blocks that they fill are cached, and they are computed once."""
+    bench = Bench(block_size=16, max_new_tokens=6)
+    request = bench.add("a", [3, 1, 2], max_tokens=40, logprobs=0)
+    while bench.step():
+        if not request.is_finished:
+            assert request.num_tokens - request.num_computed_tokens == 1
+            assert UNKNOWN not in request.token_ids
+    assert bench.tokens("a") == bench.logprobs("a") == solo([3, 1, 2], 40)
+    assert max(len(output.token_ids) for output in bench.outputs["a"]) > 1
+    assert sum(end - start for ((_, start, end),) in bench.runner.batches) < 43
+    again = bench.add("again", request.token_ids, max_tokens=1)
+    bench.step()
+    assert again.num_cached_tokens == 32
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 6])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_eos_stop_ids_and_min_tokens(overlap: bool) -> None:
+def test_eos_stop_ids_and_min_tokens(overlap: bool, max_new_tokens: int) -> None:
     prompt = prompt_that_ends_in_eos(3)
     run = solo(prompt, 6)
     cases = {
@@ -201,14 +269,14 @@ def test_eos_stop_ids_and_min_tokens(overlap: bool) -> None:
         "min": ({"ignore_eos": False, "min_tokens": 4}, run, "length", None),
         "stop id": ({"stop_token_ids": (run[1],)}, run[:2], "stop", run[1]),
     }
-    bench = Bench(overlap=overlap)
+    bench = Bench(block_size=16, overlap=overlap, max_new_tokens=max_new_tokens)
     for name, (params, *_) in cases.items():
-        bench.add(name, prompt, max_tokens=6, **params)
+        bench.add(name, prompt, max_tokens=6, logprobs=0, **params)
     bench.run()
     for name, (_, tokens, reason, stop_reason) in cases.items():
         assert (bench.tokens(name), bench.finish_reason(name)) == (tokens, reason), name
         assert bench.outputs[name][-1].stop_reason == stop_reason
-        assert bench.requests[name].output_token_ids == tokens
+        assert bench.requests[name].output_token_ids == bench.logprobs(name) == tokens
 
 
 def test_abort_frees_at_once_wherever_the_request_is() -> None:
@@ -221,7 +289,7 @@ def test_abort_frees_at_once_wherever_the_request_is() -> None:
     bench.scheduler.abort("unknown")
     assert running.status is Status.FINISHED
     assert not bench.scheduler.has_work
-    bench.pool.check_integrity()
+    bench.kv_cache.check_integrity([])
     assert bench.scheduler.schedule() is None
 
 
@@ -239,7 +307,8 @@ def test_a_failed_request_does_not_touch_its_batch_mates(overlap: bool) -> None:
 
 
 @st.composite
-def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
+def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]:
+    windowed = st.builds(KVGroup, st.integers(4, 24), st.integers(1, 12))
     options = {
         "num_blocks": draw(st.integers(6, 24)),
         "block_size": draw(st.sampled_from([1, 3, 4])),
@@ -248,12 +317,16 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool]]]:
         "max_num_batched_tokens": draw(st.integers(1, 20)),
         "max_model_len": 40,
         "overlap": draw(st.booleans()),
+        "max_new_tokens": draw(st.sampled_from([1, 2, 5])),
+        "windows": draw(st.lists(windowed, max_size=2)),
     }
-    capacity = min(40, options["num_blocks"] * options["block_size"])
+    capacity = KVCacheManager(
+        [KVGroup(options["num_blocks"]), *options["windows"]], options["block_size"]
+    ).max_tokens(40, options["max_num_batched_tokens"])
     prompt = st.lists(
         st.integers(0, 1), min_size=1, max_size=capacity - 1
     )  # two tokens: prefixes collide
-    request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans())
+    request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans(), st.booleans())
     return options, draw(st.lists(request, min_size=1, max_size=8))
 
 
@@ -263,15 +336,19 @@ def test_any_workload_gives_the_tokens_of_solo_runs(workload) -> None:
     options, arrivals = workload
     bench = Bench(**options)
     capacity = bench.scheduler.max_model_len
-    for i, (steps_before, prompt, max_tokens, leaves) in enumerate(arrivals):
-        bench.add(str(i), prompt, max_tokens=max_tokens)
+    for i, (steps_before, prompt, max_tokens, leaves, scored) in enumerate(arrivals):
+        asked = {"logprobs": 0, "prompt_logprobs": 0} if scored else {}
+        bench.add(str(i), prompt, max_tokens=max_tokens, **asked)
         for _ in range(steps_before):
             bench.step()
         if leaves:
             bench.scheduler.abort(str(i))
             bench.scheduler.check_integrity()
     bench.run()
-    for i, (_, prompt, max_tokens, leaves) in enumerate(arrivals):
+    for i, (_, prompt, max_tokens, leaves, scored) in enumerate(arrivals):
         expected = solo(prompt, min(max_tokens, capacity - len(prompt)))
         got = bench.tokens(str(i)) if str(i) in bench.outputs else []
         assert got == (expected[: len(got)] if leaves else expected)
+        if scored and got:
+            assert bench.logprobs(str(i)) == got
+            assert bench.prompt_logprobs(str(i)) == [[None, *prompt[1:]]]

@@ -60,7 +60,7 @@ def _rows(requests: list[Request], vocab: int) -> SamplingRows:
 def _engine(logits: Tensor, requests: list[Request]) -> list[int]:
     result = StepResult()
     engine_sample(logits.clone(), requests, result)
-    return [result.tokens.get(request.request_id, -1) for request in requests]
+    return [result.tokens.get(request.request_id, [-1])[0] for request in requests]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
