@@ -12,6 +12,11 @@ from nibble.kernels.cpu import library
 from .. import models
 
 
+needs_library = pytest.mark.skipif(
+    library.why_missing() is not None, reason=str(library.why_missing())
+)
+
+
 def told(caplog: pytest.LogCaptureFixture, folder: Path, **flags) -> list[logging.LogRecord]:
     """What loading the model said about the backend that serves it."""
     with caplog.at_level(logging.INFO, "nibble"):
@@ -21,6 +26,7 @@ def told(caplog: pytest.LogCaptureFixture, folder: Path, **flags) -> list[loggin
     return [r for r in caplog.records if "torch" in r.getMessage() and r.levelno >= logging.INFO]
 
 
+@needs_library
 def test_a_model_that_the_fast_backend_refuses(caplog, tmp_path) -> None:
     models.build("qwen3", tmp_path, head_dim=24)
     [record] = told(caplog, tmp_path, dtype="bfloat16")
@@ -35,7 +41,7 @@ def test_a_machine_without_the_library_is_warned(caplog, tmp_path, monkeypatch) 
     assert "the C++ kernels are not built" in record.getMessage()
 
 
-@pytest.mark.skipif(library.why_missing() is not None, reason=str(library.why_missing()))
+@needs_library
 def test_a_model_that_the_fast_backend_serves_needs_no_word(caplog, tmp_path) -> None:
     models.build("llama", tmp_path)
     assert not told(caplog, tmp_path, dtype="bfloat16")
