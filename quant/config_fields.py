@@ -25,14 +25,14 @@ def get(config: dict[str, Any], kind: type, default: Any, *keys: str) -> Any:
 
 
 def bits(config: dict[str, Any], allowed: Iterable[int], *keys: str) -> int:
-    value = get(config, int, None, *keys)
+    value: int = get(config, int, None, *keys)
     if value not in allowed:
         raise unsupported(keys[0], value, f" ({', '.join(map(str, allowed))} are)")
     return value
 
 
 def group_size(config: dict[str, Any], default: int, *keys: str) -> int:
-    size = get(config, int, default, *keys)
+    size: int = get(config, int, default, *keys)
     if size != -1 and size <= 0:
         raise unsupported(keys[0], size)
     return size

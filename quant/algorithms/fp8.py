@@ -37,7 +37,7 @@ def quantize(
         kind="fp8",
         bits=8,
         block=(rows, cols),
-        act_quant=_act_quant((rows, cols), weight.shape),
+        act_quant=_act_quant((rows, cols), (out_features, in_features)),
     )
 
 
@@ -45,7 +45,7 @@ def _act_quant(block: tuple[int, int], shape: tuple[int, int]) -> ActQuant:
     """How runtimes quantize the activations that meet such a weight."""
     if block[0] == 1:
         return "token"
-    return "tensor" if block == tuple(shape) else "group"
+    return "tensor" if block == shape else "group"
 
 
 def to_scale(absmax: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def fit_grid(
         importance = torch.ones(groups.shape[1:], device=groups.device)
     rows = max(1, CHUNK // groups[0].numel())
     parts = [
-        _fit_chunk(chunk, importance, bits, symmetric, min_zero) for chunk in groups.split(rows)
+        _fit_chunk(chunk, importance, bits, symmetric, min_zero)
+        for chunk in torch.split(groups, rows)
     ]
     return torch.cat([scales for scales, _ in parts]), torch.cat([zeros for _, zeros in parts])
 

@@ -38,7 +38,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 class State:
     """What the JSON beside a 4-bit weight says."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # (out, in), once it is checked
     dtype: torch.dtype
     blocksize: int
     nested_blocksize: int

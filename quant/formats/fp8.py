@@ -23,7 +23,8 @@ def read(tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "fp8") -> Qu
     """Tensors by suffix -> QuantizedWeight of kind "fp8" [out, in]. Raises BadTensor."""
     weight = need(tensors, "weight", torch.float8_e4m3fn)
     suffix = "weight_scale_inv" if "weight_scale_inv" in tensors else "weight_scale"
-    scale, block = scale_grid(tensors, suffix, tuple(weight.shape), layer.block)
+    shape = weight.shape[0], weight.shape[1]
+    scale, block = scale_grid(tensors, suffix, shape, layer.block)
     static = next((s for s in ("input_scale", "activation_scale") if s in tensors), None)
     input_scale = None
     if static is not None:
