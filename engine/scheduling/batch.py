@@ -17,14 +17,12 @@ class ScheduledRequest:
     request: Request
     start: int  # = request.num_computed_tokens when scheduled
     num_tokens: int
+    end: int = field(init=False)
     samples: bool = field(init=False)  # whether this step produces new tokens for the request
 
     def __post_init__(self) -> None:
+        self.end = self.start + self.num_tokens
         self.samples = self.end == self.request.num_tokens
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
 
     @property
     def token_ids(self) -> list[int]:

@@ -95,24 +95,27 @@ class KVCacheManager:
 
     def grow(self, request: Request, end: int) -> bool:
         """Release what it has passed, and give it blocks for a step up to `end`. False: some group has too few left."""
-        missing = []
+        missing: list[tuple[BlockPool, list[int], int]] = []
         for group, pool, table in zip(self.groups, self.pools, request.block_tables, strict=True):
-            self._release_passed(group, pool, table, request.num_computed_tokens)
-            missing.append(self._blocks_for(group, request, end) - len(table))
-            if missing[-1] > pool.num_free:
-                return False
-        for pool, table, number in zip(self.pools, request.block_tables, missing, strict=True):
+            if group.window is not None:
+                self._release_passed(group, pool, table, request.num_computed_tokens)
+            number = self._blocks_for(group, request, end) - len(table)
             if number > 0:
-                table += pool.allocate(number)
+                if number > pool.num_free:
+                    return False
+                missing.append((pool, table, number))
+        for pool, table, number in missing:
+            table += pool.allocate(number)
         return True
 
     def commit(self, request: Request, start: int, end: int) -> None:
         """Its tokens [start, end) are known and computed: blocks that are full now may be shared."""
-        if not self.enable_prefix_caching:
+        full = range(start // self.block_size, end // self.block_size)
+        if not full or not self.enable_prefix_caching:
             return
         names = self._names(request)
         for pool, table in zip(self.pools, request.block_tables, strict=True):
-            for index in range(start // self.block_size, end // self.block_size):
+            for index in full:
                 if table[index] != RELEASED:
                     pool.commit(table[index], names[index])
 

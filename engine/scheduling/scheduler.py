@@ -192,9 +192,10 @@ class Scheduler:
 
     def _commit(self, item: ScheduledRequest, num_new: int) -> None:
         """What was computed for a running request: its full blocks may be shared from now on."""
-        request = item.request
-        end = item.end + max(0, num_new - 1)  # all new tokens but the last are computed, too
-        request.num_computed_tokens = max(request.num_computed_tokens, end)
+        request, end = item.request, item.end
+        if num_new > 1:  # all but the last are computed, too
+            end += num_new - 1
+            request.num_computed_tokens = max(request.num_computed_tokens, end)
         self.kv_cache.commit(request, item.start, end)
 
     def _output(self, item: ScheduledRequest, known: int, result: StepResult) -> RequestOutput:
