@@ -35,8 +35,9 @@ READY = Ready(
 
 @pytest.fixture
 def metrics() -> Metrics:
-    engine = SimpleNamespace(stats=STATS, ready=READY)
-    return Metrics(SimpleNamespace(model_names=("tiny", "alias"), is_loaded=True, engine=engine))
+    metrics = Metrics("tiny")
+    metrics.watch(SimpleNamespace(stats=STATS, ready=READY))
+    return metrics
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -117,6 +118,6 @@ def test_vllms_names_say_the_same(metrics: Metrics) -> None:
 
 
 def test_before_the_engine_is_up_there_is_only_what_is_known() -> None:
-    metrics = Metrics(SimpleNamespace(model_names=("tiny",), is_loaded=False))
+    metrics = Metrics("tiny")
     seen = {name for name, _ in samples(metrics)}
     assert "nibble_build_info" in seen and "nibble_num_requests_running" not in seen
