@@ -8,7 +8,7 @@ from torch import Tensor
 from nibble.engine.request import Request, SamplingParams
 from nibble.engine.sampler import sample as engine_sample
 from nibble.engine.scheduling.batch import StepResult
-from nibble.errors import UnsupportedError
+from nibble.kernels.errors import KernelArgumentError
 from nibble.kernels.sampling.sample import (
     SamplingRows,
     add_bias,
@@ -151,11 +151,11 @@ def test_bias() -> None:
 def test_wrong_arguments_are_named() -> None:
     logits, keys = torch.zeros(2, 10), torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(
-        UnsupportedError, match=r"sample: filters has shape \[2, 3\], want \[2, 4\]"
+        KernelArgumentError, match=r"sample: filters has shape \[2, 3\], want \[2, 4\]"
     ):
         sample(logits, SamplingRows(torch.ones(2, 3), keys))
-    with pytest.raises(UnsupportedError, match="penalties, state_rows and state come together"):
+    with pytest.raises(KernelArgumentError, match="penalties, state_rows and state come together"):
         sample(logits, SamplingRows(torch.ones(2, 4), keys, penalties=torch.ones(2, 3)))
-    with pytest.raises(UnsupportedError, match="greedy: logits is torch.int64"):
+    with pytest.raises(KernelArgumentError, match="greedy: logits is torch.int64"):
         greedy(logits.long())
     assert greedy(torch.zeros(0, 10)).tolist() == []
