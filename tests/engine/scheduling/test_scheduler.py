@@ -267,6 +267,7 @@ def test_eos_stop_ids_and_min_tokens(overlap: bool, max_new_tokens: int) -> None
         "eos": ({"ignore_eos": False}, run[:3], "stop", None),
         "ignored": ({"ignore_eos": True}, run, "length", None),
         "min": ({"ignore_eos": False, "min_tokens": 4}, run, "length", None),
+        "min met": ({"ignore_eos": False, "min_tokens": 3}, run[:3], "stop", None),
         "stop id": ({"stop_token_ids": (run[1],)}, run[:2], "stop", run[1]),
     }
     bench = Bench(block_size=16, overlap=overlap, max_new_tokens=max_new_tokens)
