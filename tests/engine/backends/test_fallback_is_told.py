@@ -11,7 +11,6 @@ from nibble.kernels.cpu import library
 
 from .. import models
 
-
 needs_library = pytest.mark.skipif(
     library.why_missing() is not None, reason=str(library.why_missing())
 )
