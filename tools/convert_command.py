@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,6 +18,7 @@ from nibble.tools.progress import Display, say
 
 if TYPE_CHECKING:
     from nibble.quant.conversion.plan import Plan
+    from nibble.quant.conversion.recipe import FP8Scheme, Target
     from nibble.quant.conversion.report import Progress
 
 _CALIBRATION, _RUN = "Calibration", "The run"  # panels of --help
@@ -180,7 +181,7 @@ def convert_command(
     if to is not None and not (awq or gptq or fp8):
         grid = (bits or 4, group_size, bool(symmetric)) if requantize else None
         output = output or Path(f"{base_model(model).rpartition('/')[2]}-{to}")
-        return _reformat(model, output, to, grid, overwrite=overwrite, resume=resume)
+        return _reformat(model, output, to, grid, overwrite, resume)
     if requantize:
         raise UserError(
             "--requantize goes with --to and none of --awq, --gptq and --fp8, which quantize anew anyway"
@@ -190,8 +191,8 @@ def convert_command(
         bits,
         group_size,
         symmetric,
-        target=to,
-        fp8_scheme=fp8_scheme,
+        target=cast("Target | None", to),  # checked by Recipe.of, as the scheme is
+        fp8_scheme=cast("FP8Scheme | None", fp8_scheme),
         kv_scales=kv_scales,
         desc_act=desc_act,
         auto_bits=auto_bits,
@@ -263,12 +264,18 @@ def _announce(recipe: Recipe, plan: "Plan") -> None:
 
 
 def _reformat(
-    model: str, output: Path, to: str, grid: tuple[int, int, bool] | None, **run: bool
+    model: str,
+    output: Path,
+    to: str,
+    grid: tuple[int, int, bool] | None,
+    overwrite: bool,
+    resume: bool,
 ) -> None:
     from nibble.quant.reformat import Grid, reformat
 
+    anew = Grid(*grid) if grid else None
     with _resumable(output):
-        done = reformat(model, output, to, Grid(*grid) if grid else None, **run)
+        done = reformat(model, output, to, anew, overwrite=overwrite, resume=resume)
     for note in done.notes:
         say(f"note: {note}")
     print(

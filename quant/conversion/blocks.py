@@ -47,8 +47,7 @@ class BlockSource:
     @property
     def dtype(self) -> torch.dtype:
         """What tensors that stay dense are stored in: the source's 16-bit dtype, else bfloat16."""
-        named = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype")
-        return {"float16": torch.float16}.get(named, torch.bfloat16)
+        return self.checkpoint.dense_dtype
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Names within block `index` -> [out, in], of all its linears."""

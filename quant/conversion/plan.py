@@ -126,8 +126,12 @@ def _scheme(
     ignore = ("lm_head", *dense)
     kv_cache: Literal["fp8"] | None = "fp8" if recipe.kv_scales else None
     if recipe.method == "fp8":
-        fmt = "fp8" if recipe.target == "fp8" else "float-quantized"
-        return QuantScheme(recipe.target, fmt, recipe.fp8_layer, ignore=ignore, kv_cache=kv_cache)
+        layer = recipe.fp8_layer
+        if recipe.target == "fp8":
+            return QuantScheme("fp8", "fp8", layer, ignore=ignore, kv_cache=kv_cache)
+        return QuantScheme(
+            "compressed-tensors", "float-quantized", layer, ignore=ignore, kv_cache=kv_cache
+        )
     group_size = min(sizes.values()) if _is_uniform(recipe, sizes) else recipe.group_size
     layer = LayerScheme("int", recipe.bits, group_size, recipe.symmetric, desc_act=recipe.desc_act)
     if recipe.target == "awq":

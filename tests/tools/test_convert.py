@@ -210,7 +210,7 @@ def test_a_truncated_checkpoint_is_one_line(tiny_llama: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(("arguments", "message"), [
     (["{tiny}/nowhere"], "nowhere: does not exist (give a folder, a .gguf file or a Hub id owner/name)"),
     (["{empty}"], "config.json: is missing"),
-    (["{file}"], "is neither a folder nor a .gguf file"),
+    (["{file}"], "is neither a folder nor a GGUF file"),
     (["{tiny}", "--bits", "3"], "--bits 3 is not possible with awq (4 are)"),
     (["{tiny}", "--group-size", "7"], "--group-size 7 is not possible (a multiple of 16, or -1)"),
     (["{tiny}", "--gptq"], "choose one of --awq, --gptq and --fp8, not 2"),
@@ -245,11 +245,11 @@ def test_every_mistake_is_one_line_that_says_what_to_do(
     [
         (
             "config.json",
-            {"model_type": "mixtral"},
-            "model_type 'mixtral' cannot be converted yet (known: ",
+            {"architectures": ["NoSuchForCausalLM"]},
+            "architecture NoSuchForCausalLM",
         ),
-        ("config.json", {"model_type": None}, "model_type None cannot be converted yet"),
-        ("config.json", {"hidden_size": "wide"}, "config.json describes no model"),
+        ("config.json", {"model_type": None}, "config.json describes no model"),
+        ("config.json", {"hidden_size": "wide"}, "hidden_size is 'wide', want a positive integer"),
         (
             "config.json",
             {"hidden_size": 96},
