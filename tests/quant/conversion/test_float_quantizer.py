@@ -49,6 +49,9 @@ def test_one_scale_for_what_runtimes_fuse(dense, tmp_path, target):
             assert close(weight.dequantize(), original.dense(BLOCK0 + name, torch.float32))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.past_key_values. is deprecated:FutureWarning"
+)  # of transformers 5.24
 def test_static_scales_are_the_widest_input_and_key_that_calibration_met(dense, tmp_path):
     """Against a transformers model of the quantized weights, run on the same tokens."""
     (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog " * 3)
