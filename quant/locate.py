@@ -7,12 +7,14 @@ a GGUF file, whatever its name        the file; of a split model, its first part
 else                                  a Hub id, downloaded
 """
 
+import re
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .formats.gguf.container import MAGIC, SPLIT_NAME
 from .hub import could_be_id, download
 
+MAGIC = b"GGUF"
+SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # part, of how many
 _MAX_NAMED = 8  # models of a folder that an error lists
 
 

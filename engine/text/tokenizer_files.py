@@ -24,8 +24,6 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ...errors import CheckpointError
-from ...quant.formats.gguf.container import GgufFile
-from ...quant.formats.gguf.side_files import write_side_files
 from ...quant.locate import locate
 from ...version import __version__
 
@@ -47,7 +45,7 @@ def tokenizer_folder(model: str | Path, revision: str | None = None) -> Path:
     """The folder with the tokenizer.json of a local path or Hub id. CheckpointError where there is no way to one."""
     path = locate(model, revision)
     if path.is_file():
-        return _made_once([path], lambda out: write_side_files(GgufFile(path), out))
+        return _made_once([path], lambda out: _extract(path, out))
     if (path / "tokenizer.json").is_file():
         return path
     sources = [file for name in (*_CONVERTED, *_KEPT) if (file := path / name).is_file()]
@@ -67,6 +65,13 @@ def tokenizer_folder(model: str | Path, revision: str | None = None) -> Path:
         path,
     )
     return _made_once([*sources, path], lambda out: _write_gpt2(path, out))
+
+
+def _extract(file: Path, out: Path) -> None:
+    from ...quant.formats.gguf.container import GgufFile  # NumPy, which other models need not wait for
+    from ...quant.formats.gguf.side_files import write_side_files
+
+    write_side_files(GgufFile(file), out)
 
 
 def _made_once(sources: Iterable[Path], make: Callable[[Path], object]) -> Path:

@@ -110,7 +110,7 @@ def test_help_imports_neither_torch_nor_the_server() -> None:
 def test_serving_imports_no_torch() -> None:
     code = (
         "import sys, nibble.server.lifecycle, nibble.server.app, nibble.engine.client\n"
-        "print({'torch', 'transformers'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

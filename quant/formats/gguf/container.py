@@ -11,7 +11,6 @@ here. Source: ggml/docs/gguf.md and `enum ggml_type` of ggml.h.
 """
 
 import mmap
-import re
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ....errors import CheckpointError, UnsupportedError
+from ...locate import MAGIC, SPLIT_NAME
 
-MAGIC = b"GGUF"
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
             12: "<f8"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
@@ -39,7 +38,6 @@ _TENSOR_TYPES = {
     35: "TQ2_0", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 _AGAIN = "the file is truncated or damaged; download it again"
-SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)

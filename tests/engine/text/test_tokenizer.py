@@ -183,9 +183,9 @@ def test_a_gguf_files_tokenizer_is_made_once(
 ) -> None:
     made = []
     monkeypatch.setattr("nibble.engine.text.tokenizer_files._CACHE", tmp_path / home)
-    monkeypatch.setattr("nibble.engine.text.tokenizer_files.GgufFile", lambda path: path)
+    monkeypatch.setattr("nibble.quant.formats.gguf.container.GgufFile", lambda path: path)
     monkeypatch.setattr(
-        "nibble.engine.text.tokenizer_files.write_side_files",
+        "nibble.quant.formats.gguf.side_files.write_side_files",
         lambda file, out: made.append(byte_level(out)),
     )
     if home == "no home":
