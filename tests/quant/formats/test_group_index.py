@@ -31,6 +31,7 @@ def test_columns_of_a_group_are_brought_together(g_idx, perm, size) -> None:
     [
         (indices(0, 1, 1, 1, 2, 2), 3, "unequal sizes"),
         (indices(0, 0, 1, 2, 2, 2), 3, "unequal sizes"),
+        (indices(0, 0, 1, 2, 2), 3, "unequal sizes"),  # only the one in the middle is wrong
         (indices(0, 0, 1, 1, 1), 2, "unequal sizes"),  # the last may be smaller, not larger
         (indices(0, 0, 0, 0), 2, "unequal sizes"),
         (indices(0, 0, 2, 2), 2, "names group 2, but there are 2"),
