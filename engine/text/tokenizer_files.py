@@ -68,7 +68,9 @@ def tokenizer_folder(model: str | Path, revision: str | None = None) -> Path:
 
 
 def _extract(file: Path, out: Path) -> None:
-    from ...quant.formats.gguf.container import GgufFile  # NumPy, which other models need not wait for
+    from ...quant.formats.gguf.container import (
+        GgufFile,  # NumPy, which other models need not wait for
+    )
     from ...quant.formats.gguf.side_files import write_side_files
 
     write_side_files(GgufFile(file), out)
