@@ -42,6 +42,12 @@ KEEP_ALIVE_SECONDS = 60  # an idle connection is kept
 CLOSE_SECONDS = 2  # after the drain, for the last bytes to leave
 DEAD_SECONDS = 1.0  # between the engine's death and the exit, for open streams to hear of it
 
+_LEDGER = {  # parts of Ready.ledger, as printed: what is used is one thing, what is reserved another
+    "weights": "weights",
+    "kv_cache": "KV cache, reserved",
+    "activations": "activations, at most",
+}
+
 StartEngine = Callable[[EngineConfig], Awaitable[AsyncEngine]]
 
 
@@ -264,13 +270,13 @@ def _ledger(ready: Ready, options: ServeOptions, sock: socket.socket) -> str:
         f"loaded in {ready.load_seconds:.1f} s"
     ]
     lines += [
-        f"  {part.replace('_', ' '):<14}{size / 2**20:10.1f} MiB"
+        f"  {_LEDGER.get(part, part):<24}{size / 2**20:10.1f} MiB"
         for part, size in ready.ledger.items()
     ]
-    lines.append(f"  {'KV blocks':<14}{ready.num_blocks:10} of {ready.block_size} tokens")
-    lines.append(f"  {'context':<14}{ready.max_model_len:10} tokens")
+    lines.append(f"  {'KV blocks':<24}{ready.num_blocks:10} of {ready.block_size} tokens")
+    lines.append(f"  {'context':<24}{ready.max_model_len:10} tokens")
     lines += [
-        f"  {'kernel':<14}{count:10} layers on {name}" for name, count in ready.kernels.items()
+        f"  {'kernel':<24}{count:10} linears on {name}" for name, count in ready.kernels.items()
     ]
     host, port = sock.getsockname()[:2]
     lines.append(f"  http://{f'[{host}]' if ':' in host else host}:{port}/v1")

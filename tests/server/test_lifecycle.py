@@ -115,7 +115,7 @@ def test_loading_then_full_then_drained(start_server: StartServer, tiny_llama: P
         )
     assert is_gone(engine)
     log = server.log.read_text()
-    assert "kv cache" in log and "Traceback" not in log
+    assert "KV cache, reserved" in log and "Traceback" not in log
 
 
 def test_second_signal_forces(start_server: StartServer, tiny_llama: Path) -> None:
