@@ -24,7 +24,7 @@ TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nib
          nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.scheduling.batch nibble.engine.client nibble.engine.llm \
          nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
 
-.PHONY: help install demo serve test test-slow test-robust coverage mutants sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help install demo serve test test-slow test-robust coverage mutants matrix sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -32,6 +32,7 @@ help:
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
 	@echo '  make coverage   which lines of the product the tests run'
+	@echo '  make matrix     the tests under Python 3.11, 3.12 and 3.13'
 	@echo '  make mutants    change the numbers of the product one by one: do the tests notice?'
 	@echo '  make sanitize   the C++ kernels under AddressSanitizer and ThreadSanitizer'
 	@echo '  make test-neon  the ARM kernels under emulation, against the x86 ones'
@@ -63,7 +64,7 @@ serve: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --serve --port $(PORT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu and not network"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
@@ -108,6 +109,14 @@ bench-cpu: $(VENV)/.installed
 test-gpu: $(VENV)/.installed-dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/gpu tests/kernels/fp8/test_w8a16.py \
 	  $(addprefix tests/kernels/,dequant_gemm awq gptq gguf attention fused sampling) -n $(GPU_TESTERS) $(ARGS)
+
+# The tests under every Python that Nibble supports and this machine has, each in an environment of its own.
+PYTHONS ?= python3.11 python3.12 python3.13
+matrix:
+	@for python in $(PYTHONS); do \
+	  if $$python -c '' 2>/dev/null; then $(MAKE) test PYTHON=$$python VENV=.venv-$$python || exit 1; \
+	  else echo "$$python: not on this machine, left out"; fi; \
+	done
 
 # Arguments go through: make bench-gpu ARGS='--quick --sections products attention --minutes 9'
 bench-gpu: $(VENV)/.installed-dev
