@@ -124,7 +124,8 @@ def _child_rows(command: list[str], deadline: float) -> Iterator[dict[str, Any]]
             lines.put(line)
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         while (left := min(SILENCE, deadline - time.monotonic())) > 0:
             line = lines.get(timeout=left)
@@ -137,6 +138,8 @@ def _child_rows(command: list[str], deadline: float) -> Iterator[dict[str, Any]]
     finally:
         process.kill()
         process.wait()
+        reader.join()
+        process.stdout.close()
 
 
 def main() -> int:

@@ -325,11 +325,11 @@ def test_requests_with_different_keys_share_nothing(
 def test_cached_tokens_of_a_prompt_count_once_however_often_it_is_sampled(
     server: ServerProcess,
 ) -> None:
-    prompts = ["sampled several times: " + letter * 48 for letter in "ab"]
+    prompts = [letter + ", sampled several times: " + letter * 48 for letter in "ab"]
     salted = {"cache_salt": "n", "max_tokens": 2}
     assert cached_tokens(server.url, KEY, prompt=prompts, **salted) == 0
     once = cached_tokens(server.url, KEY, prompt=prompts, n=1, **salted)
-    assert once == 2 * 64
+    assert once == 2 * 64  # blocks of 16 tokens, of prompts that share no beginning
     assert cached_tokens(server.url, KEY, prompt=prompts, n=3, **salted) == once
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
     body = {"model": "tiny", "prompt": prompts, "n": 3} | salted | streamed

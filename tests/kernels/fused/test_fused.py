@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from kernel_cases import DEVICE, on_device  # noqa: F401  (a fixture)
 from torch import Tensor
 
+from nibble.architectures.base import Rope
 from nibble.engine.backends.torch.layers import RMSNorm, RopeTable, apply_rope, inverse_frequencies
 from nibble.kernels.attention.cache import PagedCache
 from nibble.kernels.errors import KernelArgumentError
@@ -167,13 +168,12 @@ def _rotated(
     return qkv
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+LLAMA3 = (
+    ("factor", 8.0),
+    ("low_freq_factor", 1.0),
+    ("high_freq_factor", 4.0),
+    ("original_max_position_embeddings", 16.0),
+)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,8 @@ def test_rope_and_cache(
 ) -> None:
     qkv = _randn(4, heads + 2 * kv_heads, dim, dtype=torch.float16)
     norms = (_randn(dim, seed=5) / 4 + 1, _randn(dim, seed=6) / 4 + 1) if norm else None
-    table = RopeTable.build(inverse_frequencies(rotary, 10000.0, LLAMA3), 64, torch.float32, DEVICE)
+    frequencies = inverse_frequencies(rotary, Rope(10000.0, "llama3", LLAMA3))
+    table = RopeTable.build(frequencies, 64, torch.float32, DEVICE)
     positions, slots = torch.tensor([0, 63, 7, 8]), torch.tensor([5, 11, -1, 0])
     expected = _rotated(qkv, heads, kv_heads, table, positions, rotary, norms)
     before, pages = qkv.clone(), _pages(dtype, kv_heads, dim, scales)

@@ -73,6 +73,7 @@ def test_greedy_takes_the_first_largest(dtype: torch.dtype) -> None:
     assert greedy(logits).tolist() == [int(logits[0].argmax()), 0, 77, 4998]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
 def test_a_row_that_is_not_numbers_fails_alone() -> None:
     logits = _logits(5, 2100)
     logits[1, 2070], logits[2, 3], logits[3] = float("nan"), float("inf"), float("-inf")
