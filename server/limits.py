@@ -1,16 +1,19 @@
 """What one request may ask for. Applied before anything is tokenised; beyond it is a 400 (413: the body)."""
 
 import asyncio
+import contextlib
 import re
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from . import errors
 
 MAX_BODY_BYTES = 10 * 2**20  # held in memory while it is parsed
 BODY_SECONDS = 60.0  # for the whole body to arrive
+DISCARD_SECONDS = 1.0  # that the body of a refused request is still read
 MAX_N = 128  # samples of one prompt
 MAX_SEQUENCES = 1024  # prompts x n in one request
 MAX_REQUEST_TOKENS = 2**18  # sequences x max_tokens in one request
@@ -77,6 +80,18 @@ async def parse_body(request: Request, schema: type[Model]) -> Model:
         raise errors.from_validation(error) from None
 
 
+async def _discard(request: Request) -> None:
+    """Read and drop a body that is refused, for a moment: a connection closed with bytes unread is reset, and a client
+    that is still sending would lose the answer."""
+    size = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > 2 * MAX_BODY_BYTES:
+                    return
+
+
 async def read_body(request: Request) -> bytes:
     """The whole body. Raises ApiError 413 once it is known to exceed MAX_BODY_BYTES, 408 if it is late."""
     too_long = errors.ApiError(
@@ -87,6 +102,7 @@ async def read_body(request: Request) -> bytes:
     )
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
+        await _discard(request)
         raise too_long
     chunks, size = [], 0
     try:
