@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..request import Request
-from ..scheduling.batch import PendingStep, StepResult
-from .base import Cache, Decoder, KernelReport
+from .base import Cache, Decoder, HostSampling, KernelReport
 from .batch import Batch
 
 
@@ -21,13 +19,13 @@ class ChainedCache:
             cache.clear(blocks)
 
 
-class ChainedDecoder:
-    """Hands hidden states from one decoder to the next."""
+class ChainedDecoder(HostSampling):
+    """Hands hidden states from one decoder to the next. The host samples: a decoder that samples on its device keeps
+    the tokens to itself, and the first of the chain has to embed them."""
 
     def __init__(self, decoders: list[Decoder]):
         self.decoders = decoders
         self.report = KernelReport()
-        self.overlaps = any(decoder.overlaps for decoder in decoders)
         for decoder in decoders:
             self.report.merge(decoder.report)
 
@@ -47,12 +45,3 @@ class ChainedDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoders[-1].logits(hidden)
-
-    def sample(
-        self, logits: Tensor, requests: list[Request], result: StepResult
-    ) -> StepResult | PendingStep:
-        return self.decoders[-1].sample(logits, requests, result)
-
-    def warm_up(self, cache: ChainedCache, max_model_len: int) -> None:
-        for decoder, own in zip(self.decoders, cache.caches, strict=True):
-            decoder.warm_up(own, max_model_len)

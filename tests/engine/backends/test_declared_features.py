@@ -24,13 +24,16 @@ from nibble.architectures.base import (
     features,
 )
 from nibble.architectures.registry import ARCHITECTURES
-from nibble.engine.backends.base import Backend, Target
+from nibble.engine.backends.base import Backend, KernelReport, Target
 from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.choose import assign, load_decoder
 from nibble.engine.backends.cpp.loader import CppBackend
+from nibble.engine.backends.runs import ChainedDecoder
 from nibble.engine.backends.torch.loader import TorchBackend
 from nibble.engine.backends.triton.loader import TritonBackend
 from nibble.engine.config import EngineConfig
+from nibble.engine.request import Request, SamplingParams
+from nibble.engine.scheduling.batch import StepResult
 from nibble.errors import UnsupportedError
 from nibble.quant.checkpoint import FolderCheckpoint
 
@@ -245,6 +248,21 @@ def test_runs_of_layers_are_computed_where_they_can_be(tmp_path: Path) -> None:
     names = [(run.backend.name, run.layers) for run in assignment.runs]
     assert names == [("cpp", range(1)), ("torch", range(1, 2)), ("cpp", range(2, 3))]
     assert assignment.refused == "does not compute attention.soft_cap"
+
+
+def test_a_chain_samples_on_the_host_whatever_its_parts_do() -> None:
+    """The first part embeds the tokens, so none may stay on the device of the last; nor is a part warmed up alone."""
+
+    class OnItsDevice:
+        overlaps, report = True, KernelReport()
+
+    chain = ChainedDecoder([OnItsDevice(), OnItsDevice()])
+    assert not chain.overlaps
+    chain.warm_up(None, 8)
+    result = StepResult()
+    request = Request("r", [1], SamplingParams(temperature=0.0), frozenset(), seed=0)
+    assert chain.sample(torch.tensor([[0.0, 2.0, 1.0]]), [request], result) is result
+    assert result.tokens == {"r": [1]}
 
 
 @pytest.mark.parametrize("kind", [TorchBackend, CppBackend, TritonBackend])
