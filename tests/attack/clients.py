@@ -57,9 +57,9 @@ def completion(prompt: object = "x", max_tokens: int = 8, **fields: object) -> d
 
 
 def request(method: str, path: str, body: bytes = b"", *headers: str, key: str | None = KEY,
-            length: int | None = None) -> bytes:  # fmt: skip
+            length: int | None = None, connection: str = "close") -> bytes:  # fmt: skip
     """The bytes of a request. length: the Content-Length that it claims, the body's own if None."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Connection: {connection}"]
     lines += [f"Authorization: Bearer {key}"] * (key is not None)
     if not any(h.lower().startswith(("content-length", "transfer-encoding")) for h in headers):
         lines += [f"Content-Length: {len(body) if length is None else length}"]

@@ -19,6 +19,7 @@ def quantized(template: Path, folder: Path, seed: int = 0, group: int = 32, **si
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text()) | sizes
     config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    config["dtype"] = "bfloat16"
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": group,
                                      "zero_point": True, "version": "gemm"}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))

@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import struct
+import zlib
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -73,13 +75,20 @@ def _first(tensors: dict[str, torch.Tensor], suffix: str) -> str:
     return min(name for name in tensors if name.endswith(suffix))
 
 
-def _set_number(index: int, value: float) -> Damage:
-    """A scalar of a linear: format, n, k, group, offset, midpoint, multiplier."""
+def _said(key: str, value: object, with_checksum: bool = False) -> Damage:
+    """Another value in what the entry says of its first linear; with_checksum: of its contents' list as it then is."""
 
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[_first(tensors, ".numbers")][index] = value
+    def damage(file: Path) -> None:
+        head = json.loads(file.read_bytes()[8 : _data_start(file)])
+        metadata = head["__metadata__"]
+        manifest = json.loads(metadata["nibble_prepared"])
+        next(iter(manifest["groups"].values()))[0][key] = value
+        metadata["nibble_prepared"] = json.dumps(manifest)
+        if with_checksum:
+            metadata["crc32"] = str(zlib.crc32(metadata["nibble_prepared"].encode()))
+        save_file(load_file(file), file, metadata)
 
-    return _rewritten(change)
+    return damage
 
 
 def _replace(suffix: str, new: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
@@ -91,10 +100,12 @@ def _replace(suffix: str, new: Callable[[torch.Tensor], torch.Tensor]) -> Damage
 
 
 def _swap(tensors: dict[str, torch.Tensor]) -> None:
-    names = sorted(n for n in tensors if n.endswith(".data"))
-    first = names[0]
-    second = next(n for n in names[1:] if tensors[n].shape == tensors[first].shape)
-    tensors[first], tensors[second] = tensors[second], tensors[first]
+    """The first two weights of one shape."""
+    names = sorted(name for name in tensors if name.endswith(".data"))
+    a, b = next(
+        pair for pair in combinations(names, 2) if len({tensors[name].shape for name in pair}) == 1
+    )
+    tensors[a], tensors[b] = tensors[b], tensors[a]
 
 
 def _fifo(file: Path) -> None:
@@ -134,15 +145,15 @@ DAMAGES: dict[str, Damage] = {
     "all data zeroed": _write(
         lambda old: old[: (n := 8 + struct.unpack("<Q", old[:8])[0])] + b"\0" * (len(old) - n)
     ),
-    "outputs of a linear": _set_number(1, 2048.0),
-    "inputs of a linear": _set_number(2, 64.0),
-    "the format of a linear": _set_number(0, 99.0),
-    "its group size": _set_number(3, 32.0),
-    "its multiplier": _set_number(6, 3.0),
-    "a scalar that is not a number": _set_number(2, float("nan")),
-    "a negative scalar": _set_number(1, -1.0),
+    "another number of outputs": _said("n", 2048),
+    "another group size": _said("group", 32),
+    "another multiplier": _said("multiplier", 3.0),
+    "another number of outputs, checksum and all": _said("n", 2048, True),
+    "another number of inputs, checksum and all": _said("k", 64, True),
+    "an unknown format, checksum and all": _said("format", 99, True),
+    "a negative number, checksum and all": _said("n", -1, True),
+    "a word for a number, checksum and all": _said("n", "x", True),
     "a tensor too few": _rewritten(lambda t: t.pop(_first(t, ".data"))),
-    "scalars too few": _replace(".numbers", lambda t: t[:3]),
     "a tensor of another type": _replace(".scales", lambda t: t.view(torch.uint8)),
     "a tensor of half the size": _replace(".data", lambda t: t.flatten()[: t.numel() // 2]),
     "a tensor of another shape": _replace(".scales", lambda t: t.flatten()),
@@ -152,6 +163,12 @@ DAMAGES: dict[str, Damage] = {
     "a link to /dev/zero": _link("/dev/zero"),
     "a pipe": _fifo,
 }
+
+
+def _entry(cache: Path) -> Path:
+    """The one file that holds prepared weights."""
+    [entry] = cache.rglob("*.safetensors")
+    return entry
 
 
 def _answer(server: Server) -> str:
@@ -174,8 +191,11 @@ def damaged(model: Path, good: Path, expected: str, damage: str, folder: Path) -
     """A server started with a copy of the cache, damaged so."""
     cache = folder / "cache"
     shutil.copytree(good, cache)
-    [entry] = cache.iterdir()
+    entry = _entry(cache)
+    mode = entry.stat().st_mode
     DAMAGES[damage](entry)
+    if entry.is_file() and not entry.is_symlink():
+        entry.chmod(mode)  # what is wrong with it is the damage alone
     return _judged(f"cache: {damage}", _served(model, cache, folder / "run"), expected)
 
 
@@ -194,10 +214,8 @@ def _judged(attack: str, served: tuple[str, str], expected: str) -> Result:
 def planted(model: Path, good: Path, expected: str, other: Path, folder: Path) -> Result:
     """The whole entry of another model of the same shapes, under this model's name."""
     _served(other, folder / "other", folder / "run-other")
-    [entry] = good.iterdir()
-    [foreign] = (folder / "other").iterdir()
-    (folder / "cache").mkdir()
-    shutil.copy(foreign, folder / "cache" / entry.name)
+    shutil.copytree(good, folder / "cache")
+    shutil.copy(_entry(folder / "other"), _entry(folder / "cache"))
     return _judged(
         "cache: another model's entry", _served(model, folder / "cache", folder / "run"), expected
     )
@@ -243,7 +261,7 @@ def together(model: Path, expected: str, folder: Path) -> Result:
         for server in pair:
             end(server)
     answers.append(_served(model, folder / "cache", folder / "2")[0])
-    entries = len(list((folder / "cache").iterdir()))
+    entries = len(list((folder / "cache").rglob("*.safetensors")))
     same = sum(answer == expected for answer in answers)
     return Result(
         "two servers that write one cache at once",
@@ -256,7 +274,8 @@ def together(model: Path, expected: str, folder: Path) -> Result:
 @pytest.fixture(scope="module")
 def expected(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     answer, log = _served(wide, "none", tmp_path_factory.mktemp("expected"))
-    assert answer, log
+    if not answer:
+        raise RuntimeError(log)
     return answer
 
 
@@ -266,7 +285,9 @@ def good(wide: Path, expected: str, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("good")
     for i in range(2):
         answer, log = _served(wide, folder / "cache", folder / str(i))
-        assert answer == expected and len(list((folder / "cache").iterdir())) == 1, log
+        if answer != expected:
+            raise RuntimeError(log)
+        _entry(folder / "cache")
     return folder / "cache"
 
 

@@ -75,21 +75,20 @@ def storm(server: Server, count: int, rounds: int) -> Result:
 
 
 async def _resets(port: int, count: int, seconds: float) -> None:
+    raw = request("POST", "/v1/completions", json.dumps(completion("x", 500, stream=True)).encode())
+    sent = (b"", raw[:60], raw[:-20], raw)  # nothing, a part of the head, of the body, all
+
     async def one(i: int) -> None:
         await asyncio.sleep(seconds * i / count)
         async with Connection(port) as connection:
-            if i % 2:
-                body = json.dumps(completion("x", 500, stream=True)).encode()
-                await connection.send(
-                    request("POST", "/v1/completions", body)[: None if i % 4 == 1 else 60]
-                )
+            await connection.send(sent[i % len(sent)])
             connection.reset()
 
     await asyncio.gather(*map(one, range(count)))
 
 
 def resets(server: Server, rounds: int) -> Result:
-    """Connections that are reset: before, within and after the head of a request."""
+    """Connections that are reset: before, within and after a request."""
     server.complete()
     before = server.descriptors()
     idle = 0.0

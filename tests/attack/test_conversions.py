@@ -53,17 +53,17 @@ def killed_and_resumed(model: Path, folder: Path, method: str, points: int) -> R
         process = _convert(model, out, method)
         time.sleep(length * (i + draw.random()) / points)
         process.send_signal(signal.SIGKILL if i % 3 else signal.SIGINT)
-        stopped = process.wait() != 0
-        killed += stopped
-        early += stopped and out.exists()
-        if stopped:
+        killed += process.wait() != 0
+        if out.exists():  # it was whole before it could be killed, or it may not be there
+            early += _bytes(out) != _bytes(whole)
+        else:
             codes.append(_convert(model, out, method, "--resume").wait())
         same += out.exists() and _bytes(out) == _bytes(whole)
     log = "".join(f.read_text() for f in folder.glob("out*.log"))
     said = complaint_in(log)
     return Result(
         f"{method[2:].upper()} conversion killed and resumed at {points} moments",
-        f"{killed} killed, {same} of {points} the same bytes, {early} results before the end{said}",
+        f"{killed} killed, {same} of {points} the same bytes, {early} half results{said}",
         f"all the same, {points // 2} killed or more, no traceback",
         same == points and killed >= points // 2 and not early and not any(codes) and not said,
     )
@@ -73,4 +73,4 @@ def killed_and_resumed(model: Path, folder: Path, method: str, points: int) -> R
 def test_killed_and_resumed(
     record: Record, tiny_llama: Path, tmp_path: Path, method: str, quick: bool
 ) -> None:
-    record(killed_and_resumed(tiny_llama, tmp_path, method, 3 if quick else 10))
+    record(killed_and_resumed(tiny_llama, tmp_path, method, 2 if quick else 10))

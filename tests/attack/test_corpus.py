@@ -12,7 +12,7 @@ from .results import Result
 
 PATIENCE = 3.0  # seconds that a client waits, who has sent what may be taken for the beginning of something
 GROWTH = 200 << 20
-AT_ONCE = 8
+AT_ONCE = 4
 
 
 def malformed(server: Server, every: int = 1) -> list[Result]:
@@ -29,11 +29,16 @@ def malformed(server: Server, every: int = 1) -> list[Result]:
     print(*wrong, sep="\n")
     kinds = Counter(a.status // 100 for a in answers)
     failed = kinds[5]
-    works = len(server.complete()["choices"]) == 1
-    counts = f"{len(corpus)} cases: {kinds[2]} x 2xx, {kinds[4]} x 4xx, {failed} x 5xx, {kinds[0]} unanswered"
+    works, said = len(server.complete()["choices"]) == 1, server.complaint()
+    counts = f"{len(corpus)} cases: {kinds[2]} x 2xx, {kinds[4]} x 4xx, {failed} x 5xx, {kinds[0]} unanswered{said}"
     shown = "; ".join(wrong[:5])
     return [
-        Result("malformed requests", counts, "0 x 5xx, serves on", not failed and works),
+        Result(
+            "malformed requests",
+            counts,
+            "0 x 5xx, no traceback, serves on",
+            not failed and works and not said,
+        ),
         Result(
             "the answers to them",
             f"{len(wrong)} of {len(corpus)} not as owed{': ' + shown if shown else ''}",

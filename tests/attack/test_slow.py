@@ -7,12 +7,13 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from . import clients
 from .clients import Connection, completion, request
 from .conftest import SERVE, Record
-from .harness import Server, serving, wait_for, watched
+from .harness import KEY, Server, serving, wait_for, watched
 from .results import Result
 
 READ_LIMIT = 45.0  # 30 s in one send, after what the kernel's buffers take
@@ -23,42 +24,59 @@ HEAD_LIMIT, BODY_LIMIT = (
 MEGABYTE = 1 << 20
 
 
-async def _first_tokens(port: int, count: int) -> list[float]:
-    """Seconds to the first token, one client after the other."""
-    return [(await clients.stream(port, 8, f"{i} ")).first for i in range(count)]
+async def _first_token(port: int) -> float:
+    """Median of the seconds to the first token, of 40 clients one after the other."""
+    return statistics.median([(await clients.stream(port, 8, f"{i} ")).first for i in range(40)])
+
+
+async def _read(port: int) -> None:
+    """Ask for 12 MB of a stream, and read them."""
+    await clients.stream(port, 8000, logprobs=20)
 
 
 async def _never_read(port: int) -> None:
-    """Ask for 6 MB of a stream, and keep the connection without reading from it."""
-    body = json.dumps(completion("x", 4000, stream=True, logprobs=20)).encode()
+    """Ask for the same, and keep the connection without reading from it."""
+    body = json.dumps(completion("x", 8000, stream=True, logprobs=20)).encode()
     async with Connection(port, receive_buffer=4096) as connection:
         await connection.send(request("POST", "/v1/completions", body))
         await asyncio.Event().wait()
 
 
-def slow_readers(server: Server, count: int) -> Result:
-    """Clients that ask for long streams and do not read them: they are cut, and others do not wait for them."""
+async def _beside(
+    port: int, clients_of: Callable[[int], Coroutine], count: int
+) -> tuple[float, list]:
+    """The time to the first token beside so many of these clients, which go on."""
+    others = [asyncio.ensure_future(clients_of(port)) for _ in range(count)]
+    await asyncio.sleep(3)
+    return await _first_token(port), others
 
-    async def attack() -> tuple[list[float], list[float], float]:
-        alone = await _first_tokens(server.port, 40)
-        readers = [asyncio.ensure_future(_never_read(server.port)) for _ in range(count)]
+
+async def _end(tasks: list) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def slow_readers(server: Server, count: int) -> Result:
+    """Clients that ask for long streams and do not read them: they are cut, and others wait for them no longer than for
+    as many who read."""
+
+    async def attack() -> tuple[float, float]:
+        normal, readers = await _beside(server.port, _read, count)
+        await _end(readers)
+        await asyncio.to_thread(server.seconds_to_idle)
         start = time.monotonic()
-        await asyncio.sleep(3)
-        beside = await _first_tokens(server.port, 40)
-        cut = await asyncio.to_thread(
-            wait_for, lambda: server.descriptors() <= open_before and server.is_idle(), READ_LIMIT
-        )
+        slow, readers = await _beside(server.port, _never_read, count)
+        are_cut = lambda: server.descriptors() <= open_before and server.is_idle()  # noqa: E731
+        cut = await asyncio.to_thread(wait_for, are_cut, READ_LIMIT)
         seconds = time.monotonic() - start if cut else float("inf")
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
-        return alone, beside, seconds
+        await _end(readers)
+        return slow / normal, seconds
 
     server.complete()
     before, open_before = server.memory(), server.descriptors()
-    alone, beside, seconds = asyncio.run(attack())
+    ratio, seconds = asyncio.run(attack())
     grown = (server.memory() - before) / MEGABYTE
-    ratio = statistics.median(beside) / statistics.median(alone)
     said = server.complaint()
     return Result(
         f"{count} readers who do not read",
@@ -68,18 +86,20 @@ def slow_readers(server: Server, count: int) -> Result:
     )
 
 
-SLOW = {  # what is sent at once, what then comes byte by byte, and the limit
+def _unfinished(method: str, path: str, key: str | None = KEY) -> tuple[bytes, float]:
+    """The beginning of a request whose body is long, on a connection that is to be kept."""
+    return request(method, path, key=key, length=100_000, connection="keep-alive"), BODY_LIMIT
+
+
+SLOW = {  # what is sent at once, before the rest comes byte by byte, and the limit
     "a head": (b"GET /health HTTP/1.1\r\nHost: x\r\nX: ", HEAD_LIMIT),
     "a connection that says nothing": (b"", HEAD_LIMIT),
-    "a body of chat": (request("POST", "/v1/chat/completions", length=100_000), BODY_LIMIT),
-    "a body without a key": (
-        request("POST", "/v1/chat/completions", key=None, length=100_000),
-        BODY_LIMIT,
-    ),
-    "a body of /health": (request("POST", "/health", length=100_000), BODY_LIMIT),
-    "a body of GET /health": (request("GET", "/health", length=100_000), BODY_LIMIT),
-    "a body of an unknown path": (request("POST", "/unknown", length=100_000), BODY_LIMIT),
-    "a body of GET /v1/models": (request("GET", "/v1/models", length=100_000), BODY_LIMIT),
+    "a body of chat": _unfinished("POST", "/v1/chat/completions"),
+    "a body without a key": _unfinished("POST", "/v1/chat/completions", None),
+    "a body of /health": _unfinished("POST", "/health"),
+    "a body of GET /health": _unfinished("GET", "/health"),
+    "a body of an unknown path": _unfinished("POST", "/unknown"),
+    "a body of GET /v1/models": _unfinished("GET", "/v1/models"),
 }
 
 
@@ -163,7 +183,7 @@ def descriptor_exhaustion(server: Server, count: int, seconds: float) -> Result:
     async def one() -> None:
         with contextlib.suppress(ConnectionError):
             async with Connection(server.port) as connection:
-                await connection.send(request("POST", "/health", key=None, length=100_000))
+                await connection.send(_unfinished("POST", "/health", None)[0])
                 await connection.seconds_until_closed(seconds, b"x")
 
     async def attack() -> None:

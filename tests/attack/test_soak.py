@@ -18,7 +18,9 @@ CANCELLED = 0.2  # of the requests
 MALFORMED = 0.05
 SAMPLES = 60
 WARM_UP = 1 / 6  # of the time
-FLAGS = ("--kv-cache-memory", "16MiB", "--max-num-seqs", "16")
+# A KV cache that is soon full: on a CPU its memory is taken as it fills.
+FLAGS = ("--kv-cache-memory", "4MiB", "--max-num-seqs", "16", "--max-model-len", "2048")
+FILLING = 40  # prompts of 1000 tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ async def _round(port: int, seconds: float, draw: random.Random, count: Count) -
 def soak(server: Server, minutes: float) -> list[Result]:
     """Rounds of requests and, between them, a look at the idle server."""
     draw, count, samples = random.Random(0), Count(), []
+    for _ in range(FILLING):
+        server.complete([draw.randrange(256) for _ in range(1000)], 1)
     begin = time.monotonic()
     while (now := (time.monotonic() - begin) / 60) < minutes:
         asyncio.run(_round(server.port, 60 * minutes / SAMPLES, draw, count))
