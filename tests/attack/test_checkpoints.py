@@ -29,7 +29,7 @@ def damaged(model: Path, folder: Path, name: str) -> Result:
         wait_for(lambda: server.process.poll() is not None or _is_ready(server), SECONDS)
         took, code = time.monotonic() - begin, server.process.poll()
         ready = code is None and _is_ready(server)
-        figure, fine = _served(server) if ready else _refused(server, code)
+        figure, fine = _served(server) if ready else _refused(server, broken, code)
     finally:
         end(server)
     fine = fine and not (ready and damage.must_be_refused)
@@ -46,10 +46,10 @@ def _is_ready(server: Server) -> bool:
     return server.get("/readyz").status_code == 200
 
 
-def _refused(server: Server, code: int | None) -> tuple[str, bool]:
+def _refused(server: Server, model: Path, code: int | None) -> tuple[str, bool]:
     if code is None:
         return "neither ready nor ended", False
-    text = server.log_text().strip()
+    text = server.log_text().strip().replace(f"{model}/", "").replace(str(model), "MODEL")
     last = text.rpartition("\n")[2]
     if "Traceback" in text or "panicked" in text:
         return f"exit code {code}, a traceback ({last[:80]})", False
@@ -57,7 +57,7 @@ def _refused(server: Server, code: int | None) -> tuple[str, bool]:
 
 
 def _served(server: Server) -> tuple[str, bool]:
-    """A completion works; a chat is answered, if only by an error; /health is not kept waiting for either."""
+    """Chats and completions are answered, if only by an error; /health is not kept waiting for them."""
     chat = asyncio.run(clients.post(server.port, "/v1/chat/completions", CHAT, timeout=ANSWER))
     text = asyncio.run(
         clients.post(server.port, "/v1/completions", clients.completion(), timeout=ANSWER)
@@ -65,7 +65,7 @@ def _served(server: Server) -> tuple[str, bool]:
     said = server.complaint()
     fine = (
         chat.status in (200, 400)
-        and text.status == 200
+        and text.status in (200, 400)
         and chat.seconds < ANSWER / 2
         and server.get("/health", 2).status_code == 200
         and not said
