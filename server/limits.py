@@ -23,9 +23,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
-MAX_CHARS_PER_TOKEN = (
-    256  # longer than any token of the vocabularies in use: bounds the text that is tokenised
-)
+MAX_TOKENIZE_TOKENS = 2**17  # of /tokenize, or the context where that is longer, and of /detokenize
 MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
 MAX_HEADER_BYTES = 65536  # h11: request line and headers together
