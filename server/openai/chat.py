@@ -53,7 +53,7 @@ class TextPart(Schema):
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Ignored = None
     # What a client sends back when it repeats an answer of ours.
     refusal: OnlyNone = None
@@ -86,8 +86,13 @@ TemplateValue = (
 )
 
 
+Messages = Annotated[
+    list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES, fail_fast=True)
+]
+
+
 class ChatRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None

@@ -6,10 +6,10 @@ with its prompt, and with `logprobs` too its prompt's log-probabilities: what lm
 """
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
@@ -26,8 +26,37 @@ from .stream import run
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
+def _kind(prompt: Any) -> str | None:
+    """Which of the four a prompt is, by its first item: trying each in turn would take as many times as long."""
+    if isinstance(prompt, str):
+        return "str"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else ""
+    if isinstance(first, str):
+        return "list[str]"
+    return "list[list[int]]" if isinstance(first, list) else "list[int]"
+
+
+_FIRST_ERROR = Field(
+    fail_fast=True
+)  # of many items one wrong one is told; a million would take seconds
+_Ids = Annotated[list[int], _FIRST_ERROR]
+Prompt = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[list[str], _FIRST_ERROR, Tag("list[str]")]
+    | Annotated[_Ids, Tag("list[int]")]
+    | Annotated[list[_Ids], _FIRST_ERROR, Tag("list[list[int]]")],
+    Discriminator(
+        _kind,
+        custom_error_type="prompt_type",
+        custom_error_message="Input should be a text, a list of texts, token ids, or a list of lists of token ids",
+    ),
+]
+
+
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompt
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS

@@ -11,7 +11,7 @@ from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..serving import Serving
 from .answer import json_response
-from .chat import Message, TemplateValue
+from .chat import Messages, TemplateValue
 from .prompt import encode_chat, encode_texts
 from .sampling import Schema
 
@@ -21,9 +21,7 @@ class TokenizeRequest(Schema):
 
     model: str | None = None
     prompt: str | None = None
-    messages: (
-        Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None
-    ) = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -33,7 +31,7 @@ class TokenizeRequest(Schema):
 
 class DetokenizeRequest(Schema):
     model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=limits.MAX_TOKENIZE_TOKENS)]
+    tokens: Annotated[list[int], Field(max_length=limits.MAX_TOKENIZE_TOKENS, fail_fast=True)]
 
 
 async def tokenize(request: Request, serving: Serving) -> Response:
