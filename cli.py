@@ -233,6 +233,15 @@ def serve(
             rich_help_panel=_HTTP,
         ),
     ] = 1024,
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens",
+            metavar="",
+            help="In messages, <|im_end|> and the like count as special tokens, not as text",
+            rich_help_panel=_HTTP,
+        ),
+    ] = False,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -369,6 +378,7 @@ def serve(
         api_keys=tuple(api_key or ()),
         shutdown_timeout=shutdown_timeout,
         max_queued_requests=max_queued_requests,
+        parse_special_tokens=parse_special_tokens,
     )
     return run(config, options)
 
