@@ -45,7 +45,7 @@ VERBS = {
         "nibble convert HuggingFaceTB/SmolLM2-135M-Instruct --awq",
     ),
     "evaluate": Verb(
-        ".tools.evaluate:evaluate_command",
+        ".tools.evaluate_command:evaluate_command",
         "Measure what quantization cost: perplexity, KL, top-1 agreement",
         "nibble evaluate ./SmolLM2-135M-Instruct ./SmolLM2-135M-Instruct-AWQ-INT4-g128",
     ),
@@ -55,7 +55,7 @@ VERBS = {
         "nibble doctor ./SmolLM2-135M-Instruct",
     ),
     "tune": Verb(
-        ".tools.tune:tune_command",
+        ".tools.tune_command:tune_command",
         "Measure which tiles the quantized products are fastest with on this GPU",
         "nibble tune",
     ),
@@ -233,6 +233,15 @@ def serve(
             rich_help_panel=_HTTP,
         ),
     ] = 1024,
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens",
+            metavar="",
+            help="In messages, <|im_end|> and the like count as special tokens, not as text",
+            rich_help_panel=_HTTP,
+        ),
+    ] = False,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -369,6 +378,7 @@ def serve(
         api_keys=tuple(api_key or ()),
         shutdown_timeout=shutdown_timeout,
         max_queued_requests=max_queued_requests,
+        parse_special_tokens=parse_special_tokens,
     )
     return run(config, options)
 
