@@ -3,7 +3,8 @@
 Every case is made by crossing fields with values; nothing is random. What is owed is derived from the field's type:
 
     REFUSED   a value of a type that the field never takes: 400, and `param` begins with the field's name
-    ANY       whatever the server makes of it, as long as it is an answer of its own and no 5xx
+    ANY       an answer of whatever kind but a 5xx; an error has OpenAI's shape and a request id
+    CLOSED    the same, or none: it may be the beginning of something longer
 """
 
 import itertools

@@ -24,7 +24,7 @@ PROBE = Path(__file__).with_name("probe.py")
 
 @dataclass
 class Server:
-    """A running `nibble serve`. Figures are of its two processes together, memory in bytes."""
+    """A running `nibble serve`. Figures are of its processes together, memory in bytes."""
 
     process: subprocess.Popen
     port: int
@@ -70,7 +70,10 @@ class Server:
         return complaint_in(self.log_text())
 
     def engine_pid(self) -> int:
-        return children(self.process.pid)[0]
+        for pid in children(self.process.pid):
+            if b"nibble.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+        raise RuntimeError("there is no engine process")
 
     def pids(self) -> list[int]:
         return [self.process.pid, *children(self.process.pid)]
