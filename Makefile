@@ -86,7 +86,7 @@ test-robust: $(VENV)/.installed-dev
 # run writes its table into docs/RELIABILITY.md. Arguments go through: make test-server ARGS='-k soak'
 QUICK ?=
 SOAK_MINUTES ?= $(if $(QUICK),0.5,$(if $(CI),3,30))
-test-server: $(VENV)/.installed-attack
+test-server: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/attack -m attack --soak-minutes $(SOAK_MINUTES) \
 	  $(if $(QUICK),--quick,$(if $(ARGS),,--write-table)) $(ARGS)
 
@@ -168,8 +168,4 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.installed-torch
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(BIN)/pip install -e '.[dev]'
-	@touch $@
-
-$(VENV)/.installed-attack: pyproject.toml $(VENV)/.installed-dev
-	$(BIN)/pip install -e '.[attack]'
 	@touch $@
