@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..version import __version__
 from . import errors, metrics, sse
 from .auth import AuthMiddleware
+from .keys import ApiKey
 from .openai import chat, completions, models, tokenize
 from .openai.answer import json_response
 from .serving import Phase, Serving
@@ -63,7 +64,7 @@ class RequestIdMiddleware:
                 await errors.internal().response()(scope, receive, send_with_id)
 
 
-def create_app(serving: Serving, api_keys: tuple[str, ...] = ()) -> FastAPI:
+def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     """The application for one Serving. With no keys, anybody may ask."""
     middleware = [Middleware(RequestIdMiddleware), Middleware(AuthMiddleware, api_keys=api_keys)]
     app = FastAPI(

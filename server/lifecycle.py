@@ -35,6 +35,7 @@ from ..engine.text.tokenizer import Tokenizer
 from ..errors import UserError
 from ..version import __version__
 from . import limits
+from .keys import ApiKey
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     model_names: tuple[str, ...]  # the names clients may use; the first is the one in metrics
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()  # none: anybody may ask
     shutdown_timeout: float = 30.0  # seconds
     max_queued_requests: int = 1024  # sequences beyond max_num_seqs that are admitted
 
@@ -281,5 +282,7 @@ def _ledger(ready: Ready, options: ServeOptions, sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     lines.append(f"  http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not options.api_keys and not ipaddress.ip_address(host).is_loopback:
-        lines.append("  warning: no --api-key is set, and other machines may reach this address")
+        lines.append(
+            "  warning: no API key is set (--api-key-file), and other machines may reach this address"
+        )
     return "\n".join(lines)
