@@ -3,7 +3,6 @@
 Importing this, as help does, imports no part of the server.
 """
 
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -92,6 +91,26 @@ def serve_command(
             rich_help_panel=_HTTP,
         ),
     ] = 1024,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Connections at once; beyond it the one that has waited longest is cut",
+            show_default="4096, or what ulimit -n allows",
+            min=1,
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
+    max_connections_per_ip: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Of them, from one address and waiting; 0: any number (behind a proxy)",
+            show_default="a quarter",
+            min=0,
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -101,6 +120,15 @@ def serve_command(
             rich_help_panel=_HTTP,
         ),
     ] = 30.0,
+    engine_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Without a sign of life from the engine, it is stuck: exit; 0: never",
+            min=0,
+            rich_help_panel=_HTTP,
+        ),
+    ] = 60.0,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -195,12 +223,11 @@ def serve_command(
     Example: nibble serve ./SmolLM2-AWQ --port 8000 --kv-cache-memory 2GiB
     """
     from ..engine.config import EngineConfig
+    from ..server import logs
     from ..server.lifecycle import ServeOptions
     from ..server.lifecycle import serve as run
 
-    # Of other libraries, warnings alone: a Hub download is 25 lines of their HTTP client.
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("nibble").setLevel(logging.INFO)
+    logs.configure()
     config = EngineConfig(
         model=model,
         revision=revision,
@@ -227,7 +254,10 @@ def serve_command(
         model_names=tuple(served_model_name or [_model_name(model)]),
         api_keys=_api_keys(api_key or [], api_key_file),
         shutdown_timeout=shutdown_timeout,
+        engine_timeout=engine_timeout,
         max_queued_requests=max_queued_requests,
+        max_connections=max_connections,
+        max_connections_per_ip=max_connections_per_ip,
     )
     return run(config, options)
 

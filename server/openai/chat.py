@@ -10,15 +10,18 @@ from collections.abc import Sequence as Items
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
-from ...engine.request import SamplingParams
+from ...engine.request import MAX_INT, SamplingParams
 from .. import errors, limits
 from ..generation import Delta, Sequence
 from ..serving import Serving
 from .answer import Answer, encode
 from .logprobs import chat_logprobs
 from .sampling import (
+    INTEGRAL,
+    NOT_BOTH_ENDS,
+    STREAM_OPTIONS_NEED_STREAM,
     Ignored,
     OnlyEmptyList,
     OnlyFalse,
@@ -28,19 +31,20 @@ from .sampling import (
     check_size,
     check_text_length,
     completion_room,
+    excludes,
 )
 from .stream import run
 
 
 class TextPart(Schema):
-    type: str
+    type: Annotated[str, Field(json_schema_extra={"const": "text"})]
     text: str | None = None
     # Named so that the refusal of a part we cannot read says what kind it was, not that this field is unknown.
-    image_url: Any = None
-    input_audio: Any = None
-    video_url: Any = None
-    file: Any = None
-    refusal: Any = None
+    image_url: OnlyNone = None
+    input_audio: OnlyNone = None
+    video_url: OnlyNone = None
+    file: OnlyNone = None
+    refusal: OnlyNone = None
 
     @field_validator("type")
     @classmethod
@@ -79,21 +83,35 @@ class Message(Schema):
 
 TemplateValue = (
     StrictBool
-    | StrictInt
+    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63), INTEGRAL]
     | Annotated[StrictStr, Field(max_length=limits.MAX_TEMPLATE_KWARG_CHARS)]
     | None
 )
+TemplateKwargs = Annotated[
+    dict[str, TemplateValue],
+    Field(json_schema_extra={"propertyNames": {"enum": sorted(limits.TEMPLATE_KWARGS)}}),
+]
 
 
 class ChatRequest(SamplingFields):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                STREAM_OPTIONS_NEED_STREAM,
+                NOT_BOTH_ENDS,
+                excludes("top_logprobs", unless={"logprobs": True}, enum=[None, 0]),
+            ]
+        }
+    )
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     # Not supported
     tools: OnlyEmptyList = None
     tool_choice: Literal["none", "auto"] | None = None  # without tools these are the same

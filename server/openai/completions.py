@@ -10,7 +10,7 @@ import time
 from typing import Annotated, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
@@ -19,19 +19,42 @@ from ..generation import Delta, Sequence, usage
 from ..serving import Serving
 from .answer import Answer, encode, json_response
 from .logprobs import completion_logprobs
-from .sampling import SamplingFields, check_size, check_text_length, completion_room
+from .sampling import (
+    INTEGRAL,
+    STREAM_OPTIONS_NEED_STREAM,
+    SamplingFields,
+    TokenIds,
+    check_size,
+    check_text_length,
+    completion_room,
+    excludes,
+)
 from .stream import run
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                STREAM_OPTIONS_NEED_STREAM,
+                excludes(
+                    "max_tokens", unless={"echo": True}, anyOf=[{"type": "null"}, {"minimum": 1}]
+                ),
+            ]
+        }
+    )
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS
     # Not supported
-    best_of: int | None = None
+    best_of: (
+        Annotated[int, Field(ge=1, le=limits.MAX_N, json_schema_extra={"maximum": 1}), INTEGRAL]
+        | None
+    ) = None  # or n, which a schema cannot say
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")

@@ -4,17 +4,34 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import Request, Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from .. import errors, limits
 from ..serving import Serving
 from .answer import json_response
-from .chat import Message, TemplateValue
-from .sampling import Schema
+from .chat import Message, TemplateKwargs
+from .sampling import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
+
+
+def _one_without_the_other(field: str, type: str, other: str) -> dict[str, Any]:
+    return {
+        "properties": {field: {"type": type}, other: {"type": "null"}},
+        "required": [field],
+    }
 
 
 class TokenizeRequest(Schema):
     """`prompt` or `messages`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [NOT_BOTH_ENDS],
+            "anyOf": [
+                _one_without_the_other("prompt", "string", "messages"),
+                _one_without_the_other("messages", "array", "prompt"),
+            ],
+        }
+    )
 
     model: str | None = None
     prompt: str | None = None
@@ -22,15 +39,22 @@ class TokenizeRequest(Schema):
         Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None
     ) = None
     add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = (
+        None  # default: true, unless the final message is continued
+    )
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+
+    @property
+    def generation_prompt(self) -> bool:
+        given = self.add_generation_prompt
+        return not self.continue_final_message if given is None else given
 
 
 class DetokenizeRequest(Schema):
     model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=2**20)]
+    tokens: Annotated[list[TokenId], Field(max_length=2**20), INTEGRALS]
 
 
 async def tokenize(request: Request, serving: Serving) -> Response:
@@ -73,8 +97,8 @@ def _encode(body: TokenizeRequest, serving: Serving) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(
             [message.for_template() for message in body.messages or ()],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
+            add_generation_prompt=body.generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
             **kwargs,
         )
     except ValueError as error:
