@@ -43,7 +43,7 @@ VERBS = {
         "nibble convert HuggingFaceTB/SmolLM2-135M-Instruct --awq",
     ),
     "evaluate": Verb(
-        ".tools.evaluate:evaluate_command",
+        ".tools.evaluate_command:evaluate_command",
         "Measure what quantization cost: perplexity, KL, top-1 agreement",
         "nibble evaluate ./SmolLM2-135M-Instruct ./SmolLM2-135M-Instruct-AWQ-INT4-g128",
     ),
@@ -53,7 +53,7 @@ VERBS = {
         "nibble doctor ./SmolLM2-135M-Instruct",
     ),
     "tune": Verb(
-        ".tools.tune:tune_command",
+        ".tools.tune_command:tune_command",
         "Measure which tiles the quantized products are fastest with on this GPU",
         "nibble tune",
     ),

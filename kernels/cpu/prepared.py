@@ -187,7 +187,7 @@ class PreparedGroup:
     linears: list[Prepared]
     int8: bool  # activations of integer weights as int8 codes by group, else bfloat16
     inputs: list[Prepared] = field(init=False)  # the first linear that wants each kind of input
-    arrays: tuple[ctypes.Array, ctypes.Array] = field(init=False)  # NbInput, NbLinear
+    arrays: tuple[ctypes.Array[NbInput], ctypes.Array[NbLinear]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = []
@@ -203,7 +203,7 @@ class PreparedGroup:
 
     def struct(self) -> NbLinearGroup:
         """Points to this group's arrays, which must live as long."""
-        inputs, linears = map(ctypes.addressof, self.arrays)
+        inputs, linears = (ctypes.addressof(array) for array in self.arrays)
         return NbLinearGroup(len(self.inputs), len(self.linears), inputs, linears)
 
     @property
