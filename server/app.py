@@ -1,6 +1,6 @@
 """The HTTP application: routes, and what wraps them.
 
-    RequestIdMiddleware -> RoomMiddleware -> AuthMiddleware -> routes -> errors in OpenAI's shape
+    TrimMiddleware -> RequestIdMiddleware -> RoomMiddleware -> AuthMiddleware -> routes -> errors in OpenAI's shape
 
 The routes take the raw request: each endpoint parses its own body (limits.parse_body), so no answer is ever FastAPI's.
 """
@@ -18,6 +18,7 @@ from ..version import __version__
 from . import errors, metrics, openapi, sse
 from .auth import OPEN_PATHS, AuthMiddleware
 from .keys import ApiKey
+from .memory import TrimMiddleware
 from .openai import chat, completions, models, tokenize
 from .openai.answer import json_response
 from .protocol import PROBES_ONLY
@@ -29,7 +30,7 @@ _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """The outermost layer: puts `x-request-id` on the answer, the client's own if it is harmless to repeat, else a
+    """Around all that answers: puts `x-request-id` on the answer, the client's own if it is harmless to repeat, else a
     new one. Whatever goes wrong inside becomes a plain 500."""
 
     def __init__(self, app: ASGIApp):
@@ -84,6 +85,7 @@ class RoomMiddleware:
 def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     """The application for one Serving. With no keys, anybody may ask."""
     middleware = [
+        Middleware(TrimMiddleware),
         Middleware(RequestIdMiddleware),
         Middleware(RoomMiddleware, serving=serving),
         Middleware(AuthMiddleware, api_keys=api_keys),
