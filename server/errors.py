@@ -74,10 +74,13 @@ def model_not_found(model: str) -> ApiError:
     )
 
 
-def context_length_exceeded(limit: int, prompt: int, completion: int, param: str) -> ApiError:
-    """`completion` is the number of tokens asked for, at least one."""
+def context_length_exceeded(
+    limit: int, prompt: int, completion: int, param: str, at_least: bool = False
+) -> ApiError:
+    """`completion` is the number of tokens asked for, at least one. at_least: the prompt has `prompt` or more."""
     return bad_request(
-        f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} tokens "
+        f"This model's maximum context length is {limit} tokens. However, you requested "
+        f"{'at least ' * at_least}{prompt + completion} tokens "
         f"({prompt} in the {param}, {completion} in the completion). Please reduce the length of the {param} or "
         "completion.",
         param,

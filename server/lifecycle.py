@@ -33,6 +33,7 @@ import msgspec
 from ..engine.client import AsyncEngine, EngineDeadError
 from ..engine.config import EngineConfig
 from ..engine.messages import Ready
+from ..engine.text.renderer import Renderer
 from ..engine.text.tokenizer import Tokenizer
 from ..engine.watchdog import until_stuck
 from ..errors import UserError
@@ -69,6 +70,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int | None = None  # None: connections.connection_limit
     # That wait, from one address beyond loopback; 0: any number, None: a quarter of all
     max_connections_per_ip: int | None = None
+    parse_special_tokens: bool = False  # those written out in messages count as such
 
 
 def serve(
@@ -143,6 +145,7 @@ class Lifecycle:
         self.exit_code = 0
         self.failure: BaseException | None = None  # what ended the server
         self.signals = 0
+        self.renderer: Renderer | None = None
         self.tasks: set[asyncio.Task] = set()
 
     async def run(
@@ -158,6 +161,8 @@ class Lifecycle:
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
+            if self.renderer is not None:
+                self.renderer.close()
             if self.serving.is_loaded:
                 await self.serving.engine.shutdown(timeout=0 if self.signals > 1 else 5)
         if isinstance(self.failure, UserError):
@@ -169,7 +174,9 @@ class Lifecycle:
     ) -> None:
         """Wait until ready, then for the engine's death."""
         try:
-            loaded, ready_tokenizer = await asyncio.gather(engine, tokenizer)
+            loaded, ready_tokenizer, renderer = await asyncio.gather(
+                engine, tokenizer, self._start_renderer(tokenizer)
+            )
         except UserError as error:
             self.failure = error
             self._exit(2)
@@ -178,7 +185,7 @@ class Lifecycle:
             log.error("%s", error)
             self._exit(1)
             return
-        self.serving.ready(loaded, ready_tokenizer)
+        self.serving.ready(loaded, ready_tokenizer, renderer)
         print(_ledger(loaded.ready, self.options, self.sock), file=sys.stderr, flush=True)
         gc.collect()
         gc.freeze()  # what loading left behind never dies: the collector need not walk it between tokens
@@ -203,6 +210,13 @@ class Lifecycle:
             self.options.engine_timeout,
         )
         engine.kill()
+
+    async def _start_renderer(self, tokenizer: "asyncio.Future[Tokenizer]") -> Renderer:
+        """The process that renders chat templates, warm by the time that the engine is up."""
+        chat_format = (await tokenizer).chat_format(self.options.parse_special_tokens)
+        self.renderer = Renderer(chat_format, max_waiting=self.serving.max_sequences)
+        self.renderer.start()
+        return self.renderer
 
     def _on_signal(self, number: signal.Signals) -> None:
         self.signals += 1

@@ -12,10 +12,12 @@ _Place = tuple[str, int, str, type | None]
 def configure() -> None:
     """Log to stderr: this package from INFO on. Of other libraries, warnings alone: a Hub download is 25 lines of
     their HTTP client."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(Repeats(handler))
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler]
+    )
     logging.getLogger("nibble").setLevel(logging.INFO)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(Repeats(handler))
 
 
 class Repeats(logging.Filter):

@@ -16,6 +16,7 @@ from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..engine.client import AsyncEngine
+    from ..engine.text.renderer import Renderer
     from ..engine.text.tokenizer import Tokenizer
 
 
@@ -39,14 +40,14 @@ class Serving:
         self.model_names = model_names
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING
-        self._loaded: tuple[AsyncEngine, Tokenizer] | None = None
+        self._loaded: tuple[AsyncEngine, Tokenizer, Renderer] | None = None
         self.active_sequences = 0
         self.idle = asyncio.Event()
         self.idle.set()
         self.metrics = Metrics(model_names[0])
 
-    def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer") -> None:
-        self._loaded = engine, tokenizer
+    def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer", renderer: "Renderer") -> None:
+        self._loaded = engine, tokenizer, renderer
         self.metrics.watch(engine)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
@@ -69,13 +70,17 @@ class Serving:
 
     @property
     def engine(self) -> "AsyncEngine":
-        return self._both()[0]
+        return self._all()[0]
 
     @property
     def tokenizer(self) -> "Tokenizer":
-        return self._both()[1]
+        return self._all()[1]
 
-    def _both(self) -> "tuple[AsyncEngine, Tokenizer]":
+    @property
+    def renderer(self) -> "Renderer":
+        return self._all()[2]
+
+    def _all(self) -> "tuple[AsyncEngine, Tokenizer, Renderer]":
         if self._loaded is None:
             raise errors.loading()
         return self._loaded

@@ -91,6 +91,15 @@ def serve_command(
             rich_help_panel=_HTTP,
         ),
     ] = 1024,
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens",
+            metavar="",
+            help="In messages, <|im_end|> and the like count as special tokens, not as text",
+            rich_help_panel=_HTTP,
+        ),
+    ] = False,
     max_connections: Annotated[
         int | None,
         typer.Option(
@@ -256,6 +265,7 @@ def serve_command(
         shutdown_timeout=shutdown_timeout,
         engine_timeout=engine_timeout,
         max_queued_requests=max_queued_requests,
+        parse_special_tokens=parse_special_tokens,
         max_connections=max_connections,
         max_connections_per_ip=max_connections_per_ip,
     )

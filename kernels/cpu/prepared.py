@@ -6,7 +6,7 @@ once and multiplied in bfloat16: slower, never refused.
 
 import ctypes
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,13 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.scales, self.offsets) if t is not None)
+
+    def scaled(self, scale: float) -> "Prepared":
+        """The same linear with its outputs multiplied by `scale`; weights are shared."""
+        if scale == 1.0:
+            return self
+        bias = None if self.bias is None else self.bias * scale
+        return replace(self, multiplier=self.multiplier * scale, bias=bias)
 
     def move(self, arena: Arena) -> "Prepared":
         """Into memory that is fast to read."""

@@ -236,11 +236,3 @@ def check_size(sequences: int, max_tokens: int, param: str = "n") -> None:
             "give a smaller max_tokens",
             "max_tokens",
         )
-
-
-def check_text_length(text_chars: int, limit: int, param: str) -> None:
-    """Refuse text that cannot fit, before the work of tokenising it."""
-    if text_chars > limit * limits.MAX_CHARS_PER_TOKEN:
-        raise errors.context_length_exceeded(
-            limit, text_chars // limits.MAX_CHARS_PER_TOKEN, 1, param
-        )

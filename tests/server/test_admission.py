@@ -10,7 +10,7 @@ from nibble.server.serving import Serving, cache_salt
 
 def loaded(**limits: int) -> Serving:
     serving = Serving(("tiny",), **limits)
-    serving.ready(SimpleNamespace(is_alive=True), SimpleNamespace())
+    serving.ready(SimpleNamespace(is_alive=True), SimpleNamespace(), SimpleNamespace())
     return serving
 
 
