@@ -329,7 +329,7 @@ def serve(
             help="Keeps weights in the CPU kernels' layout for the next start; none: nothing is kept",
             rich_help_panel=_CPU,
         ),
-    ] = "~/.cache/nibble/prepared",
+    ] = "~/.cache/nibble",
 ) -> int:
     """Serve MODEL behind an OpenAI-compatible API.
 

@@ -100,7 +100,8 @@ class CppBackend:
         head_bits = config.lm_head_bits or self._head_bits(checkpoint)
         # what is quantized at load has no path
         folder = config.prepared_cache if config.quantize is None else None
-        cache = PreparedCache.of(checkpoint, folder, f"head {head_bits}") if folder else None
+        options = f"head {head_bits}, layers {layers.start} to {layers.stop}"
+        cache = PreparedCache.of(checkpoint, folder, options) if folder else None
         weights = ModelWeights(checkpoint, model)
         return _Loader(weights, self.target, self.pool, head_bits, cache).load(layers, progress)
 
@@ -138,7 +139,10 @@ class _Loader:
         embedding = None
         if first or last:
             embedding = self.weights.embedding(torch.bfloat16).contiguous()
-        head = self._prepared("lm_head", lambda: [self._head(embedding)]) if last else None
+        head = None
+        if last:
+            shape = (model.vocab_size, model.hidden_size)
+            head = self._prepared("lm_head", [shape], lambda: [self._head(embedding)])
         if self.cache is not None:
             self.cache.save()
         config = self.target.config
@@ -159,7 +163,9 @@ class _Loader:
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
         groups = [
             self._prepared(
-                prefix + group.modules[0], lambda group=group: weights.group(index, group)
+                prefix + group.modules[0],
+                [(out, group.in_features) for out in group.out_features],
+                lambda group=group: weights.group(index, group),
             )
             for group in model.groups(index)
         ]
@@ -183,9 +189,11 @@ class _Loader:
             *(norm(name, spec.mixer.head_dim) for name in head_norms),
         )
 
-    def _prepared(self, name: str, read: Callable[[], list[Linear]]) -> PreparedGroup:
+    def _prepared(
+        self, name: str, shapes: list[tuple[int, int]], read: Callable[[], list[Linear]]
+    ) -> PreparedGroup:
         """The group from the cache; else made, and kept there unless it is dense, which is a copy and no more."""
-        linears = self.cache.group(name) if self.cache is not None else None
+        linears = self.cache.group(name, shapes) if self.cache is not None else None
         if linears is None:
             linears = [prepare(linear.weight, linear.bias) for linear in read()]
             if self.cache is not None and any(linear.format != lib.DENSE for linear in linears):
