@@ -7,11 +7,12 @@ with its prompt, and with `logprobs` too its prompt's log-probabilities: what lm
 
 import asyncio
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
 from pydantic import Field, model_validator
 
+from ...engine.messages import TokenLogprobs
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
 from .. import errors, limits
@@ -53,7 +54,7 @@ class CompletionRequest(SamplingFields):
             return [prompt]
         if not prompt:
             raise errors.bad_request("'prompt' must not be empty.", "prompt")
-        return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item,return-value]
+        return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 async def create(request: Request, serving: Serving) -> Response:
@@ -132,7 +133,7 @@ class CompletionAnswer(Answer):
         self.started: set[int] = set()  # sequences that have had their first event
         self.prompt_only = body.max_tokens == 0
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         text, logprobs = self._content(whole, first=True)
         finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
         return {
@@ -142,7 +143,7 @@ class CompletionAnswer(Answer):
             "finish_reason": finish_reason,
         }
 
-    def usage(self, counted: dict) -> dict:
+    def usage(self, counted: dict[str, Any]) -> dict[str, Any]:
         return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else counted
 
     def event(self, delta: Delta) -> bytes:
@@ -188,7 +189,7 @@ class CompletionAnswer(Answer):
             }
         )
 
-    def _content(self, delta: Delta, first: bool) -> tuple[str, dict | None]:
+    def _content(self, delta: Delta, first: bool) -> tuple[str, dict[str, list[Any]] | None]:
         """Text and logprobs of one delta, the prompt's before them if it is to be echoed and this is the first."""
         text, positions, offsets = delta.text, delta.logprobs, delta.offsets
         if self.prompt_only:
@@ -203,20 +204,20 @@ class CompletionAnswer(Answer):
     def _echoed(
         self,
         text: str,
-        positions: list | None,
+        positions: list[TokenLogprobs] | None,
         offsets: list[int],
         sequence: Sequence,
         first: bool,
-    ) -> tuple[str, dict | None]:
+    ) -> tuple[str, dict[str, list[Any]] | None]:
         echo = self.echoes[sequence.index // self.n]
-        positions = positions or []
-        ids = [position.token_id for position in positions]
+        shown: list[TokenLogprobs | None] = [*(positions or [])]
+        ids = [position.token_id for position in positions or []]
         offsets = [len(echo.text) + offset for offset in offsets]
         if first:
             text = echo.text + text
-            positions = [*(sequence.prompt_logprobs or []), *positions]
+            shown = [*(sequence.prompt_logprobs or []), *shown]
             if sequence.prompt_logprobs is not None:
                 ids, offsets = sequence.prompt_token_ids + ids, echo.offsets + offsets
-        if not positions:
+        if not shown:
             return text, None
-        return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
+        return text, completion_logprobs(self.tokenizer, shown, ids, offsets, self.top_n)
