@@ -6,7 +6,7 @@ its text as it comes, an empty delta with the finish_reason; then the usage if a
 
 import time
 from collections.abc import Sequence as Items
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
