@@ -80,7 +80,7 @@ class _Link(asyncio.Protocol):
 class AsyncEngine:
     """An engine in its own process, used from one asyncio event loop. Made by `start`."""
 
-    def __init__(self, process: subprocess.Popen, transport: asyncio.Transport, link: _Link):
+    def __init__(self, process: subprocess.Popen[bytes], transport: asyncio.Transport, link: _Link):
         self.stats = EngineStats()
         self.dead = asyncio.Event()
         self.ready: Ready
@@ -92,7 +92,7 @@ class AsyncEngine:
         ] = {}  # request id -> its name in the engine, which is never used again
         self._sinks: dict[str, Sink] = {}  # by that name
         self._serial = itertools.count()
-        self._watching: asyncio.Task | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -277,7 +277,7 @@ def _gathered(outputs: list[RequestOutput]) -> list[RequestOutput]:
     return list(first.values())
 
 
-def _reap(process: subprocess.Popen, timeout: float) -> None:
+def _reap(process: subprocess.Popen[bytes], timeout: float) -> None:
     """Wait for a process that is about to end; kill it if it does not within `timeout` seconds."""
     try:
         process.wait(timeout)

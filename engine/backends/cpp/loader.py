@@ -5,7 +5,7 @@ Nothing is fused here: the linears of a group lie side by side in one call whate
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -157,30 +157,30 @@ class _Loader:
     def _layer(self, index: int) -> CppLayer:
         model, weights = self.weights.model, self.weights
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
-        groups = [
-            self._prepared(
-                prefix + group.modules[0], lambda group=group: weights.group(index, group)
-            )
+        qkv, o, gate_up, down = (
+            self._prepared(prefix + group.modules[0], partial(weights.group, index, group))
             for group in model.groups(index)
-        ]
+        )
 
         def norm(name: str | None, width: int = model.hidden_size) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, width)
 
-        head_norms = (
-            ("self_attn.q_norm", "self_attn.k_norm") if spec.mixer.qk_norm else (None, None)
-        )
+        head_dim, has_norms = spec.mixer.head_dim, spec.mixer.qk_norm
         before_mixer, before_mlp = norm(spec.norms.before_mixer), norm(spec.norms.before_mlp)
         if before_mixer is None or before_mlp is None:
             raise ValueError("a layer that why_not refuses")
         return CppLayer(
             spec.mixer,
-            *groups,
+            qkv,
+            o,
+            gate_up,
+            down,
             before_mixer,
             norm(spec.norms.after_mixer),
             before_mlp,
             norm(spec.norms.after_mlp),
-            *(norm(name, spec.mixer.head_dim) for name in head_norms),
+            norm("self_attn.q_norm" if has_norms else None, head_dim),
+            norm("self_attn.k_norm" if has_norms else None, head_dim),
         )
 
     def _prepared(self, name: str, read: Callable[[], list[Linear]]) -> PreparedGroup:

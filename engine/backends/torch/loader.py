@@ -2,12 +2,12 @@
 ever held in two forms.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, ModelSpec, Norms
+from ....architectures.base import LayerSpec, ModelSpec, Rope
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
@@ -96,13 +96,13 @@ class _Loader:
     def _layer(self, index: int) -> TorchLayer:
         model = self.weights.model
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
-        groups = [self._fused(self.weights.group(index, group)) for group in model.groups(index)]
-        mixer = spec.mixer
+        qkv, o, gate_up, down = (
+            self._fused(self.weights.group(index, group)) for group in model.groups(index)
+        )
+        mixer, norms = spec.mixer, spec.norms
 
-        def head_norm(name: str) -> RMSNorm | None:
-            if not mixer.qk_norm:
-                return None
-            return self._norm(self.weights.norm(f"{prefix}self_attn.{name}", mixer.head_dim))
+        def norm(name: str | None, width: int = model.hidden_size) -> RMSNorm | None:
+            return None if name is None else self._norm(self.weights.norm(prefix + name, width))
 
         sinks = (
             self.weights.vector(f"{prefix}self_attn.sinks", mixer.num_heads)
@@ -111,20 +111,18 @@ class _Loader:
         )
         return TorchLayer(
             spec,
-            *groups,
-            **self._norms(prefix, spec.norms),
-            q_norm=head_norm("q_norm"),
-            k_norm=head_norm("k_norm"),
-            sinks=None if sinks is None else sinks.to(self.target.device),
+            qkv,
+            o,
+            gate_up,
+            down,
+            norm(norms.before_mixer),
+            norm(norms.after_mixer),
+            norm(norms.before_mlp),
+            norm(norms.after_mlp),
+            norm("self_attn.q_norm" if mixer.qk_norm else None, mixer.head_dim),
+            norm("self_attn.k_norm" if mixer.qk_norm else None, mixer.head_dim),
+            None if sinks is None else sinks.to(self.target.device),
         )
-
-    def _norms(self, prefix: str, norms: Norms) -> dict[str, RMSNorm | None]:
-        width = self.weights.model.hidden_size
-        names = {each.name: getattr(norms, each.name) for each in fields(norms)}
-        return {
-            place: None if name is None else self._norm(self.weights.norm(prefix + name, width))
-            for place, name in names.items()
-        }
 
     def _norm(self, weight: Tensor) -> RMSNorm:
         """In float32 where 1 was added to it, as the architectures that do so compute it."""
@@ -135,7 +133,7 @@ class _Loader:
     def _fused(self, linears: list[Linear]) -> FusedLinear:
         return FusedLinear.build(linears, self.target.dtype, self.target.device, self.report)
 
-    def _rope_tables(self, layers: range) -> dict:
+    def _rope_tables(self, layers: range) -> dict[Rope, RopeTable]:
         model, target = self.weights.model, self.target
         mixers = {model.layers[index].mixer.rope: model.layers[index].mixer for index in layers}
         return {
