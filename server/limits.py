@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from . import errors
+from .structure import check_structure
 
 MAX_BODY_BYTES = 10 * 2**20  # held in memory while it is parsed
 BODY_SECONDS = 60.0  # for the whole body to arrive
@@ -24,9 +25,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
-MAX_CHARS_PER_TOKEN = (
-    256  # longer than any token of the vocabularies in use: bounds the text that is tokenised
-)
+MAX_TOKENIZE_TOKENS = 2**17  # of /tokenize, or the context where that is longer, and of /detokenize
 MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
 MAX_HEADER_BYTES = 65536  # h11: request line and headers together
@@ -49,6 +48,8 @@ TEMPLATE_KWARGS = frozenset(
         "lang",
     }
 )
+
+_LONG_BODY = 2**17  # bytes: what takes more than a millisecond is left to a thread
 
 Model = TypeVar("Model", bound=BaseModel)
 _JSON = re.compile(r"application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
@@ -75,6 +76,13 @@ async def parse_body(request: Request, schema: type[Model]) -> Model:
             415, "Send a JSON body with the header `Content-Type: application/json`."
         )
     body = await read_body(request)
+    if len(body) > _LONG_BODY:
+        return await asyncio.to_thread(_parsed, body, schema)
+    return _parsed(body, schema)
+
+
+def _parsed(body: bytes, schema: type[Model]) -> Model:
+    check_structure(body)
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:

@@ -129,6 +129,12 @@ class Metrics:
             ["model_name", "reason"],
             registry=self.registry,
         )
+        self.key_requests = Counter(
+            "nibble_api_key_requests",
+            "Generation requests admitted, by the name of the API key",
+            ["model_name", "api_key"],
+            registry=self.registry,
+        )
         self.ttft = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token", _TTFT
         )
@@ -168,6 +174,10 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         self.rejections.labels(self.model_name, reason).inc()
+
+    def borne(self, key_name: str) -> None:
+        """Record one generation request of whoever bears that key."""
+        self.key_requests.labels(self.model_name, key_name).inc()
 
     def watch(self, engine: "AsyncEngine") -> None:
         """From now on, show this engine's state too."""

@@ -55,9 +55,9 @@ def _search(
     loss = awq.expected_loss(torch.cat(weights), gptq.unexplained_variance(inputs.products), *grid)
     if fold.kind != "heads":
         return awq.search_scales(mean_abs, weight_mean, loss)
-    head_dim = _head_dim(block)
-    kv_heads = linear(block, fold.source).out_features // head_dim
+    head_dim, shared = _heads(block)
     query_heads = len(mean_abs) // head_dim
+    kv_heads = query_heads // shared
     return awq.search_scales(
         awq.share_over_heads(mean_abs, kv_heads, head_dim),
         awq.share_over_heads(weight_mean, kv_heads, head_dim),
@@ -75,17 +75,17 @@ def _divide_source(
         weight.copy_(stored)
         return scales
     source = linear(block, fold.source)
-    source.weight.div_(scales.unsqueeze(1))
+    source.weight[-len(scales) :].div_(scales.unsqueeze(1))
     if source.bias is not None:
-        source.bias.div_(scales)
+        source.bias[-len(scales) :].div_(scales)
     if fold.kind == "heads":
-        head_dim = _head_dim(block)
+        head_dim, _ = _heads(block)
         query_heads = linear(block, fold.consumers[0]).in_features // head_dim
         return awq.repeat_over_heads(scales, query_heads, head_dim)
     return scales
 
 
-def _head_dim(block: Any) -> int:
-    """Of the attention of one of transformers' decoder blocks, which have it alone in common."""
-    head_dim: int = block.self_attn.head_dim
-    return head_dim
+def _heads(block: Any) -> tuple[int, int]:
+    """head_dim, and how many query heads share a key-value head, of the attention of one of transformers' decoder
+    blocks, which have it alone in common."""
+    return block.self_attn.head_dim, block.self_attn.num_key_value_groups

@@ -2,17 +2,17 @@
 ever held in two forms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, ModelSpec, Rope
+from ....architectures.base import LayerSpec, ModelSpec, Norms, Rope
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
-from .layers import RMSNorm, RopeTable, inverse_frequencies
+from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
 
 
@@ -27,6 +27,8 @@ class TorchBackend:
             "model",
             "model.norm_offset",
             "model.embedding_scale",
+            "model.residual_scale",
+            "model.logits_scale",
             "model.final_soft_cap",
             "layer",
             "norms",
@@ -36,13 +38,19 @@ class TorchBackend:
             "norms.after_mlp",
             "attention",
             "attention.window",
-            "attention.qk_norm",
+            "attention.rope=None",
+            "attention.qk_norm=head",
+            "attention.qk_norm=all",
+            "attention.query_scaling",
             "attention.soft_cap",
             "attention.sinks",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
+            "rope.scaling=yarn",
+            "rope.dim",
+            "rope.attention_factor",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
@@ -99,10 +107,13 @@ class _Loader:
         qkv, o, gate_up, down = (
             self._fused(self.weights.group(index, group)) for group in model.groups(index)
         )
-        mixer, norms = spec.mixer, spec.norms
+        mixer, norms = spec.mixer, self._norms(prefix, spec.norms)
 
-        def norm(name: str | None, width: int = model.hidden_size) -> RMSNorm | None:
-            return None if name is None else self._norm(self.weights.norm(prefix + name, width))
+        def head_norm(name: str, heads: int) -> RMSNorm | None:
+            if mixer.qk_norm is None:
+                return None
+            width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
+            return self._norm(self.weights.norm(f"{prefix}self_attn.{name}", width))
 
         sinks = (
             self.weights.vector(f"{prefix}self_attn.sinks", mixer.num_heads)
@@ -115,14 +126,22 @@ class _Loader:
             o,
             gate_up,
             down,
-            norm(norms.before_mixer),
-            norm(norms.after_mixer),
-            norm(norms.before_mlp),
-            norm(norms.after_mlp),
-            norm("self_attn.q_norm" if mixer.qk_norm else None, mixer.head_dim),
-            norm("self_attn.k_norm" if mixer.qk_norm else None, mixer.head_dim),
-            None if sinks is None else sinks.to(self.target.device),
+            norms["before_mixer"],
+            norms["after_mixer"],
+            norms["before_mlp"],
+            norms["after_mlp"],
+            q_norm=head_norm("q_norm", mixer.num_heads),
+            k_norm=head_norm("k_norm", mixer.num_kv_heads),
+            sinks=None if sinks is None else sinks.to(self.target.device),
         )
+
+    def _norms(self, prefix: str, norms: Norms) -> dict[str, RMSNorm | None]:
+        width = self.weights.model.hidden_size
+        names = {each.name: getattr(norms, each.name) for each in fields(norms)}
+        return {
+            place: None if name is None else self._norm(self.weights.norm(prefix + name, width))
+            for place, name in names.items()
+        }
 
     def _norm(self, weight: Tensor) -> RMSNorm:
         """In float32 where 1 was added to it, as the architectures that do so compute it."""
@@ -133,12 +152,13 @@ class _Loader:
     def _fused(self, linears: list[Linear]) -> FusedLinear:
         return FusedLinear.build(linears, self.target.dtype, self.target.device, self.report)
 
-    def _rope_tables(self, layers: range) -> dict[Rope, RopeTable]:
+    def _rope_tables(self, layers: range) -> dict[Rope | None, RopeTable]:
         model, target = self.weights.model, self.target
         mixers = {model.layers[index].mixer.rope: model.layers[index].mixer for index in layers}
         return {
             rope: RopeTable.build(
-                inverse_frequencies(mixer.head_dim, rope),
+                mixer.head_dim,
+                rope,
                 model.max_position_embeddings,
                 target.dtype,
                 target.device,
