@@ -28,6 +28,7 @@ class Linear:
         """Cut by outputs into so many of the same size."""
         if count == 1:
             return [self]
+        weight: Weight
         if isinstance(self.weight, Tensor):
             weight, size = self.weight, len(self.weight) // count
         else:

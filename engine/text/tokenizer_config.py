@@ -111,7 +111,7 @@ class TokenizerConfig:
         return ids
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
