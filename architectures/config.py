@@ -3,11 +3,13 @@
 Names and defaults are those of transformers' configuration classes, older spellings included.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from .base import Attention, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
+from .limits import MAX_SIZE, SIZES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = {
@@ -40,7 +42,7 @@ class Config:
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer."""
+        """A positive integer, within its bound in limits.py."""
         value = self.get(name, default)
         if value is None:
             raise CheckpointError(
@@ -48,16 +50,33 @@ class Config:
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, want a positive integer")
+        if value > (limit := SIZES.get(name, MAX_SIZE)):
+            raise CheckpointError(
+                f"config.json: {name} is more than {limit}, the most that is read"
+            )
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"config.json: {name} is {value!r}, want a number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise CheckpointError(f"config.json: {name} is no finite number")
+        return number
 
-    def optional_number(self, name: str) -> float | None:
-        return None if self.get(name) is None else self.number(name, 0.0)
+    def positive(self, name: str, default: float) -> float:
+        """A number above zero."""
+        number = self.number(name, default)
+        if number <= 0:
+            raise CheckpointError(f"config.json: {name} is {number!r}, want a positive number")
+        return number
+
+    def optional_positive(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.positive(name, 0.0)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
@@ -68,7 +87,7 @@ class Config:
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Any:
         """One of GatedMlp's."""
         value = self.get(name, default)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise UnsupportedError(
                 f"config.json: {name} {value!r} is not supported ({', '.join(ACTIVATIONS)} are)"
             )
@@ -102,7 +121,7 @@ class Config:
         if not isinstance(found, Mapping):
             raise CheckpointError("config.json: the rope parameters are no JSON object")
         scaling = found.get("rope_type") or found.get("type") or "default"
-        if scaling not in ROPE_PARAMETERS:
+        if not isinstance(scaling, str) or scaling not in ROPE_PARAMETERS:
             raise UnsupportedError(
                 f"config.json: rope scaling {scaling!r} is not supported ({', '.join(ROPE_PARAMETERS)} are)"
             )
@@ -111,10 +130,27 @@ class Config:
         if missing := [name for name in needed if values.get(name) is None]:
             raise CheckpointError(f"config.json: {scaling} rope scaling needs {missing[0]}")
         return Rope(
-            values.number("rope_theta", self.number("rope_theta", theta)),
+            values.positive("rope_theta", self.positive("rope_theta", theta)),
             scaling,
-            tuple((name, values.number(name, 0.0)) for name in needed),
+            tuple((name, values.positive(name, 0.0)) for name in needed),
         )
+
+
+def eos_token_ids(values: Mapping[str, Any]) -> list[int]:
+    """`eos_token_id` of config.json or generation_config.json, which is one id, several or none."""
+    found = values.get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    for token_id in ids:
+        if (
+            isinstance(token_id, bool)
+            or not isinstance(token_id, int)
+            or not 0 <= token_id <= MAX_SIZE
+        ):
+            raise CheckpointError(
+                f"eos_token_id is {str(found)[:80]!r}, want token ids",
+                fix="take config.json and generation_config.json from the original model",
+            )
+    return ids
 
 
 def head_dim(config: Config) -> int:
@@ -159,7 +195,7 @@ def llama_like(
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
         max_position_embeddings=config.size("max_position_embeddings", 2048),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.positive("rms_norm_eps", 1e-6),
         layers=tuple(
             LayerSpec(Attention(**mixer, rope=rope, window=window), mlp, norms or Norms())
             for rope, window in zip(ropes, windows, strict=True)
