@@ -41,7 +41,7 @@ def gemma3(config: Config) -> ModelSpec:
         ropes=[ropes[kind] for kind in types],
         attention={
             "scale": config.positive("query_pre_attn_scalar", 256) ** -0.5,
-            "qk_norm": True,
+            "qk_norm": "head",
             "soft_cap": config.optional_positive("attn_logit_softcapping"),
         },
         norms=SANDWICH,

@@ -64,6 +64,11 @@ class Serving:
         return self._loaded is not None
 
     @property
+    def vocab_size(self) -> int | None:
+        """None while loading."""
+        return self._loaded[0].ready.vocab_size if self._loaded else None
+
+    @property
     def engine(self) -> "AsyncEngine":
         return self._all()[0]
 
@@ -94,8 +99,14 @@ class Serving:
             raise errors.unavailable("The server is shutting down.", retry_after=10)
 
     def admit(self, sequences: int) -> None:
-        """Count `sequences` in, or raise ApiError 503. Each admitted sequence must be released once."""
+        """Count `sequences` in, or raise ApiError: 503 where there is no room now, 400 where there never is. Each
+        admitted sequence must be released once."""
         self.check_ready()
+        if sequences > self.max_sequences:
+            raise errors.bad_request(
+                f"prompts x n must be at most {self.max_sequences} on this server, got {sequences}",
+                "n",
+            )
         if self.active_sequences + sequences > self.max_sequences:
             self.metrics.rejected("queue_full")
             raise errors.unavailable("The server's queue is full. Please try again.", retry_after=1)

@@ -6,7 +6,7 @@ once and multiplied in bfloat16: slower, never refused.
 
 import ctypes
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from .library import NbInput, NbLinear, NbLinearGroup, Pool
 LAYOUT = (
     2  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
 )
-_INT_GROUP, _WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
+INT_GROUP, WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
 _HEAD_GROUP = 32  # of an 8-bit output head: with 64, what rounding it costs is twice as much
 
 
@@ -53,11 +53,19 @@ class Prepared:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.scales, self.offsets) if t is not None)
 
+    def scaled(self, scale: float) -> "Prepared":
+        """The same linear with its outputs multiplied by `scale`; weights are shared."""
+        if scale == 1.0:
+            return self
+        bias = None if self.bias is None else self.bias * scale
+        return replace(self, multiplier=self.multiplier * scale, bias=bias)
+
     def move(self, arena: Arena) -> "Prepared":
-        """Into memory that is fast to read."""
+        """Into memory that is fast to read, and that no file lies behind."""
         self.data = arena.copy(self.data)
-        self.scales = None if self.scales is None else arena.copy(self.scales)
-        self.offsets = None if self.offsets is None else arena.copy(self.offsets)
+        for name in ("scales", "offsets", "bias", "perm"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else arena.copy(tensor))
         return self
 
     def describe(self, int8: bool) -> str:
@@ -77,7 +85,7 @@ def prepare(weight: QuantizedWeight | Tensor, bias: Tensor | None = None) -> Pre
         weight = weight.dequantize(torch.bfloat16)
     n, k = weight.shape
     tiles = _tiles(weight.to(torch.bfloat16).view(torch.int16), 2).permute(0, 2, 1, 3).contiguous()
-    return Prepared(lib.DENSE, n, k, _WIDE_GROUP, tiles, bias=bias)
+    return Prepared(lib.DENSE, n, k, WIDE_GROUP, tiles, bias=bias)
 
 
 def quantize_head(weight: Tensor) -> QuantizedWeight:
@@ -100,7 +108,7 @@ def quantize_head(weight: Tensor) -> QuantizedWeight:
 def _kernel_group(weight: QuantizedWeight) -> int | None:
     """Columns that share a scale in the kernel: the weight's own group, or an even part of it; None: neither works."""
     rows, group = weight.block
-    widest = _WIDE_GROUP if weight.kind == "fp8" else _INT_GROUP
+    widest = WIDE_GROUP if weight.kind == "fp8" else INT_GROUP
     if (rows != 1 and weight.kind != "fp8") or weight.bits > 8:
         return None
     if group >= weight.in_features:
@@ -187,7 +195,7 @@ class PreparedGroup:
     linears: list[Prepared]
     int8: bool  # activations of integer weights as int8 codes by group, else bfloat16
     inputs: list[Prepared] = field(init=False)  # the first linear that wants each kind of input
-    arrays: tuple[ctypes.Array, ctypes.Array] = field(init=False)  # NbInput, NbLinear
+    arrays: tuple[ctypes.Array[NbInput], ctypes.Array[NbLinear]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = []
@@ -203,7 +211,7 @@ class PreparedGroup:
 
     def struct(self) -> NbLinearGroup:
         """Points to this group's arrays, which must live as long."""
-        inputs, linears = map(ctypes.addressof, self.arrays)
+        inputs, linears = (ctypes.addressof(array) for array in self.arrays)
         return NbLinearGroup(len(self.inputs), len(self.linears), inputs, linears)
 
     @property

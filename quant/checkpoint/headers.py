@@ -168,6 +168,18 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 def read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
     """The header's entries as written, without metadata, and the byte at which the data begins."""
+    header, data_start = _read_whole_header(file)
+    header.pop("__metadata__", None)
+    return header, data_start
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What the header says beside its tensors, whether or not the data is there; empty where it says nothing."""
+    found = _read_whole_header(file)[0].get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
+def _read_whole_header(file: Path) -> tuple[dict[str, Any], int]:
     size = regular_size(file)
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -189,7 +201,6 @@ def read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
         header = None
     if not isinstance(header, dict):
         raise CheckpointError("has a damaged safetensors header", file=file, fix=_AGAIN)
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 

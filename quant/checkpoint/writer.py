@@ -113,8 +113,13 @@ class ShardWriter:
         ]
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a safetensors file durably under its name; returns the SHA-256 of its bytes. Raises OSError."""
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> str:
+    """Write a safetensors file durably under its name; returns the SHA-256 of its bytes. Raises OSError.
+
+    metadata: what the header says beside the tensors.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     entries = [
         (name, _NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for name, t in ordered
@@ -122,7 +127,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as out:
-        for chunk in _chunks(entries, (t for _, t in ordered)):
+        for chunk in _chunks(entries, (t for _, t in ordered), metadata or {}):
             digest.update(chunk)
             out.write(chunk)
     _commit(temporary, path)
@@ -136,19 +141,23 @@ def file_sha256(path: Path) -> str:
 
 
 def _chunks(
-    entries: list[tuple[str, str, list[int], int]], tensors: Iterable[Tensor]
+    entries: list[tuple[str, str, list[int], int]],
+    tensors: Iterable[Tensor],
+    metadata: dict[str, str],
 ) -> Iterable[Any]:
-    yield _header(entries)
+    yield _header(entries, metadata)
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            raw = memoryview(flat.view(torch.uint8).numpy())
+            raw = flat.view(torch.uint8).numpy().data
             yield from (raw[i : i + _CHUNK] for i in range(0, len(raw), _CHUNK))
 
 
-def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:
+def _header(
+    entries: list[tuple[str, str, list[int], int]], metadata: dict[str, str] | None = None
+) -> bytes:
     """The first bytes of a safetensors file with these tensors (name, dtype, shape, bytes), in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     offset = 0
     for name, dtype, shape, nbytes in entries:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}

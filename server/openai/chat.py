@@ -9,9 +9,9 @@ from collections.abc import Sequence as Items
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
-from ...engine.request import SamplingParams
+from ...engine.request import MAX_INT, SamplingParams
 from ...engine.text.chat_template import Conversation
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
@@ -21,6 +21,9 @@ from .answer import Answer, encode
 from .logprobs import chat_logprobs
 from .prompt import encode_chat
 from .sampling import (
+    INTEGRAL,
+    NOT_BOTH_ENDS,
+    STREAM_OPTIONS_NEED_STREAM,
     Ignored,
     OnlyEmptyList,
     OnlyFalse,
@@ -29,19 +32,20 @@ from .sampling import (
     Schema,
     check_size,
     completion_room,
+    excludes,
 )
 from .stream import run
 
 
 class TextPart(Schema):
-    type: str
+    type: Annotated[str, Field(json_schema_extra={"const": "text"})]
     text: str | None = None
     # Named so that the refusal of a part we cannot read says what kind it was, not that this field is unknown.
-    image_url: Any = None
-    input_audio: Any = None
-    video_url: Any = None
-    file: Any = None
-    refusal: Any = None
+    image_url: OnlyNone = None
+    input_audio: OnlyNone = None
+    video_url: OnlyNone = None
+    file: OnlyNone = None
+    refusal: OnlyNone = None
 
     @field_validator("type")
     @classmethod
@@ -80,10 +84,14 @@ class Message(Schema):
 
 TemplateValue = (
     StrictBool
-    | StrictInt
+    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63), INTEGRAL]
     | Annotated[StrictStr, Field(max_length=limits.MAX_TEMPLATE_KWARG_CHARS)]
     | None
 )
+TemplateKwargs = Annotated[
+    dict[str, TemplateValue],
+    Field(json_schema_extra={"propertyNames": {"enum": sorted(limits.TEMPLATE_KWARGS)}}),
+]
 
 
 Messages = Annotated[
@@ -92,14 +100,24 @@ Messages = Annotated[
 
 
 class ChatRequest(SamplingFields):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                STREAM_OPTIONS_NEED_STREAM,
+                NOT_BOTH_ENDS,
+                excludes("top_logprobs", unless={"logprobs": True}, enum=[None, 0]),
+            ]
+        }
+    )
+
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     # Not supported
     tools: OnlyEmptyList = None
     tool_choice: Literal["none", "auto"] | None = None  # without tools these are the same
@@ -198,7 +216,7 @@ class ChatAnswer(Answer):
         self.tokenizer = serving.tokenizer
         self.top_n = body.top_logprobs or 0
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         return {
             "index": whole.sequence.index,
             "message": {"role": "assistant", "content": whole.text, "refusal": None},
@@ -233,7 +251,7 @@ class ChatAnswer(Answer):
             )
         return data
 
-    def _logprobs(self, delta: Delta) -> dict | None:
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         return (
             None
             if delta.logprobs is None

@@ -9,8 +9,9 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
+from ...engine.messages import TokenLogprobs
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
 from ...engine.text.tokenizer import TooManyTokens
@@ -20,7 +21,16 @@ from ..serving import Serving
 from .answer import Answer, encode, json_response
 from .logprobs import completion_logprobs
 from .prompt import encode_texts
-from .sampling import SamplingFields, check_size, completion_room
+from .sampling import (
+    INTEGRAL,
+    INTEGRALS,
+    STREAM_OPTIONS_NEED_STREAM,
+    SamplingFields,
+    TokenId,
+    check_size,
+    completion_room,
+    excludes,
+)
 from .stream import run
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -41,7 +51,7 @@ def _kind(prompt: Any) -> str | None:
 _FIRST_ERROR = Field(
     fail_fast=True
 )  # of many items one wrong one is told; a million would take seconds
-_Ids = Annotated[list[int], _FIRST_ERROR]
+_Ids = Annotated[list[TokenId], _FIRST_ERROR, INTEGRALS]
 Prompt = Annotated[
     Annotated[str, Tag("str")]
     | Annotated[list[str], _FIRST_ERROR, Tag("list[str]")]
@@ -56,12 +66,26 @@ Prompt = Annotated[
 
 
 class CompletionRequest(SamplingFields):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                STREAM_OPTIONS_NEED_STREAM,
+                excludes(
+                    "max_tokens", unless={"echo": True}, anyOf=[{"type": "null"}, {"minimum": 1}]
+                ),
+            ]
+        }
+    )
+
     prompt: Prompt
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS
     # Not supported
-    best_of: int | None = None
+    best_of: (
+        Annotated[int, Field(ge=1, le=limits.MAX_N, json_schema_extra={"maximum": 1}), INTEGRAL]
+        | None
+    ) = None  # or n, which a schema cannot say
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
@@ -83,7 +107,7 @@ class CompletionRequest(SamplingFields):
             return [prompt]
         if not prompt:
             raise errors.bad_request("'prompt' must not be empty.", "prompt")
-        return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item,return-value]
+        return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 async def create(request: Request, serving: Serving) -> Response:
@@ -168,7 +192,7 @@ class CompletionAnswer(Answer):
         self.started: set[int] = set()  # sequences that have had their first event
         self.prompt_only = body.max_tokens == 0
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         text, logprobs = self._content(whole, first=True)
         finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
         return {
@@ -178,7 +202,7 @@ class CompletionAnswer(Answer):
             "finish_reason": finish_reason,
         }
 
-    def usage(self, counted: dict) -> dict:
+    def usage(self, counted: dict[str, Any]) -> dict[str, Any]:
         return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else counted
 
     def event(self, delta: Delta) -> bytes:
@@ -224,7 +248,7 @@ class CompletionAnswer(Answer):
             }
         )
 
-    def _content(self, delta: Delta, first: bool) -> tuple[str, dict | None]:
+    def _content(self, delta: Delta, first: bool) -> tuple[str, dict[str, list[Any]] | None]:
         """Text and logprobs of one delta, the prompt's before them if it is to be echoed and this is the first."""
         text, positions, offsets = delta.text, delta.logprobs, delta.offsets
         if self.prompt_only:
@@ -239,20 +263,20 @@ class CompletionAnswer(Answer):
     def _echoed(
         self,
         text: str,
-        positions: list | None,
+        positions: list[TokenLogprobs] | None,
         offsets: list[int],
         sequence: Sequence,
         first: bool,
-    ) -> tuple[str, dict | None]:
+    ) -> tuple[str, dict[str, list[Any]] | None]:
         echo = self.echoes[sequence.index // self.n]
-        positions = positions or []
-        ids = [position.token_id for position in positions]
+        shown: list[TokenLogprobs | None] = [*(positions or [])]
+        ids = [position.token_id for position in positions or []]
         offsets = [len(echo.text) + offset for offset in offsets]
         if first:
             text = echo.text + text
-            positions = [*(sequence.prompt_logprobs or []), *positions]
+            shown = [*(sequence.prompt_logprobs or []), *shown]
             if sequence.prompt_logprobs is not None:
                 ids, offsets = sequence.prompt_token_ids + ids, echo.offsets + offsets
-        if not positions:
+        if not shown:
             return text, None
-        return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
+        return text, completion_logprobs(self.tokenizer, shown, ids, offsets, self.top_n)

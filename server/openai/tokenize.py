@@ -1,37 +1,63 @@
 """POST /tokenize and /detokenize, in vLLM's shapes: how a text or a conversation comes out in tokens, and back."""
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Request, Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ...engine.text.chat_template import Conversation
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..serving import Serving
 from .answer import json_response
-from .chat import Messages, TemplateValue
+from .chat import Messages, TemplateKwargs
 from .prompt import encode_chat, encode_texts
-from .sampling import Schema
+from .sampling import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
+
+
+def _one_without_the_other(field: str, type: str, other: str) -> dict[str, Any]:
+    return {
+        "properties": {field: {"type": type}, other: {"type": "null"}},
+        "required": [field],
+    }
 
 
 class TokenizeRequest(Schema):
     """`prompt` or `messages`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [NOT_BOTH_ENDS],
+            "anyOf": [
+                _one_without_the_other("prompt", "string", "messages"),
+                _one_without_the_other("messages", "array", "prompt"),
+            ],
+        }
+    )
+
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = (
+        None  # default: true, unless the final message is continued
+    )
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+
+    @property
+    def generation_prompt(self) -> bool:
+        given = self.add_generation_prompt
+        return not self.continue_final_message if given is None else given
 
 
 class DetokenizeRequest(Schema):
     model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=limits.MAX_TOKENIZE_TOKENS, fail_fast=True)]
+    tokens: Annotated[
+        list[TokenId], Field(max_length=limits.MAX_TOKENIZE_TOKENS, fail_fast=True), INTEGRALS
+    ]
 
 
 async def tokenize(request: Request, serving: Serving) -> Response:
@@ -73,8 +99,8 @@ async def _encode(request: Request, body: TokenizeRequest, serving: Serving) -> 
             return (await encode_texts(serving, [body.prompt], special, limit))[0]
         conversation = Conversation(
             [message.for_template() for message in body.messages or ()],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
+            add_generation_prompt=body.generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
             variables=dict(body.chat_template_kwargs or {}),
         )
         return await encode_chat(

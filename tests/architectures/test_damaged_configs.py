@@ -38,6 +38,13 @@ FIELDS = [
     "tie_word_embeddings",
     "hidden_act",
     "hidden_activation",
+    "partial_rotary_factor",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
 ]
 
 
@@ -57,9 +64,15 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                 assert 0 < spec.num_layers <= 1024, (field, value)
                 for layer in spec.layers:
                     mixer = layer.mixer
-                    numbers = (mixer.scale, mixer.rope.theta, mixer.soft_cap or 1.0, spec.norm_eps)
-                    assert all(isinstance(n, float | int) and math.isfinite(n) and n > 0 for n in numbers), (
-                        field, value, numbers)  # fmt: skip
+                    theta = mixer.rope.theta if mixer.rope else 1.0
+                    numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)
+                    numbers += (spec.embedding_scale, mixer.window or 1)
+                    good_ones = (is_positive(number) for number in numbers)
+                    assert all(good_ones), (field, value, numbers)
+
+
+def is_positive(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "vocab_size"])

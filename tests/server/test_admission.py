@@ -32,6 +32,16 @@ def test_a_request_counts_as_many_as_it_wants_answers() -> None:
     assert serving.active_sequences == 5
 
 
+def test_what_never_fits_is_not_told_to_come_again() -> None:
+    serving = loaded(max_num_seqs=2, max_queued_requests=1)
+    serving.admit(1)
+    assert refused(serving, 3) == 503
+    with pytest.raises(ApiError, match="at most 3 on this server, got 4") as caught:
+        serving.admit(4)
+    assert (caught.value.status, caught.value.param, caught.value.headers) == (400, "n", {})
+    assert serving.active_sequences == 1
+
+
 def test_the_drain_waits_for_the_last_sequence() -> None:
     serving = loaded()
     assert serving.idle.is_set()
