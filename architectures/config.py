@@ -5,6 +5,7 @@ Names and defaults are those of transformers' configuration classes, older spell
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
@@ -172,8 +173,8 @@ def _yarn_attention_factor(values: Config) -> float:
     return sharpness(one) / sharpness(all_dims) if one and all_dims else sharpness(1.0)
 
 
-def eos_token_ids(values: Mapping[str, Any]) -> list[int]:
-    """`eos_token_id` of config.json or generation_config.json, which is one id, several or none."""
+def eos_token_ids(values: Mapping[str, Any], file: Path) -> list[int]:
+    """`eos_token_id` of config.json or generation_config.json, which is one id, several or none. `file`: for errors."""
     found = values.get("eos_token_id")
     ids = [] if found is None else found if isinstance(found, list) else [found]
     for token_id in ids:
@@ -184,6 +185,7 @@ def eos_token_ids(values: Mapping[str, Any]) -> list[int]:
         ):
             raise CheckpointError(
                 f"eos_token_id is {str(found)[:80]!r}, want token ids",
+                file=file,
                 fix="take config.json and generation_config.json from the original model",
             )
     return ids

@@ -206,4 +206,9 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     """From generation_config.json where it says more than config.json (chat models end turns with their own token)."""
     file = checkpoint.path / "generation_config.json"
     generation_config = read_json(file) if file.is_file() else {}
-    return sorted({*eos_token_ids(generation_config), *eos_token_ids(checkpoint.config)})
+    return sorted(
+        {
+            *eos_token_ids(generation_config, file),
+            *eos_token_ids(checkpoint.config, checkpoint.path),
+        }
+    )

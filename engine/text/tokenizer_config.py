@@ -108,10 +108,8 @@ class TokenizerConfig:
 
     def eos_token_ids(self) -> list[int]:
         """generation_config.json's, else config.json's."""
-        generation = _read_json(self.folder / "generation_config.json")
-        if generation.get("eos_token_id") is not None:
-            return eos_token_ids(generation)
-        return eos_token_ids(_read_json(self.folder / "config.json"))
+        files = [self.folder / name for name in ("generation_config.json", "config.json")]
+        return next((ids for file in files if (ids := eos_token_ids(_read_json(file), file))), [])
 
 
 def _read_json(file: Path) -> dict:
