@@ -28,6 +28,10 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
 }
 
 
+LARGEST = 1 << 31
+MOST = {"num_hidden_layers": 4096, "hidden_size": 1 << 20, "vocab_size": 1 << 24}  # what is absurd
+
+
 class Config:
     """The fields of config.json, by type. Every error names the field, what it is and what it should be."""
 
@@ -48,13 +52,25 @@ class Config:
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, want a positive integer")
+        if value > (most := MOST.get(name, LARGEST)):
+            raise CheckpointError(f"config.json: {name} is {value:.6g}, want at most {most}")
         return value
 
     def number(self, name: str, default: float) -> float:
+        """A positive number, as all of them are: no infinity, which JSON readers take."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"config.json: {name} is {value!r}, want a number")
+        if not 0 < value < LARGEST**2:
+            raise CheckpointError(f"config.json: {name} is {value:.6g}, want a positive number")
         return float(value)
+
+    def epsilon(self, name: str, default: float) -> float:
+        """What a norm adds before it takes the root: above 0 and below 1."""
+        value = self.number(name, default)
+        if value >= 1:
+            raise CheckpointError(f"config.json: {name} is {value:g}, want less than 1")
+        return value
 
     def optional_number(self, name: str) -> float | None:
         return None if self.get(name) is None else self.number(name, 0.0)
@@ -159,7 +175,7 @@ def llama_like(
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
         max_position_embeddings=config.size("max_position_embeddings", 2048),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.epsilon("rms_norm_eps", 1e-6),
         layers=tuple(
             LayerSpec(Attention(**mixer, rope=rope, window=window), mlp, norms or Norms())
             for rope, window in zip(ropes, windows, strict=True)
