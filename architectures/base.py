@@ -19,7 +19,8 @@ _MODULE = {"role": "module"}  # a module's name; whether there is one is the fea
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding: halves (i, i + dim/2) of a head pair up, as Hugging Face checkpoints have it."""
+    """Rotary position embedding: halves (i, i + dim/2) of the rotated part of a head pair up, as Hugging Face
+    checkpoints have it."""
 
     KIND: ClassVar = "rope"
     theta: float
@@ -27,6 +28,8 @@ class Rope:
     parameters: tuple[tuple[str, float], ...] = field(
         default=(), metadata=_DETAIL
     )  # of the scaling
+    dim: int | None = None  # dimensions of a head that turn, the first; None: all
+    attention_factor: float = 1.0  # of cosines and sines
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +41,25 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     scale: float  # of queries times keys
-    rope: Rope
+    rope: Rope | None  # None: positions are not encoded
     window: int | None = None  # positions seen, the own included; None: all
-    qk_norm: bool = False  # RMSNorm of every query and key head, before the rotation
+    # RMSNorm of queries and keys before the rotation: of every head, or of all heads side by side
+    qk_norm: Literal["head", "all"] | None = None
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
+    # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
+    query_scaling: tuple[float, int] | None = None
+    fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """q, k, v; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         names = tuple(f"self_attn.{name}_proj" for name in "qkv")
+        sizes: tuple[int, ...] = (queries, keys, keys)
+        if self.fused:
+            names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
-            LinearGroup(names, (queries, keys, keys), hidden_size, "column"),
+            LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup(("self_attn.o_proj",), (hidden_size,), queries, "row"),
         )
 
@@ -61,12 +71,17 @@ class GatedMlp:
     KIND: ClassVar = "gated_mlp"
     intermediate_size: int
     activation: Literal["silu", "gelu_tanh"]
+    fused: bool = field(default=False, metadata=_DETAIL)  # gate and up are rows of one gate_up_proj
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """gate, up; down."""
         inner = self.intermediate_size
+        names: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+        sizes: tuple[int, ...] = (inner, inner)
+        if self.fused:
+            names, sizes = ("mlp.gate_up_proj",), (2 * inner,)
         return (
-            LinearGroup(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden_size, "column"),
+            LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup(("mlp.down_proj",), (hidden_size,), inner, "row"),
         )
 
@@ -85,6 +100,12 @@ class Norms:
 SANDWICH = Norms(
     after_mixer="post_attention_layernorm",
     before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+NORMS_AFTER = Norms(
+    before_mixer=None,
+    after_mixer="post_attention_layernorm",
+    before_mlp=None,
     after_mlp="post_feedforward_layernorm",
 )
 
@@ -110,7 +131,8 @@ class Fold:
     heads  v_proj -> o_proj      as rows; every query head that reads a kv channel shares its factor, so it is exact
                                  under grouped-query attention too (softmax weights mix positions, never channels)
 
-    q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact.
+    q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact. A source that holds
+    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up.
     """
 
     kind: Literal["norm", "rows", "heads"]
@@ -132,8 +154,8 @@ class LayerSpec:
         qkv, out = self.mixer.groups(hidden_size)
         gate_up, down = self.mlp.groups(hidden_size)
         found = [
-            Fold("heads", qkv.modules[2], out.modules),
-            Fold("rows", gate_up.modules[1], down.modules),
+            Fold("heads", qkv.modules[-1], out.modules),
+            Fold("rows", gate_up.modules[-1], down.modules),
         ]
         if self.norms.before_mlp is not None:
             found.insert(1, Fold("norm", self.norms.before_mlp, gate_up.modules))
@@ -155,6 +177,8 @@ class ModelSpec:
     tie_word_embeddings: bool  # the output head is the embedding
     norm_offset: bool = False  # the stored norm weight is w, the factor 1 + w
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what mixers and feed-forwards add
+    logits_scale: float = 1.0  # before the soft cap
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
 
@@ -189,7 +213,7 @@ def features(part: Any) -> frozenset[str]:
         elif role == "module":
             if (value is None) != (each.default is None):
                 found.add(name if value is not None else f"{name}=None")
-        elif isinstance(value, str):
+        elif isinstance(value, str) or (value is None and each.default is MISSING):
             found.add(f"{name}={value}")
         elif each.default is not MISSING and value != each.default:
             found.add(name)

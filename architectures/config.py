@@ -3,7 +3,8 @@
 Names and defaults are those of transformers' configuration classes, older spellings included.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
@@ -25,10 +26,10 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
-
-
-LARGEST = 1 << 31
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": 1.0}  # what it may have, and else has
+LARGEST = 1 << 31  # of a size
 MOST = {"num_hidden_layers": 4096, "hidden_size": 1 << 20, "vocab_size": 1 << 24}  # what is absurd
 
 
@@ -53,21 +54,28 @@ class Config:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, want a positive integer")
         if value > (most := MOST.get(name, LARGEST)):
-            raise CheckpointError(f"config.json: {name} is {value:.6g}, want at most {most}")
+            raise CheckpointError(f"config.json: {name} is {value!r:.30}, want at most {most}")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A positive number, as all of them are: no infinity, which JSON readers take."""
+        """A finite number: JSON readers take infinity, too."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"config.json: {name} is {value!r}, want a number")
-        if not 0 < value < LARGEST**2:
-            raise CheckpointError(f"config.json: {name} is {value:.6g}, want a positive number")
+        if not abs(value) < LARGEST**2:
+            raise CheckpointError(f"config.json: {name} is {value!r:.30}, want a finite number")
         return float(value)
+
+    def positive(self, name: str, default: float) -> float:
+        """A number above 0."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise CheckpointError(f"config.json: {name} is {value:g}, want a positive number")
+        return value
 
     def epsilon(self, name: str, default: float) -> float:
         """What a norm adds before it takes the root: above 0 and below 1."""
-        value = self.number(name, default)
+        value = self.positive(name, default)
         if value >= 1:
             raise CheckpointError(f"config.json: {name} is {value:g}, want less than 1")
         return value
@@ -110,11 +118,18 @@ class Config:
                 )
         return found
 
-    def rope(self, parameters: Mapping[str, Any] | None = None, theta: float = 10000.0) -> Rope:
-        """From transformers 5's rope_parameters (or the part of it given), else from rope_theta and rope_scaling."""
-        found = parameters if parameters is not None else self.get("rope_parameters")
+    def rope_values(self) -> Mapping[str, Any]:
+        """transformers 5's rope_parameters, else rope_scaling."""
+        found = self.get("rope_parameters")
         if found is None:
             found = self.get("rope_scaling", {})
+        if not isinstance(found, Mapping):
+            raise CheckpointError("config.json: the rope parameters are no JSON object")
+        return found
+
+    def rope(self, parameters: Mapping[str, Any] | None = None, theta: float = 10000.0) -> Rope:
+        """From the parameters given, else from rope_values and rope_theta."""
+        found = self.rope_values() if parameters is None else parameters
         if not isinstance(found, Mapping):
             raise CheckpointError("config.json: the rope parameters are no JSON object")
         scaling = found.get("rope_type") or found.get("type") or "default"
@@ -122,15 +137,39 @@ class Config:
             raise UnsupportedError(
                 f"config.json: rope scaling {scaling!r} is not supported ({', '.join(ROPE_PARAMETERS)} are)"
             )
-        values = Config(found)
+        # as transformers: the length before scaling is the file's own where the parameters have none
+        context = self.get("max_position_embeddings")
+        values = Config({"original_max_position_embeddings": context} | dict(found))
         needed = ROPE_PARAMETERS[scaling]
         if missing := [name for name in needed if values.get(name) is None]:
             raise CheckpointError(f"config.json: {scaling} rope scaling needs {missing[0]}")
+        settings = {name: values.positive(name, 0.0) for name in needed}
+        factor = 1.0
+        if scaling == "yarn":
+            settings |= {name: float(values.get(name, default)) for name, default in _YARN.items()}
+            factor = _yarn_attention_factor(values)
+        share = values.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         return Rope(
-            values.number("rope_theta", self.number("rope_theta", theta)),
+            values.positive("rope_theta", self.positive("rope_theta", theta)),
             scaling,
-            tuple((name, values.number(name, 0.0)) for name in needed),
+            tuple(settings.items()),
+            dim=None if share == 1.0 else int(head_dim(self) * share),
+            attention_factor=factor,
         )
+
+
+def _yarn_attention_factor(values: Config) -> float:
+    """What YaRN multiplies cosines and sines by (Peng et al. 2023, equation 22; `mscale` is DeepSeek's)."""
+    given = values.optional_number("attention_factor")
+    if given is not None:
+        return given
+    factor = values.number("factor", 1.0)
+
+    def sharpness(strength: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
+
+    one, all_dims = values.optional_number("mscale"), values.optional_number("mscale_all_dim")
+    return sharpness(one) / sharpness(all_dims) if one and all_dims else sharpness(1.0)
 
 
 def head_dim(config: Config) -> int:
@@ -142,15 +181,17 @@ def llama_like(
     config: Config,
     *,
     windows: list[int | None] | None = None,
-    ropes: list[Rope] | None = None,
+    ropes: Sequence[Rope | None] | None = None,
     attention: Mapping[str, Any] | None = None,
     activation: Any = None,
+    fused: bool = False,
     norms: Norms | None = None,
     **model: Any,
 ) -> ModelSpec:
     """A decoder of Llama's shape; what a cousin does otherwise is given.
 
-    windows, ropes: one a layer. attention: fields of Attention. model: fields of ModelSpec.
+    windows, ropes: one a layer. attention: fields of Attention. fused: q, k, v and gate, up are stored as one. model:
+    fields of ModelSpec.
     """
     layers, dim, heads = (
         config.size("num_hidden_layers"),
@@ -159,12 +200,14 @@ def llama_like(
     )
     windows = [None] * layers if windows is None else windows
     ropes = [config.rope()] * layers if ropes is None else ropes
-    mlp = GatedMlp(config.size("intermediate_size"), activation or config.activation())
+    inner = config.size("intermediate_size")
+    mlp = GatedMlp(inner, activation or config.activation(), fused)
     mixer = {
         "num_heads": heads,
         "num_kv_heads": config.size("num_key_value_heads", heads),
         "head_dim": dim,
         "scale": dim**-0.5,
+        "fused": fused,
         **(attention or {}),
     }
     if heads % mixer["num_kv_heads"]:
@@ -175,10 +218,13 @@ def llama_like(
         hidden_size=config.size("hidden_size"),
         vocab_size=config.size("vocab_size"),
         max_position_embeddings=config.size("max_position_embeddings", 2048),
-        norm_eps=config.epsilon("rms_norm_eps", 1e-6),
         layers=tuple(
             LayerSpec(Attention(**mixer, rope=rope, window=window), mlp, norms or Norms())
             for rope, window in zip(ropes, windows, strict=True)
         ),
-        **{"tie_word_embeddings": config.flag("tie_word_embeddings", False), **model},
+        **{
+            "norm_eps": config.epsilon("rms_norm_eps", 1e-6),
+            "tie_word_embeddings": config.flag("tie_word_embeddings", False),
+            **model,
+        },
     )

@@ -23,9 +23,14 @@ LINEARS = {
 class GgufSource(Protocol):
     """What a family reads of a GGUF file."""
 
-    path: Path
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, Any]
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
 
     def number(self, key: str, default: Any = None) -> Any: ...
 

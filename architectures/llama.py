@@ -69,7 +69,8 @@ def llama3_divisors(scaling: dict[str, Any], dim: int, theta: float) -> np.ndarr
     )
     wavelength = 2 * np.pi * theta ** (np.arange(0, dim, 2) / dim)
     smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    divisors: np.ndarray = 1 / ((1 - smooth) / factor + smooth)
+    return divisors
 
 
 GGUF = GgufFamily(

@@ -13,7 +13,7 @@ def qwen3(config: Config) -> ModelSpec:
         config,
         windows=_windows(config),
         attention={
-            "qk_norm": True,
+            "qk_norm": "head",
             "head_dim": (dim := config.size("head_dim", 128)),
             "scale": dim**-0.5,
         },

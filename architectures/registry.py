@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
-from . import gemma, llama, ministral, mistral, qwen, seed_oss
+from . import gemma, granite, llama, ministral, mistral, olmo, phi, qwen, seed_oss, smollm3
 from .base import ModelSpec
 from .config import Config
 from .gguf import GgufFamily
@@ -30,10 +30,16 @@ class Architecture:
 ARCHITECTURES = (
     Architecture("LlamaForCausalLM", "llama", llama.spec, ("llama", llama.GGUF)),
     Architecture("MistralForCausalLM", "mistral", mistral.spec),
-    Architecture("MinistralForCausalLM", "ministral", ministral.spec),
+    Architecture("MinistralForCausalLM", "ministral", ministral.ministral),
+    Architecture("Ministral3ForCausalLM", "ministral3", ministral.ministral3),
     Architecture("Qwen2ForCausalLM", "qwen2", qwen.qwen2),
     Architecture("Qwen3ForCausalLM", "qwen3", qwen.qwen3),
     Architecture("SeedOssForCausalLM", "seed_oss", seed_oss.spec),
+    Architecture("SmolLM3ForCausalLM", "smollm3", smollm3.spec),
+    Architecture("Phi3ForCausalLM", "phi3", phi.phi3),
+    Architecture("GraniteForCausalLM", "granite", granite.spec),
+    Architecture("Olmo2ForCausalLM", "olmo2", olmo.olmo2),
+    Architecture("Olmo3ForCausalLM", "olmo3", olmo.olmo3),
     Architecture("GemmaForCausalLM", "gemma", gemma.gemma),
     Architecture("Gemma2ForCausalLM", "gemma2", gemma.gemma2),
     Architecture("Gemma3ForCausalLM", "gemma3_text", gemma.gemma3, ("gemma3", gemma.GEMMA3_GGUF)),

@@ -29,10 +29,12 @@ from .messages import (
     Fatal,
     FrameReader,
     FromEngine,
+    Ping,
     Ready,
     RequestOutput,
     Shutdown,
     StepOutputs,
+    ToEngine,
     decode_from_engine,
     frame,
 )
@@ -85,6 +87,7 @@ class AsyncEngine:
     def __init__(self, process: subprocess.Popen, transport: asyncio.Transport, link: _Link):
         self.stats = EngineStats()
         self.dead = asyncio.Event()
+        self.messages_heard = 0  # so far, of any kind
         self.ready: Ready
         self._process = process
         self._transport = transport
@@ -189,6 +192,15 @@ class AsyncEngine:
             self._send(AbortRequests([name]))
         self._forget(name)(RequestOutput(name, finish_reason=FinishReason.ABORT))
 
+    def ping(self) -> None:
+        """Ask the engine's loop to be heard, between two steps."""
+        if self.is_alive:
+            self._send(Ping())
+
+    def kill(self) -> None:
+        """End the process at once, as an engine that is stuck must be; every open request then hears of its death."""
+        self._process.kill()
+
     async def shutdown(self, timeout: float = 5.0) -> None:
         """Stop the engine process; open requests end with finish_reason "abort". It is killed after `timeout` s."""
         for request_id in list(self._names):
@@ -206,7 +218,7 @@ class AsyncEngine:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return EngineDeadError(f"the engine process has ended ({how}); its log has the cause")
 
-    def _send(self, message: AddRequest | AbortRequests | Shutdown | EngineConfig) -> None:
+    def _send(self, message: ToEngine | EngineConfig) -> None:
         self._transport.write(frame(message))
 
     async def _wait_until_ready(self) -> Ready:
@@ -238,6 +250,7 @@ class AsyncEngine:
 
     def _deliver(self, messages: list[FromEngine]) -> None:
         """Hand each request's news to its sink: the first of the hands on a delta's way to its client."""
+        self.messages_heard += len(messages)
         outputs: list[RequestOutput] = []
         for message in messages:
             if isinstance(message, Fatal):

@@ -92,18 +92,20 @@ class LLM:
         messages: Sequence[dict] | Sequence[Sequence[dict]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        parse_special_tokens: bool = False,
     ) -> list[Completion]:
-        """The answer to one conversation, or to each of several. ValueError if the model has no chat template."""
+        """The answer to one conversation, or to each of several. Special tokens that are written out in them are text,
+        unless parse_special_tokens says otherwise. ValueError if the model has no chat template."""
         conversations: Sequence[Any] = (
             [messages] if messages and isinstance(messages[0], dict) else messages
         )
-        texts = [
-            self.tokenizer.apply_chat_template(chat, **(chat_template_kwargs or {}))
+        prompts = [
+            self.tokenizer.encode_chat(
+                chat, parse_special_tokens=parse_special_tokens, **(chat_template_kwargs or {})
+            )
             for chat in conversations
         ]
-        return self.generate(
-            [self.tokenizer.encode(t, add_special_tokens=False) for t in texts], sampling_params
-        )
+        return self.generate(prompts, sampling_params)
 
     def logits(self, token_ids: list[int]) -> "Tensor":
         """float32 [T, vocab]: the model's logits after each of T tokens."""

@@ -3,6 +3,8 @@ frame preceded by its length as a 4-byte little-endian integer. Never pickle. Im
 
     API process                             engine process
       AddRequest, AbortRequests, Shutdown  ->
+      Ping                                 ->
+                                           <-  Pong                 by the loop, between two steps
                                            <-  Ready | Fatal        once, after loading
                                            <-  StepOutputs          after every step with news
 """
@@ -26,6 +28,14 @@ class AbortRequests(msgspec.Struct, tag="abort"):
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Stop at once; the API process drains before it sends this."""
+
+
+class Ping(msgspec.Struct, tag="ping"):
+    """Is the loop still going round? Answered by a Pong."""
+
+
+class Pong(msgspec.Struct, tag="pong"):
+    """It is."""
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -92,8 +102,8 @@ class Fatal(msgspec.Struct, tag="fatal"):
     exit_code: int = 1
 
 
-ToEngine = AddRequest | AbortRequests | Shutdown
-FromEngine = Ready | Fatal | StepOutputs
+ToEngine = AddRequest | AbortRequests | Shutdown | Ping
+FromEngine = Ready | Fatal | StepOutputs | Pong
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

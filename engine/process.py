@@ -31,6 +31,8 @@ from .messages import (
     Fatal,
     FrameReader,
     FromEngine,
+    Ping,
+    Pong,
     RequestOutput,
     Shutdown,
     StepOutputs,
@@ -112,6 +114,8 @@ class EngineLoop:
                         message.request_id, finish_reason=FinishReason.ERROR, error=str(error)
                     )
                 ]
+        elif isinstance(message, Ping):
+            self.channel.send(Pong())
         return []
 
     def _report(self, outputs: list[RequestOutput]) -> None:

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
 
 
+MAX_INT = 2**31 - 1  # of a count: it fits the int32 of a kernel
+# Divisors of logits in float32: what is below would make infinities of them, then NaN.
+MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 0.01
+_MAX_QUOTED = 200  # characters of a value that an error repeats
+
+
 class ParameterError(ValueError):
     """A field of SamplingParams is out of range. `field` is its name."""
 
@@ -61,16 +67,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         def need(ok: bool, field_name: str, want: str) -> None:
             if not ok:
                 raise ParameterError(
-                    field_name, f"{field_name} must be {want}, got {getattr(self, field_name)}"
+                    field_name,
+                    f"{field_name} must be {want}, got {_quoted(getattr(self, field_name))}",
                 )
 
-        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(1 <= self.max_tokens <= MAX_INT, "max_tokens", f"between 1 and {MAX_INT}")
         need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
-        need(0.0 <= self.temperature <= 10.0, "temperature", "between 0 and 10")
+        need(
+            self.temperature == 0.0 or MIN_TEMPERATURE <= self.temperature <= 10.0,
+            "temperature",
+            f"0, or between {MIN_TEMPERATURE:g} and 10",
+        )
         need(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
-        need(self.top_k >= -1, "top_k", "a positive integer, or 0 or -1 for off")
+        need(-1 <= self.top_k <= MAX_INT, "top_k", f"between 1 and {MAX_INT}, or 0 or -1 for off")
         need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
-        need(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "in (0, 10]")
+        need(
+            MIN_REPETITION_PENALTY <= self.repetition_penalty <= 10.0,
+            "repetition_penalty",
+            f"between {MIN_REPETITION_PENALTY:g} and 10",
+        )
         need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
         need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
         need(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
@@ -93,6 +108,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             "prompt_logprobs",
             "between 0 and 20",
         )
+
+
+def _quoted(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # Python writes out no more than some 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
 
 
 class FinishReason(enum.StrEnum):

@@ -6,6 +6,7 @@ dequantizes on every call: slow, but it needs the memory of the quantized model 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class DequantizeOnceKernel:
 class PackedWeight:
     """A QuantizedWeight whose codes of up to 4 bits lie two a byte, the even column in the low nibble."""
 
-    fields: dict
+    fields: dict[str, Any]
     codes: Tensor
     paired: bool
 

@@ -38,7 +38,7 @@ class Choice:
 
 def choose(spec: LinearSpec) -> Choice:
     """The first kernel of KERNELS that can implement `spec`."""
-    refused = []
+    refused: list[tuple[str, str]] = []
     for kernel in KERNELS:
         reason = kernel.can_implement(spec)
         if reason is None:

@@ -66,9 +66,9 @@ def quantized_at_load(
     check_output(output, checkpoint, False, False)
     check_disk(output, 2 * reading.nbytes)
     with writing(output, 2 * reading.nbytes, False) as partial:
-        reading.writer = ShardWriter(partial)
+        reading.writer = writer = ShardWriter(partial)
         yield reading
-        reading.finish()
+        reading.finish(writer)
 
 
 class QuantizedAtLoad(Checkpoint):
@@ -79,6 +79,9 @@ class QuantizedAtLoad(Checkpoint):
         self.path, self.config = checkpoint.path, checkpoint.config
         self.writer: ShardWriter | None = None
         self._pending: dict[str, Tensor] = {}  # of the block being read, in the format's tensors
+        self._written: set[str] = (
+            set()
+        )  # tensors of the checkpoint that the writer has, in some form
         self._layers: dict[str, LayerScheme] = {}  # of what was read
         self._dense: list[str] = []
 
@@ -101,7 +104,7 @@ class QuantizedAtLoad(Checkpoint):
             and self._pending
             and block_of(next(iter(self._pending))) != block_of(module)
         ):
-            self._flush()
+            self._flush(self.writer)
         quantized = self._quantize(weight)
         self.inner.release()
         if quantized is None:
@@ -125,25 +128,36 @@ class QuantizedAtLoad(Checkpoint):
             weight, self.layer.bits, self.layer.group_size, self.layer.symmetric
         )
 
-    def _flush(self) -> None:
+    def _flush(self, writer: ShardWriter) -> None:
         """Write the block that was read: its quantized weights and whatever else it has."""
         block = block_of(next(iter(self._pending)))
-        for name in self.inner.names():
-            if block_of(name) == block and name.removesuffix(".weight") not in self._layers:
+        names = {name for name in self.inner.names() if block_of(name) == block}
+        for name in names:
+            if name.removesuffix(".weight") not in self._layers:
                 self._pending[name] = self.inner.tensor(name)
-        self.writer.add(self._pending)
+        writer.add(self._pending)
+        self._written |= names
         self._pending = {}
 
-    def finish(self) -> None:
-        """Write what is left: the last block, what lies outside the blocks, and config.json."""
-        self._flush()
-        for name in sorted(name for name in self.inner.names() if not block_of(name)):
-            self.writer.add({name: self.inner.tensor(name)})
-        digests = self.writer.finish()
-        copy_side_files(self.inner, self.writer.out_dir)
+    def finish(self, writer: ShardWriter) -> None:
+        """Write what is left: the last block, blocks that stayed dense, what lies outside the blocks, and config.json.
+
+        Raises UnsupportedError where no layer could be quantized.
+        """
+        if not self._layers:
+            raise UnsupportedError(
+                f"{self.path}: no layer could be quantized to {self.layer.describe()}: "
+                "serve it without --quantize"
+            )
+        if self._pending:
+            self._flush(writer)
+        for name in sorted(self.inner.names() - self._written):
+            writer.add({name: self.inner.tensor(name)})
+        digests = writer.finish()
+        copy_side_files(self.inner, writer.out_dir)
         config: dict[str, Any] = self.config | {"quantization_config": self.scheme.to_config()}
-        write_json(self.writer.out_dir / "config.json", config)
-        write_sums(self.writer.out_dir, digests)
+        write_json(writer.out_dir / "config.json", config)
+        write_sums(writer.out_dir, digests)
 
     def is_quantized(self, module: str) -> bool:
         return self._is_block_matrix(f"{module}.weight") or self.inner.is_quantized(module)

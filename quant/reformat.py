@@ -25,10 +25,11 @@ from .checkpoint.output import check_disk, check_output, unpublish, writing
 from .checkpoint.side_files import copy_side_files
 from .checkpoint.writer import ShardWriter, block_of, config_in, write_json, write_sums
 from .conversion.witness import witness
-from .scheme import LayerScheme, QuantScheme, exactly
+from .scheme import LayerScheme, Method, QuantScheme, Strategy, exactly
 from .weight import QuantizedWeight
 
-TARGETS = {"awq": ("awq", "gemm"), "gptq": ("gptq", "gptq"), "gptq_v2": ("gptq", "gptq_v2"),
+TARGETS: dict[str, tuple[Method, str]] = {
+           "awq": ("awq", "gemm"), "gptq": ("gptq", "gptq"), "gptq_v2": ("gptq", "gptq_v2"),
            "compressed-tensors": ("compressed-tensors", ""), "fp8": ("fp8", "fp8")}  # fmt: skip
 _KV_SCALES = (".k_scale", ".v_scale")
 _DENSE_LEAVES = ("embed_tokens", "lm_head")
@@ -150,8 +151,8 @@ class _Job:
 
     def _settle(self, layers: dict[str, LayerScheme], symmetric: bool) -> None:
         """The scheme of the result, once it is known what is kept and what is requantized."""
-        if self.result.requantized:
-            self.grid = self._uniform_grid(layers)
+        if self.result.requantized and self.grid is not None:
+            self.grid = self._uniform_grid(self.grid, layers)
             symmetric = symmetric and self.grid.symmetric
             for module in list(self.result.requantized):
                 if (weight := self._requantized(module)) is None:
@@ -185,11 +186,11 @@ class _Job:
             2 * prod for m in self.modules if m not in layers and (prod := self._numel(m))
         )
 
-    def _uniform_grid(self, layers: dict[str, LayerScheme]) -> Grid:
+    def _uniform_grid(self, grid: Grid, layers: dict[str, LayerScheme]) -> Grid:
         """AWQ has one group size, so what is requantized takes that of what is kept."""
         if self.target == "awq" and layers:
-            return replace(self.grid, bits=4, group_size=next(iter(layers.values())).group_size)
-        return self.grid
+            return replace(grid, bits=4, group_size=next(iter(layers.values())).group_size)
+        return grid
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors that stand for a module (by its name) or a tensor that belongs to none."""
@@ -204,11 +205,9 @@ class _Job:
         )
         if weight is None:
             return {f"{name}.weight": self.checkpoint.dense(name, self.checkpoint.dense_dtype)}
-        if (
-            weight.kind == "int"
-            and not self.result.scheme.default.symmetric
-            and weight.zeros is None
-        ):
+        default = self.result.scheme.default
+        asymmetric = default is not None and not default.symmetric
+        if weight.kind == "int" and asymmetric and weight.zeros is None:
             midpoint = torch.full(weight.scales.shape, 2 ** (weight.bits - 1), dtype=torch.uint8)
             weight = replace(weight, zeros=midpoint)
         return {f"{name}.{suffix}": tensor for suffix, tensor in self._write(weight).items()}
@@ -237,11 +236,13 @@ class _Job:
         method, fmt = TARGETS[self.target]
         if method == "compressed-tensors":
             fmt = "float-quantized" if weight.kind == "fp8" else "pack-quantized"
-        return formats.by_method(method).write(weight, fmt)
+        tensors: dict[str, Tensor] = formats.by_method(method).write(weight, fmt)
+        return tensors
 
     def _requantized(self, module: str) -> QuantizedWeight | None:
         """On the grid, or None where the grid does not fit and the layer becomes dense."""
-        grid = self.grid
+        if (grid := self.grid) is None:
+            raise RuntimeError(f"{module} does not fit, and there is no grid to requantize it to")
         weight = data_free.quantize(
             self.checkpoint.dense(module),
             grid.bits,
@@ -257,7 +258,8 @@ class _Job:
     def _layer(self, module: str, weight: QuantizedWeight) -> LayerScheme:
         if weight.kind == "fp8":
             block = None if weight.block[0] == 1 or weight.scales.numel() == 1 else weight.block
-            strategy = "block" if block else "channel" if weight.block[0] == 1 else "tensor"
+            unblocked: Strategy = "channel" if weight.block[0] == 1 else "tensor"
+            strategy: Strategy = "block" if block else unblocked
             return LayerScheme(
                 "fp8",
                 8,

@@ -1,6 +1,6 @@
 """The HTTP application: routes, and what wraps them.
 
-    RequestIdMiddleware -> AuthMiddleware -> routes -> errors in OpenAI's shape
+    TrimMiddleware -> RequestIdMiddleware -> RoomMiddleware -> AuthMiddleware -> routes -> errors in OpenAI's shape
 
 The routes take the raw request: each endpoint parses its own body (limits.parse_body), so no answer is ever FastAPI's.
 """
@@ -8,19 +8,20 @@ The routes take the raw request: each endpoint parses its own body (limits.parse
 import logging
 import re
 import uuid
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..version import __version__
-from . import errors, metrics, sse
-from .auth import AuthMiddleware
+from . import errors, metrics, openapi, sse
+from .auth import OPEN_PATHS, AuthMiddleware
+from .keys import ApiKey
+from .memory import TrimMiddleware
 from .openai import chat, completions, models, tokenize
 from .openai.answer import json_response
+from .protocol import PROBES_ONLY
 from .serving import Phase, Serving
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """The outermost layer: puts `x-request-id` on every answer, the client's own if it is harmless to repeat, else a
+    """Around all that answers: puts `x-request-id` on the answer, the client's own if it is harmless to repeat, else a
     new one. Whatever goes wrong inside becomes a plain 500."""
 
     def __init__(self, app: ASGIApp):
@@ -58,14 +59,37 @@ class RequestIdMiddleware:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception:
-            log.exception("request %s failed", request_id.decode())
+            tenant = scope.get("tenant")
+            whose = f" of {tenant.name}" if tenant else ""
+            log.exception("request %s%s failed", request_id.decode(), whose)
             if not started:  # the exception's text may hold what is not the client's to see
                 await errors.internal().response()(scope, receive, send_with_id)
 
 
-def create_app(serving: Serving, api_keys: tuple[str, ...] = ()) -> FastAPI:
+class RoomMiddleware:
+    """Answers 503 to all but probes on a connection beyond the server's limit."""
+
+    def __init__(self, app: ASGIApp, serving: Serving):
+        self.app, self.serving = app, serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if PROBES_ONLY in scope.get("extensions", {}) and scope["path"] not in OPEN_PATHS:
+            self.serving.metrics.rejected("connections")
+            full = errors.unavailable("The server has too many connections.", retry_after=1)
+            full.headers["connection"] = "close"
+            app = full.response()
+        await app(scope, receive, send)
+
+
+def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     """The application for one Serving. With no keys, anybody may ask."""
-    middleware = [Middleware(RequestIdMiddleware), Middleware(AuthMiddleware, api_keys=api_keys)]
+    middleware = [
+        Middleware(TrimMiddleware),
+        Middleware(RequestIdMiddleware),
+        Middleware(RoomMiddleware, serving=serving),
+        Middleware(AuthMiddleware, api_keys=api_keys),
+    ]
     app = FastAPI(
         title="Nibble",
         version=__version__,
@@ -76,9 +100,10 @@ def create_app(serving: Serving, api_keys: tuple[str, ...] = ()) -> FastAPI:
     )
     errors.install(app)
     app.add_exception_handler(sse.ClientGone, _client_gone)
+    app.add_exception_handler(ClientDisconnect, _client_gone)  # before its body was whole
     _add_probes(app, serving)
     _add_api(app, serving)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.describe(app, serving.vocab_size, bool(api_keys))  # type: ignore[method-assign]
     return app
 
 
@@ -113,11 +138,11 @@ def _probe(ok: bool, serving: Serving) -> Response:
 
 
 def _add_api(app: FastAPI, serving: Serving) -> None:
-    @app.post("/v1/chat/completions", openapi_extra=_body(chat.ChatRequest))
+    @app.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         return await chat.create(request, serving)
 
-    @app.post("/v1/completions", openapi_extra=_body(completions.CompletionRequest))
+    @app.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         return await completions.create(request, serving)
 
@@ -129,11 +154,11 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
     async def retrieve_model(model: str) -> Response:
         return models.retrieve(model, serving)
 
-    @app.post("/tokenize", openapi_extra=_body(tokenize.TokenizeRequest))
+    @app.post("/tokenize")
     async def create_tokens(request: Request) -> Response:
         return await tokenize.tokenize(request, serving)
 
-    @app.post("/detokenize", openapi_extra=_body(tokenize.DetokenizeRequest))
+    @app.post("/detokenize")
     async def create_text(request: Request) -> Response:
         return await tokenize.detokenize(request, serving)
 
@@ -146,29 +171,3 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
     @app.get("/version")
     async def version() -> Response:
         return json_response({"version": __version__})
-
-
-_BODIES = (
-    chat.ChatRequest,
-    completions.CompletionRequest,
-    tokenize.TokenizeRequest,
-    tokenize.DetokenizeRequest,
-)
-
-
-def _body(schema: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI description of a body that the endpoint parses by itself."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
-    }
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    description = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schemas = description.setdefault("components", {}).setdefault("schemas", {})
-    for body in _BODIES:
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas[body.__name__] = schema
-    return description

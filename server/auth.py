@@ -4,25 +4,25 @@ Every path but the three probes needs a key, known route or not, whatever the me
 `scope["path"]`, the same value the router matches; the Host header takes no part in it (CVE-2026-48746).
 """
 
-import hashlib
 import secrets
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
+from .keys import ApiKey, digest
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
 
 class AuthMiddleware:
-    """Answers 401 unless the request bears one of `api_keys`. Leaves the key's digest in `scope["tenant"]`."""
+    """Answers 401 unless the request bears one of `api_keys`. Leaves that ApiKey in `scope["tenant"]`."""
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...]):
+    def __init__(self, app: ASGIApp, api_keys: tuple[ApiKey, ...]):
         self.app = app
-        self.digests = [_digest(key.encode()) for key in api_keys]
+        self.api_keys = api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.digests and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self.api_keys and scope["path"] not in OPEN_PATHS:
             tenant = self.tenant(scope)
             if tenant is None:
                 await errors.unauthorized().response()(scope, receive, send)
@@ -30,14 +30,10 @@ class AuthMiddleware:
             scope["tenant"] = tenant
         await self.app(scope, receive, send)
 
-    def tenant(self, scope: Scope) -> bytes | None:
+    def tenant(self, scope: Scope) -> ApiKey | None:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        digest = _digest(key.strip())
+        borne = digest(key.strip())
         # Every digest is compared, each in constant time: neither the key nor its position can be timed.
-        matches = [secrets.compare_digest(digest, known) for known in self.digests]
-        return digest if any(matches) and scheme.lower() == b"bearer" else None
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+        matches = [key for key in self.api_keys if secrets.compare_digest(borne, key.digest)]
+        return matches[0] if matches and scheme.lower() == b"bearer" else None

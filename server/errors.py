@@ -74,10 +74,13 @@ def model_not_found(model: str) -> ApiError:
     )
 
 
-def context_length_exceeded(limit: int, prompt: int, completion: int, param: str) -> ApiError:
-    """`completion` is the number of tokens asked for, at least one."""
+def context_length_exceeded(
+    limit: int, prompt: int, completion: int, param: str, at_least: bool = False
+) -> ApiError:
+    """`completion` is the number of tokens asked for, at least one. at_least: the prompt has `prompt` or more."""
     return bad_request(
-        f"This model's maximum context length is {limit} tokens. However, you requested {prompt + completion} tokens "
+        f"This model's maximum context length is {limit} tokens. However, you requested "
+        f"{'at least ' * at_least}{prompt + completion} tokens "
         f"({prompt} in the {param}, {completion} in the completion). Please reduce the length of the {param} or "
         "completion.",
         param,
@@ -109,12 +112,14 @@ def engine_dead() -> ApiError:
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first problem pydantic found, as a 400 that names the field."""
-    # Of a union's failed members the one that got furthest is the one that was meant.
+    # Of a union's failed members the one that got furthest is the one that was meant: the one of the right type.
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    first = max(found, key=lambda problem: len(problem["loc"]))
+    first = max(
+        found, key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type"))
+    )
     # Union members appear in pydantic's locations as type names; only field names and list positions are the client's.
     path = [part for part in first["loc"] if isinstance(part, int) or not _is_type_name(part)]
-    param = ".".join(str(part)[:_MAX_QUOTED] for part in path) or None
+    param = ".".join(str(part)[:_MAX_QUOTED] for part in path)[:_MAX_QUOTED] or None
     if first["type"] == "extra_forbidden":
         return bad_request(f"Unsupported request argument: {param}", param, "unsupported_parameter")
     if first["type"] == "missing":
@@ -128,7 +133,7 @@ def from_validation(error: ValidationError) -> ApiError:
     return bad_request(f"Invalid value for '{param}': {_plain(first['msg'])}", param)
 
 
-_TYPE_NAMES = {"str", "int", "float", "bool", "constrained-str"}
+_TYPE_NAMES = {"str", "int", "float", "bool", "constrained-str", "constrained-int"}
 
 
 def _is_type_name(part: str) -> bool:

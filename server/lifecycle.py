@@ -7,6 +7,7 @@
     1st SIGTERM or SIGINT    nothing is admitted, /readyz 503; open requests finish, at most `shutdown_timeout` seconds
     2nd        exit at once
     engine dies              open streams get an error event; exit
+    engine is stuck          it is killed (engine/watchdog.py)
     any task fails           its traceback is logged; exit
 
 Exit codes: 0 told to stop, 1 the engine died or a task failed, 2 bad input (one line on stderr), 128 + signal when
@@ -22,6 +23,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -31,10 +33,14 @@ import msgspec
 from ..engine.client import AsyncEngine, EngineDeadError
 from ..engine.config import EngineConfig
 from ..engine.messages import Ready
+from ..engine.text.renderer import Renderer
 from ..engine.text.tokenizer import Tokenizer
+from ..engine.watchdog import until_stuck
 from ..errors import UserError
 from ..version import __version__
 from . import limits
+from .connections import ACCEPTED_AT_ONCE, BACKLOG, Connections, Listener, connection_limit
+from .keys import ApiKey
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +63,14 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     model_names: tuple[str, ...]  # the names clients may use; the first is the one in metrics
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()  # none: anybody may ask
     shutdown_timeout: float = 30.0  # seconds
+    engine_timeout: float = 60.0  # seconds of silence after which the engine is stuck; 0: never
     max_queued_requests: int = 1024  # sequences beyond max_num_seqs that are admitted
+    max_connections: int | None = None  # None: connections.connection_limit
+    # That wait, from one address beyond loopback; 0: any number, None: a quarter of all
+    max_connections_per_ip: int | None = None
+    parse_special_tokens: bool = False  # those written out in messages count as such
 
 
 def serve(
@@ -71,10 +82,15 @@ def serve(
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    return import_module("uvloop").new_event_loop if find_spec("uvloop") else None
+    return import_module("uvloop").new_event_loop if _has_uvloop() else None
+
+
+def _has_uvloop() -> bool:
+    return find_spec("uvloop") is not None
 
 
 async def _serve(config: EngineConfig, options: ServeOptions, start_engine: StartEngine) -> int:
+    connection_limit(options.max_connections)  # bad input is found before anything is started
     sock = _bind(options)
     # The child is running before anything heavy is imported here.
     engine = asyncio.ensure_future(start_engine(config))
@@ -122,11 +138,15 @@ class Lifecycle:
             max_num_seqs=config.max_num_seqs,
             max_queued_requests=options.max_queued_requests,
         )
-        self.http = _http_server(create_app(self.serving, options.api_keys))
+        limit = connection_limit(options.max_connections)
+        per_address = options.max_connections_per_ip
+        table = Connections(limit, max(1, limit // 4) if per_address is None else per_address)
+        self.http = _http_server(create_app(self.serving, options.api_keys), table)
         self.exit_code = 0
         self.failure: BaseException | None = None  # what ended the server
         self.signals = 0
-        self.tasks: set[asyncio.Task] = set()
+        self.renderer: Renderer | None = None
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     async def run(
         self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]"
@@ -141,6 +161,8 @@ class Lifecycle:
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
+            if self.renderer is not None:
+                self.renderer.close()
             if self.serving.is_loaded:
                 await self.serving.engine.shutdown(timeout=0 if self.signals > 1 else 5)
         if isinstance(self.failure, UserError):
@@ -152,7 +174,9 @@ class Lifecycle:
     ) -> None:
         """Wait until ready, then for the engine's death."""
         try:
-            loaded, ready_tokenizer = await asyncio.gather(engine, tokenizer)
+            loaded, ready_tokenizer, renderer = await asyncio.gather(
+                engine, tokenizer, self._start_renderer(tokenizer)
+            )
         except UserError as error:
             self.failure = error
             self._exit(2)
@@ -161,16 +185,38 @@ class Lifecycle:
             log.error("%s", error)
             self._exit(1)
             return
-        self.serving.ready(loaded, ready_tokenizer)
+        self.serving.ready(loaded, ready_tokenizer, renderer)
         print(_ledger(loaded.ready, self.options, self.sock), file=sys.stderr, flush=True)
         gc.collect()
         gc.freeze()  # what loading left behind never dies: the collector need not walk it between tokens
-        await loaded.dead.wait()
+        watchdog = self._keep(asyncio.create_task(self._kill_if_stuck(loaded)))
+        try:
+            await loaded.dead.wait()
+        finally:
+            watchdog.cancel()
         if not self.http.should_exit:
             log.critical("the engine process has ended; shutting down")
             self.serving.lost()
             await asyncio.sleep(DEAD_SECONDS)
             self._exit(1)
+
+    async def _kill_if_stuck(self, engine: AsyncEngine) -> None:
+        if not self.options.engine_timeout:
+            return
+        silent = await until_stuck(engine, self.options.engine_timeout)
+        log.critical(
+            "the engine is stuck: nothing was heard of it for %.0f s (--engine-timeout %g)",
+            silent,
+            self.options.engine_timeout,
+        )
+        engine.kill()
+
+    async def _start_renderer(self, tokenizer: "asyncio.Future[Tokenizer]") -> Renderer:
+        """The process that renders chat templates, warm by the time that the engine is up."""
+        chat_format = (await tokenizer).chat_format(self.options.parse_special_tokens)
+        self.renderer = Renderer(chat_format, max_waiting=self.serving.max_sequences)
+        self.renderer.start()
+        return self.renderer
 
     def _on_signal(self, number: signal.Signals) -> None:
         self.signals += 1
@@ -201,13 +247,13 @@ class Lifecycle:
         self.exit_code = code
         self.http.should_exit = True
 
-    def _keep(self, task: asyncio.Task) -> asyncio.Task:
+    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
         """The loop holds tasks weakly: one that runs beside the others must be held, and its failure be heard, here."""
         self.tasks.add(task)
         task.add_done_callback(self._done)
         return task
 
-    def _done(self, task: asyncio.Task) -> None:
+    def _done(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:  # of any kind: a panic in Rust is no Exception
@@ -216,7 +262,7 @@ class Lifecycle:
             self._exit(1)
 
 
-def _http_server(app: Any) -> Any:
+def _http_server(app: Any, table: Connections) -> Any:
     """uvicorn on h11 (it bounds the request head; httptools does not), its signal handling left to Lifecycle."""
     import uvicorn
 
@@ -232,7 +278,7 @@ def _http_server(app: Any) -> Any:
     return Server(
         uvicorn.Config(
             app,
-            http=Protocol,
+            http=partial(Protocol, table=table),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
@@ -243,17 +289,21 @@ def _http_server(app: Any) -> Any:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=CLOSE_SECONDS,
             h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
+            # To asyncio this is how many to accept at once (Listener knows the backlog), to uvloop it is the backlog.
+            backlog=BACKLOG if _has_uvloop() else ACCEPTED_AT_ONCE,
         )
     )
 
 
-def _bind(options: ServeOptions) -> socket.socket:
-    """The listening socket, so that an address in use is found before a model is loaded."""
+def _bind(options: ServeOptions) -> Listener:
+    """The listening socket, so that an address in use is found before a model is loaded. Clients that come before that
+    are kept waiting."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = Listener(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((options.host, options.port))
+        sock.listen()  # of two servers that start at once both may bind
     except OSError as error:
         sock.close()
         raise UserError(
@@ -281,5 +331,7 @@ def _ledger(ready: Ready, options: ServeOptions, sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     lines.append(f"  http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     if not options.api_keys and not ipaddress.ip_address(host).is_loopback:
-        lines.append("  warning: no --api-key is set, and other machines may reach this address")
+        lines.append(
+            "  warning: no API key is set (--api-key-file), and other machines may reach this address"
+        )
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 from fastapi import Request
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from . import errors
+from .structure import check_structure
 
 MAX_BODY_BYTES = 10 * 2**20  # held in memory while it is parsed
 BODY_SECONDS = 60.0  # for the whole body to arrive
@@ -23,9 +25,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
-MAX_CHARS_PER_TOKEN = (
-    256  # longer than any token of the vocabularies in use: bounds the text that is tokenised
-)
+MAX_TOKENIZE_TOKENS = 2**17  # of /tokenize, or the context where that is longer, and of /detokenize
 MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
 MAX_HEADER_BYTES = 65536  # h11: request line and headers together
@@ -49,11 +49,13 @@ TEMPLATE_KWARGS = frozenset(
     }
 )
 
+_LONG_BODY = 2**17  # bytes: what takes more than a millisecond is left to a thread
+
 Model = TypeVar("Model", bound=BaseModel)
 _JSON = re.compile(r"application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
-def check_template_kwargs(kwargs: dict | None) -> None:
+def check_template_kwargs(kwargs: Mapping[str, object] | None) -> None:
     """Raise ApiError 400 unless every key is in TEMPLATE_KWARGS. Values are scalars already, by the schema."""
     for name in kwargs or ():
         if name not in TEMPLATE_KWARGS:
@@ -74,6 +76,13 @@ async def parse_body(request: Request, schema: type[Model]) -> Model:
             415, "Send a JSON body with the header `Content-Type: application/json`."
         )
     body = await read_body(request)
+    if len(body) > _LONG_BODY:
+        return await asyncio.to_thread(_parsed, body, schema)
+    return _parsed(body, schema)
+
+
+def _parsed(body: bytes, schema: type[Model]) -> Model:
+    check_structure(body)
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:

@@ -108,7 +108,7 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self.model_name = model_name
         self._engine = _EngineCollector(model_name)
-        self.registry.register(self._engine)  # type: ignore[arg-type]
+        self.registry.register(self._engine)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
         self.prompt_tokens_cached = self._counter(
             "prompt_tokens_cached", "Prompt tokens found in the prefix cache"
@@ -127,6 +127,12 @@ class Metrics:
             "nibble_admission_rejections",
             "Requests refused with a 503",
             ["model_name", "reason"],
+            registry=self.registry,
+        )
+        self.key_requests = Counter(
+            "nibble_api_key_requests",
+            "Generation requests admitted, by the name of the API key",
+            ["model_name", "api_key"],
             registry=self.registry,
         )
         self.ttft = self._histogram(
@@ -169,13 +175,17 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         self.rejections.labels(self.model_name, reason).inc()
 
+    def borne(self, key_name: str) -> None:
+        """Record one generation request of whoever bears that key."""
+        self.key_requests.labels(self.model_name, key_name).inc()
+
     def watch(self, engine: "AsyncEngine") -> None:
         """From now on, show this engine's state too."""
         self._engine.engine = engine
 
     def exposition(self) -> bytes:
         """The Prometheus text format, aliases included."""
-        return generate_latest(_WithAliases(self.registry))  # type: ignore[arg-type]
+        return generate_latest(_WithAliases(self.registry))
 
 
 class _EngineCollector:

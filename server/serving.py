@@ -16,6 +16,7 @@ from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..engine.client import AsyncEngine
+    from ..engine.text.renderer import Renderer
     from ..engine.text.tokenizer import Tokenizer
 
 
@@ -39,14 +40,14 @@ class Serving:
         self.model_names = model_names
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING
-        self._loaded: tuple[AsyncEngine, Tokenizer] | None = None
+        self._loaded: tuple[AsyncEngine, Tokenizer, Renderer] | None = None
         self.active_sequences = 0
         self.idle = asyncio.Event()
         self.idle.set()
         self.metrics = Metrics(model_names[0])
 
-    def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer") -> None:
-        self._loaded = engine, tokenizer
+    def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer", renderer: "Renderer") -> None:
+        self._loaded = engine, tokenizer, renderer
         self.metrics.watch(engine)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
@@ -63,14 +64,23 @@ class Serving:
         return self._loaded is not None
 
     @property
+    def vocab_size(self) -> int | None:
+        """None while loading."""
+        return self._loaded[0].ready.vocab_size if self._loaded else None
+
+    @property
     def engine(self) -> "AsyncEngine":
-        return self._both()[0]
+        return self._all()[0]
 
     @property
     def tokenizer(self) -> "Tokenizer":
-        return self._both()[1]
+        return self._all()[1]
 
-    def _both(self) -> "tuple[AsyncEngine, Tokenizer]":
+    @property
+    def renderer(self) -> "Renderer":
+        return self._all()[2]
+
+    def _all(self) -> "tuple[AsyncEngine, Tokenizer, Renderer]":
         if self._loaded is None:
             raise errors.loading()
         return self._loaded
@@ -89,8 +99,14 @@ class Serving:
             raise errors.unavailable("The server is shutting down.", retry_after=10)
 
     def admit(self, sequences: int) -> None:
-        """Count `sequences` in, or raise ApiError 503. Each admitted sequence must be released once."""
+        """Count `sequences` in, or raise ApiError: 503 where there is no room now, 400 where there never is. Each
+        admitted sequence must be released once."""
         self.check_ready()
+        if sequences > self.max_sequences:
+            raise errors.bad_request(
+                f"prompts x n must be at most {self.max_sequences} on this server, got {sequences}",
+                "n",
+            )
         if self.active_sequences + sequences > self.max_sequences:
             self.metrics.rejected("queue_full")
             raise errors.unavailable("The server's queue is full. Please try again.", retry_after=1)

@@ -4,7 +4,7 @@
                           -> pending -> send     through this response's task, once it does not
     receive() == http.disconnect                 closes the source: the engine requests are aborted within a step
     15 s of silence                              ": ping" keeps proxies from closing
-    30 s blocked in one send                     the reader is too slow and is cut
+    30 s blocked in one send                     the reader is too slow and is cut (protocol.CUT)
 
 Hot path: bytes already joined and, where the server offers it (protocol.DIRECT_WRITE), no ASGI message and no task.
 """
@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from .protocol import DIRECT_WRITE
+from .protocol import CUT, DIRECT_WRITE
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class EventStream(Response):
         self.wake = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.write = scope.get("extensions", {}).get(DIRECT_WRITE, _nowhere)
+        extensions = scope.get("extensions", {})
+        self.write = extensions.get(DIRECT_WRITE, _nowhere)
         gone = asyncio.ensure_future(_disconnected(receive))
         gone.add_done_callback(lambda _: self.wake.set())
         finished = False
@@ -79,6 +80,16 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self.source.start(self.push)
             finished = await self._relay(gone, send)
+            if not finished and not gone.done():
+                tenant = scope.get("tenant")
+                log.info(
+                    "%s was cut: it read nothing for %g s",
+                    tenant.name if tenant else "a client",
+                    SEND_TIMEOUT_SECONDS,
+                )
+                if CUT in extensions:
+                    extensions[CUT]()
+                    await gone
         finally:
             self.source.close()
             await _cancel(gone)

@@ -107,8 +107,7 @@ class LocalBackend:
 
     async def reply(self, messages: Messages) -> AsyncGenerator[str, None]:
         ready = self.engine.ready
-        text = self.tokenizer.apply_chat_template(messages)
-        prompt = self.tokenizer.encode(text, add_special_tokens=False)
+        prompt = self.tokenizer.encode_chat(messages)
         room = ready.max_model_len - len(prompt)
         if room < 1:
             raise UserError(

@@ -134,7 +134,8 @@ def chat(url: str, question: str) -> Answer:
         "stream_options": {"include_usage": True},
     }
     console.print(f"\n[bold]> {question}[/bold]\n")
-    first, last, usage = None, 0.0, {}
+    first, last = None, 0.0
+    usage: dict[str, int] = {}
     started = time.perf_counter()
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120.0) as response:
         if response.status_code != 200:

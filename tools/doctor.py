@@ -12,13 +12,19 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from nibble.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nibble.architectures.base import ModelSpec
+    from nibble.quant.checkpoint import Checkpoint
 
 _STYLES = {"ok": "green", "slow": "yellow", "no": "red"}
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors")
@@ -134,7 +140,9 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
     return found
 
 
-def _kernels(opened, spec, dtype, device) -> list[Finding]:
+def _kernels(
+    opened: "Checkpoint", spec: "ModelSpec", dtype: "torch.dtype", device: "torch.device"
+) -> list[Finding]:
     """What each matrix of a layer runs on, and why not on something better."""
     import torch
 
@@ -163,7 +171,9 @@ def _kernels(opened, spec, dtype, device) -> list[Finding]:
     return found
 
 
-def _memory(opened, spec, dtype, device) -> list[Finding]:
+def _memory(
+    opened: "Checkpoint", spec: "ModelSpec", dtype: "torch.dtype", device: "torch.device"
+) -> list[Finding]:
     from nibble.engine import memory
 
     free, weights = memory.available_bytes(device), opened.nbytes

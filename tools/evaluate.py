@@ -1,4 +1,4 @@
-"""`nibble evaluate REF QUANT`: what quantization cost, measured on what is really served.
+"""What quantization cost, measured on what is really served: `nibble evaluate REF QUANT` and the accuracy card.
 
 Both checkpoints run through the engine in float32 on the same held-out windows; the original's log-probabilities are
 the reference for perplexity, KL divergence and top-1 agreement at every position. Where this machine would serve the
@@ -11,22 +11,18 @@ if __name__ == "__main__":  # python tools/evaluate.py
     raise SystemExit(run("evaluate"))
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from torch import Tensor
 
 from nibble.engine.llm import LLM
 from nibble.errors import UserError
-from nibble.quant.card import Quality, summary
+from nibble.quant.card import Quality
 from nibble.quant.conversion.calibration import DATA, EVALUATION, evaluation_windows
 from nibble.quant.conversion.report import Progress
-from nibble.tools.progress import Display
 
 WINDOWS = 4  # per text
 LENGTH = 512  # tokens a window
@@ -68,7 +64,7 @@ def evaluate(
 def _with_int8_activations(quantized: str | Path) -> LLM | None:
     """The checkpoint as a CPU serves it by default, if it then rounds activations."""
     served = LLM(str(quantized))
-    rounds = any(name.endswith("x int8") for name in served.core.runner.model.report.used)
+    rounds = any(name.endswith("x int8") for name in served.core.ready().kernels)
     return served if rounds else None
 
 
@@ -145,28 +141,3 @@ def telling(listener: Callable[[Progress], None]) -> Callable[[int, int], None]:
         listener(Progress(done, total, seconds, None, doing="Measuring", unit="windows"))
 
     return tell
-
-
-def evaluate_command(
-    reference: Annotated[
-        str, typer.Argument(metavar="REF", help="The original: folder, .gguf file or Hub id")
-    ],
-    quantized: Annotated[str, typer.Argument(metavar="QUANT", help="The quantized checkpoint")],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="UTF-8 text to measure on; repeatable",
-            show_default="bundled prose, docs and code",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print JSON")] = False,
-) -> None:
-    """Measure what quantization cost: perplexity, KL divergence and top-1 agreement against the original."""
-    try:
-        texts = {file.name: file.read_text(encoding="utf-8") for file in text} if text else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text: {error}") from None
-    with Display() as show:
-        quality = evaluate(reference, quantized, texts, progress=telling(show))
-    print(json.dumps([q.as_dict() for q in quality], indent=2) if as_json else summary(quality))

@@ -1,48 +1,27 @@
-"""`nibble tune`: measure on this machine's GPU which tiles the integer and FP8 products are fastest with.
+"""Measures on this machine's GPU which tiles the integer and FP8 products are fastest with, for `nibble tune`.
 
-The result is a table for the card in ~/.cache/nibble/tiles, which every later start reads. Candidates are compiled and
-checked against plain torch in several processes, then timed one at a time with nothing beside them.
+Candidates are compiled and checked against plain torch in several processes, then timed one at a time with nothing
+beside them.
 """
 
 import datetime
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as Printed
 
 from nibble.errors import UserError
 from nibble.kernels.awq import linear as awq
 from nibble.kernels.dequant_gemm import candidates
-from nibble.kernels.dequant_gemm.candidates import (
-    DEQUANTIZE,
-    LLAMA_3_8B,
-    ROWS,
-    Measurement,
-    Shape,
-    Trial,
-)
-from nibble.kernels.dequant_gemm.tiles import (
-    MEASURED,
-    Table,
-    as_json,
-    file_name,
-    measured_tables,
-)
+from nibble.kernels.dequant_gemm.candidates import DEQUANTIZE, Measurement, Shape, Trial
+from nibble.kernels.dequant_gemm.tiles import Table
 from nibble.kernels.fp8 import w8a16
 from nibble.kernels.measure.timing import Card
-from nibble.quant.checkpoint.writer import write_text
 from nibble.quant.device import named_device
 
 if TYPE_CHECKING:
@@ -57,61 +36,6 @@ WEIGHTS = {
 NARROW = 32  # 4-bit weights with scales for so few features have tiles of their own: they need more registers
 BATCH = 4  # trials that a process compiles and checks at once: seconds
 WORKER_BYTES = 8 << 30  # of GPU memory that a process needs at most, for the largest projections
-
-
-def tune_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Local folder, .gguf file or Hub id whose projections to measure",
-            show_default="Llama 3 8B's",
-        ),
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"{', '.join(WEIGHTS)}; repeatable", show_default="the model's own, else all"
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cuda or cuda:N")] = "cuda",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write here",
-            show_default=f"{MEASURED}/CARD.json, which every start reads",
-        ),
-    ] = None,
-    workers: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Processes that compile; 0: as many as cores and memory allow"
-        ),
-    ] = 0,
-) -> int:
-    """Measure which tiles the quantized products are fastest with on this GPU. Takes minutes; let nothing else run."""
-    card = need_card(device)
-    shapes, own = (shapes_of(model), weights_of(model)) if model else (LLAMA_3_8B, None)
-    names = weights or own or list(WEIGHTS)
-    if unknown := sorted(set(names) - set(WEIGHTS)):
-        raise UserError(f"--weights {unknown[0]!r} is unknown; use {', '.join(WEIGHTS)}")
-    name = torch.cuda.get_device_name(card)
-    target = out or MEASURED.expanduser() / file_name(name)
-    # Not forked: a process that has initialized CUDA cannot be.
-    pool = ProcessPoolExecutor(workers or _workers(card), multiprocessing.get_context("spawn"))
-    with pool, _progress() as tell:
-        tuner = Tuner(shapes, card, pool, tell)
-        found = [tuner.measure(kind) for kind in names]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, as_json(candidates.merge(measured_tables(target), found)))
-    for table in found:
-        Console().print(_printed(table))
-    print(
-        f"{name}: written to {target}"
-        + ("" if out is None else f"; starts read {MEASURED}/{file_name(name)}")
-    )
-    return 0
 
 
 def need_card(name: str) -> torch.device:
@@ -178,7 +102,8 @@ class Tuner:
 
     def _search(self, label: str, kind: "Kind", serves: tuple[str, ...]) -> Table:
         """The three rounds of candidates.py."""
-        cc, done = Card.of(self.card).cc, []
+        cc = Card.of(self.card).cc
+        done: list[Measurement] = []
         for number, plan in enumerate(
             (candidates.first_round, candidates.second_round, candidates.third_round), 1
         ):
@@ -218,7 +143,8 @@ class Tuner:
         return done
 
 
-def _workers(card: torch.device) -> int:
+def workers_for(card: torch.device) -> int:
+    """How many processes may compile at once: as many as cores and the card's free memory allow."""
     free, _ = torch.cuda.mem_get_info(card)
     return max(1, min(len(os.sched_getaffinity(0)), 16, free // WORKER_BYTES - 1))
 
@@ -231,41 +157,6 @@ def _origin(card: torch.device, shapes: tuple[Shape, ...]) -> str:
         f"nibble tune, {datetime.date.today().isoformat()}, {torch.cuda.get_device_name(card)}, torch "
         f"{torch.__version__}, triton {triton.__version__}, {sizes}"
     )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda text, done, total: bar.update(
-            task, description=text, completed=done, total=total
-        )
-
-
-def _printed(table: Table) -> Printed:
-    shown = Printed("rows", "path", title=", ".join(table.weights))
-    if table.gemv_rows:
-        shown.add_row(
-            f"1 to {table.gemv_rows}",
-            f"GEMV, {table.gemv_block_n} outputs, {table.gemv_warps} warps",
-        )
-    first = table.gemv_rows + 1
-    for tile in table.gemm:
-        if not tile.max_group and first < min(tile.rows + 1, table.dequantize_rows):
-            last = min(tile.rows, table.dequantize_rows - 1)
-            shown.add_row(f"{first} to {last}", candidates.Candidate("gemm", tile).describe())
-            first = last + 1
-    beyond = f"from {table.dequantize_rows}" + (
-        " (not measured)" if table.dequantize_rows > ROWS[-1] else ""
-    )
-    shown.add_row(beyond, "dequantize, cuBLAS")
-    return shown
 
 
 if __name__ == "__main__":

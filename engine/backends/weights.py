@@ -12,7 +12,7 @@ from torch import Tensor
 from ...architectures.base import LinearGroup, ModelSpec
 from ...errors import CheckpointError
 from ...quant.checkpoint import Checkpoint
-from ...quant.weight import QuantizedWeight
+from ...quant.weight import QuantizedWeight, part, scaled_by_row
 
 Weight = QuantizedWeight | Tensor
 _FIX = "config.json and the weights are not of one model"
@@ -24,6 +24,20 @@ class Linear:
 
     weight: Weight
     bias: Tensor | None
+
+    def parts(self, count: int) -> list["Linear"]:
+        """Cut by outputs into so many of the same size."""
+        if count == 1:
+            return [self]
+        if isinstance(self.weight, Tensor):
+            weight, size = self.weight, len(self.weight) // count
+        else:
+            weight, size = scaled_by_row(self.weight), self.weight.out_features // count
+        cuts = [slice(i * size, (i + 1) * size) for i in range(count)]
+        return [
+            Linear(part(weight, rows), None if self.bias is None else self.bias[rows])
+            for rows in cuts
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +95,13 @@ class ModelWeights:
     def final_norm(self) -> Tensor:
         return self.norm(f"{self.model.prefix}norm", self.model.hidden_size)
 
-    def group(self, layer: int, group: LinearGroup) -> list[Linear]:
-        """The linears of a group of one layer."""
-        linears = []
+    def group(self, layer: int, group: LinearGroup, parts: int = 1) -> list[Linear]:
+        """The linears of a group of one layer, each cut into so many equal `parts` by rows."""
+        linears: list[Linear] = []
         for name, out in zip(group.modules, group.out_features, strict=True):
             module = f"{self.model.layer_name(layer)}.{name}"
             weight = self._linear(module, (out, group.in_features))
-            linears.append(Linear(weight, self.checkpoint.bias(module)))
+            linears += Linear(weight, self.checkpoint.bias(module)).parts(parts)
         return linears
 
     def head(self, embedding: Tensor) -> Linear:

@@ -8,17 +8,22 @@ out of the sandbox.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 import jinja2
+import msgspec
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .control_tokens import Marker
+
+MAX_RENDERED_CHARS = 32 * 2**20  # of one prompt; a request's body has 10 MiB
+_MAX_ERROR_CHARS = 500  # a template words its own
 _CONTINUE_HERE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -54,6 +59,72 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
+class ChatFormat(msgspec.Struct, frozen=True):
+    """How a checkpoint writes conversations."""
+
+    templates: dict[str, str]  # name -> Jinja source: "default", perhaps "tool_use"
+    special_tokens: dict[str, str]  # role -> content: variables of the templates
+    # What messages must not turn into (control_tokens.py); none: what users write is not marked
+    control_tokens: list[str] = []
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    """What a template is asked to render. With continue_final_message the text ends within the last message."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: dict[str, Any] = {}  # further names that the template may use
+
+
+class ChatRenderer:
+    """Renders conversations by a checkpoint's templates."""
+
+    def __init__(self, chat_format: ChatFormat):
+        self._format = chat_format
+        self._marker = Marker(chat_format.control_tokens)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the templates themselves, whatever the messages."""
+        found = ((name, problem_of(source)) for name, source in self._format.templates.items())
+        return [_broken(name, problem) for name, problem in found if problem]
+
+    def render(self, conversation: Conversation) -> str:
+        """The prompt text, with marks in the control tokens that are the messages' own. ValueError, fit for the client
+        to read, if there is no template, or it refuses the messages or fails."""
+        template = self._choose(bool(conversation.tools))
+        mark = self._marker.mark
+        return render(
+            template,
+            [  # a role is one of a few words that templates compare
+                {k: v if k == "role" else mark(v) for k, v in message.items()}
+                for message in conversation.messages
+            ],
+            tools=mark(conversation.tools),
+            add_generation_prompt=conversation.add_generation_prompt,
+            continue_final_message=conversation.continue_final_message,
+            variables={**self._format.special_tokens, **mark(conversation.variables)},
+        )
+
+    def _choose(self, with_tools: bool) -> str:
+        problem = (
+            "this model has no chat template; use text completions, or serve its instruct version"
+        )
+        for name in ("tool_use", "default") if with_tools else ("default",):
+            template = self._format.templates.get(name)
+            if template is None:
+                continue
+            if (found := problem_of(template)) is None:
+                return template
+            problem = _broken(name, found)
+        raise ValueError(problem)
+
+
+def _broken(name: str, problem: str) -> str:
+    return f"the chat template {name!r} is no valid Jinja: {problem}"
+
+
 def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -80,12 +151,28 @@ def render(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        text = _compile(template).render(seen)
-    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
-        raise ValueError(f"the chat template cannot render these messages: {error}") from error
+        text = _joined(_compile(template).generate(seen))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a stranger's program runs into
+        said = str(error)[:_MAX_ERROR_CHARS]
+        raise ValueError(f"the chat template cannot render these messages: {said}") from error
     return _cut_at_mark(text) if continue_final_message else text
 
 
+def _joined(pieces: Iterable[str]) -> str:
+    found, size = [], 0
+    for piece in pieces:
+        size += len(piece)
+        if size > MAX_RENDERED_CHARS:
+            raise ValueError(
+                f"the chat template makes more than {MAX_RENDERED_CHARS} characters of these messages"
+            )
+        found.append(piece)
+    return "".join(found)
+
+
+@lru_cache(maxsize=8)
 def problem_of(template: str) -> str | None:
     """What is wrong with the template itself, whatever the messages; None if it is well-formed."""
     try:

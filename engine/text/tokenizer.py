@@ -1,133 +1,39 @@
-"""Tokenizer: text <-> token ids, and messages -> text, from the files of a checkpoint. No torch, no transformers.
+"""Tokenizer: text <-> token ids, and messages -> token ids, from the files of a checkpoint. No torch, no transformers.
 
-    tokenizer.json            the tokenizer itself (Hugging Face `tokenizers`). What it adds at the start and end of a
-                              text counts, not tokenizer_config.json's add_bos_token, as in transformers 5
-    tokenizer_config.json     special tokens by role, tokens to add, older chat templates
-    special_tokens_map.json   special tokens by role, where the former lacks them
-    added_tokens.json         older: tokens to add
-    generation_config.json    eos_token_id, one or several (config.json's where it has none)
-    chat_template.jinja, additional_chat_templates/NAME.jinja
-                              the chat templates (older homes: tokenizer_config.json, chat_template.json)
+tokenizer.json is the tokenizer itself (Hugging Face `tokenizers`). What it adds at the start and end of a text counts,
+not tokenizer_config.json's add_bos_token, as in transformers 5. What other files say of it: tokenizer_config.py. Where
+these files are, or are made: tokenizer_files.py. What users write forms no control tokens: control_tokens.py.
 
-Where these files are, or are made: tokenizer_files.py.
+Invariant: other threads run while a text is tokenised, and the time and memory that a text takes are bounded by the
+number of tokens that are wanted of it, not by its length.
 """
 
-import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import normalizers, pre_tokenizers
 
 from ...errors import CheckpointError
-from . import chat_template
+from .chat_template import ChatFormat, ChatRenderer, Conversation
+from .control_tokens import MARK, check_unmarked
+from .tokenizer_config import TokenizerConfig, special_token
 from .tokenizer_files import tokenizer_folder
 
-log = logging.getLogger(__name__)
-
-_ROLES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+_CHARS_PER_TOKEN = 8  # more than in any language's ordinary text
+_SLACK = 256  # tokens that a text cut off in the middle may have more than the same part of the whole has
+_CHATML = re.compile(r"<\|.*\|>", re.DOTALL)
 
 
-class _Files:
-    """What the JSON files of a tokenizer folder say."""
+class TooManyTokens(ValueError):
+    """A text has more tokens than it may: `count`, or, where the rest of it was not looked at, at least those."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.config = _read_json(folder / "tokenizer_config.json")
-        self.special = _read_json(folder / "special_tokens_map.json")
-
-    def special_tokens(self) -> dict[str, str]:
-        """Role -> content."""
-        contents = {r: _content(self.config.get(r, self.special.get(r))) for r in _ROLES}
-        return {role: content for role, content in contents.items() if content is not None}
-
-    def further_special_tokens(self) -> list[AddedToken]:
-        """Those without one of the roles above: under names of the model's own, then in a list."""
-        sources = [self.config]
-        if "added_tokens_decoder" not in self.config:
-            sources.append(self.special)
-        found = [
-            s.get("extra_special_tokens") or s.get("additional_special_tokens") for s in sources
-        ]
-        listed: Any = next(filter(None, found), [])
-        named = [v for k, v in self.config.items() if k.endswith("_token") and k not in _ROLES]
-        if isinstance(listed, dict):
-            named, listed = [*named, *listed.values()], []
-        contents = [content for value in named if (content := _content(value))]
-        return [_special(content) for content in contents] + [
-            AddedToken(**{k: v for k, v in value.items() if k != "__type"})
-            if isinstance(value, dict)
-            else _special(value)
-            for value in listed
-        ]
-
-    def listed_tokens(self, special: set[str]) -> list[AddedToken]:
-        """Tokens listed with an id, by id; `special` are special also where added_tokens.json cannot say so."""
-        if "added_tokens_decoder" in self.config:
-            listed = self.config["added_tokens_decoder"] or {}
-            return [
-                AddedToken(**{**entry, "special": entry.get("special", False)})
-                for _, entry in sorted(listed.items(), key=lambda entry: int(entry[0]))
-            ]
-        older = _read_json(self.folder / "added_tokens.json")
-        return [
-            AddedToken(content, special=content in special, normalized=content not in special)
-            for content, _ in sorted(older.items(), key=lambda entry: entry[1])
-        ]
-
-    def chat_templates(self) -> dict[str, str]:
-        """Name -> source, as far as they can be read. What cannot is said in the log."""
-        found = self.config.get("chat_template") or _read_json(
-            self.folder / "chat_template.json"
-        ).get("chat_template")
-        entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
-        templates = {}
-        for entry in entries if found else ():
-            if isinstance(entry, dict) and all(
-                isinstance(entry.get(k), str) for k in ("name", "template")
-            ):
-                templates[entry["name"]] = entry["template"]
-            else:
-                log.warning(
-                    "%s: a chat_template without name and template is left out", self.folder
-                )
-        files = sorted(self.folder.glob("additional_chat_templates/*.jinja"))
-        templates |= {file.stem: file.read_text(encoding="utf-8") for file in files}
-        default = self.folder / "chat_template.jinja"
-        return templates | (
-            {"default": default.read_text(encoding="utf-8")} if default.is_file() else {}
-        )
-
-    def eos_token_ids(self) -> list[int]:
-        found = _read_json(self.folder / "generation_config.json").get("eos_token_id")
-        if found is None:
-            found = _read_json(self.folder / "config.json").get("eos_token_id")
-        ids = [] if found is None else found if isinstance(found, list) else [found]
-        if not all(isinstance(i, int) for i in ids):
-            raise ValueError(f"eos_token_id is {found!r}")
-        return ids
-
-
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(
-            f"is not a JSON object: {error}", file=file, fix="download it again"
-        ) from None
+    def __init__(self, count: int, at_least: bool):
+        super().__init__(f"the text has {'at least ' * at_least}{count} tokens")
+        self.count, self.at_least = count, at_least
 
 
 class Tokenizer:
@@ -145,17 +51,17 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self._chat_templates = dict(chat_templates or {})
-        self._template_problem = self._drop_broken_templates()
         own_eos = backend.token_to_id(self.eos_token) if self.eos_token else None
         self.eos_token_ids = sorted({*eos_token_ids, *(() if own_eos is None else (own_eos,))})
         backend.no_truncation()
         backend.no_padding()
+        _remove_marks(backend, self.control_tokens)
         self._byte_level = backend.decoder is not None and backend.decoder.decode(["Ġ"]) == " "
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None) -> "Tokenizer":
         """Read the tokenizer of a local folder, a .gguf file or a Hub id. CheckpointError if missing or damaged."""
-        files = _Files(tokenizer_folder(model, revision))
+        files = TokenizerConfig(tokenizer_folder(model, revision))
         backend = _load_backend(files.folder)
         try:
             special_tokens = files.special_tokens()
@@ -182,23 +88,51 @@ class Tokenizer:
         """Tokens the tokenizer knows; the model's embedding may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def _drop_broken_templates(self) -> str | None:
-        """Why a chat template was dropped, said in the log too: text can be completed without one."""
-        last = None
-        for name, source in list(self._chat_templates.items()):
-            if problem := chat_template.problem_of(source):
-                last = f"the chat template {name!r} is no valid Jinja: {problem}"
-                log.warning("%s; this model is served without it", last)
-                del self._chat_templates[name]
-        return last
+    @cached_property
+    def control_tokens(self) -> list[str]:
+        """The special tokens; also those written as ChatML and Llama 3 write theirs, `<|...|>`, that their file forgets
+        to call special. What only structures a text (`<think>`, runs of newlines) is none."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [t.content for t in added if t.special or _CHATML.fullmatch(t.content)]
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._chat_templates)
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        *,
+        max_tokens: int | None = None,
+        marked: bool = False,
+    ) -> list[int]:
+        """Token ids. Special tokens written out in `text` are recognised either way, but not those with MARK in them,
+        which only a text that is `marked` may have.
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. Special tokens written out in `text` are recognised either way; ValueError for lone surrogates."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        TooManyTokens if there are more than max_tokens. ValueError for lone surrogates.
+        """
+        if not marked:
+            check_unmarked(text)
+        if max_tokens is not None:
+            self._check_length(text, max_tokens)
+        encoding = self._encoding(text, add_special_tokens)
+        if max_tokens is not None and len(encoding) > max_tokens:
+            raise TooManyTokens(len(encoding), at_least=False)
+        return encoding.ids
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        """TooManyTokens as soon as the beginning of a long text has too many: first one that most texts of max_tokens
+        fit in, then twice as much, and so on. All of it is tokenised only if half of it had few enough."""
+        end = (max_tokens + _SLACK) * _CHARS_PER_TOKEN
+        while end < len(text):
+            count = len(self._encoding(text[:end], add_special_tokens=False))
+            if count > max_tokens + _SLACK:
+                raise TooManyTokens(count - _SLACK, at_least=True)
+            end *= 2
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        # `encode` would hold the interpreter's lock for as long as it takes: seconds, for a book
+        try:
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        except TypeError as error:  # lone surrogates
+            raise ValueError(f"the text is no Unicode: {error}") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD and unknown ids nothing."""
@@ -223,6 +157,15 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def chat_format(self, parse_special_tokens: bool = False) -> ChatFormat:
+        """What renders conversations elsewhere (renderer.py). parse_special_tokens: see encode_chat."""
+        controls = [] if parse_special_tokens else self.control_tokens
+        return ChatFormat(self._chat_templates, self.special_tokens, controls)
+
+    @cached_property
+    def _renderers(self) -> dict[bool, ChatRenderer]:
+        return {parse: ChatRenderer(self.chat_format(parse)) for parse in (False, True)}
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -231,26 +174,30 @@ class Tokenizer:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        """The prompt text of a conversation; encode it with add_special_tokens=False, the template wrote them.
+        """The prompt text of a conversation, to look at: `encode_chat` makes tokens of it that users cannot forge.
 
         ValueError if the checkpoint has no chat template, or its template refuses the messages.
         """
-        templates = self._chat_templates
-        template = templates.get("tool_use") if tools else None
-        template = template or templates.get("default")
-        if template is None:
-            raise ValueError(
-                self._template_problem
-                or "this model has no chat template; use text completions, or serve its instruct version"
-            )
-        return chat_template.render(
-            template,
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables={**self.special_tokens, **kwargs},
+        return self._renderers[True].render(
+            _conversation(messages, tools, add_generation_prompt, continue_final_message, kwargs)
         )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        parse_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The prompt of a conversation. Special tokens that are written out in it are text, or with
+        parse_special_tokens the tokens themselves, as in transformers. Rendered in this process: of a template that you
+        do not trust, and for a server, see renderer.py. ValueError as apply_chat_template."""
+        text = self._renderers[parse_special_tokens].render(
+            _conversation(messages, tools, add_generation_prompt, continue_final_message, kwargs)
+        )
+        return self.encode(text, add_special_tokens=False, marked=True)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -258,6 +205,37 @@ class Tokenizer:
         return frozenset(
             i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
         )
+
+
+def _conversation(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    variables: dict[str, Any],
+) -> Conversation:
+    return Conversation(
+        [dict(message) for message in messages],
+        None if tools is None else [dict(tool) for tool in tools],
+        add_generation_prompt,
+        continue_final_message,
+        variables,
+    )
+
+
+def _remove_marks(backend: tokenizers.Tokenizer, control_tokens: Sequence[str]) -> None:
+    """Make a tokenizer take MARK out of a text once it has found the control tokens in it."""
+    added = backend.get_added_tokens_decoder().values()
+    controls = set(control_tokens)
+    steps: list[Any]
+    if any(token.normalized for token in added if token.content in controls):
+        # These are looked for after normalizing, where the mark must still be there: it goes one step later, and the
+        # text is split in its place.
+        steps = [pre_tokenizers.Split(MARK, behavior="removed"), backend.pre_tokenizer]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([step for step in steps if step])
+    else:
+        steps = [normalizers.Replace(MARK, ""), backend.normalizer]
+        backend.normalizer = normalizers.Sequence([step for step in steps if step])
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
@@ -273,24 +251,15 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, files: _Files, special_tokens: Mapping[str, str]
+    backend: tokenizers.Tokenizer, files: TokenizerConfig, special_tokens: Mapping[str, str]
 ) -> None:
     """Tokens that other files name and tokenizer.json lacks, under the ids that transformers gives them: first those
     listed with an id, in the order of their ids, then special ones by role, then further special ones."""
-    special = [_special(content) for content in special_tokens.values()]
+    special = [special_token(content) for content in special_tokens.values()]
     special += files.further_special_tokens()
     tokens = files.listed_tokens({token.content for token in special}) + special
     backend.add_tokens([token for token in tokens if backend.token_to_id(token.content) is None])
     backend.add_special_tokens([token for token in tokens if token.special])
-
-
-def _special(content: str) -> AddedToken:
-    return AddedToken(content, special=True, normalized=False)
-
-
-def _content(token: Any) -> str | None:
-    found = token.get("content") if isinstance(token, Mapping) else token
-    return found if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=1)

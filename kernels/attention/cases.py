@@ -1,5 +1,8 @@
 """What `make kernels-report` compiles: each card's own configuration, for head sizes and cache types."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton.language as tl
 
 from ..measure.compile_cases import CompileCase
@@ -142,10 +145,10 @@ def _reduce(cc: int, dim: int, dtype: str) -> CompileCase:
 
 def _case(
     name: str,
-    kernel,
+    kernel: Any,  # the @triton.jit function
     cc: int,
-    signature: dict[str, str | None],
-    constexprs: dict,
+    signature: Mapping[str, str | None],
+    constexprs: dict[str, Any],
     config: TileConfig,
 ) -> CompileCase:
     absent = {argument: None for argument, kind in signature.items() if kind is None}

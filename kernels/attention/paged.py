@@ -183,7 +183,8 @@ def _attend(
         batch.query_starts[seqs.start :],
         batch.context_lengths[seqs],
     )
-    scale_strides = cache.key_scales.stride() if cache.scales == "token" else (0, 0, 0)
+    scales = cache.key_scales if cache.scales == "token" else None
+    scale_strides = (0, 0, 0) if scales is None else scales.stride()
     interpreted = triton.knobs.runtime.interpret
     attend_kernel[(grid[0], num_kv_heads, grid[1])](
         q,

@@ -9,6 +9,7 @@ from ...quant.weight import QuantizedWeight
 from ..dequant_gemm.layout import Decode, ShuffledWeight, shuffle
 from ..dequant_gemm.linear import Prepared, linear, prepared, quantized, why_no_layout
 from ..device import why_no_triton
+from ..errors import KernelArgumentError
 from ..spec import LinearSpec, scale_dtype
 
 CONFIGS = Path(__file__).parent / "configs"  # measured tiles of cards
@@ -44,6 +45,8 @@ def repack(weight: QuantizedWeight) -> ShuffledWeight:
     from ..dequant_gemm.decode import integers
     from .decode import bfloat16_scale_and_zero, half_scale_and_zero
 
+    if weight.zeros is None:
+        raise KernelArgumentError("a weight without zero points was given to a kernel for them")
     dtype = scale_dtype(weight.scales)
     scale = half_scale_and_zero if dtype == torch.float16 else bfloat16_scale_and_zero
     words = (weight.scales.to(dtype).view(torch.int16).int() << 16) | weight.zeros.int()

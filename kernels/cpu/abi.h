@@ -17,7 +17,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 3
+#define NB_ABI_VERSION 4
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 
 enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3 };
@@ -57,10 +57,10 @@ struct NbLinearGroup {
 };
 
 struct NbLayer {
-  const float* input_norm;           // [hidden]
-  const float* mlp_norm;             // [hidden]
-  const float* q_norm;               // [head_dim] or null
-  const float* k_norm;               // [head_dim] or null
+  const float* input_norm;           // [hidden] or null
+  const float* mlp_norm;             // [hidden] or null
+  const float* q_norm;               // [head_dim], or of all heads side by side (NbModel.qk_norm_all), or null
+  const float* k_norm;
   const float* post_attention_norm;  // [hidden] or null
   const float* post_mlp_norm;        // [hidden] or null
   int32_t rope;                      // which inv_freq
@@ -72,12 +72,17 @@ struct NbLayer {
 struct NbModel {
   int32_t hidden, intermediate, num_layers, num_heads, num_kv_heads, head_dim, vocab;
   int32_t activation;
+  int32_t qk_norm_all;
   float eps, attention_scale, embedding_scale;
+  float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
+  int32_t query_length;              // 0: they are not
   int32_t block_size;                // tokens a KV block, a multiple of 16
   const NbLayer* layers;
   const uint16_t* embedding;         // bfloat16 [vocab, hidden]; null: hidden states are given
   const float* norm;                 // [hidden] the final norm; null: layers follow elsewhere
-  const float* inv_freq[2];          // [head_dim / 2] each
+  const float* inv_freq[2];          // [rotary_dim / 2] each
+  int32_t rotary_dim[2];             // the first dimensions of a head, which turn
+  float rope_factor[2];              // of cosines and sines
   NbLinearGroup head;                // no linears: it is elsewhere
 };
 

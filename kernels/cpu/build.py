@@ -21,7 +21,7 @@ LIBRARY = HERE / "libnibble_cpu.so"
 _COMMON = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-_ALWAYS = {"pool.cpp": [], "library.cpp": []}
+_ALWAYS: dict[str, list[str]] = {"pool.cpp": [], "library.cpp": []}
 FLAGS = {  # by architecture
     "x86_64": _ALWAYS
     | {

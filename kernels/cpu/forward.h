@@ -60,9 +60,10 @@ struct Step {
   }
 
   void norm_and_prepare(Worker& worker, int row, const float* weight, const NbLinearGroup& group) const {
+    const float* from = x + (int64_t)row * m.hidden;
     float* normed = (float*)worker.scratch;
-    rms_norm(x + (int64_t)row * m.hidden, weight, m.hidden, m.eps, normed);
-    prepare_all(group, inputs, row, normed, normed + m.hidden);
+    if (weight) rms_norm(from, weight, m.hidden, m.eps, normed);
+    prepare_all(group, inputs, row, weight ? normed : from, normed + m.hidden);
   }
 
   void prepare_rows(Worker& worker, const NbLinearGroup& group, const float* from, int width) const {
@@ -85,16 +86,21 @@ struct Step {
   }
 
   void angles(int row) const {
-    int half = m.head_dim / 2;
     for (int kind = 0; kind < 2; kind++) {
       if (!m.inv_freq[kind]) continue;
+      int half = m.rotary_dim[kind] / 2;
       float* to = b.angles[kind] + (int64_t)row * m.head_dim;
       for (int i = 0; i < half; i++) {
         float angle = (float)position_of(row) * m.inv_freq[kind][i];
-        to[i] = cosf(angle);
-        to[half + i] = sinf(angle);
+        to[i] = cosf(angle) * m.rope_factor[kind];
+        to[half + i] = sinf(angle) * m.rope_factor[kind];
       }
     }
+  }
+
+  float query_scale(int position) const {
+    if (!m.query_length) return m.attention_scale;
+    return m.attention_scale * (1.0f + m.query_beta * log1pf((float)(position / m.query_length)));
   }
 
   // Norm, rotate and store a row's queries (bfloat16, [kv_heads][tokens][heads of one][head_dim], scaled), keys and
@@ -102,19 +108,27 @@ struct Step {
   void rotate_and_store(int row, const NbLayer& layer, const Cache& to) const {
     int dim = m.head_dim, shared = m.num_heads / m.num_kv_heads;
     float* qkv = b.qkv + (int64_t)row * qkv_dim();
-    const float *cosines = b.angles[layer.rope] + (int64_t)row * dim, *sines = cosines + dim / 2;
+    int turned = m.rotary_dim[layer.rope];
+    const float *cosines = b.angles[layer.rope] + (int64_t)row * dim, *sines = cosines + turned / 2;
     int position = position_of(row), block = batch.tables[batch.items[item_of(row)].table + position / m.block_size];
+    bool norm_heads = layer.q_norm && !m.qk_norm_all;
+    if (layer.q_norm && m.qk_norm_all) {
+      float* keys = qkv + heads_dim();
+      rms_norm(qkv, layer.q_norm, heads_dim(), m.eps, qkv);
+      rms_norm(keys, layer.k_norm, m.num_kv_heads * dim, m.eps, keys);
+    }
+    F32 scale = f_set(query_scale(position));
     for (int h = 0; h < m.num_heads; h++) {
       float* q = qkv + h * dim;
-      if (layer.q_norm) rms_norm(q, layer.q_norm, dim, m.eps, q);
-      rotate(q, dim, cosines, sines);
+      if (norm_heads) rms_norm(q, layer.q_norm, dim, m.eps, q);
+      rotate(q, turned, cosines, sines);
       uint16_t* out = b.queries + (((int64_t)(h / shared) * batch.num_tokens + row) * shared + h % shared) * dim;
-      for (int d = 0; d < dim; d += 16) f_store_bf16(out + d, f_mul(f_load(q + d), f_set(m.attention_scale)));
+      for (int d = 0; d < dim; d += 16) f_store_bf16(out + d, f_mul(f_load(q + d), scale));
     }
     for (int h = 0; h < m.num_kv_heads; h++) {
       float *k = qkv + (m.num_heads + h) * dim, *v = k + m.num_kv_heads * dim;
-      if (layer.k_norm) rms_norm(k, layer.k_norm, dim, m.eps, k);
-      rotate(k, dim, cosines, sines);
+      if (norm_heads) rms_norm(k, layer.k_norm, dim, m.eps, k);
+      rotate(k, turned, cosines, sines);
       write_cache(to, block, position % m.block_size, h, k, v);
     }
   }

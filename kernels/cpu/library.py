@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 _HOW_TO_BUILD = (
     "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
@@ -87,14 +87,19 @@ class NbModel(ctypes.Structure):
         ("head_dim", c_int32),
         ("vocab", c_int32),
         ("activation", c_int32),
+        ("qk_norm_all", c_int32),
         ("eps", c_float),
         ("attention_scale", c_float),
         ("embedding_scale", c_float),
+        ("query_beta", c_float),
+        ("query_length", c_int32),
         ("block_size", c_int32),
         ("layers", POINTER(NbLayer)),
         ("embedding", c_void_p),
         ("norm", c_void_p),
         ("inv_freq", c_void_p * 2),
+        ("rotary_dim", c_int32 * 2),
+        ("rope_factor", c_float * 2),
         ("head", NbLinearGroup),
     ]
 

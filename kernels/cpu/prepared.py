@@ -6,7 +6,7 @@ once and multiplied in bfloat16: slower, never refused.
 
 import ctypes
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,13 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.scales, self.offsets) if t is not None)
+
+    def scaled(self, scale: float) -> "Prepared":
+        """The same linear with its outputs multiplied by `scale`; weights are shared."""
+        if scale == 1.0:
+            return self
+        bias = None if self.bias is None else self.bias * scale
+        return replace(self, multiplier=self.multiplier * scale, bias=bias)
 
     def move(self, arena: Arena) -> "Prepared":
         """Into memory that is fast to read, and that no file lies behind."""
@@ -194,7 +201,7 @@ class PreparedGroup:
     linears: list[Prepared]
     int8: bool  # activations of integer weights as int8 codes by group, else bfloat16
     inputs: list[Prepared] = field(init=False)  # the first linear that wants each kind of input
-    arrays: tuple[ctypes.Array, ctypes.Array] = field(init=False)  # NbInput, NbLinear
+    arrays: tuple[ctypes.Array[NbInput], ctypes.Array[NbLinear]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = []
@@ -210,7 +217,7 @@ class PreparedGroup:
 
     def struct(self) -> NbLinearGroup:
         """Points to this group's arrays, which must live as long."""
-        inputs, linears = map(ctypes.addressof, self.arrays)
+        inputs, linears = (ctypes.addressof(array) for array in self.arrays)
         return NbLinearGroup(len(self.inputs), len(self.linears), inputs, linears)
 
     @property

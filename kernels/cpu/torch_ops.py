@@ -36,12 +36,13 @@ class OneDnnDenseKernel(DenseKernel):
         return None
 
     def prepare(self, weight: QuantizedWeight | Tensor, spec: LinearSpec) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(
-            super().prepare(weight, spec).contiguous(), _TYPICAL_ROWS
-        )
+        dense = super().prepare(weight, spec).contiguous()
+        reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, _TYPICAL_ROWS)
+        return reordered
 
     def apply(self, x: Tensor, prepared: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, prepared, bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, prepared, bias, "none", [], "")
+        return y
 
 
 @dataclass(slots=True)

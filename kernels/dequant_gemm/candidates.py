@@ -77,6 +77,13 @@ def gemm_candidates(rows: int, cc: int) -> list[Candidate]:
     ]
 
 
+def _tile(candidate: Candidate) -> Tile:
+    """Of a GEMV or GEMM. ValueError for dequantization, which has none."""
+    if candidate.tile is None:
+        raise ValueError(f"{candidate.path} has no tile")
+    return candidate.tile
+
+
 def _warps(block_m: int, block_n: int) -> tuple[int, ...]:
     """Four warps decode 64 outputs, eight would do so twice; a float32 accumulator of 128x128 needs the registers of
     eight."""
@@ -106,7 +113,7 @@ def first_round(done: list[Measurement], shapes: tuple[Shape, ...], cc: int) -> 
 def second_round(done: list[Measurement], shapes: tuple[Shape, ...], cc: int) -> list[Trial]:
     """Of the tiles that did best."""
     return [
-        Trial(shape, rows, replace(candidate, tile=replace(candidate.tile, splits_per_sm=splits)))
+        Trial(shape, rows, replace(candidate, tile=replace(_tile(candidate), splits_per_sm=splits)))
         for rows in ANCHORS
         for candidate in ranking(done, shapes, rows, ("gemm",))[:SURVIVORS]
         for splits in SPLITS_PER_SM
@@ -157,17 +164,17 @@ def build_table(
     """The fastest of everything that was measured."""
     means = {rows: means_at(done, shapes, rows) for rows in ROWS}
     best = {rows: _fastest(means[rows], "gemm") for rows in ANCHORS}
-    tiles = [replace(candidate.tile, rows=rows) for rows, candidate in best.items() if candidate]
+    tiles = [replace(_tile(candidate), rows=rows) for rows, candidate in best.items() if candidate]
     gemv = _fastest(means[FEW[0]], "gemv") or gemv_candidates()[0]
     gemv_rows = _served_by_gemv(means, gemv)
     return Table(
         cc,
         gemv_rows,
-        gemv.tile.block_n,
-        gemv.tile.warps,
+        _tile(gemv).block_n,
+        _tile(gemv).warps,
         max(_dequantize_rows(means), gemv_rows + 1),
         tuple(_merged(tiles)),
-        gemv.tile.splits_per_sm,
+        _tile(gemv).splits_per_sm,
         weights,
         origin,
     )

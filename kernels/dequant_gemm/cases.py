@@ -1,6 +1,7 @@
 """The compile cases of the shared loops for one form of weights, for `make kernels-report`: rooms list their forms."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..measure.compile_cases import CompileCase
 from .dequantize import dequantize
@@ -83,7 +84,13 @@ def _dequantize(target: _Target) -> CompileCase:
 
 
 def _product(
-    name: str, kernel, target: _Target, constants: dict, warps: int, stages: int, block_n: int
+    name: str,
+    kernel: Any,
+    target: _Target,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    block_n: int,
 ) -> CompileCase:
     pointer = f"*{target.dtype}"
     signature = {
@@ -103,10 +110,10 @@ def _product(
 
 def _case(
     name: str,
-    kernel,
+    kernel: Any,  # the @triton.jit function
     target: _Target,
     signature: dict[str, str],
-    constants: dict,
+    constants: dict[str, Any],
     warps: int,
     stages: int,
     weights: int,

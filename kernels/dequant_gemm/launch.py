@@ -1,5 +1,7 @@
 """Checked launches of GEMM, GEMV and dequantization. Importing this imports Triton."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -12,7 +14,7 @@ from .layout import ShuffledWeight
 from .tiles import Table, Tile, split_k
 
 
-def _constants(weight: ShuffledWeight) -> dict:
+def _constants(weight: ShuffledWeight) -> dict[str, Any]:
     return {
         "CODE": weight.decode.code,
         "SCALE": weight.decode.scale,
@@ -81,7 +83,7 @@ def gemm(
 
 
 def _launch(
-    kernel,
+    kernel: Any,  # the @triton.jit function
     x: Tensor,
     weight: ShuffledWeight,
     bias: Tensor | None,
@@ -90,7 +92,7 @@ def _launch(
     *,
     warps: int,
     stages: int,
-    **constants,
+    **constants: int | bool,
 ) -> Tensor:
     rows, inner = x.shape
     k_tiles, padded_out, _ = weight.words.shape

@@ -5,6 +5,7 @@ Triton; everything here needs a CUDA device.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,8 @@ class Subject:
     """One weight with activations for every number of rows, and what their product is."""
 
     def __init__(self, kind: Kind, shape: Shape, device: torch.device):
+        if kind.repack is None:
+            raise ValueError(f"{kind} is only drawn, not measured")
         self.card = Card.of(device)
         self.dtype = torch.bfloat16 if self.card.cc >= 80 else torch.float16
         torch.manual_seed(0)
@@ -134,9 +137,9 @@ class Subject:
         if any(new):
             return f"spills {max(new)} registers"
         expected = self.expected[:rows]
-        error = float((y.float() - expected).abs().max() / expected.square().mean().sqrt())
-        if not error <= TOLERANCE:
-            return f"wrong by {error:.2g} of the result's root mean square"
+        wrong = float((y.float() - expected).abs().max() / expected.square().mean().sqrt())
+        if not wrong <= TOLERANCE:
+            return f"wrong by {wrong:.2g} of the result's root mean square"
         return "leaves locks set" if bool(weight.locks.any()) else ""
 
     def measure(self, trial: Trial) -> Measurement:
@@ -148,7 +151,7 @@ class Subject:
         return Measurement(trial, microseconds([with_weight(weight) for weight in self.weights]))
 
 
-def _spills() -> dict:
+def _spills() -> dict[tuple[str, Any], int]:
     """Spilled registers of every compiled product that this process has launched, by Triton's own key."""
     device = torch.cuda.current_device()
     return {

@@ -101,7 +101,7 @@ def gemm(
         by_group,
         k_tiles,
         QUANTIZE=own,
-        X_GROUP=weight.x_group if own == "no" and x_scales.shape[1] > 1 else 0,
+        X_GROUP=weight.x_group if x_scales is not None and x_scales.shape[1] > 1 else 0,
         W_ROWS=weight.block_rows,
         W_GROUP=weight.group,
         HAS_BIAS=bias is not None,

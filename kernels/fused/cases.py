@@ -1,5 +1,8 @@
 """What `make kernels-report` compiles: each kernel as it is launched for small and large models, with every cache."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 
 from ..measure.compile_cases import CompileCase
@@ -111,10 +114,10 @@ def _rope(
 
 def _case(
     name: str,
-    kernel,
-    pointers: dict[str, str | None],
+    kernel: Any,  # the @triton.jit function
+    pointers: Mapping[str, str | None],
     numbers: dict[str, str],
-    constants: dict,
+    constants: dict[str, Any],
     num_warps: int,
 ) -> CompileCase:
     absent = {argument: None for argument, kind in pointers.items() if kind is None}

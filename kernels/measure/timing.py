@@ -61,7 +61,7 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) 
         event.record()
         graph.replay()
     torch.cuda.synchronize()
-    times = [
+    times: list[float] = [
         first.elapsed_time(second) for first, second in pairwise(events[1:])
     ]  # replay 0 warms up
     return statistics.median(times) * 1000 / (rounds * len(calls))
@@ -76,7 +76,8 @@ def _estimate(calls: Sequence[Callable[[], object]]) -> float:
         call()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1000 / len(calls)
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds * 1000 / len(calls)
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 29) -> float:

@@ -1,5 +1,8 @@
 """What `make kernels-report` compiles of the choice of tokens: both launches for what rows ask for, and the state's."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..measure.compile_cases import CompileCase
 from .sample import BLOCK
 from .sample_kernels import PIECE, bias_kernel, choose_kernel, record_kernel, scan_kernel
@@ -20,11 +23,11 @@ def _sample(sampled: bool, penalties: bool) -> list[CompileCase]:
     }
     rows = {"x_ptr": "*fp32", "filter_ptr": "*fp32", "key_ptr": "*i32"}
     state = {"penalty_ptr": "*fp32", "state_row_ptr": "*i32", "state_ptr": "*i32"}
-    pointers = (
-        parts
-        | (rows if sampled else dict.fromkeys(rows))
-        | (state if penalties else dict.fromkeys(state))
-    )
+    pointers: dict[str, str | None] = {
+        **parts,
+        **(rows if sampled else dict.fromkeys(rows)),
+        **(state if penalties else dict.fromkeys(state)),
+    }
     constants = {"SAMPLED": sampled, "PIECE": PIECE}
     kind = ("sample" if sampled else "greedy") + "-penalties" * penalties
     choose = {name: pointer for name, pointer in pointers.items() if name != "penalty_ptr"} | {
@@ -83,10 +86,10 @@ def _state_cases() -> list[CompileCase]:
 
 def _case(
     name: str,
-    kernel,
-    pointers: dict[str, str | None],
+    kernel: Any,  # the @triton.jit function
+    pointers: Mapping[str, str | None],
     numbers: dict[str, str],
-    constants: dict,
+    constants: dict[str, Any],
     num_warps: int,
 ) -> CompileCase:
     absent = {argument: None for argument, kind in pointers.items() if kind is None}

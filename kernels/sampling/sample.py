@@ -47,7 +47,7 @@ class SamplingRows:
 
     def check(self, kernel: str, rows: int, vocab: int) -> None:
         """Raise KernelArgumentError naming the tensor that does not fit [rows, vocab] logits."""
-        fields = [
+        fields: list[tuple[str, Tensor, torch.dtype, tuple[int | None, ...]]] = [
             ("filters", self.filters, torch.float32, (rows, 4)),
             ("keys", self.keys, torch.int32, (rows, 2)),
         ]

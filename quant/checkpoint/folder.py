@@ -13,7 +13,7 @@ from ..formats.base import BadTensor, check_finite, check_scales, is_quantized
 from ..scheme import LayerScheme, QuantScheme
 from ..weight import QuantizedWeight
 from .base import Checkpoint
-from .headers import read_json, scan
+from .headers import TensorEntry, read_json, scan
 
 
 class FolderCheckpoint(Checkpoint):
@@ -53,23 +53,24 @@ class FolderCheckpoint(Checkpoint):
     def _linear(self, module: str) -> QuantizedWeight | Tensor:
         if not self.is_quantized(module):
             return self.tensor(f"{module}.weight")
-        layer = self._layer(module)
+        scheme, layer = self.scheme, self._layer(module)
         found = self._suffixes(module)
-        if layer is None:
+        if scheme is None or layer is None:
             raise self._error(
                 f"{module}.{next(iter(found))}",
                 "is quantized, but config.json does not say how",
                 "add the quantization_config the checkpoint was made with",
             )
-        reader = formats.by_method(self.scheme.method)
+        reader = formats.by_method(scheme.method)
         try:
-            weight = reader.read(
-                {s: self._raw(f"{module}.{s}") for s in found}, layer, self.scheme.format
+            weight: QuantizedWeight | Tensor = reader.read(
+                {s: self._raw(f"{module}.{s}") for s in found}, layer, scheme.format
             )
-            check_scales(next((s for s in found if "scale" in s), found[0]), weight)
-            return weight
+            if isinstance(weight, QuantizedWeight):
+                check_scales(next((s for s in found if "scale" in s), found[0]), weight)
         except BadTensor as error:
             raise self._error(f"{module}.{error.suffix}", error.problem) from None
+        return weight
 
     def is_quantized(self, module: str) -> bool:
         found = self._suffixes(module)
@@ -103,11 +104,12 @@ class FolderCheckpoint(Checkpoint):
         try:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt", device="cpu")
-            return self._open[file].get_tensor(name)
+            tensor: Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._error(name, f"cannot be read: {error}") from None
+        return tensor
 
-    def _entry(self, name: str) -> Any:
+    def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
             raise self._missing(name)
         return self._entries[name]

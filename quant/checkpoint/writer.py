@@ -148,7 +148,7 @@ def _chunks(
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            raw = memoryview(flat.view(torch.uint8).numpy())
+            raw = flat.view(torch.uint8).numpy().data
             yield from (raw[i : i + _CHUNK] for i in range(0, len(raw), _CHUNK))
 
 

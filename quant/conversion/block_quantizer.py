@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms import awq, gptq
+from ..scheme import LayerScheme
 from ..weight import QuantizedWeight, split
 from . import calibration, float_quantizer
-from .blocks import BlockSource
+from .blocks import BlockSource, linear
 from .calibration import Samples
 from .float_quantizer import KeyValueRange
 from .folding import Grid, fold_block
@@ -116,9 +117,11 @@ def quantize_block(
     result = BlockResult()
     cache = KeyValueRange()
     if recipe.method == "fp8":
-        _quantize_float(block, full, groups, activations, index, cache, plan, result)
+        _quantize_float(block, full, groups, activations, index, cache, recipe.fp8_layer, result)
         result.scales = cache.scales() if recipe.kv_scales else {}
         return result
+    if activations is None:
+        raise ValueError(f"{recipe.method} needs activations")
     arguments = activations.arguments[index]
     grids = {name: plan.grid(full[name], recipe) for group in groups.values() for name in group}
     # statistics are as large as all Hessians: they must not live on
@@ -133,14 +136,14 @@ def quantize_block(
     )
 
     def quantize(first_linear: str, hessian: Tensor) -> None:
-        linears = {full[name]: block.get_submodule(name) for name in groups[first_linear]}
+        linears = {full[name]: linear(block, name) for name in groups[first_linear]}
         weights = _quantize_group(
-            {name: linear.weight for name, linear in linears.items()}, hessian, plan, recipe, result
+            {name: module.weight for name, module in linears.items()}, hessian, plan, recipe, result
         )
-        for name, linear, weight in zip(
+        for name, module, weight in zip(
             groups[first_linear], linears.values(), weights, strict=True
         ):
-            linear.weight.copy_(weight.dequantize())
+            module.weight.copy_(weight.dequantize())
             result.weights[name] = weight
 
     calibration.run_quantizing(
@@ -157,22 +160,18 @@ def _quantize_float(
     activations: Activations | None,
     index: int,
     cache: KeyValueRange,
-    plan: Plan,
+    layer: LayerScheme,
     result: BlockResult,
 ) -> None:
     """FP8: each group by itself, its error that on inputs of no preferred direction."""
     for group in groups.values():
-        linears = [block.get_submodule(name) for name in group]
-        weights = float_quantizer.quantize(
-            [linear.weight for linear in linears], plan.scheme.default
-        )
-        for name, linear, weight in zip(group, linears, weights, strict=True):
-            rounded = weight.dequantize()
-            error = (rounded - linear.weight).square().sum() / linear.weight.square().sum().clamp(
-                min=1e-30
-            )
+        linears = [linear(block, name) for name in group]
+        weights = float_quantizer.quantize([module.weight for module in linears], layer)
+        for name, module, weight in zip(group, linears, weights, strict=True):
+            rounded, original = weight.dequantize(), module.weight
+            error = (rounded - original).square().sum() / original.square().sum().clamp(min=1e-30)
             result.layer_error[full[name]] = error.item()
-            linear.weight.copy_(rounded)
+            module.weight.copy_(rounded)
             result.weights[name] = weight
     if activations is not None:
         arguments = cache.put_into(activations.arguments[index])

@@ -96,7 +96,8 @@ class BlockSource:
                 where = full if is_matrix else f"{full}.{name}"
                 state[f"{module_name}.{name}"] = read(where, torch.float32).to(self.device)
         block.load_state_dict(state, assign=True)
-        return block.requires_grad_(False).eval()
+        ready: nn.Module = block.requires_grad_(False).eval()
+        return ready
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [n, T] -> hidden states [n, T, hidden], as the first block sees them."""
@@ -115,6 +116,14 @@ class BlockSource:
         self._model.rotary_emb = type(self._model.rotary_emb)(config=self.config).to(self.device)
         self._model(inputs_embeds=hidden, use_cache=False)
         return [recorder.seen for recorder in recorders]
+
+
+def linear(block: nn.Module, name: str) -> nn.Linear:
+    """A linear of a block by its name there. TypeError if it is another kind of module."""
+    module = block.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is no linear but a {type(module).__name__}")
+    return module
 
 
 class _Recorder(nn.Module):

@@ -239,7 +239,7 @@ def _hooked(
 ) -> Iterator[None]:
     """Call `hook(module, input)` whenever one of these submodules is about to run."""
 
-    def hook_for(module: str) -> Callable:
+    def hook_for(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _self, args: hook(module, args[0])
 
     handles = [

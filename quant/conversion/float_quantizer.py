@@ -50,7 +50,7 @@ def quantize(matrices: list[Tensor], layer: LayerScheme) -> list[QuantizedWeight
     if layer.strategy != "tensor":
         return [fp8.quantize(matrix, layer.block) for matrix in matrices]
     widest = torch.stack([matrix.abs().max() for matrix in matrices]).max().reshape(1, 1)
-    return [fp8.quantize(matrix, tuple(matrix.shape), widest) for matrix in matrices]
+    return [fp8.quantize(matrix, (len(matrix), matrix.shape[1]), widest) for matrix in matrices]
 
 
 def with_static_scales(

@@ -4,11 +4,14 @@ For each fold of the layer (architectures/base.py): find the scales by `algorith
 will leave in the consumers, then divide the source and multiply the consumers in place.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ...architectures.base import Fold
 from ..algorithms import awq, gptq
+from .blocks import linear
 from .calibration import InputStatistics
 
 Grid = tuple[int, int, bool]  # bits, group_size, symmetric
@@ -33,13 +36,13 @@ def fold_block(
     gains = {}
     for fold in folds:
         if fold.consumers[0] in grids:
-            linears = [block.get_submodule(name) for name in fold.consumers]
+            linears = [linear(block, name) for name in fold.consumers]
             found = _search(
                 block, fold, linears, inputs[fold.consumers[0]], grids[fold.consumers[0]]
             )
             scales = _divide_source(block, fold, found.scales, norm_offset, dtype)
-            for linear in linears:
-                linear.weight.mul_(scales)
+            for consumer in linears:
+                consumer.weight.mul_(scales)
             gains[fold.source] = found.loss / max(found.identity_loss, 1e-30)
     return gains
 
@@ -47,14 +50,14 @@ def fold_block(
 def _search(
     block: nn.Module, fold: Fold, linears: list[nn.Linear], inputs: InputStatistics, grid: Grid
 ) -> awq.Search:
-    weights = [linear.weight for linear in linears]
+    weights: list[Tensor] = [consumer.weight for consumer in linears]
     mean_abs, weight_mean = inputs.mean_abs, awq.relative_magnitude(weights, grid[1])
     loss = awq.expected_loss(torch.cat(weights), gptq.unexplained_variance(inputs.products), *grid)
     if fold.kind != "heads":
         return awq.search_scales(mean_abs, weight_mean, loss)
-    head_dim = block.self_attn.head_dim
-    kv_heads = block.get_submodule(fold.source).out_features // head_dim
+    head_dim, shared = _heads(block)
     query_heads = len(mean_abs) // head_dim
+    kv_heads = query_heads // shared
     return awq.search_scales(
         awq.share_over_heads(mean_abs, kv_heads, head_dim),
         awq.share_over_heads(weight_mean, kv_heads, head_dim),
@@ -66,16 +69,23 @@ def _divide_source(
     block: nn.Module, fold: Fold, scales: Tensor, norm_offset: float, dtype: torch.dtype
 ) -> Tensor:
     """Divide what produces the consumers' inputs; returns the scales [in] their columns must be multiplied by."""
-    source = block.get_submodule(fold.source)
     if fold.kind == "norm":
-        stored, scales = awq.divide_norm(source.weight, scales, norm_offset, dtype)
-        source.weight.copy_(stored)
+        weight = block.get_parameter(f"{fold.source}.weight")
+        stored, scales = awq.divide_norm(weight, scales, norm_offset, dtype)
+        weight.copy_(stored)
         return scales
-    source.weight.div_(scales.unsqueeze(1))
+    source = linear(block, fold.source)
+    source.weight[-len(scales) :].div_(scales.unsqueeze(1))
     if source.bias is not None:
-        source.bias.div_(scales)
+        source.bias[-len(scales) :].div_(scales)
     if fold.kind == "heads":
-        head_dim = block.self_attn.head_dim
-        query_heads = block.get_submodule(fold.consumers[0]).in_features // head_dim
+        head_dim, _ = _heads(block)
+        query_heads = linear(block, fold.consumers[0]).in_features // head_dim
         return awq.repeat_over_heads(scales, query_heads, head_dim)
     return scales
+
+
+def _heads(block: Any) -> tuple[int, int]:
+    """head_dim, and how many query heads share a key-value head, of the attention of one of transformers' decoder
+    blocks, which have it alone in common."""
+    return block.self_attn.head_dim, block.self_attn.num_key_value_groups

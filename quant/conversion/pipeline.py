@@ -202,10 +202,9 @@ def _convert_blocks(
         result = quantize_block(source, index, block, activations, report.plan, report.recipe)
         tensors = _block_tensors(source, index, block, result, report.plan)
         entry = BlockReport.of(result, time.monotonic() - began)
-        last = activations is None or index + 1 == len(source)
-        journal.record(
-            *journal.writer.add(tensors), asdict(entry), None if last else activations.state()
-        )
+        goes_on = index + 1 < len(source)
+        state = activations.state() if activations is not None and goes_on else None
+        journal.record(*journal.writer.add(tensors), asdict(entry), state)
         report.add(entry)
         source.checkpoint.release()
         if progress is not None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..algorithms import search
 from . import calibration
-from .blocks import BlockSource
+from .blocks import BlockSource, linear
 from .calibration import Samples
 from .plan import Plan, fits_words, with_bits
 from .recipe import Recipe
@@ -124,19 +124,20 @@ def _rounded_run(
     grid: tuple[int, int, bool],
 ) -> Tensor:
     """The block's output with the linears of one group rounded; they are as before afterwards."""
-    linears = [block.get_submodule(name) for name in group]
-    originals = [linear.weight.clone() for linear in linears]
-    for linear, weight in zip(linears, originals, strict=True):
-        linear.weight.copy_(search.quantize(weight, importance, *grid).dequantize())
+    linears = [linear(block, name) for name in group]
+    originals = [module.weight.clone() for module in linears]
+    for module, weight in zip(linears, originals, strict=True):
+        module.weight.copy_(search.quantize(weight, importance, *grid).dequantize())
     output = _run(block, hidden, kwargs)
-    for linear, weight in zip(linears, originals, strict=True):
-        linear.weight.copy_(weight)
+    for module, weight in zip(linears, originals, strict=True):
+        module.weight.copy_(weight)
     return output
 
 
 def _run(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     output = block(hidden, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _relative(noise: Tensor, signal: Tensor) -> float:

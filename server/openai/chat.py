@@ -4,21 +4,26 @@ Not streamed, the answer is one `chat.completion`. Streamed, it is `chat.complet
 its text as it comes, an empty delta with the finish_reason; then the usage if asked for, then [DONE].
 """
 
-import asyncio
 import time
 from collections.abc import Sequence as Items
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
-from ...engine.request import SamplingParams
+from ...engine.request import MAX_INT, SamplingParams
+from ...engine.text.chat_template import Conversation
+from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..generation import Delta, Sequence
 from ..serving import Serving
 from .answer import Answer, encode
 from .logprobs import chat_logprobs
+from .prompt import encode_chat
 from .sampling import (
+    INTEGRAL,
+    NOT_BOTH_ENDS,
+    STREAM_OPTIONS_NEED_STREAM,
     Ignored,
     OnlyEmptyList,
     OnlyFalse,
@@ -26,21 +31,21 @@ from .sampling import (
     SamplingFields,
     Schema,
     check_size,
-    check_text_length,
     completion_room,
+    excludes,
 )
 from .stream import run
 
 
 class TextPart(Schema):
-    type: str
+    type: Annotated[str, Field(json_schema_extra={"const": "text"})]
     text: str | None = None
     # Named so that the refusal of a part we cannot read says what kind it was, not that this field is unknown.
-    image_url: Any = None
-    input_audio: Any = None
-    video_url: Any = None
-    file: Any = None
-    refusal: Any = None
+    image_url: OnlyNone = None
+    input_audio: OnlyNone = None
+    video_url: OnlyNone = None
+    file: OnlyNone = None
+    refusal: OnlyNone = None
 
     @field_validator("type")
     @classmethod
@@ -52,7 +57,7 @@ class TextPart(Schema):
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Ignored = None
     # What a client sends back when it repeats an answer of ours.
     refusal: OnlyNone = None
@@ -79,21 +84,40 @@ class Message(Schema):
 
 TemplateValue = (
     StrictBool
-    | StrictInt
+    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63), INTEGRAL]
     | Annotated[StrictStr, Field(max_length=limits.MAX_TEMPLATE_KWARG_CHARS)]
     | None
 )
+TemplateKwargs = Annotated[
+    dict[str, TemplateValue],
+    Field(json_schema_extra={"propertyNames": {"enum": sorted(limits.TEMPLATE_KWARGS)}}),
+]
+
+
+Messages = Annotated[
+    list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES, fail_fast=True)
+]
 
 
 class ChatRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                STREAM_OPTIONS_NEED_STREAM,
+                NOT_BOTH_ENDS,
+                excludes("top_logprobs", unless={"logprobs": True}, enum=[None, 0]),
+            ]
+        }
+    )
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
     # Not supported
     tools: OnlyEmptyList = None
     tool_choice: Literal["none", "auto"] | None = None  # without tools these are the same
@@ -115,6 +139,11 @@ class ChatRequest(SamplingFields):
     verbosity: Literal["medium"] | None = None
 
     @property
+    def asked_tokens(self) -> int | None:
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
+
+    @property
     def num_logprobs(self) -> int | None:
         if not self.logprobs:
             if self.top_logprobs:
@@ -131,8 +160,7 @@ async def create(request: Request, serving: Serving) -> Response:
     serving.check_ready()
     body = await limits.parse_body(request, ChatRequest)
     serving.check_model(body.model)
-    # Rendering and tokenising a long conversation takes milliseconds; other streams must not wait for it.
-    prompt = await asyncio.to_thread(_prompt, body, serving)
+    prompt = await _prompt(request, body, serving)
     params = _params(body, serving, len(prompt))
     n = body.n or 1
     check_size(n, params.max_tokens)
@@ -141,9 +169,8 @@ async def create(request: Request, serving: Serving) -> Response:
     )
 
 
-def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
-    tokenizer, limit = serving.tokenizer, serving.engine.ready.max_model_len
-    limits.check_template_kwargs(body.chat_template_kwargs)
+async def _prompt(request: Request, body: ChatRequest, serving: Serving) -> list[int]:
+    limit = serving.engine.ready.max_model_len
     continued = bool(body.continue_final_message)
     if continued and body.add_generation_prompt:
         raise errors.bad_request(
@@ -154,19 +181,19 @@ def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
         raise errors.bad_request(
             "'continue_final_message' needs a last message of the assistant.", "messages"
         )
-    check_text_length(sum(len(message.text) for message in body.messages), limit, "messages")
     generation = not continued if body.add_generation_prompt is None else body.add_generation_prompt
-    kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    conversation = Conversation(
+        [message.for_template() for message in body.messages],
+        add_generation_prompt=generation,
+        continue_final_message=continued,
+        variables=dict(body.chat_template_kwargs or {}),
+    )
     try:
-        text = tokenizer.apply_chat_template(
-            [message.for_template() for message in body.messages],
-            add_generation_prompt=generation,
-            continue_final_message=continued,
-            **kwargs,
-        )
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-    except ValueError as error:
-        raise errors.bad_request(str(error), "messages") from None
+        token_ids = await encode_chat(request, serving, conversation, limit)
+    except TooManyTokens as found:
+        raise errors.context_length_exceeded(
+            limit, found.count, body.asked_tokens or 1, "messages", found.at_least
+        ) from None
     if not token_ids:
         raise errors.bad_request("The messages come to no tokens at all.", "messages")
     return token_ids
@@ -174,9 +201,7 @@ def _prompt(body: ChatRequest, serving: Serving) -> list[int]:
 
 def _params(body: ChatRequest, serving: Serving, prompt_tokens: int) -> SamplingParams:
     ready = serving.engine.ready
-    asked = (
-        body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    )
+    asked = body.asked_tokens
     max_tokens = completion_room(ready.max_model_len, prompt_tokens, asked, None, "messages")
     return body.sampling_params(ready.vocab_size, max_tokens, body.num_logprobs)
 
@@ -191,7 +216,7 @@ class ChatAnswer(Answer):
         self.tokenizer = serving.tokenizer
         self.top_n = body.top_logprobs or 0
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         return {
             "index": whole.sequence.index,
             "message": {"role": "assistant", "content": whole.text, "refusal": None},
@@ -226,7 +251,7 @@ class ChatAnswer(Answer):
             )
         return data
 
-    def _logprobs(self, delta: Delta) -> dict | None:
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         return (
             None
             if delta.logprobs is None

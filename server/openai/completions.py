@@ -5,33 +5,87 @@ with its prompt, and with `logprobs` too its prompt's log-probabilities: what lm
 (`max_tokens` 0 or 1). With `max_tokens` 0 one token is computed, since that is what computes the prompt, and dropped.
 """
 
-import asyncio
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
+from ...engine.messages import TokenLogprobs
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
+from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..generation import Delta, Sequence, usage
 from ..serving import Serving
 from .answer import Answer, encode, json_response
 from .logprobs import completion_logprobs
-from .sampling import SamplingFields, check_size, check_text_length, completion_room
+from .prompt import encode_texts
+from .sampling import (
+    INTEGRAL,
+    INTEGRALS,
+    STREAM_OPTIONS_NEED_STREAM,
+    SamplingFields,
+    TokenId,
+    check_size,
+    completion_room,
+    excludes,
+)
 from .stream import run
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
+def _kind(prompt: Any) -> str | None:
+    """Which of the four a prompt is, by its first item: trying each in turn would take as many times as long."""
+    if isinstance(prompt, str):
+        return "str"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else ""
+    if isinstance(first, str):
+        return "list[str]"
+    return "list[list[int]]" if isinstance(first, list) else "list[int]"
+
+
+_FIRST_ERROR = Field(
+    fail_fast=True
+)  # of many items one wrong one is told; a million would take seconds
+_Ids = Annotated[list[TokenId], _FIRST_ERROR, INTEGRALS]
+Prompt = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[list[str], _FIRST_ERROR, Tag("list[str]")]
+    | Annotated[_Ids, Tag("list[int]")]
+    | Annotated[list[_Ids], _FIRST_ERROR, Tag("list[list[int]]")],
+    Discriminator(
+        _kind,
+        custom_error_type="prompt_type",
+        custom_error_message="Input should be a text, a list of texts, token ids, or a list of lists of token ids",
+    ),
+]
+
+
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                STREAM_OPTIONS_NEED_STREAM,
+                excludes(
+                    "max_tokens", unless={"echo": True}, anyOf=[{"type": "null"}, {"minimum": 1}]
+                ),
+            ]
+        }
+    )
+
+    prompt: Prompt
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS
     # Not supported
-    best_of: int | None = None
+    best_of: (
+        Annotated[int, Field(ge=1, le=limits.MAX_N, json_schema_extra={"maximum": 1}), INTEGRAL]
+        | None
+    ) = None  # or n, which a schema cannot say
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
@@ -53,7 +107,7 @@ class CompletionRequest(SamplingFields):
             return [prompt]
         if not prompt:
             raise errors.bad_request("'prompt' must not be empty.", "prompt")
-        return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item,return-value]
+        return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 async def create(request: Request, serving: Serving) -> Response:
@@ -65,7 +119,7 @@ async def create(request: Request, serving: Serving) -> Response:
     n = body.n or 1
     given = body.prompts()
     check_size(len(given) * n, 1, "prompt")
-    prompts = await asyncio.to_thread(_token_ids, body, given, serving)
+    prompts = await _token_ids(body, given, serving)
     params = _params(body, serving, max(map(len, prompts)))
     check_size(len(prompts) * n, params.max_tokens)
     answer = CompletionAnswer(body, serving, prompts)
@@ -74,15 +128,21 @@ async def create(request: Request, serving: Serving) -> Response:
     return await run(request, serving, answer, prompts, params, n, body.cache_salt, arrival)
 
 
-def _token_ids(
+async def _token_ids(
     body: CompletionRequest, given: list[str] | list[list[int]], serving: Serving
 ) -> list[list[int]]:
     ready = serving.engine.ready
+    limit = ready.max_model_len
+    prompts: list[list[int]]
     if isinstance(given[0], str):
-        check_text_length(max(map(len, given)), ready.max_model_len, "prompt")
-        prompts = [
-            serving.tokenizer.encode(text, body.add_special_tokens is not False) for text in given
-        ]
+        try:
+            prompts = await encode_texts(
+                serving, given, body.add_special_tokens is not False, limit
+            )
+        except TooManyTokens as found:
+            raise errors.context_length_exceeded(
+                limit, found.count, body.max_tokens or 1, "prompt", found.at_least
+            ) from None
     else:
         prompts = given
     for token_ids in prompts:
@@ -132,7 +192,7 @@ class CompletionAnswer(Answer):
         self.started: set[int] = set()  # sequences that have had their first event
         self.prompt_only = body.max_tokens == 0
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         text, logprobs = self._content(whole, first=True)
         finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
         return {
@@ -142,7 +202,7 @@ class CompletionAnswer(Answer):
             "finish_reason": finish_reason,
         }
 
-    def usage(self, counted: dict) -> dict:
+    def usage(self, counted: dict[str, Any]) -> dict[str, Any]:
         return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else counted
 
     def event(self, delta: Delta) -> bytes:
@@ -188,7 +248,7 @@ class CompletionAnswer(Answer):
             }
         )
 
-    def _content(self, delta: Delta, first: bool) -> tuple[str, dict | None]:
+    def _content(self, delta: Delta, first: bool) -> tuple[str, dict[str, list[Any]] | None]:
         """Text and logprobs of one delta, the prompt's before them if it is to be echoed and this is the first."""
         text, positions, offsets = delta.text, delta.logprobs, delta.offsets
         if self.prompt_only:
@@ -203,20 +263,20 @@ class CompletionAnswer(Answer):
     def _echoed(
         self,
         text: str,
-        positions: list | None,
+        positions: list[TokenLogprobs] | None,
         offsets: list[int],
         sequence: Sequence,
         first: bool,
-    ) -> tuple[str, dict | None]:
+    ) -> tuple[str, dict[str, list[Any]] | None]:
         echo = self.echoes[sequence.index // self.n]
-        positions = positions or []
-        ids = [position.token_id for position in positions]
+        shown: list[TokenLogprobs | None] = [*(positions or [])]
+        ids = [position.token_id for position in positions or []]
         offsets = [len(echo.text) + offset for offset in offsets]
         if first:
             text = echo.text + text
-            positions = [*(sequence.prompt_logprobs or []), *positions]
+            shown = [*(sequence.prompt_logprobs or []), *shown]
             if sequence.prompt_logprobs is not None:
                 ids, offsets = sequence.prompt_token_ids + ids, echo.offsets + offsets
-        if not positions:
+        if not shown:
             return text, None
-        return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
+        return text, completion_logprobs(self.tokenizer, shown, ids, offsets, self.top_n)

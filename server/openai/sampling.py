@@ -6,14 +6,86 @@ support, accepted at the value that asks for nothing, since clients send it.
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
-from ...engine.request import ParameterError, SamplingParams
+from ...engine.request import (
+    MAX_INT,
+    MIN_REPETITION_PENALTY,
+    MIN_TEMPERATURE,
+    ParameterError,
+    SamplingParams,
+)
 from .. import errors, limits
 
+
+def _integral(value: Any) -> Any:
+    """JSON does not tell 3.0 from 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _integrals(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """The same for a long list, in which they are rare."""
+    try:
+        return check(value)
+    except ValidationError:
+        if not (isinstance(value, list) and any(isinstance(item, float) for item in value)):
+            raise
+        return check([_integral(item) for item in value])
+
+
+def _no(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+def excludes(field: str, *, unless: dict[str, Any], **allowed: Any) -> dict[str, Any]:
+    """JSON schema: `field` is absent or `allowed`, unless these other fields have these values."""
+    others = {name: {"const": value} for name, value in unless.items()}
+    return {
+        "anyOf": [
+            {"properties": {field: allowed}},
+            {"properties": others, "required": list(others)},
+        ]
+    }
+
+
+NOT_BOTH_ENDS = {
+    "anyOf": [
+        {"properties": {field: {"enum": [False, None]}}}
+        for field in ("continue_final_message", "add_generation_prompt")
+    ]
+}
+INTEGRAL = BeforeValidator(_integral)
+Count = Annotated[int, Field(ge=0, le=MAX_INT), INTEGRAL]
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), INTEGRAL]
+# That it is one of the vocabulary is checked where the vocabulary is known.
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+INTEGRALS = WrapValidator(_integrals)
+TokenIds = Annotated[list[TokenId], INTEGRALS]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARS)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]],
+    Field(
+        max_length=limits.MAX_LOGIT_BIAS,
+        json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}},
+    ),
+]
 OnlyNone: TypeAlias = None
-OnlyFalse = Literal[False] | None
-OnlyZero = Annotated[int, Field(ge=0, le=0)] | None
+# Not Literal[False], which 0 passes for.
+OnlyFalse = Annotated[bool, AfterValidator(_no), Field(json_schema_extra={"const": False})] | None
+OnlyZero = Annotated[int, Field(ge=0, le=0), INTEGRAL] | None
 OnlyEmptyList = Annotated[list[Any], Field(max_length=0)] | None
 Ignored = (
     Annotated[str, Field(max_length=1024)] | None
@@ -36,27 +108,34 @@ class TextFormat(Schema):
     type: Literal["text"]
 
 
+STREAM_OPTIONS_NEED_STREAM = excludes("stream_options", unless={"stream": True}, type="null")
+
+
 class SamplingFields(Schema):
     model: Annotated[str, Field(max_length=1024)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=limits.MAX_N)] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], Field(max_length=limits.MAX_LOGIT_BIAS)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    n: Annotated[int, Field(ge=1, le=limits.MAX_N), INTEGRAL] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Int64 | None = None
+    stop: (
+        StopString | Annotated[list[StopString], Field(max_length=limits.MAX_STOP_STRINGS)] | None
+    ) = None
     user: Ignored = None
     # vLLM's extras
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT), INTEGRAL] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=10.0)] | None = None
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=limits.MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS), INTEGRALS] | None
+    ) = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=limits.MAX_CACHE_SALT_CHARS)] | None = None
@@ -64,16 +143,6 @@ class SamplingFields(Schema):
     response_format: TextFormat | None = None
     priority: OnlyZero = None
     use_beam_search: OnlyFalse = None
-
-    @field_validator("stop")
-    @classmethod
-    def _bounded_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        strings = [stop] if isinstance(stop, str) else stop or []
-        if len(strings) > limits.MAX_STOP_STRINGS:
-            raise ValueError(f"at most {limits.MAX_STOP_STRINGS} stop strings are allowed")
-        if not all(0 < len(text) <= limits.MAX_STOP_CHARS for text in strings):
-            raise ValueError(f"a stop string must have 1 to {limits.MAX_STOP_CHARS} characters")
-        return stop
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "SamplingFields":
@@ -105,6 +174,8 @@ class SamplingFields(Schema):
         given = {
             name: getattr(self, name) for name in _SAME_NAME if getattr(self, name) is not None
         }
+        if given.get("temperature", 1.0) < MIN_TEMPERATURE:  # clients that may not say 0 send such
+            given["temperature"] = 0.0
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         params = SamplingParams(
             **given,
@@ -164,12 +235,4 @@ def check_size(sequences: int, max_tokens: int, param: str = "n") -> None:
             f"prompts x n x max_tokens must be at most {limits.MAX_REQUEST_TOKENS}, got {sequences * max_tokens}; "
             "give a smaller max_tokens",
             "max_tokens",
-        )
-
-
-def check_text_length(text_chars: int, limit: int, param: str) -> None:
-    """Refuse text that cannot fit, before the work of tokenising it."""
-    if text_chars > limit * limits.MAX_CHARS_PER_TOKEN:
-        raise errors.context_length_exceeded(
-            limit, text_chars // limits.MAX_CHARS_PER_TOKEN, 1, param
         )

@@ -41,7 +41,10 @@ async def run(
     serving.admit(sequences)
     streamed = False
     try:
-        own_salt = cache_salt(request.scope.get("tenant", b""), salt)
+        tenant = request.scope.get("tenant")
+        own_salt = cache_salt(tenant.digest if tenant else b"", salt)
+        if tenant:
+            serving.metrics.borne(tenant.name)
         generation = Generation(serving, prompts, params, n, own_salt, arrival)
         answer.begin(generation.id)
         if answer.body.stream:

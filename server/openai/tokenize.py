@@ -4,33 +4,60 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import Request, Response
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
+from ...engine.text.chat_template import Conversation
+from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..serving import Serving
 from .answer import json_response
-from .chat import Message, TemplateValue
-from .sampling import Schema
+from .chat import Messages, TemplateKwargs
+from .prompt import encode_chat, encode_texts
+from .sampling import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
+
+
+def _one_without_the_other(field: str, type: str, other: str) -> dict[str, Any]:
+    return {
+        "properties": {field: {"type": type}, other: {"type": "null"}},
+        "required": [field],
+    }
 
 
 class TokenizeRequest(Schema):
     """`prompt` or `messages`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [NOT_BOTH_ENDS],
+            "anyOf": [
+                _one_without_the_other("prompt", "string", "messages"),
+                _one_without_the_other("messages", "array", "prompt"),
+            ],
+        }
+    )
+
     model: str | None = None
     prompt: str | None = None
-    messages: (
-        Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None
-    ) = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool | None = (
+        None  # default: true, unless the final message is continued
+    )
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+
+    @property
+    def generation_prompt(self) -> bool:
+        given = self.add_generation_prompt
+        return not self.continue_final_message if given is None else given
 
 
 class DetokenizeRequest(Schema):
     model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=2**20)]
+    tokens: Annotated[
+        list[TokenId], Field(max_length=limits.MAX_TOKENIZE_TOKENS, fail_fast=True), INTEGRALS
+    ]
 
 
 async def tokenize(request: Request, serving: Serving) -> Response:
@@ -40,8 +67,8 @@ async def tokenize(request: Request, serving: Serving) -> Response:
         serving.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise errors.bad_request("Give either 'prompt' or 'messages'.", "prompt")
-    tokens = await asyncio.to_thread(_encode, body, serving)
-    strings = [serving.tokenizer.token_str(i) for i in tokens] if body.return_token_strs else None
+    tokens = await _encode(request, body, serving)
+    strings = await asyncio.to_thread(_strings, tokens, serving) if body.return_token_strs else None
     return json_response(
         {
             "count": len(tokens),
@@ -58,25 +85,34 @@ async def detokenize(request: Request, serving: Serving) -> Response:
     if body.model is not None:
         serving.check_model(body.model)
     vocab_size = serving.engine.ready.vocab_size
-    if not all(0 <= token_id < vocab_size for token_id in body.tokens):
+    if body.tokens and not 0 <= min(body.tokens) <= max(body.tokens) < vocab_size:
         raise errors.bad_request(f"Token ids must be between 0 and {vocab_size - 1}.", "tokens")
     text = await asyncio.to_thread(serving.tokenizer.decode, body.tokens, False)
     return json_response({"prompt": text})
 
 
-def _encode(body: TokenizeRequest, serving: Serving) -> list[int]:
-    tokenizer = serving.tokenizer
-    if body.prompt is not None:
-        return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
-    limits.check_template_kwargs(body.chat_template_kwargs)
-    kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
+async def _encode(request: Request, body: TokenizeRequest, serving: Serving) -> list[int]:
+    limit = max(serving.engine.ready.max_model_len, limits.MAX_TOKENIZE_TOKENS)
     try:
-        text = tokenizer.apply_chat_template(
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            return (await encode_texts(serving, [body.prompt], special, limit))[0]
+        conversation = Conversation(
             [message.for_template() for message in body.messages or ()],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            **kwargs,
+            add_generation_prompt=body.generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            variables=dict(body.chat_template_kwargs or {}),
         )
-    except ValueError as error:
-        raise errors.bad_request(str(error), "messages") from None
-    return tokenizer.encode(text, bool(body.add_special_tokens))
+        return await encode_chat(
+            request, serving, conversation, limit, bool(body.add_special_tokens)
+        )
+    except TooManyTokens as found:
+        raise errors.bad_request(
+            f"The text has {'at least ' * found.at_least}{found.count} tokens; /tokenize takes up to {limit}.",
+            "prompt" if body.prompt is not None else "messages",
+            "context_length_exceeded",
+        ) from None
+
+
+def _strings(tokens: list[int], serving: Serving) -> list[str]:
+    return [serving.tokenizer.token_str(token_id) for token_id in tokens]

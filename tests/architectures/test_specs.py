@@ -66,7 +66,7 @@ def test_mistral_has_a_window_of_4096_unless_it_says_null() -> None:
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', want a number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', want true or false"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope scaling 'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs factor"),
         ({"rope_parameters": [1]}, "no JSON object"),
     ],

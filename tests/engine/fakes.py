@@ -141,6 +141,20 @@ def _block(table: list[int], position: int, size: int) -> int:
     return block
 
 
+class ComputingRunner(FakeRunner):
+    """Its steps use the CPU, as those of a model do."""
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        end = time.process_time() + self.step_seconds
+        while time.process_time() < end:
+            pass
+        self.step_seconds, seconds = 0.0, self.step_seconds
+        try:
+            return super().execute(batch)
+        finally:
+            self.step_seconds = seconds
+
+
 @dataclass
 class FakePending:
     step: StepResult
@@ -177,14 +191,18 @@ class OverlappingRunner(FakeRunner):
 
 
 def make_core(config: EngineConfig) -> EngineCore:
-    """`config.model` says how this engine behaves: "good", "slow", "bad-input", "defect", "dies"."""
+    """`config.model` says how this engine behaves: "good", "slow", "bad-input", "defect", "dies", "hangs" (in its
+    first step), "computes" (for a second of CPU time)."""
     if config.model == "bad-input":
         raise UserError("model.safetensors: is truncated (download it again)")
     if config.model == "defect":
         raise KeyError("something nobody thought of")
     if config.model == "dies":
         sys.exit(9)
-    return EngineCore(config, FakeRunner(step_seconds=0.02 if config.model == "slow" else 0.0))
+    if config.model == "computes":
+        return EngineCore(config, ComputingRunner(step_seconds=1.0))
+    seconds = {"slow": 0.02, "hangs": 3600.0}.get(config.model, 0.0)
+    return EngineCore(config, FakeRunner(step_seconds=seconds))
 
 
 if __name__ == "__main__":

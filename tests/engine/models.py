@@ -8,13 +8,19 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SeedOssConfig,
+    SmolLM3Config,
 )
 
 _SIZES = {
@@ -38,6 +44,13 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama3-rope": LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE),
@@ -50,6 +63,36 @@ CONFIGS = {
         head_dim=16,
         sliding_window=24,
         layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "ministral3": Ministral3Config(
+        **_SIZES,
+        head_dim=16,
+        rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    ),
+    "smollm3": SmolLM3Config(**_SIZES),
+    "phi3-partial": Phi3Config(
+        **_SIZES,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "granite": GraniteConfig(
+        **_SIZES,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.4,
+        residual_multiplier=0.5,
+        logits_scaling=4.0,
+    ),
+    "olmo2": Olmo2Config(**_SIZES),
+    "olmo3": Olmo3Config(
+        **_SIZES,
+        sliding_window=24,
+        rope_parameters={
+            "full_attention": _YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
     ),
     "seed-oss": SeedOssConfig(**_SIZES, head_dim=32, attention_bias=True),
     "qwen2": Qwen2Config(**_SIZES),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nibble import LLM
 from nibble.errors import CheckpointError, UnsupportedError
@@ -68,3 +68,37 @@ def test_what_cannot_be_quantized_at_load_is_refused(tiny_llama, tmp_path):
     logits(tiny_llama, quantize="int8", save_quantized=str(tmp_path / "kept"))
     with pytest.raises(UnsupportedError, match="quantized already"):
         LLM(str(tmp_path / "kept"), quantize="int4")
+
+
+def write_blocks(folder, widths):
+    """A checkpoint with one matrix a block, of these widths: groups of 16 or more divide 64, but not 72."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    tensors = {"model.norm.weight": torch.ones(8)}
+    for index, width in enumerate(widths):
+        tensors[f"model.layers.{index}.mlp.down_proj.weight"] = torch.randn(32, width).half()
+        tensors[f"model.layers.{index}.input_layernorm.weight"] = torch.ones(width)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return open_checkpoint(folder)
+
+
+def test_a_block_that_stays_dense_is_kept_too(tmp_path):
+    source = write_blocks(tmp_path / "source", [64, 72, 64, 72])
+    with quantized_at_load(source, "int4", str(tmp_path / "kept")) as reading:
+        for index in range(4):
+            reading.linear(f"model.layers.{index}.mlp.down_proj")
+    kept = open_checkpoint(tmp_path / "kept")
+    assert kept.modules() == source.modules()
+    for index, quantized in enumerate([True, False, True, False]):
+        name = f"model.layers.{index}.mlp.down_proj"
+        assert isinstance(kept.linear(name), QuantizedWeight) == quantized
+    dense = "model.layers.3.mlp.down_proj.weight"
+    assert torch.equal(kept.tensor(dense), source.tensor(dense))
+
+
+def test_where_nothing_could_be_quantized_nothing_is_kept(tmp_path):
+    source = write_blocks(tmp_path / "source", [72])
+    reading = quantized_at_load(source, "int4", str(tmp_path / "kept"))
+    with pytest.raises(UnsupportedError, match="no layer could be quantized to int4"), reading as r:
+        r.linear("model.layers.0.mlp.down_proj")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

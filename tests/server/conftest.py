@@ -60,10 +60,11 @@ class ServerProcess:
 def start_server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., ServerProcess]]:
-    """start_server(model, *flags) -> ServerProcess, killed at the end of the session if it still runs."""
+    """start_server(model, *flags) -> ServerProcess, killed at the end of the session if it still runs. `code` is run in
+    place of the `nibble` command."""
     started: list[ServerProcess] = []
 
-    def start(model: Path, *flags: str) -> ServerProcess:
+    def start(model: Path, *flags: str, code: str = "") -> ServerProcess:
         folder = tmp_path_factory.mktemp("server")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -71,8 +72,7 @@ def start_server(
         with (folder / "log").open("wb") as log:
             command = [
                 sys.executable,
-                "-m",
-                "nibble",
+                *(("-c", code) if code else ("-m", "nibble")),
                 "serve",
                 str(model),
                 "--port",

@@ -10,7 +10,7 @@ from nibble.server.serving import Serving, cache_salt
 
 def loaded(**limits: int) -> Serving:
     serving = Serving(("tiny",), **limits)
-    serving.ready(SimpleNamespace(is_alive=True), SimpleNamespace())
+    serving.ready(SimpleNamespace(is_alive=True), SimpleNamespace(), SimpleNamespace())
     return serving
 
 
@@ -30,6 +30,16 @@ def test_a_request_counts_as_many_as_it_wants_answers() -> None:
     assert refused(serving, 2) == 503
     serving.admit(1)
     assert serving.active_sequences == 5
+
+
+def test_what_never_fits_is_not_told_to_come_again() -> None:
+    serving = loaded(max_num_seqs=2, max_queued_requests=1)
+    serving.admit(1)
+    assert refused(serving, 3) == 503
+    with pytest.raises(ApiError, match="at most 3 on this server, got 4") as caught:
+        serving.admit(4)
+    assert (caught.value.status, caught.value.param, caught.value.headers) == (400, "n", {})
+    assert serving.active_sequences == 1
 
 
 def test_the_drain_waits_for_the_last_sequence() -> None:

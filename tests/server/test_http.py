@@ -309,16 +309,24 @@ def cached_tokens(url: str, key: str, **fields: object) -> int:
 
 
 def test_requests_with_different_keys_share_nothing(
-    start_server: Callable[..., ServerProcess], tiny_llama: Path
+    start_server: Callable[..., ServerProcess], tiny_llama: Path, tmp_path: Path
 ) -> None:
     """What another tenant has asked must not be told by how much of it is cached (CVE-2025-46570)."""
     small = ("--dtype", "float32", "--kv-cache-memory", "16MiB", "--served-model-name", "tiny")
-    server = start_server(tiny_llama, *small, "--api-key", "one", "--api-key", "two").wait_ready()
+    keys = tmp_path / "keys"
+    keys.write_text("# who may ask\nbob:two\n")
+    keys.chmod(0o600)
+    flags = ("--api-key", "one", "--api-key-file", str(keys))
+    server = start_server(tiny_llama, *small, *flags).wait_ready()
     assert cached_tokens(server.url, "one") == 0 and cached_tokens(server.url, "one") == 48
     assert cached_tokens(server.url, "two") == 0 and cached_tokens(server.url, "two") == 48
     # A salt sets apart within a key, and is no way around it.
     assert cached_tokens(server.url, "one", cache_salt="s") == 0
     assert cached_tokens(server.url, "two", cache_salt="s") == 0
+    bearer = {"Authorization": "Bearer two"}
+    text = httpx.get(f"{server.url}/metrics", headers=bearer).text
+    assert 'nibble_api_key_requests_total{api_key="bob",model_name="tiny"} 3.0' in text
+    assert 'api_key="key-1",model_name="tiny"} 3.0' in text and '"two"' not in text
     server.process.kill()
 
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from nibble.engine.config import EngineConfig
+from nibble.errors import UserError
 from nibble.server import lifecycle
 
 from .conftest import KEY, ServerProcess
@@ -155,6 +156,22 @@ def test_engine_death(start_server: StartServer, tiny_llama: Path) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="whether it computes is read from /proc")
+def test_an_engine_that_is_stuck_is_the_end(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL, "--engine-timeout", "2").wait_ready()
+    streams = [Stream(server, 8000) for _ in range(4)]
+    assert all(stream.started.wait(20) for stream in streams)
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGSTOP)
+    wait_for(lambda: httpx.get(f"{server.url}/livez").status_code == 503, 10)
+    assert server.process.wait(10) == 1 and is_gone(engine)
+    for stream in streams:
+        stream.join(5)
+        assert '"type":"server_error"' in stream.body and stream.body.endswith("data: [DONE]\n\n")
+    log = server.log.read_text()
+    assert "the engine is stuck" in log and "Traceback" not in log
+
+
 def test_the_engine_does_not_outlive_the_server(
     start_server: StartServer, tiny_llama: Path
 ) -> None:
@@ -216,6 +233,14 @@ def test_incomplete_model(tiny_llama: Path, tmp_path: Path, missing: str) -> Non
 def test_port_in_use(server: ServerProcess, tiny_llama: Path) -> None:
     done = run(str(tiny_llama), "--port", server.url.rsplit(":", 1)[1])
     assert done.returncode == 2 and "cannot listen" in done.stderr
+
+
+def test_of_two_servers_that_start_at_once_one_is_told() -> None:
+    """Both may bind while neither listens."""
+    with lifecycle._bind(lifecycle.ServeOptions(port=0, model_names=("a",))) as first:
+        options = lifecycle.ServeOptions(port=first.getsockname()[1], model_names=("b",))
+        with pytest.raises(UserError, match="cannot listen on"):
+            lifecycle._bind(options)
 
 
 def test_chat_with_this_server(server: ServerProcess) -> None:
@@ -302,7 +327,7 @@ def test_a_hub_model_is_downloaded_once_by_the_engine(
     assert read == ["owner/name", str(tiny_llama)]
 
 
-def changed(model: Path, folder: Path, **files: str | None) -> Path:
+def changed(model: Path, folder: Path, **files: str | bytes | None) -> Path:
     """A copy of a model folder with some files' content replaced, or left out."""
     folder.mkdir()
     for file in model.iterdir():
@@ -310,7 +335,7 @@ def changed(model: Path, folder: Path, **files: str | None) -> Path:
             (folder / file.name).write_bytes(file.read_bytes())
     for name, content in files.items():
         if content is not None:
-            (folder / name).write_text(content)
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return folder
 
 
@@ -320,10 +345,13 @@ def changed(model: Path, folder: Path, **files: str | None) -> Path:
         ({"tokenizer.json": None, "tokenizer.model": "\n\x0e\n\x05<unk>"}, "tokenizer"),
         ({"tokenizer.json": None, "vocab.json": "{}"}, "tokenizer files cannot be read"),
         ({"tokenizer_config.json": '{"added_tokens_decoder": [1]}'}, "makes no sense"),
+        ({"tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}'}, "makes no sense"),
+        ({"chat_template.jinja": b"\xff\xfe{{ x }}"}, "utf-8"),
+        ({"generation_config.json": '{"eos_token_id": "x"}'}, "eos_token_id"),
     ],
 )
 def test_tokenizers_that_cannot_be_read(
-    tiny_llama: Path, tmp_path: Path, files: dict[str, str | None], said: str
+    tiny_llama: Path, tmp_path: Path, files: dict[str, str | bytes | None], said: str
 ) -> None:
     done = run(str(changed(tiny_llama, tmp_path / "m", **files)), "--port", "0")
     last = done.stderr.strip().splitlines()[-1]

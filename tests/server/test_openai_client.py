@@ -401,12 +401,21 @@ def test_max_tokens_beyond_the_context(client: openai.OpenAI) -> None:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"seed": 10**4000}, "seed"),
+        ({"max_tokens": 10**4000}, "max_tokens"),
+        ({"extra_body": {"top_k": 2**63}}, "top_k"),
+        ({"extra_body": {"top_k": 2**100}, "stream": True}, "top_k"),
+        ({"extra_body": {"repetition_penalty": 1e-45}}, "repetition_penalty"),
+        ({"extra_body": {"repetition_penalty": 1e-300}}, "repetition_penalty"),
+        ({"extra_body": {"min_tokens": 2**40}}, "min_tokens"),
+        ({"logit_bias": {"9" * 4000: 1}}, "logit_bias." + "9" * 189),
         ({"stop": ["x"] * 17}, "stop"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs"),
-        ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids"),
+        ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids.0"),
+        ({"extra_body": {"stop_token_ids": [5000] * 256}}, "stop_token_ids"),
     ],
 )
 def test_bad_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> None:
@@ -414,6 +423,7 @@ def test_bad_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> 
         chat(client, **fields)
     assert caught.value.param == param
     assert caught.value.type == "invalid_request_error" and param.split(".")[0] in str(caught.value)
+    assert len(caught.value.message) < 600
 
 
 @pytest.mark.parametrize(
@@ -422,7 +432,7 @@ def test_bad_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> 
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ""}, "prompt"),
-        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [-1]}, "prompt.0"),
         ({"prompt": [264]}, "prompt"),
         ({"best_of": 4}, "best_of"),
         ({"suffix": "x"}, "suffix"),
@@ -433,6 +443,13 @@ def test_bad_completion_field_is_named(client: openai.OpenAI, fields: dict, para
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, **fields)
     assert caught.value.param == param
+
+
+def test_a_temperature_next_to_zero_is_greedy(client: openai.OpenAI) -> None:
+    """Clients that may not say 0 say 1e-8, which as a divisor would leave no numbers."""
+    greedy = complete(client, max_tokens=20, temperature=0).choices[0].text
+    for temperature in (1e-8, 1e-300):
+        assert complete(client, max_tokens=20, temperature=temperature).choices[0].text == greedy
 
 
 def test_no_op_values_are_accepted(client: openai.OpenAI) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
 import pytest
 import uvicorn
@@ -10,6 +11,7 @@ from starlette.types import Message
 
 from nibble.errors import UserError
 from nibble.server import protocol, sse
+from nibble.server.connections import Connections
 
 
 class Client:
@@ -137,10 +139,9 @@ def test_work_stops_when_the_client_leaves() -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(app: Callable) -> AsyncGenerator[int, None]:
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, http=protocol.Protocol, lifespan="off", log_level="critical")
-    )
+async def listening(app: Callable, table: Connections | None = None) -> AsyncGenerator[int, None]:
+    http = partial(protocol.Protocol, table=Connections(100, 0) if table is None else table)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, lifespan="off", log_config=None))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve())
     while not server.started:

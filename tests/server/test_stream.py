@@ -38,7 +38,7 @@ def streamed(tiny_llama: Path) -> SimpleNamespace:
     """One chat request under way: `news(token_ids, ...)` is a message from its engine."""
     engine = AsyncEngine(SimpleNamespace(), SimpleNamespace(write=lambda _: None), None)
     serving = Serving(("m",))
-    serving.ready(engine, Tokenizer.from_pretrained(tiny_llama))
+    serving.ready(engine, Tokenizer.from_pretrained(tiny_llama), SimpleNamespace())
     answer = ChatAnswer(ChatRequest.model_validate_json(BODY), serving)
     generation = Generation(serving, [[1, 2]], SamplingParams(), 1, b"", 0.0)
     answer.begin(generation.id)

@@ -49,7 +49,7 @@ def test_help_shows_every_flag_and_every_default(verb: str) -> None:
         assert "[default" not in help_text, "Rich would leave it out: say it with show_default"
 
 
-@pytest.mark.parametrize("verb", ["serve", "chat", "convert", "doctor", "version"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     code = (
         f"import sys; from nibble.cli import main; main(['help', {verb!r}])\n"

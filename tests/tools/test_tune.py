@@ -1,5 +1,6 @@
 """`nibble tune` where there is no GPU, and what it would measure where there is one."""
 
+import inspect
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from nibble.cli import main
 from nibble.kernels.dequant_gemm.candidates import DEQUANTIZE, Measurement, Trial
 from nibble.kernels.dequant_gemm.tiles import Table, Tile
-from nibble.tools import tune
+from nibble.tools import tune, tune_command
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -19,6 +20,12 @@ def test_without_a_gpu_it_is_one_clear_error(capsys: pytest.CaptureFixture) -> N
     assert main(["tune"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "NVIDIA GPU, and torch sees none" in lines[0]
+
+
+def test_help_names_every_kind_of_weights() -> None:
+    """Which are written out in the verb: its help imports no torch."""
+    shown = inspect.signature(tune_command.tune_command).parameters["weights"].annotation
+    assert shown.__metadata__[0].help.split(";")[0] == ", ".join(tune.WEIGHTS)
 
 
 def test_shapes_are_the_models_fused_projections(tiny_llama: Path) -> None:
@@ -42,7 +49,7 @@ def test_what_is_printed_is_what_serves() -> None:
         weights=("int4",),
     )
     written = io.StringIO()
-    Console(width=100, file=written).print(tune._printed(table))
+    Console(width=100, file=written).print(tune_command._printed(table))
     text = written.getvalue()
     assert all(
         part in text for part in ("1 to 1", "2 to 16", "16x64 w4 s4 swap", "17 to 39", "from 40")

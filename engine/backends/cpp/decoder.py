@@ -33,9 +33,9 @@ class CppLayer:
     o: PreparedGroup
     gate_up: PreparedGroup
     down: PreparedGroup
-    before_mixer: Tensor
+    before_mixer: Tensor | None
     after_mixer: Tensor | None
-    before_mlp: Tensor
+    before_mlp: Tensor | None
     after_mlp: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -97,8 +97,10 @@ class CppDecoder(HostSampling):
 
     def __post_init__(self) -> None:
         model, first = self.model, self.layers[0]
+        mixer = first.mixer
         ropes = list(dict.fromkeys(layer.mixer.rope for layer in self.layers))
-        frequencies = [inverse_frequencies(first.mixer.head_dim, rope) for rope in ropes]
+        frequencies = [inverse_frequencies(mixer.head_dim, rope) for rope in ropes]
+        beta, length = mixer.query_scaling or (0.0, 0)
         layers = (NbLayer * len(self.layers))(
             *(layer.struct(ropes.index(layer.mixer.rope)) for layer in self.layers)
         )
@@ -106,19 +108,24 @@ class CppDecoder(HostSampling):
             model.hidden_size,
             first.down.linears[0].k,
             len(self.layers),
-            first.mixer.num_heads,
-            first.mixer.num_kv_heads,
-            first.mixer.head_dim,
+            mixer.num_heads,
+            mixer.num_kv_heads,
+            mixer.head_dim,
             model.vocab_size,
             lib.ACTIVATIONS[model.layers[0].mlp.activation],
+            mixer.qk_norm == "all",
             model.norm_eps,
-            first.mixer.scale,
+            mixer.scale,
             float(torch.tensor(model.embedding_scale, dtype=torch.bfloat16)),
+            beta,
+            length,
             self.block_size,
             layers,
             pointer(self.embedding),
             pointer(self.norm),
             (ctypes.c_void_p * 2)(*(f.data_ptr() for f in frequencies)),
+            (ctypes.c_int32 * 2)(*(2 * len(f) for f in frequencies)),
+            (ctypes.c_float * 2)(*(rope.attention_factor if rope else 1.0 for rope in ropes)),
             NbLinearGroup() if self.head is None else self.head.struct(),
         )
         self._kept = [frequencies, layers]
@@ -178,6 +185,8 @@ class CppDecoder(HostSampling):
         self.pool.library.nb_logits(
             self.pool.handle, self._struct, hidden.data_ptr(), len(hidden), logits.data_ptr()
         )
+        if (scale := self.model.logits_scale) != 1.0:
+            logits *= scale
         if (cap := self.model.final_soft_cap) is not None:
             logits.div_(cap).tanh_().mul_(cap)
         return logits

@@ -5,12 +5,12 @@ Nothing is fused here: the linears of a group lie side by side in one call whate
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, ModelSpec
+from ....architectures.base import LayerSpec, LinearGroup, ModelSpec
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
 from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
@@ -37,18 +37,28 @@ class CppBackend:
             "model",
             "model.norm_offset",
             "model.embedding_scale",
+            "model.residual_scale",
+            "model.logits_scale",
             "model.final_soft_cap",
             "layer",
             "norms",
+            "norms.before_mixer=None",
             "norms.after_mixer",
+            "norms.before_mlp=None",
             "norms.after_mlp",
             "attention",
             "attention.window",
-            "attention.qk_norm",
+            "attention.rope=None",
+            "attention.qk_norm=head",
+            "attention.qk_norm=all",
+            "attention.query_scaling",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
+            "rope.scaling=yarn",
+            "rope.dim",
+            "rope.attention_factor",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
@@ -89,7 +99,8 @@ class CppBackend:
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
         if _shape(layer) != _shape(model.layers[0]):
             return "needs layers of one shape"
-        if len({each.mixer.rope for each in model.layers}) > _MAX_ROPES:
+        ropes = {each.mixer.rope for each in model.layers}
+        if len(ropes) > _MAX_ROPES:
             return f"has room for {_MAX_ROPES} kinds of rotary embedding"
         return None
 
@@ -116,7 +127,8 @@ class CppBackend:
 def _shape(layer: LayerSpec) -> tuple[object, ...]:
     """What the kernels are told once for all layers."""
     mixer = layer.mixer
-    return mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.scale, layer.mlp
+    attention = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.scale)
+    return *attention, mixer.qk_norm, mixer.query_scaling, layer.mlp
 
 
 @dataclass(slots=True)
@@ -161,44 +173,58 @@ class _Loader:
     def _layer(self, index: int) -> CppLayer:
         model, weights = self.weights.model, self.weights
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
-        groups = [
-            self._prepared(
-                prefix + group.modules[0],
-                [(out, group.in_features) for out in group.out_features],
-                lambda group=group: weights.group(index, group),
-            )
-            for group in model.groups(index)
-        ]
+        mixer, norms = spec.mixer, spec.norms
+        qkv, o, gate_up, down = model.groups(index)
 
-        def norm(name: str | None, width: int = model.hidden_size) -> Tensor | None:
-            return None if name is None else weights.norm(prefix + name, width)
+        def prepared(group: LinearGroup, scale: float = 1.0, parts: int = 1) -> PreparedGroup:
+            shapes = [
+                (out // parts, group.in_features)
+                for out in group.out_features
+                for _ in range(parts)
+            ]
+            read = partial(weights.group, index, group, parts)
+            return self._prepared(prefix + group.modules[0], shapes, read, scale)
 
-        head_norms = (
-            ("self_attn.q_norm", "self_attn.k_norm") if spec.mixer.qk_norm else (None, None)
-        )
-        before_mixer, before_mlp = norm(spec.norms.before_mixer), norm(spec.norms.before_mlp)
-        if before_mixer is None or before_mlp is None:
-            raise ValueError("a layer that why_not refuses")
+        def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
+            return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
+
+        def head_norm(name: str, heads: int) -> Tensor | None:
+            if mixer.qk_norm is None:
+                return None
+            width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
+            return weights.norm(f"{prefix}self_attn.{name}", width)
+
+        # What is added to the residual is scaled by what makes it: its norm, else its linear.
+        scale = model.residual_scale
         return CppLayer(
-            spec.mixer,
-            *groups,
-            before_mixer,
-            norm(spec.norms.after_mixer),
-            before_mlp,
-            norm(spec.norms.after_mlp),
-            *(norm(name, spec.mixer.head_dim) for name in head_norms),
+            mixer,
+            prepared(qkv),
+            prepared(o, 1.0 if norms.after_mixer else scale),
+            prepared(gate_up, parts=2 // len(gate_up.modules)),  # two products, however stored
+            prepared(down, 1.0 if norms.after_mlp else scale),
+            norm(norms.before_mixer),
+            norm(norms.after_mixer, scale),
+            norm(norms.before_mlp),
+            norm(norms.after_mlp, scale),
+            head_norm("q_norm", mixer.num_heads),
+            head_norm("k_norm", mixer.num_kv_heads),
         )
 
     def _prepared(
-        self, name: str, shapes: list[tuple[int, int]], read: Callable[[], list[Linear]]
+        self,
+        name: str,
+        shapes: list[tuple[int, int]],
+        read: Callable[[], list[Linear]],
+        scale: float = 1.0,
     ) -> PreparedGroup:
-        """The group from the cache; else made, and kept there unless it is dense, which is a copy and no more."""
+        """The group from the cache; else made, and kept there unless it is dense, which is a copy and no more. Its
+        products are multiplied by `scale`."""
         linears = self.cache.group(name, shapes) if self.cache is not None else None
         if linears is None:
             linears = [prepare(linear.weight, linear.bias) for linear in read()]
             if self.cache is not None and any(linear.format != lib.DENSE for linear in linears):
                 self.cache.add(name, linears)
-        return self._group(linears)
+        return self._group([linear.scaled(scale) for linear in linears])
 
     def _group(self, linears: list[Prepared]) -> PreparedGroup:
         int8 = self.target.config.cpu_activations == "int8"

@@ -4,6 +4,8 @@ One layer, on a flat batch of T tokens from many requests (there is no batch or 
 
     x [T, hidden] -> (norm) -> qkv -> (q, k norm) -> RoPE -> paged attention -> o -> (norm) -> + x
                   -> (norm) -> gate_up -> act(gate) * up -> down -> (norm) -> + x
+
+What is added to x is multiplied by the model's residual_scale.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from .attention import AttentionMetadata, KVCache, paged_attention
-from .layers import RMSNorm, RopeTable, apply_rope, soft_cap
+from .layers import RMSNorm, RopeTable, apply_rope, position_factors, scaled, soft_cap
 from .linear import FusedLinear
 
 
@@ -45,7 +47,7 @@ class TorchDecoder(HostSampling):
 
     model: ModelSpec
     layers: list[TorchLayer]
-    ropes: dict[Rope, RopeTable]
+    ropes: dict[Rope | None, RopeTable]
     block_size: int
     dtype: torch.dtype
     device: torch.device
@@ -68,18 +70,18 @@ class TorchDecoder(HostSampling):
         positions = torch.tensor(batch.positions, device=self.device)
         angles = {rope: table.at(positions) for rope, table in self.ropes.items()}
         for index, layer in enumerate(self.layers):
-            mixed = self._attention(
-                layer, index, _normed(layer.before_mixer, x), angles, cache, meta
-            )
-            x = x + _normed(layer.after_mixer, mixed)
+            h = _normed(layer.before_mixer, x)
+            mixed = self._attention(layer, index, h, positions, angles, cache, meta)
+            x = x + scaled(_normed(layer.after_mixer, mixed), self.model.residual_scale)
             mixed = self._mlp(layer, _normed(layer.before_mlp, x))
-            x = x + _normed(layer.after_mlp, mixed)
+            x = x + scaled(_normed(layer.after_mlp, mixed), self.model.residual_scale)
         return _normed(self.norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head is None:
             raise ValueError("these are not the model's last layers")
-        return soft_cap(self.head(hidden).float(), self.model.final_soft_cap)
+        logits = scaled(self.head(hidden).float(), self.model.logits_scale)
+        return soft_cap(logits, self.model.final_soft_cap)
 
     def _embed(self, batch: Batch) -> Tensor:
         if self.embedding is None:
@@ -94,7 +96,8 @@ class TorchDecoder(HostSampling):
         layer: TorchLayer,
         index: int,
         h: Tensor,
-        angles: dict[Rope, tuple[Tensor, Tensor]],
+        positions: Tensor,
+        angles: dict[Rope | None, tuple[Tensor, Tensor]],
         cache: KVCache,
         meta: AttentionMetadata,
     ) -> Tensor:
@@ -105,8 +108,13 @@ class TorchDecoder(HostSampling):
             queries, keys, values = qkv.split(
                 (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1
             )
-            qkv = torch.cat((layer.q_norm(queries), layer.k_norm(keys), values), dim=1)
+            if spec.qk_norm == "all":
+                queries, keys = queries.flatten(1), keys.flatten(1)
+            normed = layer.q_norm(queries), layer.k_norm(keys)
+            qkv = torch.cat([*(x.view(len(x), -1, spec.head_dim) for x in normed), values], dim=1)
         apply_rope(qkv[:, :rotated], *angles[spec.rope])
+        if spec.query_scaling is not None:
+            qkv[:, : spec.num_heads] *= position_factors(positions, spec.query_scaling).to(qkv)
         return layer.o(paged_attention(qkv, spec, cache, index, meta, layer.sinks))
 
     def _mlp(self, layer: TorchLayer, h: Tensor) -> Tensor:

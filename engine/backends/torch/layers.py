@@ -30,17 +30,26 @@ class RMSNorm:
 
 @dataclass(slots=True)
 class RopeTable:
-    """Cosines and sines of every position, [max_position, dim/2], in the activations' dtype."""
+    """Cosines and sines of every position, [max_position, rotated dims / 2], in the activations' dtype."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
     def build(
-        cls, inv_freq: Tensor, max_position: int, dtype: torch.dtype, device: torch.device
+        cls,
+        head_dim: int,
+        rope: Rope | None,
+        max_position: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> "RopeTable":
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
-        return cls(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
+        """rope None: nothing turns, cosines are 1."""
+        positions = torch.arange(max_position, dtype=torch.float32)
+        angles = torch.outer(positions, inverse_frequencies(head_dim, rope))
+        factor = 1.0 if rope is None else rope.attention_factor
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        return cls(cos.to(device, dtype), sin.to(device, dtype))
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos, sin [T, 1, dim/2]."""
@@ -48,12 +57,17 @@ class RopeTable:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate x [T, heads, dim] in place; halves (i, i + dim/2) pair up, as Hugging Face checkpoints have it."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
+    """Rotate x [T, heads, dim] in place, or its first dimensions where cos has fewer; halves (i, i + dim/2) pair up,
+    as Hugging Face checkpoints have it."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
     rotated_first = first * cos - second * sin
     second.mul_(cos).addcmul_(first, sin)
     first.copy_(rotated_first)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -61,8 +75,18 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def inverse_frequencies(dim: int, rope: Rope) -> Tensor:
-    """Inverse frequencies float32 [dim/2] under a rope's scaling. Raises UnsupportedError for one that is not known."""
+def position_factors(positions: Tensor, scaling: tuple[float, int]) -> Tensor:
+    """Attention.query_scaling of positions [T] -> [T, 1, 1]"""
+    beta, length = scaling
+    return (1 + beta * torch.log1p((positions // length).float())).view(-1, 1, 1)
+
+
+def inverse_frequencies(head_dim: int, rope: Rope | None) -> Tensor:
+    """Inverse frequencies float32 [rotated dims / 2] under a rope's scaling; zeros where there is none. Raises
+    UnsupportedError for a scaling that is not known."""
+    if rope is None:
+        return torch.zeros(head_dim // 2)
+    dim = rope.dim or head_dim
     inv_freq = rope.theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     parameters = dict(rope.parameters)
     if rope.scaling == "default":
@@ -71,7 +95,26 @@ def inverse_frequencies(dim: int, rope: Rope) -> Tensor:
         return inv_freq / parameters["factor"]
     if rope.scaling == "llama3":
         return _llama3_frequencies(inv_freq, parameters)
+    if rope.scaling == "yarn":
+        return _yarn_frequencies(inv_freq, rope.theta, parameters)
     raise UnsupportedError(f"rope scaling {rope.scaling!r} is not supported")
+
+
+def _yarn_frequencies(inv_freq: Tensor, theta: float, parameters: dict[str, float]) -> Tensor:
+    """YaRN (Peng et al. 2023, section 3.2): dimensions that turn fewer than beta_slow times in the original context
+    are divided by `factor`, those that turn more than beta_fast times kept, a ramp over dimensions between."""
+    dim, context = 2 * len(inv_freq), parameters["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(parameters["beta_fast"]), dimension(parameters["beta_slow"])
+    if parameters["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    steps = torch.arange(len(inv_freq), dtype=torch.float32)
+    ramp = ((steps - low) / (high - low or 0.001)).clamp(0, 1)
+    return inv_freq / parameters["factor"] * ramp + inv_freq * (1 - ramp)
 
 
 def _llama3_frequencies(inv_freq: Tensor, parameters: dict[str, float]) -> Tensor:

@@ -12,7 +12,7 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
-from .layers import RMSNorm, RopeTable, inverse_frequencies
+from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
 
 
@@ -27,6 +27,8 @@ class TorchBackend:
             "model",
             "model.norm_offset",
             "model.embedding_scale",
+            "model.residual_scale",
+            "model.logits_scale",
             "model.final_soft_cap",
             "layer",
             "norms",
@@ -36,13 +38,19 @@ class TorchBackend:
             "norms.after_mlp",
             "attention",
             "attention.window",
-            "attention.qk_norm",
+            "attention.rope=None",
+            "attention.qk_norm=head",
+            "attention.qk_norm=all",
+            "attention.query_scaling",
             "attention.soft_cap",
             "attention.sinks",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
+            "rope.scaling=yarn",
+            "rope.dim",
+            "rope.attention_factor",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
@@ -99,10 +107,11 @@ class _Loader:
         groups = [self._fused(self.weights.group(index, group)) for group in model.groups(index)]
         mixer = spec.mixer
 
-        def head_norm(name: str) -> RMSNorm | None:
-            if not mixer.qk_norm:
+        def head_norm(name: str, heads: int) -> RMSNorm | None:
+            if mixer.qk_norm is None:
                 return None
-            return self._norm(self.weights.norm(f"{prefix}self_attn.{name}", mixer.head_dim))
+            width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
+            return self._norm(self.weights.norm(f"{prefix}self_attn.{name}", width))
 
         sinks = (
             self.weights.vector(f"{prefix}self_attn.sinks", mixer.num_heads)
@@ -113,8 +122,8 @@ class _Loader:
             spec,
             *groups,
             **self._norms(prefix, spec.norms),
-            q_norm=head_norm("q_norm"),
-            k_norm=head_norm("k_norm"),
+            q_norm=head_norm("q_norm", mixer.num_heads),
+            k_norm=head_norm("k_norm", mixer.num_kv_heads),
             sinks=None if sinks is None else sinks.to(self.target.device),
         )
 
@@ -140,7 +149,8 @@ class _Loader:
         mixers = {model.layers[index].mixer.rope: model.layers[index].mixer for index in layers}
         return {
             rope: RopeTable.build(
-                inverse_frequencies(mixer.head_dim, rope),
+                mixer.head_dim,
+                rope,
                 model.max_position_embeddings,
                 target.dtype,
                 target.device,

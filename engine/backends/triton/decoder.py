@@ -31,7 +31,7 @@ from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
 from ..torch.decoder import TorchDecoder, TorchLayer
-from ..torch.layers import soft_cap
+from ..torch.layers import position_factors, scaled, soft_cap
 from .batch import DeviceBatch, StaticBatch, upload
 from .graphs import CudaRecorder, DecodeGraphs, Record
 from .sampler import DeviceSampler
@@ -140,7 +140,8 @@ class TritonDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         if self.weights.head is None:
             raise ValueError("these are not the model's last layers")
-        return soft_cap(self.weights.head(hidden).float(), self.model.final_soft_cap)
+        logits = scaled(self.weights.head(hidden).float(), self.model.logits_scale)
+        return soft_cap(logits, self.model.final_soft_cap)
 
     def sample(
         self, logits: Tensor, requests: list[Request], result: StepResult
@@ -169,7 +170,7 @@ class TritonDecoder:
     def _hidden_states(
         self, batch: DeviceBatch, cache: TritonCache, hidden: Tensor | None = None
     ) -> Tensor:
-        weights, eps = self.weights, self.model.norm_eps
+        weights, eps, scale = self.weights, self.model.norm_eps, self.model.residual_scale
         given = None if hidden is None else hidden.to(self.device, self.dtype, copy=True)
         residual = self._embed(batch) if given is None else given  # norms add to it
         paged = PagedBatch(
@@ -182,11 +183,11 @@ class TritonDecoder:
         h = rms_norm(residual.clone(), _weight(weights.layers[0].before_mixer), eps)
         following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
         for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
-            mixed = self._attention(layer, h, batch, pages, paged)
+            mixed = scaled(self._attention(layer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
             h = rms_norm(mixed, _weight(layer.before_mlp), eps, residual, post_weight=after)
             inner = gated(layer.gate_up(h), layer.spec.mlp.activation)
-            mixed, after = layer.down(inner), layer.after_mlp
+            mixed, after = scaled(layer.down(inner), scale), layer.after_mlp
             if next_norm is None:  # more layers follow elsewhere
                 return residual + (mixed if after is None else after(mixed))
             h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after))
@@ -211,6 +212,9 @@ class TritonDecoder:
         mixer = layer.spec.mixer
         heads = mixer.num_heads
         qkv = layer.qkv(hidden).view(-1, heads + 2 * mixer.num_kv_heads, mixer.head_dim)
+        if mixer.query_scaling is not None:  # a rotation keeps it
+            factors = position_factors(batch.positions, mixer.query_scaling)
+            qkv[:, :heads] *= factors.to(qkv)
         table = self.weights.ropes[mixer.rope]
         rope_and_cache(
             qkv,

@@ -26,6 +26,8 @@ class TritonBackend:
             "model",
             "model.norm_offset",
             "model.embedding_scale",
+            "model.residual_scale",
+            "model.logits_scale",
             "model.final_soft_cap",
             "layer",
             "norms",
@@ -33,13 +35,17 @@ class TritonBackend:
             "norms.after_mlp",
             "attention",
             "attention.window",
-            "attention.qk_norm",
+            "attention.rope=None",
+            "attention.qk_norm=head",
+            "attention.query_scaling",
             "attention.soft_cap",
             "attention.sinks",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
+            "rope.scaling=yarn",
+            "rope.attention_factor",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
@@ -54,6 +60,10 @@ class TritonBackend:
     def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
         if reason := unknown_feature(self.features, layer, model):
             return reason
+        if layer.mixer.query_scaling is not None and layer.mixer.qk_norm is not None:
+            return "does not scale queries that are normed"
+        if model.residual_scale != 1.0 and (layer.norms.after_mixer or layer.norms.after_mlp):
+            return "does not scale what was normed before it is added"
         if not 16 <= layer.mixer.head_dim <= 256 or layer.mixer.head_dim % 2:
             return f"has no attention for heads of {layer.mixer.head_dim} dimensions"
         if model.hidden_size > _MAX_NORM_WIDTH:

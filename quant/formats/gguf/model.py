@@ -19,7 +19,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 def architecture(file: GgufFile) -> str:
     arch = file.metadata.get("general.architecture")
-    if arch not in GGUF:
+    if not isinstance(arch, str) or arch not in GGUF:
         raise UnsupportedError(
             f"{file.path}: GGUF architecture {arch!r} is not supported ({', '.join(GGUF)} are)"
         )

@@ -5,6 +5,7 @@ No torch: the HTTP server's process makes its tokenizer here.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .container import GgufFile
 from .model import eos_token_ids
@@ -32,5 +33,5 @@ def write_side_files(file: GgufFile, out_dir: Path) -> list[str]:
     return names
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -31,8 +31,18 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             return None if name is None else prefix + name
 
         h = norm(named(norms.before_mixer), x)
-        q, k, v = (h @ weight(f"{prefix}self_attn.{name}_proj.weight").T for name in "qkv")
-        heads = layer.mixer.num_heads
+        heads, widths = (
+            layer.mixer.num_heads,
+            [layer.mixer.num_heads, *[layer.mixer.num_kv_heads] * 2],
+        )
+        if layer.mixer.fused:
+            qkv = h @ weight(f"{prefix}self_attn.qkv_proj.weight").T
+            q, k, v = qkv.split([width * layer.mixer.head_dim for width in widths], 1)
+        else:
+            q, k, v = (h @ weight(f"{prefix}self_attn.{name}_proj.weight").T for name in "qkv")
+        if layer.mixer.qk_norm == "all":
+            q = norm(f"{prefix}self_attn.q_norm", q)
+            k = norm(f"{prefix}self_attn.k_norm", k)
         sinks = weight(f"{prefix}self_attn.sinks") if layer.mixer.sinks else [None] * heads
         outputs = []
         for head in range(heads):
@@ -40,19 +50,23 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             own = slice(head * layer.mixer.head_dim, (head + 1) * layer.mixer.head_dim)
             kv = slice(shared * layer.mixer.head_dim, (shared + 1) * layer.mixer.head_dim)
             queries, keys = q[:, own], k[:, kv]
-            if layer.mixer.qk_norm:
+            if layer.mixer.qk_norm == "head":
                 queries = norm(f"{prefix}self_attn.q_norm", queries)
                 keys = norm(f"{prefix}self_attn.k_norm", keys)
             outputs.append(attend(queries, keys, v[:, kv], layer.mixer, sinks[head]))
         mixed = torch.cat(outputs, 1) @ weight(f"{prefix}self_attn.o_proj.weight").T
-        x = x + norm(named(norms.after_mixer), mixed)
+        x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
         h = norm(named(norms.before_mlp), x)
-        gate, up = (h @ weight(f"{prefix}mlp.{name}_proj.weight").T for name in ("gate", "up"))
+        if layer.mlp.fused:
+            gate, up = (h @ weight(f"{prefix}mlp.gate_up_proj.weight").T).chunk(2, 1)
+        else:
+            gate, up = (h @ weight(f"{prefix}mlp.{name}_proj.weight").T for name in ("gate", "up"))
         inner = activate(gate, layer.mlp.activation) * up
-        x = x + norm(named(norms.after_mlp), inner @ weight(f"{prefix}mlp.down_proj.weight").T)
+        added = norm(named(norms.after_mlp), inner @ weight(f"{prefix}mlp.down_proj.weight").T)
+        x = x + spec.residual_scale * added
     x = norm(f"{spec.prefix}norm", x)
     head = embedding if spec.tie_word_embeddings else weight("lm_head.weight")
-    return cap(x @ head.T, spec.final_soft_cap)
+    return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
 
 
 def cap(x: Tensor, limit: float | None) -> Tensor:
@@ -70,6 +84,10 @@ def activate(x: Tensor, name: str) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: Attention, sink: Tensor | None) -> Tensor:
     """One head, [T, head_dim] each."""
     q, k = rotate(q, spec.rope), rotate(k, spec.rope)
+    if spec.query_scaling is not None:
+        beta, length = spec.query_scaling
+        growth = [1 + beta * math.log(1 + t // length) for t in range(len(q))]
+        q = q * torch.tensor(growth).double()[:, None]
     rows = []
     for t in range(len(q)):
         first = 0 if spec.window is None else max(0, t + 1 - spec.window)
@@ -80,13 +98,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: Attention, sink: Tensor | None
     return torch.stack(rows)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope | None) -> Tensor:
     """Features i and i + dim/2 of the token at position t, as a complex number, times exp(i t frequency)."""
-    dim = x.shape[1]
+    if rope is None:
+        return x
+    dim = rope.dim or x.shape[1]
     frequencies = torch.tensor([frequency(i, dim, rope) for i in range(dim // 2)]).double()
     angles = torch.arange(len(x)).double()[:, None] * frequencies
-    turned = torch.complex(x[:, : dim // 2], x[:, dim // 2 :]) * torch.exp(1j * angles)
-    return torch.cat((turned.real, turned.imag), 1)
+    turned = torch.complex(x[:, : dim // 2], x[:, dim // 2 : dim]) * torch.exp(1j * angles)
+    return torch.cat(
+        (turned.real * rope.attention_factor, turned.imag * rope.attention_factor, x[:, dim:]), 1
+    )
 
 
 def frequency(i: int, dim: int, rope: Rope) -> float:
@@ -103,4 +125,13 @@ def frequency(i: int, dim: int, rope: Rope) -> float:
         )
         smooth = min(1.0, max(0.0, smooth))
         return (1 - smooth) * plain / given["factor"] + smooth * plain
+    if rope.scaling == "yarn":
+        context = given["original_max_position_embeddings"]
+
+        def index(turns: float) -> float:  # of the frequency that turns so often in the context
+            return dim / 2 * math.log(context / (2 * math.pi * turns)) / math.log(rope.theta)
+
+        low, high = max(0, math.floor(index(32.0))), min(dim - 1, math.ceil(index(1.0)))
+        share = min(1.0, max(0.0, (i - low) / (high - low)))
+        return (1 - share) * plain + share * plain / given["factor"]
     raise NotImplementedError(rope.scaling)

@@ -125,8 +125,7 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
     folder: Path, isa: str, monkeypatch
 ) -> None:
     """Against torch in float32 with keys and values rounded before they are attended to: errs no more than torch in
-    bfloat16 does."""
-    ids = prompt(150)
+    bfloat16 does, over some prompts: where a code tips over is chance."""
 
     def attend(qkv: torch.Tensor, spec: Attention, *rest: object) -> torch.Tensor:
         num_heads = spec.num_heads
@@ -139,10 +138,14 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
         )
 
     monkeypatch.setattr(decoder, "paged_attention", attend)
-    exact = make_runner(folder, dtype="float32").logits(ids)
-    torchs = (make_runner(folder, cpu_isa="none").logits(ids) - exact).norm()
-    ours = make_runner(folder, cpu_isa=isa, kv_cache_dtype="int8").logits(ids)
-    assert (ours - exact).norm() <= torchs
+    options = {"dtype": "float32"}, {"cpu_isa": "none"}, {"cpu_isa": isa, "kv_cache_dtype": "int8"}
+    exact, torchs, ours = (make_runner(folder, **each) for each in options)
+
+    def errors(runner: Runner) -> list[float]:
+        prompts = [prompt(150, seed) for seed in range(4)]
+        return [float((runner.logits(ids) - exact.logits(ids)).norm()) for ids in prompts]
+
+    assert sum(errors(ours)) <= sum(errors(torchs))
 
 
 def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from nibble.architectures import base
 from nibble.architectures.base import (
+    NORMS_AFTER,
     SANDWICH,
     Attention,
     GatedMlp,
@@ -46,6 +47,13 @@ LLAMA3 = (
     ("high_freq_factor", 4.0),
     ("original_max_position_embeddings", 64.0),
 )
+YARN = (
+    ("factor", 4.0),
+    ("original_max_position_embeddings", 64.0),
+    ("beta_fast", 32.0),
+    ("beta_slow", 1.0),
+    ("truncate", 1.0),
+)
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
 LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
 MODEL = ModelSpec(HIDDEN, VOCAB, 256, 1e-6, (LAYER,) * LAYERS, False)
@@ -65,9 +73,12 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Rope", "scaling"): [
         with_attention(rope=Rope(10000.0, "linear", (("factor", 4.0),))),
         with_attention(rope=Rope(10000.0, "llama3", LLAMA3)),
-        with_attention(rope=Rope(10000.0, "yarn")),
+        with_attention(rope=Rope(10000.0, "yarn", YARN)),
+        with_attention(rope=Rope(10000.0, "longrope")),
     ],
     ("Rope", "parameters"): [with_attention(rope=Rope(10000.0, "linear", (("factor", 2.0),)))],
+    ("Rope", "dim"): [with_attention(rope=Rope(10000.0, dim=8))],
+    ("Rope", "attention_factor"): [with_attention(rope=Rope(10000.0, attention_factor=1.3))],
     ("Attention", "num_heads"): [with_attention(num_heads=6)],
     ("Attention", "num_kv_heads"): [with_attention(num_kv_heads=4)],
     ("Attention", "head_dim"): [with_attention(head_dim=32), with_attention(head_dim=8)],
@@ -79,13 +90,18 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
                 replace(LAYER, mixer=replace(ATTENTION, rope=Rope(theta)))
                 for theta in (10000.0, 100.0, 1e6)
             ),
-        )
+        ),
+        with_attention(rope=None),
+        replace(MODEL, layers=(LAYER, replace(LAYER, mixer=replace(ATTENTION, rope=None)), LAYER)),
     ],
     ("Attention", "window"): [with_attention(window=7)],
-    ("Attention", "qk_norm"): [with_attention(qk_norm=True)],
+    ("Attention", "qk_norm"): [with_attention(qk_norm="head"), with_attention(qk_norm="all")],
+    ("Attention", "query_scaling"): [with_attention(query_scaling=(0.5, 8))],
+    ("Attention", "fused"): [with_attention(fused=True)],
     ("Attention", "soft_cap"): [with_attention(soft_cap=0.7)],
     ("Attention", "sinks"): [with_attention(sinks=True)],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
+    ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
         with_layers(mlp=GatedMlp(INNER, "gelu_tanh")),
         with_layers(mlp=GatedMlp(INNER, "relu2")),  # type: ignore[arg-type]
@@ -103,7 +119,10 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("LayerSpec", "mlp"): [
         replace(MODEL, layers=(LAYER, LAYER, replace(LAYER, mlp=GatedMlp(48, "silu"))))
     ],
-    ("LayerSpec", "norms"): [replace(MODEL, layers=(replace(LAYER, norms=SANDWICH), LAYER, LAYER))],
+    ("LayerSpec", "norms"): [
+        with_layers(norms=NORMS_AFTER),
+        replace(MODEL, layers=(replace(LAYER, norms=SANDWICH), LAYER, LAYER)),
+    ],
     ("ModelSpec", "hidden_size"): [replace(MODEL, hidden_size=80)],
     ("ModelSpec", "vocab_size"): [replace(MODEL, vocab_size=131)],
     ("ModelSpec", "max_position_embeddings"): [replace(MODEL, max_position_embeddings=128)],
@@ -112,6 +131,11 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("ModelSpec", "tie_word_embeddings"): [replace(MODEL, tie_word_embeddings=True)],
     ("ModelSpec", "norm_offset"): [replace(MODEL, norm_offset=True)],
     ("ModelSpec", "embedding_scale"): [replace(MODEL, embedding_scale=3.0)],
+    ("ModelSpec", "residual_scale"): [
+        replace(MODEL, residual_scale=0.3),
+        replace(with_layers(norms=SANDWICH), residual_scale=0.3),
+    ],
+    ("ModelSpec", "logits_scale"): [replace(MODEL, logits_scale=0.2, final_soft_cap=0.5)],
     ("ModelSpec", "final_soft_cap"): [replace(MODEL, final_soft_cap=0.5)],
     ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
 }
@@ -160,8 +184,10 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
         if layer.mixer.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                tensors[f"{prefix}self_attn.{name}.weight"] = 1 + normal(layer.mixer.head_dim)
+            counts = {"q_norm": layer.mixer.num_heads, "k_norm": layer.mixer.num_kv_heads}
+            for name, count in counts.items():
+                width = layer.mixer.head_dim * (count if layer.mixer.qk_norm == "all" else 1)
+                tensors[f"{prefix}self_attn.{name}.weight"] = 1 + normal(width)
         if layer.mixer.sinks:
             tensors[f"{prefix}self_attn.sinks"] = normal(layer.mixer.num_heads, scale=1.0)
     folder.mkdir(parents=True, exist_ok=True)

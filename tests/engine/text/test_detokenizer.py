@@ -101,7 +101,7 @@ def test_stop_string_over_several_tokens_is_never_shown(tokenizer: Tokenizer) ->
 
 
 def test_what_may_start_a_stop_string_is_held_back_and_no_more(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer, params(stop=("the end",)))
+    detokenizer = Detokenizer(tokenizer, params(stop=("the end", "zz")))
     ids = tokenizer.encode("hi the hi", add_special_tokens=False)
     shown = ""
     for end, token in enumerate(ids, 1):

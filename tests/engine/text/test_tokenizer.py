@@ -1,13 +1,14 @@
 """The tokenizer against transformers' AutoTokenizer on the same files."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from nibble.engine.text.tokenizer import Tokenizer
+from nibble.engine.text.tokenizer import Tokenizer, TooManyTokens
 from nibble.errors import CheckpointError
 
 from .tiny_tokenizers import CHATML, byte_fallback, byte_level
@@ -172,7 +173,6 @@ def test_a_template_that_fails_or_misbehaves_is_a_value_error(
 
 def test_no_chat_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(byte_level(tmp_path))
-    assert not tokenizer.has_chat_template
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.apply_chat_template(CHAT)
 
@@ -231,3 +231,51 @@ def test_damaged_files_are_named(
         Tokenizer.from_pretrained(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_other_threads_run_while_a_text_is_tokenised(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(byte_level(tmp_path))
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    other = threading.Thread(target=tick)
+    other.start()
+    before = ticks
+    tokenizer.encode("the cat sat on the mat " * 40_000)
+    during = ticks - before
+    done.set()
+    other.join()
+    assert during > 10  # none, were the lock held
+
+
+def test_a_text_that_is_too_long_is_refused_by_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.from_pretrained(byte_level(tmp_path))
+    tokenised = []
+    encoding = tokenizer._encoding
+    monkeypatch.setattr(
+        tokenizer,
+        "_encoding",
+        lambda text, add_special_tokens: tokenised.append(len(text)) or encoding(text, False),
+    )
+    with pytest.raises(TooManyTokens) as caught:
+        tokenizer.encode("!" * 10**6, max_tokens=100)
+    assert caught.value.at_least and caught.value.count > 100 and sum(tokenised) < 10_000
+    with pytest.raises(TooManyTokens) as caught:
+        tokenizer.encode("!" * 101, max_tokens=100)
+    assert (caught.value.count, caught.value.at_least) == (101, False)
+    assert len(tokenizer.encode("!" * 100, max_tokens=100)) == 100
+
+
+def test_no_text_that_fits_is_refused_however_many_characters_a_token_has(tmp_path: Path) -> None:
+    """A control token has 13 characters; each of them is cut in half somewhere."""
+    tokenizer = Tokenizer.from_pretrained(byte_level(tmp_path))
+    for limit in (1, 3, 1000, 5000):
+        text = "<|endoftext|>" * limit
+        assert len(tokenizer.encode(text, max_tokens=limit)) == limit
+        assert len(tokenizer.encode(" " + text, max_tokens=limit + 1)) == limit + 1

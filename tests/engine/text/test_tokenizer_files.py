@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nibble.engine.text import tokenizer_files
+from nibble.engine.text.chat_template import ChatRenderer
 from nibble.engine.text.tokenizer import Tokenizer
 from nibble.errors import CheckpointError
 
@@ -255,7 +256,7 @@ def test_a_broken_chat_template_leaves_a_model_that_completes_text(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, template: object, said: str
 ) -> None:
     tokenizer = Tokenizer.from_pretrained(byte_level(tmp_path, chat_template=template))
-    assert said in caplog.text and not tokenizer.has_chat_template
+    assert said in "\n".join([caplog.text, *ChatRenderer(tokenizer.chat_format()).problems()])
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     with pytest.raises(ValueError, match="chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])

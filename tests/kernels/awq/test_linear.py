@@ -8,6 +8,7 @@ from kernel_cases import check_product as check
 from nibble.kernels.awq.linear import AwqKernel, repack
 from nibble.kernels.dequant_gemm.linear import Prepared
 from nibble.kernels.dequant_gemm.tiles import Table, Tile
+from nibble.kernels.errors import KernelArgumentError
 
 TABLE = Table(
     80,
@@ -27,6 +28,11 @@ def test_a_word_holds_a_groups_scale_and_zero_point() -> None:
     assert word & 0xFFFF == int(weight.zeros[1, 2])
     assert word >> 16 == int(weight.scales[1, 2].view(torch.int16))
     assert not words[7].any() and not words[:, 3:].any()
+
+
+def test_a_weight_without_zero_points_is_refused() -> None:
+    with pytest.raises(KernelArgumentError, match="without zero points"):
+        repack(make_weight(4, "mid", 3, 200, 32))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-14])

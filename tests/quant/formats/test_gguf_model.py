@@ -1,6 +1,7 @@
 """GGUF models against transformers' own GGUF loading: the same config, weights, logits and tokens."""
 
 import struct
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -14,6 +15,7 @@ from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.side_files import copy_side_files
 from nibble.quant.checkpoint.writer import dequantize_checkpoint, write_json
 from nibble.quant.formats.gguf.container import GgufFile
+from nibble.quant.formats.gguf.model import architecture
 from nibble.quant.weight import QuantizedWeight
 
 F32, Q4_0, Q8_0 = (
@@ -177,6 +179,14 @@ def test_unsupported_files_are_named(make_gguf):
         )
     with pytest.raises(UnsupportedError, match="type I8"):
         open_checkpoint(make_gguf("llama", tensors={"blk.0.ffn_up.bias": np.zeros(4, np.int8)}))
+
+
+@pytest.mark.parametrize("named", [None, "mamba", 7, ["llama"]])
+def test_an_architecture_that_is_not_known_is_named(named):
+    file = SimpleNamespace(path="x.gguf", metadata={"general.architecture": named})
+    with pytest.raises(UnsupportedError, match="architecture") as error:
+        architecture(file)
+    assert repr(named) in str(error.value)
 
 
 @pytest.mark.parametrize(

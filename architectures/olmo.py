@@ -1,0 +1,44 @@
+"""OLMo 2 and 3: norms behind attention and feed-forward instead of before them, and over all query and all key heads at
+once. OLMo 3 has windows in three layers of four, and a rope scaling (YaRN) in the others alone."""
+
+from collections.abc import Mapping
+
+from .base import NORMS_AFTER, ModelSpec, Rope
+from .config import FULL, SLIDING, Config, llama_like
+
+_THETA = 500000.0
+
+
+def olmo2(config: Config) -> ModelSpec:
+    rope = config.rope(theta=_THETA)
+    return llama_like(
+        config,
+        ropes=[rope] * config.size("num_hidden_layers"),
+        attention={"qk_norm": "all"},
+        norms=NORMS_AFTER,
+    )
+
+
+def olmo3(config: Config) -> ModelSpec:
+    layers = config.size("num_hidden_layers")
+    types = config.layer_types([SLIDING if (i + 1) % 4 else FULL for i in range(layers)])
+    window, ropes = config.size("sliding_window", 4096), _ropes(config)
+    return llama_like(
+        config,
+        windows=[window if kind == SLIDING else None for kind in types],
+        ropes=[ropes[kind] for kind in types],
+        attention={"qk_norm": "all"},
+        norms=NORMS_AFTER,
+        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
+    )
+
+
+def _ropes(config: Config) -> dict[str, Rope]:
+    """By layer type: transformers 5 nests rope_parameters, older files have one rope_theta and rope_scaling."""
+    found = config.rope_values()
+    if any(isinstance(value, Mapping) for value in found.values()):
+        return {kind: config.rope(found.get(kind) or {}, _THETA) for kind in (FULL, SLIDING)}
+    return {
+        FULL: config.rope(theta=_THETA),
+        SLIDING: Rope(config.positive("rope_theta", _THETA)),
+    }

@@ -1,0 +1,69 @@
+"""Texts and conversations to token ids, for every endpoint that takes them. The event loop waits for neither.
+
+    conversation -> template process -> text -> a thread, which lets others run -> token ids
+
+A text that is too long is refused as soon as its beginning has too many tokens.
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import Request
+
+from ...engine.text.chat_template import Conversation
+from ...engine.text.renderer import RendererBusyError
+from ...engine.text.tokenizer import TooManyTokens
+from .. import errors, limits, sse
+from ..serving import Serving
+
+
+async def encode_texts(
+    serving: Serving, texts: list[str], add_special_tokens: bool, max_tokens: int
+) -> list[list[int]]:
+    """The tokens of each text. TooManyTokens if one has more than max_tokens."""
+
+    def encode() -> list[list[int]]:
+        encode_one = serving.tokenizer.encode
+        return [encode_one(text, add_special_tokens, max_tokens=max_tokens) for text in texts]
+
+    try:
+        return await asyncio.to_thread(encode)
+    except TooManyTokens:
+        raise
+    except ValueError as error:
+        raise errors.bad_request(str(error), "prompt") from None
+
+
+async def encode_chat(
+    request: Request,
+    serving: Serving,
+    conversation: Conversation,
+    max_tokens: int,
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """The tokens of a conversation. TooManyTokens if there are more than max_tokens; a client that leaves gives up its
+    turn."""
+    limits.check_template_kwargs(conversation.variables)
+    encoding = _encode(serving, conversation, max_tokens, add_special_tokens)
+    try:
+        return await sse.until_disconnect(request.receive, encoding)
+    except sse.ClientGone:
+        serving.metrics.disconnects.inc()
+        raise
+    except RendererBusyError:
+        serving.metrics.rejected("queue_full")
+        raise errors.unavailable(
+            "The server's queue is full. Please try again.", retry_after=1
+        ) from None
+    except TooManyTokens:
+        raise
+    except ValueError as error:
+        raise errors.bad_request(str(error), "messages") from None
+
+
+async def _encode(
+    serving: Serving, conversation: Conversation, max_tokens: int, add_special_tokens: bool
+) -> list[int]:
+    text = await serving.renderer.render(conversation)
+    kwargs: dict[str, Any] = {"max_tokens": max_tokens, "marked": True}
+    return await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens, **kwargs)

@@ -1,0 +1,229 @@
+"""GET /openapi.json: every path with all that it may answer.
+
+The endpoints parse their own bodies and write their own answers, so FastAPI cannot know of either: request schemas are
+those that the endpoints parse with, answers and errors are described here. `tests/server/test_openapi.py` holds them
+against what the server does.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from . import metrics
+from .auth import OPEN_PATHS
+from .openai import chat, completions, tokenize
+from .serving import Phase
+
+JsonSchema = dict[str, Any]
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": chat.ChatRequest,
+    "/v1/completions": completions.CompletionRequest,
+    "/tokenize": tokenize.TokenizeRequest,
+    "/detokenize": tokenize.DetokenizeRequest,
+}
+_STREAMS = ("/v1/chat/completions", "/v1/completions")
+_ANSWERS = {
+    "/v1/chat/completions": "ChatCompletion",
+    "/v1/completions": "Completion",
+    "/v1/models": "ModelList",
+    "/v1/models/{model}": "Model",
+    "/tokenize": "Tokens",
+    "/detokenize": "Text",
+    "/version": "Version",
+}
+_EVENT: JsonSchema = {  # each event of a stream
+    "type": "object",
+    "properties": {
+        "data": {"type": "string", "description": "A chunk or an error as JSON; [DONE]"}
+    },
+    "required": ["data"],
+}
+_ERRORS = {
+    400: "A field is unknown, missing, of the wrong type or out of range; or the request is no HTTP",
+    401: "No API key, or a wrong one",
+    404: "The model does not exist",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    415: "The body is not declared as JSON",
+    500: "This request failed; others are unaffected",
+    503: "Loading, shutting down, full, or the engine is gone",
+}
+_OF_ALL = (400, 401, 503)
+_OF_BODIES = (404, 408, 413, 415)
+
+
+def describe(app: FastAPI, vocab_size: int | None, secured: bool) -> JsonSchema:
+    """The OpenAPI document. `vocab_size`: once it is known; `secured`: there are API keys."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    components = document.setdefault("components", {})
+    components["schemas"] = _schemas(vocab_size)
+    components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    components["headers"] = {
+        "RequestId": {"schema": {"type": "string", "pattern": "^[\\w.:-]{1,128}$"}},
+        "RetryAfter": {"description": "Seconds", "schema": {"type": "integer", "minimum": 0}},
+    }
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"] = _probe() if path in OPEN_PATHS else _responses(path)
+            if path in _BODIES:
+                content = {"application/json": {"schema": _ref(_BODIES[path].__name__)}}
+                operation["requestBody"] = {"required": True, "content": content}
+            if secured and path not in OPEN_PATHS:
+                operation["security"] = [{"bearer": []}]
+    return document
+
+
+def _responses(path: str) -> JsonSchema:
+    if path == "/metrics":
+        answer: JsonSchema = {metrics.CONTENT_TYPE: {"schema": {"type": "string"}}}
+    else:
+        answer = {"application/json": {"schema": _ref(_ANSWERS[path])}}
+    if path in _STREAMS:
+        answer["text/event-stream"] = {"schema": _EVENT}
+    statuses = [*_OF_ALL, *(_OF_BODIES if path in _BODIES else ())]
+    if path == "/v1/models/{model}":
+        statuses.append(404)
+    if path in _STREAMS:
+        statuses.append(500)
+    return {"200": _response("The answer", answer)} | {
+        str(status): _response(
+            _ERRORS[status], {"application/json": {"schema": _ref("Error")}}, status == 503
+        )
+        for status in sorted(statuses)
+    }
+
+
+def _probe() -> JsonSchema:
+    content = {"application/json": {"schema": _ref("Status")}}
+    either = {"application/json": {"schema": _ref("Error")}}
+    return {
+        "200": _response("Yes", content),
+        "400": _response("The request is no HTTP", either),
+        "503": _response("No", content, True),
+    }
+
+
+def _response(description: str, content: JsonSchema, retry: bool = False) -> JsonSchema:
+    headers = {"x-request-id": {"$ref": "#/components/headers/RequestId"}}
+    if retry:
+        headers["retry-after"] = {"$ref": "#/components/headers/RetryAfter"}
+    return {"description": description, "headers": headers, "content": content}
+
+
+def _schemas(vocab_size: int | None) -> JsonSchema:
+    schemas: JsonSchema = {}
+    for body in _BODIES.values():
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[body.__name__] = schema
+    if vocab_size is not None:
+        schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["maximum"] = vocab_size - 1
+    return schemas | _answers()
+
+
+_TEXT: JsonSchema = {"type": "string"}
+_NUMBER: JsonSchema = {"type": "number"}
+_COUNT: JsonSchema = {"type": "integer", "minimum": 0}
+_NULL: JsonSchema = {"type": "null"}
+
+
+def _answers() -> JsonSchema:
+    return _generated() | {
+        "Error": _object(
+            error=_object(
+                message=_TEXT | {"minLength": 1},
+                type={"enum": ["invalid_request_error", "server_error"]},
+                param=_or_null(_TEXT),
+                code=_or_null(_TEXT),
+            )
+        ),
+        "Status": _object(status={"enum": [phase.value for phase in Phase]}),
+        "Version": _object(version=_TEXT),
+        "Model": _object(
+            id=_TEXT,
+            object={"const": "model"},
+            created=_COUNT,
+            owned_by={"const": "nibble"},
+            root=_TEXT,
+            parent=_NULL,
+            max_model_len=_COUNT,
+            quantization=_TEXT,
+        ),
+        "ModelList": _object(object={"const": "list"}, data=_list(_ref("Model"))),
+        "Tokens": _object(
+            count=_COUNT,
+            max_model_len=_COUNT,
+            tokens=_list(_COUNT),
+            token_strs=_or_null(_list(_TEXT)),
+        ),
+        "Text": _object(prompt=_TEXT),
+    }
+
+
+def _generated() -> JsonSchema:
+    """What the two generating endpoints answer when they do not stream."""
+    token = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_COUNT)}
+    message = _object(role={"const": "assistant"}, content=_TEXT, refusal=_NULL)
+    chat_logprobs = _object(
+        content=_list(_object(**token, top_logprobs=_list(_object(**token)))), refusal=_NULL
+    )
+    logprobs = _object(
+        text_offset=_list(_COUNT),
+        token_logprobs=_list(_or_null(_NUMBER)),
+        tokens=_list(_TEXT),
+        top_logprobs=_list(_or_null({"type": "object", "additionalProperties": _NUMBER})),
+    )
+    return {
+        "Usage": _object(
+            prompt_tokens=_COUNT,
+            completion_tokens=_COUNT,
+            total_tokens=_COUNT,
+            prompt_tokens_details=_object(cached_tokens=_COUNT),
+        ),
+        "ChatCompletion": _completion(
+            "chatcmpl-", "chat.completion", chat_logprobs, message=message
+        ),
+        "Completion": _completion("cmpl-", "text_completion", logprobs, text=_TEXT),
+    }
+
+
+def _completion(prefix: str, kind: str, logprobs: JsonSchema, **content: JsonSchema) -> JsonSchema:
+    choice = _object(
+        index=_COUNT,
+        **content,
+        logprobs=_or_null(logprobs),
+        finish_reason={"enum": ["stop", "length"]},
+    )
+    return _object(
+        id=_TEXT | {"pattern": f"^{prefix}"},
+        object={"const": kind},
+        model=_TEXT,
+        created=_COUNT,
+        choices=_list(choice),
+        usage=_ref("Usage"),
+    )
+
+
+def _object(**properties: JsonSchema) -> JsonSchema:
+    """An object with exactly these properties."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _list(items: JsonSchema) -> JsonSchema:
+    return {"type": "array", "items": items}
+
+
+def _or_null(schema: JsonSchema) -> JsonSchema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _ref(name: str) -> JsonSchema:
+    return {"$ref": f"#/components/schemas/{name}"}
