@@ -66,7 +66,8 @@ class FolderCheckpoint(Checkpoint):
             weight: QuantizedWeight | Tensor = reader.read(
                 {s: self._raw(f"{module}.{s}") for s in found}, layer, scheme.format
             )
-            check_scales(next((s for s in found if "scale" in s), found[0]), weight)
+            if isinstance(weight, QuantizedWeight):
+                check_scales(next((s for s in found if "scale" in s), found[0]), weight)
         except BadTensor as error:
             raise self._error(f"{module}.{error.suffix}", error.problem) from None
         return weight

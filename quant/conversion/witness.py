@@ -60,6 +60,7 @@ def _logits(source: BlockSource, token_ids: Tensor) -> Tensor:
     logits = torch.cat([hidden @ rows.to(hidden).t() for rows in head.split(_ROWS)], -1)
     if (bias := checkpoint.bias("lm_head") if own else None) is not None:
         logits = logits + bias.to(logits)
+    logits = logits * spec.logits_scale
     if spec.final_soft_cap is not None:
         logits = spec.final_soft_cap * torch.tanh(logits / spec.final_soft_cap)
     return logits.cpu()

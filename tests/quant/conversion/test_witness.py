@@ -7,12 +7,10 @@ from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.conversion import witness
 from nibble.quant.conversion.blocks import BlockSource
 
-from ...engine.models import build
+from ...engine.models import CONFIGS, build
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "mistral-window", "gemma", "gemma2", "gemma3"]
-)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_logits_are_those_of_transformers(name, tmp_path, monkeypatch):
     monkeypatch.setattr(witness, "_ROWS", 50)  # the head in several parts
