@@ -38,6 +38,8 @@ TORCH_FREE = (
     "engine.config",
     "engine.text",
     "quant.locate",
+    "quant.files",
+    "architectures.config",
     "quant.hub",
     "quant.formats.gguf.container",
     "quant.formats.gguf.tokenizer",
