@@ -96,6 +96,7 @@ def soak(server: Server, minutes: float) -> list[Result]:
 
 def _judged(minutes: float, count: Count, samples: list[Sample]) -> list[Result]:
     memory = [s.megabytes for s in samples]
+    print(*memory)
     slope = _slope([s.minutes for s in samples], memory)
     grown = 100 * (memory[-1] / memory[0] - 1)
     attack = f"{minutes:g} minutes, {CLIENTS} clients, {CANCELLED:.0%} cancelled"
