@@ -60,6 +60,7 @@ class Config:
         return value
 
     def number(self, name: str, default: float) -> float:
+        """A positive number, as all of them are: no infinity, which JSON readers take."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"config.json: {name} is {value!r}, want a number")
@@ -77,6 +78,13 @@ class Config:
         if number <= 0:
             raise CheckpointError(f"config.json: {name} is {number!r}, want a positive number")
         return number
+
+    def epsilon(self, name: str, default: float) -> float:
+        """What a norm adds before it takes the root: above 0 and below 1."""
+        value = self.positive(name, default)
+        if value >= 1:
+            raise CheckpointError(f"config.json: {name} is {value:g}, want less than 1")
+        return value
 
     def optional_number(self, name: str) -> float | None:
         return None if self.get(name) is None else self.number(name, 0.0)
@@ -242,7 +250,7 @@ def llama_like(
             for rope, window in zip(ropes, windows, strict=True)
         ),
         **{
-            "norm_eps": config.positive("rms_norm_eps", 1e-6),
+            "norm_eps": config.epsilon("rms_norm_eps", 1e-6),
             "tie_word_embeddings": config.flag("tie_word_embeddings", False),
             **model,
         },

@@ -29,7 +29,7 @@ def olmo3(config: Config) -> ModelSpec:
         ropes=[ropes[kind] for kind in types],
         attention={"qk_norm": "all"},
         norms=NORMS_AFTER,
-        norm_eps=config.positive("rms_norm_eps", 1e-5),
+        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
     )
 
 

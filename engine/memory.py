@@ -85,12 +85,15 @@ def release_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
+def check_weights_fit(weight_bytes: int, model: ModelSpec, device: torch.device) -> None:
     """Refuse before loading what cannot fit. Raises UserError with both numbers."""
     room = available(device)
-    if weight_bytes > room.free:
+    on_cpu = device.type == "cpu"
+    # There, loading has the codes of an output head twice for a moment: as they are made, and in the kernels' layout.
+    needed = weight_bytes + (2 * model.vocab_size * model.hidden_size if on_cpu else 0)
+    if needed > room.free:
         raise UserError(
-            f"the weights need {gib(weight_bytes)}, {gib(room.free)} are free of {room.limit}; use a smaller or a "
+            f"loading the weights needs {gib(needed)}, {gib(room.free)} are free of {room.limit}; use a smaller or a "
             "quantized checkpoint, or raise the limit"
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..architectures.config import eos_token_ids
 from ..architectures.registry import model_spec
 from ..errors import UserError
+from ..quant import canary
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.checkpoint.headers import read_json
@@ -54,6 +55,7 @@ class Runner:
         self.eos_token_ids = _eos_token_ids(checkpoint)
         self.cache = self.model.new_cache(self.num_blocks)
         self._check_sanity()
+        self._check_canary(checkpoint)
         with torch.inference_mode():
             self.model.warm_up(self.cache, self.max_model_len)
         self.load_seconds = time.perf_counter() - started
@@ -61,7 +63,7 @@ class Runner:
     def _load(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> None:
         config = self.config
         with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as reading:
-            memory.check_weights_fit(reading.nbytes, self.device)
+            memory.check_weights_fit(reading.nbytes, self.spec, self.device)
             with torch.inference_mode():
                 self.model = load_decoder(
                     Target(config, self.dtype, self.device),
@@ -175,6 +177,14 @@ class Runner:
                 f"the model's logits are not finite in {self.dtype}; try --dtype float32, or check the "
                 "checkpoint"
             )
+
+    def _check_canary(self, checkpoint: Checkpoint) -> None:
+        """What the conversion kept of one prompt, asked again: damage that leaves numbers finite is found now."""
+        if self.config.quantize is not None or not checkpoint.path.is_dir():
+            return  # other weights than those that were converted
+        kept = canary.read(checkpoint.path, self.vocab_size)
+        if kept is not None:
+            canary.check(kept, self.logits(kept.prompt), checkpoint.path)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -112,7 +112,7 @@ class TokenizerConfig:
         return next((ids for file in files if (ids := eos_token_ids(_read_json(file), file))), [])
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:

@@ -21,6 +21,7 @@ LAYOUT = (
     2  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
 )
 INT_GROUP, WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
+_HEAD_ROWS = 4096  # of it at a time
 _HEAD_GROUP = 32  # of an 8-bit output head: with 64, what rounding it costs is twice as much
 
 
@@ -90,6 +91,13 @@ def prepare(weight: QuantizedWeight | Tensor, bias: Tensor | None = None) -> Pre
 
 def quantize_head(weight: Tensor) -> QuantizedWeight:
     """A dense [vocab, hidden] weight as symmetric 8-bit codes with a scale for every _HEAD_GROUP columns of a row."""
+    parts = [_quantize_head_rows(rows) for rows in weight.split(_HEAD_ROWS)]
+    codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+    return QuantizedWeight(codes, scales, bits=8, block=(1, _HEAD_GROUP))
+
+
+def _quantize_head_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows: all of a vocabulary in float32 would be most of what a start needs."""
     rows, columns = weight.shape
     groups = F.pad(weight.float(), (0, -columns % _HEAD_GROUP)).view(rows, -1, _HEAD_GROUP)
     scales = (groups.abs().amax(-1) / 127).half()
@@ -100,9 +108,7 @@ def quantize_head(weight: Tensor) -> QuantizedWeight:
         .add_(128)
         .to(torch.uint8)
     )
-    return QuantizedWeight(
-        codes.view(rows, -1)[:, :columns].contiguous(), scales, bits=8, block=(1, _HEAD_GROUP)
-    )
+    return codes.view(rows, -1)[:, :columns].contiguous(), scales
 
 
 def _kernel_group(weight: QuantizedWeight) -> int | None:

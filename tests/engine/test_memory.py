@@ -119,8 +119,13 @@ def test_a_gpu_needs_room_for_the_widest_matrix_in_16_bits(monkeypatch) -> None:
     assert plan.num_blocks == min(256, (free * 9 // 10 - plan.activations) // BLOCK)
 
 
-def test_weights_that_cannot_fit_are_refused_before_they_are_read(machine) -> None:
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(machine, monkeypatch) -> None:
     machine(1024)
-    memory.check_weights_fit(2**20, CPU)
-    with pytest.raises(UserError, match=r"need 0\.00 GiB, 0\.00 GiB are free of a limit of 1 GiB"):
-        memory.check_weights_fit(2**20 + 1, CPU)
+    head = 2 * 1000 * 64  # its codes, twice
+    memory.check_weights_fit(2**20 - head, MODEL, CPU)
+    with pytest.raises(UserError, match=r"needs 0\.00 GiB, 0\.00 GiB are free of a limit of 1 GiB"):
+        memory.check_weights_fit(2**20 - head + 1, MODEL, CPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    memory.check_weights_fit(2**20, MODEL, CUDA)
+    with pytest.raises(UserError, match="are free of cuda's memory"):
+        memory.check_weights_fit(2**20 + 1, MODEL, CUDA)

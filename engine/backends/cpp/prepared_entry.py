@@ -11,7 +11,7 @@ given. A CRC finds damage, not malice: who else may write here is the cache's bu
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -67,7 +67,7 @@ def write(file: Path, name: str, source: str, groups: Groups) -> None:
         for i, linear in enumerate(linears):
             own = {key: t for key in _TENSORS if (t := getattr(linear, key)) is not None}
             tensors |= {f"{group}.{i}.{key}": tensor for key, tensor in own.items()}
-            numbers = {key: getattr(linear, key) for key in _NUMBERS}
+            numbers: dict[str, Any] = {key: getattr(linear, key) for key in _NUMBERS}
             checksums = {key: _crc32(tensor) for key, tensor in own.items()}
             records[group].append(_Linear(**numbers, tensors=checksums))
     manifest = msgspec.json.encode(Manifest(name=name, source=source, groups=records))
@@ -125,9 +125,9 @@ def _manifest(metadata: dict[str, str]) -> Manifest:
 def _prepared(linear: _Linear, prefix: str, tensors: dict[str, Tensor]) -> Prepared:
     if not {"data"} <= linear.tensors.keys() <= set(_TENSORS):
         raise DamagedEntry(f"{prefix[:-1]} has the tensors {', '.join(linear.tensors) or 'none'}")
-    numbers = {key: getattr(linear, key) for key in _NUMBERS}
-    return Prepared(**numbers, **{key: tensors[prefix + key] for key in linear.tensors})
+    numbers: dict[str, Any] = {key: getattr(linear, key) for key in _NUMBERS}
+    return Prepared(**numbers | {key: tensors[prefix + key] for key in linear.tensors})
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
