@@ -249,6 +249,7 @@ TABLE: dict[str, Damage] = {
     "a tokenizer's config that is a list": written("tokenizer_config.json", "[]"),
     "a tokenizer's config of a gigabyte": sparse("tokenizer_config.json", 2**30),
     "a tokenizer's config nested deep": written("tokenizer_config.json", '{"a":' + "[" * 200_000),
+    "a tokenizer's config that is no text": written("tokenizer_config.json", b'{"x": "\xff"}'),
     "tokens in a list": fields("tokenizer_config.json", added_tokens_decoder=[1]),
     "tokens under a letter": fields("tokenizer_config.json", added_tokens_decoder={"x": {}}),
     "tokens without content": fields("tokenizer_config.json", added_tokens_decoder={"300": {}}),
