@@ -245,6 +245,7 @@ TABLE: dict[str, Damage] = {
     "an empty tokenizer": written("tokenizer.json", "{}"),
     "a tokenizer that is no text": written("tokenizer.json", b"\xff\x00"),
     "a tokenizer of a gigabyte": sparse("tokenizer.json", 2**30),
+    "a tokenizer.model of a gigabyte": together(removed("tokenizer.json"), sparse("tokenizer.model", 2**30)),
     "a FIFO for a tokenizer": fifo("tokenizer.json"),
     "a tokenizer's config that is a list": written("tokenizer_config.json", "[]"),
     "a tokenizer's config of a gigabyte": sparse("tokenizer_config.json", 2**30),
