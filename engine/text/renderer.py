@@ -66,7 +66,10 @@ class Renderer:
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting.append((conversation, future))
         self._next()
-        return await future
+        try:
+            return await future
+        finally:
+            del future  # whose exception holds this frame, and would hold itself through it
 
     def close(self) -> None:
         """End the process; what still waits hears of it."""

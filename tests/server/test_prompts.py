@@ -1,10 +1,13 @@
 """What becomes of the texts that clients send: roles, lengths, hostile templates."""
 
 import asyncio
+import contextlib
+import gc
 import json
 import os
 import signal
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +18,9 @@ import httpx
 import pytest
 
 from nibble.engine.text.chat_template import Conversation
+from nibble.engine.text.tokenizer import TooManyTokens
 from nibble.server import sse
+from nibble.server.errors import ApiError
 from nibble.server.openai.prompt import encode_chat
 
 from .conftest import ServerProcess
@@ -107,6 +112,50 @@ def test_a_hostile_template_ends_no_server(
     assert server.process.wait(10) == 0
     wait_for(lambda: all(map(is_gone, before)))
     assert "Traceback" not in server.log.read_text()
+
+
+class Text(str):
+    """One that can be watched."""
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+@pytest.mark.parametrize("refused_by", ["template", "length"])
+def test_a_refused_conversation_is_let_go_at_once(is_idle: bool, refused_by: str) -> None:
+    """Not when the collector of cycles comes: a few of them are hundreds of megabytes."""
+    watched: list[weakref.ref] = []
+
+    async def main() -> None:
+        text = Text("x" * 100)
+        watched.append(weakref.ref(text))
+
+        async def render(conversation: Conversation) -> str:
+            if refused_by == "template":
+                await asyncio.sleep(0)
+                raise ValueError(conversation.messages[0]["content"][:9])
+            return conversation.messages[0]["content"]
+
+        def encode(text: str, *_: object, **__: object) -> None:
+            raise TooManyTokens(9, at_least=False)
+
+        async def receive() -> dict:
+            await asyncio.Event().wait()
+            return {}
+
+        renderer = SimpleNamespace(render=render, is_idle=is_idle)
+        serving = SimpleNamespace(renderer=renderer, tokenizer=SimpleNamespace(encode=encode))
+        request = SimpleNamespace(receive=receive)
+        conversation = Conversation([{"role": "user", "content": text}])
+        del text
+        with contextlib.suppress(TooManyTokens, ApiError):
+            await encode_chat(request, serving, conversation, 9)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+        assert watched[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_client_that_leaves_gives_up_its_turn() -> None:
