@@ -15,7 +15,7 @@ from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.side_files import copy_side_files
 from nibble.quant.checkpoint.writer import dequantize_checkpoint, write_json
 from nibble.quant.formats.gguf.container import GgufFile
-from nibble.quant.formats.gguf.model import architecture
+from nibble.quant.formats.gguf.model import architecture, synthesize_config
 from nibble.quant.formats.gguf.tokenizer import build_tokenizer
 from nibble.quant.weight import QuantizedWeight
 
@@ -286,3 +286,32 @@ def test_biases_of_a_llama_are_in_the_order_of_the_rows(make_gguf):
     checkpoint = open_checkpoint(make_gguf("llama", tensors=tensors))
     for name, bias in biases.items():
         assert torch.equal(checkpoint.bias(f"model.layers.0.self_attn.{name}_proj"), bias)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", 10**9),
+        ("block_count", 2.5),
+        ("embedding_length", 2**39),
+        ("block_count", "x"),
+    ],
+)
+def test_a_size_beyond_its_bound_is_refused_before_anything_is_made_of_it(
+    make_gguf, arch, key, value
+):
+    file = GgufFile(make_gguf(arch))
+    file.metadata[f"{arch}.{key}"] = value
+    with pytest.raises(CheckpointError, match="want"):
+        synthesize_config(file)
+
+
+def test_counts_beyond_their_bounds_are_refused(make_gguf, tmp_path):
+    data = make_gguf("llama").read_bytes()
+    for at, what in ((8, "tensors"), (16, "metadata entries")):
+        (tmp_path / "claims.gguf").write_bytes(
+            data[:at] + struct.pack("<Q", 2**20) + data[at + 8 :] + bytes(2**25)
+        )
+        with pytest.raises(CheckpointError, match=f"claims 1048576 {what}"):
+            GgufFile(tmp_path / "claims.gguf")
