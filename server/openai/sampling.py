@@ -70,7 +70,7 @@ def excludes(field: str, *, unless: dict[str, Any], **allowed: Any) -> dict[str,
     }
 
 
-NOT_BOTH_ENDS = {
+NOT_BOTH_ENDS: dict[str, Any] = {
     "anyOf": [
         {"properties": {field: {"enum": [False, None]}}}
         for field in ("continue_final_message", "add_generation_prompt")
