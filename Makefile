@@ -19,18 +19,14 @@ QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:
 
 BIN := $(VENV)/bin
 
-# The public surface, type-checked.
-TYPED := nibble nibble.quant.weight nibble.quant.packing nibble.quant.scheme nibble.errors nibble.kernels.spec \
-         nibble.engine.request nibble.engine.messages nibble.engine.config nibble.engine.scheduling.batch nibble.engine.client nibble.engine.llm \
-         nibble.server.errors nibble.server.auth nibble.server.limits nibble.server.sse nibble.server.metrics
-
-.PHONY: help install demo serve test test-slow test-robust coverage mutants matrix sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help install demo serve test test-slow test-robust test-server coverage mutants matrix sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 	@echo '  make serve      keep the demo model up on port $(PORT) for clients'
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
+	@echo '  make test-server  the whole attack on the server; QUICK=1 takes ten minutes'
 	@echo '  make coverage   which lines of the product the tests run'
 	@echo '  make matrix     the tests under Python 3.11, 3.12 and 3.13'
 	@echo '  make mutants    change the numbers of the product one by one: do the tests notice?'
@@ -46,7 +42,7 @@ help:
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
 
 # Tests start many processes: OpenMP threads that wait must not spin while others need the cores.
-test test-slow test-robust check coverage mutants: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-robust test-server check coverage mutants: export OMP_WAIT_POLICY ?= PASSIVE
 
 # What the tests may not skip: a machine without a compiler or Triton says NIBBLE_TESTS_REQUIRE= (nothing) or names one.
 comma := ,
@@ -64,14 +60,14 @@ serve: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --serve --port $(PORT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu and not network and not attack"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 # The same tests, and which lines of the product they run; pyproject.toml has the floor.
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network and not attack" --cov --cov-report=term:skip-covered
 
 # Changes the product's numbers one at a time: the tests must notice each (tests/mutants/run.py). ARGS='scheduler --jobs 2'
 mutants: $(VENV)/.installed-dev
@@ -80,6 +76,14 @@ mutants: $(VENV)/.installed-dev
 # Conversions killed, interrupted, out of disk, and of a model of 1B parameters (3 GB of disk); part of test-slow.
 test-robust: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s tests/quant/conversion/test_robustness.py
+
+# The whole attack on the server (tests/attack): two hours, or ten minutes with QUICK=1; CI soaks for 3 minutes. The full
+# run writes its table into docs/RELIABILITY.md. Arguments go through: make test-server ARGS='-k soak'
+QUICK ?=
+SOAK_MINUTES ?= $(if $(QUICK),0.5,$(if $(CI),3,30))
+test-server: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q tests/attack -m attack --soak-minutes $(SOAK_MINUTES) \
+	  $(if $(QUICK),--quick,$(if $(ARGS),,--write-table)) $(ARGS)
 
 # The C++ kernels' tests under AddressSanitizer and ThreadSanitizer (needs their runtimes, which come with g++).
 sanitize: $(VENV)/.installed-dev
@@ -94,7 +98,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/nibble  # mypy must see the checkout under its import name
-	cd .cache/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml $(addprefix -m ,$(TYPED))
+	cd .cache/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 bench: $(VENV)/.installed

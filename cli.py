@@ -47,6 +47,11 @@ VERBS = {
         "Measure what quantization cost: perplexity, KL, top-1 agreement",
         "nibble evaluate ./SmolLM2-135M-Instruct ./SmolLM2-135M-Instruct-AWQ-INT4-g128",
     ),
+    "verify": Verb(
+        ".tools.verify:verify_command",
+        "Compare a model's files with the hashes that came with them",
+        "nibble verify ./SmolLM2-135M-Instruct-AWQ-INT4-g128",
+    ),
     "doctor": Verb(
         ".tools.doctor:doctor_command",
         "What this machine can do, and what a model would run on",

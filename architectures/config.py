@@ -5,10 +5,12 @@ Names and defaults are those of transformers' configuration classes, older spell
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from .base import Attention, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
+from .limits import MAX_SIZE, SIZES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = {
@@ -43,7 +45,7 @@ class Config:
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer."""
+        """A positive integer, within its bound in limits.py."""
         value = self.get(name, default)
         if value is None:
             raise CheckpointError(
@@ -51,16 +53,44 @@ class Config:
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, want a positive integer")
+        if value > (limit := SIZES.get(name, MAX_SIZE)):
+            raise CheckpointError(
+                f"config.json: {name} is more than {limit}, the most that is read"
+            )
         return value
 
     def number(self, name: str, default: float) -> float:
+        """A positive number, as all of them are: no infinity, which JSON readers take."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"config.json: {name} is {value!r}, want a number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise CheckpointError(f"config.json: {name} is no finite number")
+        return number
+
+    def positive(self, name: str, default: float) -> float:
+        """A number above zero."""
+        number = self.number(name, default)
+        if number <= 0:
+            raise CheckpointError(f"config.json: {name} is {number!r}, want a positive number")
+        return number
+
+    def epsilon(self, name: str, default: float) -> float:
+        """What a norm adds before it takes the root: above 0 and below 1."""
+        value = self.positive(name, default)
+        if value >= 1:
+            raise CheckpointError(f"config.json: {name} is {value:g}, want less than 1")
+        return value
 
     def optional_number(self, name: str) -> float | None:
         return None if self.get(name) is None else self.number(name, 0.0)
+
+    def optional_positive(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.positive(name, 0.0)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
@@ -71,7 +101,7 @@ class Config:
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Any:
         """One of GatedMlp's."""
         value = self.get(name, default)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise UnsupportedError(
                 f"config.json: {name} {value!r} is not supported ({', '.join(ACTIVATIONS)} are)"
             )
@@ -112,7 +142,7 @@ class Config:
         if not isinstance(found, Mapping):
             raise CheckpointError("config.json: the rope parameters are no JSON object")
         scaling = found.get("rope_type") or found.get("type") or "default"
-        if scaling not in ROPE_PARAMETERS:
+        if not isinstance(scaling, str) or scaling not in ROPE_PARAMETERS:
             raise UnsupportedError(
                 f"config.json: rope scaling {scaling!r} is not supported ({', '.join(ROPE_PARAMETERS)} are)"
             )
@@ -122,14 +152,14 @@ class Config:
         needed = ROPE_PARAMETERS[scaling]
         if missing := [name for name in needed if values.get(name) is None]:
             raise CheckpointError(f"config.json: {scaling} rope scaling needs {missing[0]}")
-        settings = {name: values.number(name, 0.0) for name in needed}
+        settings = {name: values.positive(name, 0.0) for name in needed}
         factor = 1.0
         if scaling == "yarn":
             settings |= {name: float(values.get(name, default)) for name, default in _YARN.items()}
             factor = _yarn_attention_factor(values)
         share = values.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         return Rope(
-            values.number("rope_theta", self.number("rope_theta", theta)),
+            values.positive("rope_theta", self.positive("rope_theta", theta)),
             scaling,
             tuple(settings.items()),
             dim=None if share == 1.0 else int(head_dim(self) * share),
@@ -149,6 +179,24 @@ def _yarn_attention_factor(values: Config) -> float:
 
     one, all_dims = values.optional_number("mscale"), values.optional_number("mscale_all_dim")
     return sharpness(one) / sharpness(all_dims) if one and all_dims else sharpness(1.0)
+
+
+def eos_token_ids(values: Mapping[str, Any], file: Path) -> list[int]:
+    """`eos_token_id` of config.json or generation_config.json, which is one id, several or none. `file`: for errors."""
+    found = values.get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    for token_id in ids:
+        if (
+            isinstance(token_id, bool)
+            or not isinstance(token_id, int)
+            or not 0 <= token_id <= MAX_SIZE
+        ):
+            raise CheckpointError(
+                f"eos_token_id is {str(found)[:80]!r}, want token ids",
+                file=file,
+                fix="take config.json and generation_config.json from the original model",
+            )
+    return ids
 
 
 def head_dim(config: Config) -> int:
@@ -202,7 +250,7 @@ def llama_like(
             for rope, window in zip(ropes, windows, strict=True)
         ),
         **{
-            "norm_eps": config.number("rms_norm_eps", 1e-6),
+            "norm_eps": config.epsilon("rms_norm_eps", 1e-6),
             "tie_word_embeddings": config.flag("tie_word_embeddings", False),
             **model,
         },

@@ -21,11 +21,11 @@ def gemma2(config: Config) -> ModelSpec:
         activation=config.activation("hidden_activation", "gelu_pytorch_tanh"),
         windows=_windows(config, types),
         attention={
-            "scale": config.number("query_pre_attn_scalar", 256) ** -0.5,
-            "soft_cap": config.optional_number("attn_logit_softcapping"),
+            "scale": config.positive("query_pre_attn_scalar", 256) ** -0.5,
+            "soft_cap": config.optional_positive("attn_logit_softcapping"),
         },
         norms=SANDWICH,
-        final_soft_cap=config.optional_number("final_logit_softcapping"),
+        final_soft_cap=config.optional_positive("final_logit_softcapping"),
     )
 
 
@@ -40,12 +40,12 @@ def gemma3(config: Config) -> ModelSpec:
         windows=_windows(config, types),
         ropes=[ropes[kind] for kind in types],
         attention={
-            "scale": config.number("query_pre_attn_scalar", 256) ** -0.5,
+            "scale": config.positive("query_pre_attn_scalar", 256) ** -0.5,
             "qk_norm": "head",
-            "soft_cap": config.optional_number("attn_logit_softcapping"),
+            "soft_cap": config.optional_positive("attn_logit_softcapping"),
         },
         norms=SANDWICH,
-        final_soft_cap=config.optional_number("final_logit_softcapping"),
+        final_soft_cap=config.optional_positive("final_logit_softcapping"),
     )
 
 
@@ -77,7 +77,7 @@ def _gemma3_ropes(config: Config) -> dict[str, Rope]:
         }
     return {
         FULL: config.rope(theta=1e6),
-        SLIDING: Rope(config.number("rope_local_base_freq", 1e4)),
+        SLIDING: Rope(config.positive("rope_local_base_freq", 1e4)),
     }
 
 

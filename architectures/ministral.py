@@ -45,5 +45,5 @@ def ministral3(config: Config) -> ModelSpec:
             if beta
             else None,
         },
-        norm_eps=config.number("rms_norm_eps", 1e-5),
+        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
     )

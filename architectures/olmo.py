@@ -29,7 +29,7 @@ def olmo3(config: Config) -> ModelSpec:
         ropes=[ropes[kind] for kind in types],
         attention={"qk_norm": "all"},
         norms=NORMS_AFTER,
-        norm_eps=config.number("rms_norm_eps", 1e-5),
+        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
     )
 
 
@@ -40,5 +40,5 @@ def _ropes(config: Config) -> dict[str, Rope]:
         return {kind: config.rope(found.get(kind) or {}, _THETA) for kind in (FULL, SLIDING)}
     return {
         FULL: config.rope(theta=_THETA),
-        SLIDING: Rope(config.number("rope_theta", _THETA)),
+        SLIDING: Rope(config.positive("rope_theta", _THETA)),
     }

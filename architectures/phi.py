@@ -9,6 +9,6 @@ def phi3(config: Config) -> ModelSpec:
     return llama_like(
         config,
         windows=[window] * config.size("num_hidden_layers"),
-        norm_eps=config.number("rms_norm_eps", 1e-5),
+        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
         fused=True,
     )

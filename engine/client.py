@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import msgspec
 
 from ..errors import UserError
 from .config import EngineConfig
+from .host_memory import gib, headroom
 from .messages import (
     AbortRequests,
     AddRequest,
@@ -82,7 +84,7 @@ class _Link(asyncio.Protocol):
 class AsyncEngine:
     """An engine in its own process, used from one asyncio event loop. Made by `start`."""
 
-    def __init__(self, process: subprocess.Popen, transport: asyncio.Transport, link: _Link):
+    def __init__(self, process: subprocess.Popen[bytes], transport: asyncio.Transport, link: _Link):
         self.stats = EngineStats()
         self.dead = asyncio.Event()
         self.messages_heard = 0  # so far, of any kind
@@ -95,7 +97,7 @@ class AsyncEngine:
         ] = {}  # request id -> its name in the engine, which is never used again
         self._sinks: dict[str, Sink] = {}  # by that name
         self._serial = itertools.count()
-        self._watching: asyncio.Task | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -224,10 +226,7 @@ class AsyncEngine:
         waited: set[asyncio.Future[Any]] = {link.first, link.closed}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not link.first.done():
-            code = await asyncio.to_thread(self._process.wait)
-            raise EngineDeadError(
-                f"the engine process ended while it loaded the model (exit code {code})"
-            )
+            raise _died_loading(await asyncio.to_thread(self._process.wait))
         message = link.first.result()
         if isinstance(message, Fatal):
             raise (
@@ -290,7 +289,19 @@ def _gathered(outputs: list[RequestOutput]) -> list[RequestOutput]:
     return list(first.values())
 
 
-def _reap(process: subprocess.Popen, timeout: float) -> None:
+def _died_loading(code: int) -> EngineDeadError:
+    """What is known of a child that ended without a word, as where memory is out: libraries abort, the kernel kills."""
+    how = (
+        f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    )
+    room = headroom()
+    return EngineDeadError(
+        f"the engine process {how} while it loaded the model; if memory ran out: {gib(room.free)} are free of "
+        f"{room.limit}"
+    )
+
+
+def _reap(process: subprocess.Popen[bytes], timeout: float) -> None:
     """Wait for a process that is about to end; kill it if it does not within `timeout` seconds."""
     try:
         process.wait(timeout)

@@ -36,7 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         None  # of a 16-bit output head in the CPU kernels: 8, 16; None: 8 beside 4-bit weights
     )
     prepared_cache: str | None = (
-        "~/.cache/nibble/prepared"  # weights in the CPU kernels' layout; None: nothing is kept
+        "~/.cache/nibble"  # weights in the CPU kernels' layout; None: nothing is kept
     )
     seed: int = 0  # for requests that bring none
 

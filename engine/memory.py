@@ -6,9 +6,8 @@ The ladder, when it does not fit: a smaller KV cache, then a shorter context (bo
 them), then one error that says what is missing.
 """
 
-import re
+import logging
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,9 @@ import torch
 from ..architectures.base import ModelSpec
 from ..errors import UserError
 from .config import EngineConfig
+from .host_memory import Headroom, gib, headroom
+
+logger = logging.getLogger(__name__)
 
 _CPU_SHARE = 0.4  # of the memory left after loading: the machine has other things to do
 _GPU_SHARE = 0.9
@@ -83,13 +85,16 @@ def release_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def check_weights_fit(weight_bytes: int, device: torch.device) -> None:
+def check_weights_fit(weight_bytes: int, model: ModelSpec, device: torch.device) -> None:
     """Refuse before loading what cannot fit. Raises UserError with both numbers."""
-    available = available_bytes(device)
-    if weight_bytes > available:
+    room = available(device)
+    on_cpu = device.type == "cpu"
+    # There, loading has the codes of an output head twice for a moment: as they are made, and in the kernels' layout.
+    needed = weight_bytes + (2 * model.vocab_size * model.hidden_size if on_cpu else 0)
+    if needed > room.free:
         raise UserError(
-            f"the weights need {gib(weight_bytes)}, {device.type} memory has {gib(available)} free; "
-            "use a smaller or a quantized checkpoint"
+            f"loading the weights needs {gib(needed)}, {gib(room.free)} are free of {room.limit}; use a smaller or a "
+            "quantized checkpoint, or raise the limit"
         )
 
 
@@ -108,7 +113,9 @@ def plan(
     budget = config.kv_cache_memory
     if budget is None:
         share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
-        free = int(share * available_bytes(device)) - activations
+        room = available(device)
+        logger.info("the KV cache is planned in %s, free of %s", gib(room.free), room.limit)
+        free = int(share * room.free) - activations
         enough = config.max_num_seqs * -(-wanted_len // config.block_size) * block
         budget = min(free, enough)
     num_blocks = budget // block
@@ -123,24 +130,12 @@ def plan(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that could be had now: on a CPU the smaller of the machine's and the control group's."""
+    """Memory that could be had now."""
+    return available(device).free
+
+
+def available(device: torch.device) -> Headroom:
+    """Memory that could be had now, and what bounds it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
-    machine = int(found[1]) * 1024 if found else 8 << 30
-    limit, used = (
-        _read("/sys/fs/cgroup/memory.max").strip(),
-        _read("/sys/fs/cgroup/memory.current").strip(),
-    )
-    return min(machine, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else machine
-
-
-def gib(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB"
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+        return Headroom(torch.cuda.mem_get_info(device)[0], f"{device}'s memory")
+    return headroom()

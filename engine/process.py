@@ -21,6 +21,7 @@ from collections.abc import Callable
 import msgspec
 
 from ..errors import UserError
+from . import host_memory
 from .config import EngineConfig
 from .core import EngineCore
 from .messages import (
@@ -129,7 +130,7 @@ def serve(sock: socket.socket, make_core: CoreFactory) -> int:
     channel = Channel(sock)
     try:
         config = msgspec.msgpack.decode(channel.receive(wait=True)[0], type=EngineConfig)
-        core = make_core(config)
+        core = _made(make_core, config)
         channel.send(core.ready())
         # What loading left behind never dies: keep the collector from walking it between steps.
         gc.collect()
@@ -145,6 +146,20 @@ def serve(sock: socket.socket, make_core: CoreFactory) -> int:
             logger.error("%s", fatal.message)
         return fatal.exit_code
     return 0
+
+
+def _made(make_core: CoreFactory, config: EngineConfig) -> EngineCore:
+    """UserError where there is not enough memory: the limit is the user's to raise, and no defect."""
+    room = host_memory.headroom()  # before: what a failed start has taken is not free yet
+    try:
+        return make_core(config)
+    except Exception as error:
+        if not host_memory.ran_out(error):
+            raise
+        raise UserError(
+            f"memory ran out while the model was loaded: {host_memory.gib(room.free)} were free of "
+            f"{room.limit}; raise the limit, or serve a smaller or a quantized checkpoint"
+        ) from error
 
 
 def _fatal(error: Exception) -> Fatal:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..architectures.config import eos_token_ids
 from ..architectures.registry import model_spec
 from ..errors import UserError
+from ..quant import canary
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.checkpoint.headers import read_json
@@ -53,6 +55,7 @@ class Runner:
         self.eos_token_ids = _eos_token_ids(checkpoint)
         self.cache = self.model.new_cache(self.num_blocks)
         self._check_sanity()
+        self._check_canary(checkpoint)
         with torch.inference_mode():
             self.model.warm_up(self.cache, self.max_model_len)
         self.load_seconds = time.perf_counter() - started
@@ -60,7 +63,7 @@ class Runner:
     def _load(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> None:
         config = self.config
         with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as reading:
-            memory.check_weights_fit(reading.nbytes, self.device)
+            memory.check_weights_fit(reading.nbytes, self.spec, self.device)
             with torch.inference_mode():
                 self.model = load_decoder(
                     Target(config, self.dtype, self.device),
@@ -175,6 +178,14 @@ class Runner:
                 "checkpoint"
             )
 
+    def _check_canary(self, checkpoint: Checkpoint) -> None:
+        """What the conversion kept of one prompt, asked again: damage that leaves numbers finite is found now."""
+        if self.config.quantize is not None or not checkpoint.path.is_dir():
+            return  # other weights than those that were converted
+        kept = canary.read(checkpoint.path, self.vocab_size)
+        if kept is not None:
+            canary.check(kept, self.logits(kept.prompt), checkpoint.path)
+
 
 def resolve_device(name: str) -> torch.device:
     """auto: the GPU where there is one. Raises UserError where torch has no such device here."""
@@ -205,8 +216,9 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     """From generation_config.json where it says more than config.json (chat models end turns with their own token)."""
     file = checkpoint.path / "generation_config.json"
     generation_config = read_json(file) if file.is_file() else {}
-    found: list[int] = []
-    for source in (generation_config, checkpoint.config):
-        ids = source.get("eos_token_id")
-        found += [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return sorted(set(found))
+    return sorted(
+        {
+            *eos_token_ids(generation_config, file),
+            *eos_token_ids(checkpoint.config, checkpoint.path),
+        }
+    )

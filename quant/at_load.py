@@ -24,7 +24,7 @@ from .algorithms import data_free
 from .checkpoint import Checkpoint
 from .checkpoint.output import check_disk, check_output, writing
 from .checkpoint.side_files import copy_side_files
-from .checkpoint.writer import ShardWriter, block_of, write_json
+from .checkpoint.writer import ShardWriter, block_of, write_json, write_sums
 from .formats import compressed_tensors
 from .scheme import LayerScheme, QuantScheme, exactly
 from .weight import QuantizedWeight
@@ -153,10 +153,11 @@ class QuantizedAtLoad(Checkpoint):
             self._flush(writer)
         for name in sorted(self.inner.names() - self._written):
             writer.add({name: self.inner.tensor(name)})
-        writer.finish()
+        digests = writer.finish()
         copy_side_files(self.inner, writer.out_dir)
         config: dict[str, Any] = self.config | {"quantization_config": self.scheme.to_config()}
         write_json(writer.out_dir / "config.json", config)
+        write_sums(writer.out_dir, digests)
 
     def is_quantized(self, module: str) -> bool:
         return self._is_block_matrix(f"{module}.weight") or self.inner.is_quantized(module)

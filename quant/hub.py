@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-_FILES = [
+LOADED_FILES = [
     "*.safetensors",
     "*.json",
     "tokenizer*",
@@ -16,7 +16,7 @@ _FILES = [
     "LICENSE*",
 ]
 # The same weights once more, in other layouts.
-_OTHERS = [f"*/{pattern}" for pattern in _FILES if pattern != "*.jinja"] + ["consolidated*"]
+_OTHERS = [f"*/{pattern}" for pattern in LOADED_FILES if pattern != "*.jinja"] + ["consolidated*"]
 _LIKE_A_FILE = (".gguf", ".safetensors", ".json")
 
 
@@ -46,7 +46,10 @@ def download(name: str, revision: str | None = None) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHERS
+                name,
+                revision=revision,
+                allow_patterns=[*LOADED_FILES, "SHA256SUMS"],
+                ignore_patterns=_OTHERS,
             )
         )
     except HFValidationError:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..version import __version__ as nibble_version
-from . import formats
+from . import canary, formats
 from .algorithms import data_free
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.journal import Journal, fingerprint
 from .checkpoint.output import check_disk, check_output, unpublish, writing
 from .checkpoint.side_files import copy_side_files
-from .checkpoint.writer import ShardWriter, block_of, config_in, write_json
+from .checkpoint.writer import ShardWriter, block_of, config_in, write_json, write_sums
+from .conversion.witness import witness
 from .scheme import LayerScheme, Method, QuantScheme, Strategy, exactly
 from .weight import QuantizedWeight
 
@@ -90,8 +91,11 @@ def reformat(
             checkpoint.release()
             if progress is not None:
                 progress(index + 1, len(blocks))
-        journal.writer.finish()
+        digests = journal.writer.finish()
         write_json(partial / "config.json", job.config())
+        witnessed = witness(partial, torch.device("cpu"))
+        write_json(partial / canary.FILE, canary.as_json(witnessed))
+        write_sums(partial, digests)
     return job.result
 
 

@@ -52,7 +52,7 @@ class Sequence:
         self.last_time: float | None = None  # time.perf_counter() at the last token
         self.is_done = False
 
-    def usage(self) -> dict:
+    def usage(self) -> dict[str, object]:
         return usage(len(self.prompt_token_ids), self.num_tokens, self.num_cached_tokens)
 
 
@@ -99,7 +99,7 @@ class Generation:
         metrics.params_n.observe(n)
         metrics.params_max_tokens.observe(params.max_tokens)
 
-    def usage(self) -> dict:
+    def usage(self) -> dict[str, object]:
         """The usage object so far: each prompt counted once, however often it was sampled."""
         return usage(
             sum(map(len, self.prompts)),
@@ -172,7 +172,7 @@ class Generation:
             )
 
 
-def usage(prompt: int, completion: int, cached: int) -> dict:
+def usage(prompt: int, completion: int, cached: int) -> dict[str, object]:
     """OpenAI's usage object."""
     return {
         "prompt_tokens": prompt,

@@ -146,7 +146,7 @@ class Lifecycle:
         self.failure: BaseException | None = None  # what ended the server
         self.signals = 0
         self.renderer: Renderer | None = None
-        self.tasks: set[asyncio.Task] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     async def run(
         self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]"
@@ -247,13 +247,13 @@ class Lifecycle:
         self.exit_code = code
         self.http.should_exit = True
 
-    def _keep(self, task: asyncio.Task) -> asyncio.Task:
+    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
         """The loop holds tasks weakly: one that runs beside the others must be held, and its failure be heard, here."""
         self.tasks.add(task)
         task.add_done_callback(self._done)
         return task
 
-    def _done(self, task: asyncio.Task) -> None:
+    def _done(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:  # of any kind: a panic in Rust is no Exception

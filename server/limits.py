@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 from fastapi import Request
@@ -54,7 +55,7 @@ Model = TypeVar("Model", bound=BaseModel)
 _JSON = re.compile(r"application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
-def check_template_kwargs(kwargs: dict | None) -> None:
+def check_template_kwargs(kwargs: Mapping[str, object] | None) -> None:
     """Raise ApiError 400 unless every key is in TEMPLATE_KWARGS. Values are scalars already, by the schema."""
     for name in kwargs or ():
         if name not in TEMPLATE_KWARGS:

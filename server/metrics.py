@@ -108,7 +108,7 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self.model_name = model_name
         self._engine = _EngineCollector(model_name)
-        self.registry.register(self._engine)  # type: ignore[arg-type]
+        self.registry.register(self._engine)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
         self.prompt_tokens_cached = self._counter(
             "prompt_tokens_cached", "Prompt tokens found in the prefix cache"
@@ -185,7 +185,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The Prometheus text format, aliases included."""
-        return generate_latest(_WithAliases(self.registry))  # type: ignore[arg-type]
+        return generate_latest(_WithAliases(self.registry))
 
 
 class _EngineCollector:

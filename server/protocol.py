@@ -109,7 +109,7 @@ class Protocol(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not None and self.cycle is not before:
-            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})  # type: ignore
+            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})
             extensions[DIRECT_WRITE] = _direct_write(self.cycle)
             extensions[CUT] = self.cut
             if not self.has_room:

@@ -225,7 +225,7 @@ def serve_command(
             help="Keeps weights in the CPU kernels' layout for the next start; none: nothing is kept",
             rich_help_panel=_CPU,
         ),
-    ] = "~/.cache/nibble/prepared",
+    ] = "~/.cache/nibble",
 ) -> int:
     """Serve MODEL behind an OpenAI-compatible API.
 

@@ -3,6 +3,7 @@
 Backends lay out what comes from here; none of them knows a tensor's name.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Linear:
         """Cut by outputs into so many of the same size."""
         if count == 1:
             return [self]
+        weight: Weight
         if isinstance(self.weight, Tensor):
             weight, size = self.weight, len(self.weight) // count
         else:
@@ -49,6 +51,7 @@ class ModelWeights:
     def check(self) -> None:
         """The tensors outside the layers, from headers alone: a wrong file is refused in no time. CheckpointError."""
         model = self.model
+        self._check_depth()
         self._check_shape(f"{model.prefix}norm.weight", (model.hidden_size,))
         if not self.checkpoint.is_quantized(f"{model.prefix}embed_tokens"):
             self._check_shape(
@@ -61,6 +64,19 @@ class ModelWeights:
                 tensor="lm_head.weight",
                 fix="set tie_word_embeddings if it is, or get the complete model",
             )
+
+    def _check_depth(self) -> None:
+        """A model without its last layers answers, but with nonsense."""
+        pattern = re.compile(re.escape(f"{self.model.prefix}layers.") + r"(\d+)\.")
+        for name in self.checkpoint.names():
+            match = pattern.match(name)
+            if match is not None and int(match[1]) >= self.model.num_layers:
+                raise CheckpointError(
+                    f"is of layer {match[1]}, config.json says that there are {self.model.num_layers}, from 0 on",
+                    file=self.checkpoint.path,
+                    tensor=name,
+                    fix=_FIX,
+                )
 
     def embedding(self, dtype: torch.dtype) -> Tensor:
         """[vocab_size, hidden_size]"""
@@ -104,8 +120,8 @@ class ModelWeights:
 
     def _linear(self, module: str, shape: tuple[int, int]) -> Weight:
         weight = self.checkpoint.linear(module)
-        dense = isinstance(weight, Tensor)
-        found = tuple(weight.shape) if dense else (weight.out_features, weight.in_features)
+        matrix = weight if isinstance(weight, Tensor) else weight.codes
+        found = tuple(matrix.shape)
         if found != shape:
             raise self._error(f"{module}.weight", found, shape)
         return weight

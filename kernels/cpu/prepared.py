@@ -20,7 +20,8 @@ from .library import NbInput, NbLinear, NbLinearGroup, Pool
 LAYOUT = (
     2  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
 )
-_INT_GROUP, _WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
+INT_GROUP, WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
+_HEAD_ROWS = 4096  # of it at a time
 _HEAD_GROUP = 32  # of an 8-bit output head: with 64, what rounding it costs is twice as much
 
 
@@ -61,10 +62,11 @@ class Prepared:
         return replace(self, multiplier=self.multiplier * scale, bias=bias)
 
     def move(self, arena: Arena) -> "Prepared":
-        """Into memory that is fast to read."""
+        """Into memory that is fast to read, and that no file lies behind."""
         self.data = arena.copy(self.data)
-        self.scales = None if self.scales is None else arena.copy(self.scales)
-        self.offsets = None if self.offsets is None else arena.copy(self.offsets)
+        for name in ("scales", "offsets", "bias", "perm"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else arena.copy(tensor))
         return self
 
     def describe(self, int8: bool) -> str:
@@ -84,11 +86,18 @@ def prepare(weight: QuantizedWeight | Tensor, bias: Tensor | None = None) -> Pre
         weight = weight.dequantize(torch.bfloat16)
     n, k = weight.shape
     tiles = _tiles(weight.to(torch.bfloat16).view(torch.int16), 2).permute(0, 2, 1, 3).contiguous()
-    return Prepared(lib.DENSE, n, k, _WIDE_GROUP, tiles, bias=bias)
+    return Prepared(lib.DENSE, n, k, WIDE_GROUP, tiles, bias=bias)
 
 
 def quantize_head(weight: Tensor) -> QuantizedWeight:
     """A dense [vocab, hidden] weight as symmetric 8-bit codes with a scale for every _HEAD_GROUP columns of a row."""
+    parts = [_quantize_head_rows(rows) for rows in weight.split(_HEAD_ROWS)]
+    codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+    return QuantizedWeight(codes, scales, bits=8, block=(1, _HEAD_GROUP))
+
+
+def _quantize_head_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows: all of a vocabulary in float32 would be most of what a start needs."""
     rows, columns = weight.shape
     groups = F.pad(weight.float(), (0, -columns % _HEAD_GROUP)).view(rows, -1, _HEAD_GROUP)
     scales = (groups.abs().amax(-1) / 127).half()
@@ -99,15 +108,13 @@ def quantize_head(weight: Tensor) -> QuantizedWeight:
         .add_(128)
         .to(torch.uint8)
     )
-    return QuantizedWeight(
-        codes.view(rows, -1)[:, :columns].contiguous(), scales, bits=8, block=(1, _HEAD_GROUP)
-    )
+    return codes.view(rows, -1)[:, :columns].contiguous(), scales
 
 
 def _kernel_group(weight: QuantizedWeight) -> int | None:
     """Columns that share a scale in the kernel: the weight's own group, or an even part of it; None: neither works."""
     rows, group = weight.block
-    widest = _WIDE_GROUP if weight.kind == "fp8" else _INT_GROUP
+    widest = WIDE_GROUP if weight.kind == "fp8" else INT_GROUP
     if (rows != 1 and weight.kind != "fp8") or weight.bits > 8:
         return None
     if group >= weight.in_features:

@@ -17,10 +17,27 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from ...quant.private_files import why_not_private
+
 logger = logging.getLogger(__name__)
 
 HEURISTIC = Path(__file__).parent / "configs" / "heuristic.json"
 MEASURED = Path("~/.cache/nibble/tiles")  # where `nibble tune` writes
+_BOUNDS = {  # of what a table may ask for
+    "rows": (1, 1 << 20),
+    "block_m": (16, 256),
+    "block_n": (16, 512),
+    "warps": (1, 16),
+    "stages": (1, 8),
+    "splits_per_sm": (1, 64),
+    "max_group": (0, 1 << 20),
+    "gemv_rows": (0, 1 << 20),
+    "gemv_block_n": (16, 512),
+    "gemv_warps": (1, 16),
+    "gemv_splits_per_sm": (1, 64),
+    "dequantize_rows": (1, 1 << 30),
+}
+_POWERS = ("block_m", "block_n", "warps", "gemv_block_n", "gemv_warps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +97,11 @@ def table(device_name: str, cc: int, weights: str, shipped: Path) -> Table:
 
 
 def tables(file: Path) -> list[Table]:
-    """Every table of a file. ValueError, TypeError or KeyError where it is none."""
+    """Every table of a file. ValueError, TypeError or KeyError where it is none, or asks for what no card computes."""
     entries = json.loads(file.read_text())
     if not isinstance(entries, list):
         raise TypeError("not a list of tables")
-    return [
+    found = [
         Table(
             **{
                 **entry,
@@ -94,6 +111,21 @@ def tables(file: Path) -> list[Table]:
         )
         for entry in entries
     ]
+    for each in found:
+        _check(each)
+    return found
+
+
+def _check(found: Table) -> None:
+    if not found.gemm and found.gemv_rows + 1 < found.dequantize_rows:
+        raise ValueError("a table without tiles")
+    for part in (found, *found.gemm):
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(part, name, least)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}")
+            if not least <= value <= most or (name in _POWERS and value & (value - 1)):
+                raise ValueError(f"{name} is {value}")
 
 
 def measured_tables(file: Path) -> list[Table]:
@@ -102,11 +134,14 @@ def measured_tables(file: Path) -> list[Table]:
         file = file.expanduser()
     except RuntimeError:  # nobody's home: a container without one
         return []
-    if not file.exists():
-        return []
     try:
+        if reason := why_not_private(file):
+            logger.warning("%s is ignored: it %s", file, reason)
+            return []
         return tables(file)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.warning(
             "%s holds no tables of tiles (%s): ignored; run `nibble tune` again, or remove it",
             file,

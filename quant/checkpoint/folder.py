@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from .. import formats
-from ..formats.base import BadTensor, check_finite, is_quantized
+from ..formats.base import BadTensor, check_finite, check_scales, is_quantized
 from ..scheme import LayerScheme, QuantScheme
 from ..weight import QuantizedWeight
 from .base import Checkpoint
@@ -66,6 +66,8 @@ class FolderCheckpoint(Checkpoint):
             weight: QuantizedWeight | Tensor = reader.read(
                 {s: self._raw(f"{module}.{s}") for s in found}, layer, scheme.format
             )
+            if isinstance(weight, QuantizedWeight):
+                check_scales(next((s for s in found if "scale" in s), found[0]), weight)
         except BadTensor as error:
             raise self._error(f"{module}.{error.suffix}", error.problem) from None
         return weight

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..hashes import file_sha256
 from .base import Checkpoint
-from .headers import read_json
-from .writer import WORK, ShardWriter, file_sha256, save_tensors, write_json
+from .writer import WORK, ShardWriter, read_checked_json, save_tensors, write_checked_json
 
 _START_AGAIN = "start again with --overwrite"
 
@@ -44,7 +44,7 @@ class Journal:
         """
         journal = cls(writer, fingerprint)
         if journal._file.exists():
-            content = read_json(journal._file)
+            content = read_checked_json(journal._file)
             if content.get("fingerprint") != fingerprint:
                 raise CheckpointError(
                     "was begun from another model, with another recipe or by another version",
@@ -65,7 +65,7 @@ class Journal:
             file = self.writer.work / f"state-{len(self.entries):05d}.safetensors"
             self._state = {"file": file.name, "sha256": save_tensors(file, state)}
         self.entries.append({"file": part.name, "sha256": sha256, "report": report})
-        write_json(
+        write_checked_json(
             self._file,
             {"fingerprint": self.fingerprint, "parts": self.entries, "state": self._state},
         )
@@ -99,9 +99,12 @@ class Journal:
 
 
 def begun(partial: Path) -> int | None:
-    """How many parts a killed run has finished in `partial`; None if there is none to go on with."""
-    file = partial / WORK / "journal.json"
-    return len(read_json(file).get("parts", [])) if file.exists() else None
+    """How many parts a killed run has finished in `partial`; None if there is none to go on with.
+
+    Whether the journal is whole is asked when it is opened: until then nothing of such a run may be thrown away.
+    """
+    work = partial / WORK
+    return max(1, len(list(work.glob("part-*")))) if (work / "journal.json").exists() else None
 
 
 def lock(partial: Path) -> IO[bytes]:

@@ -15,15 +15,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import CheckpointError
+from ..hashes import SUMS, file_sha256, sums
 from .base import Checkpoint
-from .headers import DTYPES, read_raw_header
+from .headers import DTYPES, read_json, read_raw_header
 from .side_files import copy_side_files
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -51,29 +53,32 @@ class ShardWriter:
         path = self.work / f"part-{len(self.parts):05d}.safetensors"
         return path, save_tensors(path, tensors)
 
-    def finish(self) -> list[Path]:
-        """Join the parts into the final shards and write the index where there are several.
+    def finish(self) -> dict[Path, str]:
+        """Join the parts into the final shards, the SHA-256 of each returned, and write the index where there are
+        several.
 
         Killed on the way, it can be called again: shards that were done are not joined twice. Raises OSError where the
         disk is full. Needs free disk for one shard beside the parts.
         """
         if not self._layout_file.exists():
-            write_json(self._layout_file, self._plan_shards())
-        layout = json.loads(self._layout_file.read_text(encoding="utf-8"))
+            write_checked_json(self._layout_file, self._plan_shards())
+        layout = read_checked_json(self._layout_file)
         last_use = {
             piece["part"]: i
             for i, shard in enumerate(layout["shards"])
             for piece in shard["pieces"]
         }
         files = [self.out_dir / shard["name"] for shard in layout["shards"]]
+        digests = {}
         for i, (file, shard) in enumerate(zip(files, layout["shards"], strict=True)):
-            if not file.exists():
-                _join(self.work, shard["pieces"], file)
+            digests[file] = (
+                file_sha256(file) if file.exists() else _join(self.work, shard["pieces"], file)
+            )
             for part in [part for part, last in last_use.items() if last <= i]:
                 (self.work / part).unlink(missing_ok=True)
         if len(files) > 1:
             write_json(self.out_dir / "model.safetensors.index.json", layout["index"])
-        return files
+        return digests
 
     def clean(self) -> None:
         """Remove what only a killed run would need."""
@@ -113,8 +118,13 @@ class ShardWriter:
         ]
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a safetensors file durably under its name; returns the SHA-256 of its bytes. Raises OSError."""
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> str:
+    """Write a safetensors file durably under its name; returns the SHA-256 of its bytes. Raises OSError.
+
+    metadata: what the header says beside the tensors.
+    """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     entries = [
         (name, _NAMES[t.dtype], list(t.shape), t.numel() * t.element_size()) for name, t in ordered
@@ -122,23 +132,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as out:
-        for chunk in _chunks(entries, (t for _, t in ordered)):
+        for chunk in _chunks(entries, (t for _, t in ordered), metadata or {}):
             digest.update(chunk)
             out.write(chunk)
     _commit(temporary, path)
     return digest.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _chunks(
-    entries: list[tuple[str, str, list[int], int]], tensors: Iterable[Tensor]
+    entries: list[tuple[str, str, list[int], int]],
+    tensors: Iterable[Tensor],
+    metadata: dict[str, str],
 ) -> Iterable[Any]:
-    yield _header(entries)
+    yield _header(entries, metadata)
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
@@ -146,9 +152,11 @@ def _chunks(
             yield from (raw[i : i + _CHUNK] for i in range(0, len(raw), _CHUNK))
 
 
-def _header(entries: list[tuple[str, str, list[int], int]]) -> bytes:
+def _header(
+    entries: list[tuple[str, str, list[int], int]], metadata: dict[str, str] | None = None
+) -> bytes:
     """The first bytes of a safetensors file with these tensors (name, dtype, shape, bytes), in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     offset = 0
     for name, dtype, shape, nbytes in entries:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
@@ -174,19 +182,26 @@ def _pieces(part: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _join(folder: Path, pieces: list[dict[str, Any]], path: Path) -> None:
+def _join(folder: Path, pieces: list[dict[str, Any]], path: Path) -> str:
+    """Returns the SHA-256 of what was written."""
     temporary = path.with_suffix(".tmp")
+    header = _header([(p["name"], p["dtype"], p["shape"], p["nbytes"]) for p in pieces])
+    digest = hashlib.sha256(header)
     with temporary.open("wb") as out:
-        out.write(_header([(p["name"], p["dtype"], p["shape"], p["nbytes"]) for p in pieces]))
+        out.write(header)
         for piece in pieces:
             with (folder / piece["part"]).open("rb") as source:
                 source.seek(piece["start"])
                 left = piece["nbytes"]
                 while left:
                     chunk = source.read(min(left, _CHUNK))
+                    if not chunk:
+                        raise CheckpointError("has become shorter", file=folder / piece["part"])
+                    digest.update(chunk)
                     out.write(chunk)
                     left -= len(chunk)
     _commit(temporary, path)
+    return digest.hexdigest()
 
 
 def _commit(temporary: Path, path: Path) -> None:
@@ -195,6 +210,11 @@ def _commit(temporary: Path, path: Path) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def write_sums(folder: Path, known: Mapping[Path, str]) -> None:
+    """Hash every file that a conversion wrote. known: of files whose hash is known from writing them."""
+    write_text(folder / SUMS, sums(folder, known))
 
 
 def sync_folder(folder: Path) -> None:
@@ -209,6 +229,23 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON side file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+    """As `write_json`, with a hash of the content in it: what a later run will act on unseen."""
+    write_json(path, content | {"sha256": _content_sha256(content)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """What `write_checked_json` wrote. CheckpointError if it has changed since."""
+    content = read_json(path)
+    if content.pop("sha256", None) != _content_sha256(content):
+        raise CheckpointError("is damaged", file=path, fix="start again with --overwrite")
+    return content
+
+
+def _content_sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(path: Path, content: str) -> None:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, UserError
 from ...version import __version__ as nibble_version
-from .. import formats
+from .. import canary, formats
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.journal import Journal, fingerprint
 from ..checkpoint.output import check_disk, check_output, unpublish, writing
 from ..checkpoint.side_files import copy_side_files
-from ..checkpoint.writer import ShardWriter, config_in, write_json
+from ..checkpoint.writer import ShardWriter, config_in, write_json, write_sums
 from ..device import named_device
 from . import calibration
 from .block_quantizer import (
@@ -47,6 +47,7 @@ from .plan import Plan, make_plan
 from .recipe import CALIB_SAMPLES, CALIB_SEQLEN, Recipe
 from .report import BlockReport, Progress, Report
 from .sensitivity import allocate
+from .witness import witness
 
 
 def quantize_checkpoint(
@@ -111,9 +112,11 @@ def quantize_checkpoint(
         journal = Journal.open(writer, run)
         _convert_outside(checkpoint, source, journal)
         _convert_blocks(source, journal, report, activation_memory, progress)
-        files = writer.finish()
-        report.bytes_after = sum(file.stat().st_size for file in files)
+        digests = writer.finish()
+        report.bytes_after = sum(file.stat().st_size for file in digests)
         write_json(partial / "config.json", _config(checkpoint, plan))
+        write_json(partial / canary.FILE, canary.as_json(witness(partial, source.device)))
+        write_sums(partial, digests)
     return report
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..weight import QuantizedWeight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_FLOAT16_MAX = 65504.0
 DENSE = (*FLOATS, torch.float64)
 
 
@@ -53,6 +54,24 @@ def check_finite(suffix: str, tensor: Tensor) -> Tensor:
     if bad:
         raise BadTensor(suffix, "holds NaN or infinity")
     return tensor
+
+
+def check_scales(suffix: str, weight: QuantizedWeight) -> None:
+    """BadTensor for scales that no tool gives a weight that was trained.
+
+    A few zeros are rows without a weight; integers on a symmetric grid may have scales of either sign, as Q4_0's have,
+    but not all of them below zero.
+    """
+    scales = weight.scales.float()
+    low, high = (float(value) for value in torch.aminmax(scales))
+    if max(-low, high) >= _FLOAT16_MAX:
+        raise BadTensor(suffix, f"reaches {max(-low, high):g}, where float16 ends")
+    if low > 0:
+        return
+    if int((scales == 0).sum()) * 2 > scales.numel():
+        raise BadTensor(suffix, "is zero for most of its groups")
+    if low < 0 and (weight.kind == "fp8" or (high < 0 and scales.numel() > 8)):
+        raise BadTensor(suffix, f"is negative ({low:g})")
 
 
 def columns_per_group(suffix: str, in_features: int, n_groups: int, configured: int) -> int:

@@ -6,6 +6,7 @@ text is the only thing that is encoded per token. An answer knows nothing of whe
 
 import time
 from collections.abc import Sequence as Items
+from typing import Any
 
 import msgspec
 from fastapi import Response
@@ -40,7 +41,7 @@ class Answer:
         }
         self.head = b"data: " + encode(fields)[:-1] + b',"choices":['
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
     def opening(self, sequences: Items[Sequence]) -> bytes:
@@ -51,13 +52,13 @@ class Answer:
         """The events of one delta; nothing where it holds nothing to tell yet."""
         raise NotImplementedError
 
-    def closing(self, usage: dict) -> bytes:
+    def closing(self, usage: dict[str, Any]) -> bytes:
         """The events at the end: the usage, if it was asked for, without choices, and [DONE]."""
         if not self.body.include_usage:
             return sse.DONE
         return self.head + b'],"usage":' + encode(self.usage(usage)) + b"}\n\n" + sse.DONE
 
-    def usage(self, counted: dict) -> dict:
+    def usage(self, counted: dict[str, Any]) -> dict[str, Any]:
         """What is said of the usage, of which `counted` is what the engine did."""
         return counted
 
@@ -67,7 +68,7 @@ class Answer:
             return self.head + choice + b"]" + self.tail
         return self.head + choice + b'],"usage":' + encode(sequence.usage()) + b"}\n\n"
 
-    def whole(self, deltas: list[Delta], usage: dict) -> Response:
+    def whole(self, deltas: list[Delta], usage: dict[str, Any]) -> Response:
         return json_response(
             {
                 "id": self.id,

@@ -6,7 +6,7 @@ its text as it comes, an empty delta with the finish_reason; then the usage if a
 
 import time
 from collections.abc import Sequence as Items
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
@@ -216,7 +216,7 @@ class ChatAnswer(Answer):
         self.tokenizer = serving.tokenizer
         self.top_n = body.top_logprobs or 0
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         return {
             "index": whole.sequence.index,
             "message": {"role": "assistant", "content": whole.text, "refusal": None},
@@ -251,7 +251,7 @@ class ChatAnswer(Answer):
             )
         return data
 
-    def _logprobs(self, delta: Delta) -> dict | None:
+    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         return (
             None
             if delta.logprobs is None

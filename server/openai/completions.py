@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request, Response
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
+from ...engine.messages import TokenLogprobs
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
 from ...engine.text.tokenizer import TooManyTokens
@@ -105,7 +106,7 @@ class CompletionRequest(SamplingFields):
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
-        return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item,return-value]
+        return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 async def create(request: Request, serving: Serving) -> Response:
@@ -190,7 +191,7 @@ class CompletionAnswer(Answer):
         self.started: set[int] = set()  # sequences that have had their first event
         self.prompt_only = body.max_tokens == 0
 
-    def choice(self, whole: Delta) -> dict:
+    def choice(self, whole: Delta) -> dict[str, Any]:
         text, logprobs = self._content(whole, first=True)
         finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
         return {
@@ -200,7 +201,7 @@ class CompletionAnswer(Answer):
             "finish_reason": finish_reason,
         }
 
-    def usage(self, counted: dict) -> dict:
+    def usage(self, counted: dict[str, Any]) -> dict[str, Any]:
         return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else counted
 
     def event(self, delta: Delta) -> bytes:
@@ -246,7 +247,7 @@ class CompletionAnswer(Answer):
             }
         )
 
-    def _content(self, delta: Delta, first: bool) -> tuple[str, dict | None]:
+    def _content(self, delta: Delta, first: bool) -> tuple[str, dict[str, list[Any]] | None]:
         """Text and logprobs of one delta, the prompt's before them if it is to be echoed and this is the first."""
         text, positions, offsets = delta.text, delta.logprobs, delta.offsets
         if self.prompt_only:
@@ -261,20 +262,20 @@ class CompletionAnswer(Answer):
     def _echoed(
         self,
         text: str,
-        positions: list | None,
+        positions: list[TokenLogprobs] | None,
         offsets: list[int],
         sequence: Sequence,
         first: bool,
-    ) -> tuple[str, dict | None]:
+    ) -> tuple[str, dict[str, list[Any]] | None]:
         echo = self.echoes[sequence.index // self.n]
-        positions = positions or []
-        ids = [position.token_id for position in positions]
+        shown: list[TokenLogprobs | None] = [*(positions or [])]
+        ids = [position.token_id for position in positions or []]
         offsets = [len(echo.text) + offset for offset in offsets]
         if first:
             text = echo.text + text
-            positions = [*(sequence.prompt_logprobs or []), *positions]
+            shown = [*(sequence.prompt_logprobs or []), *shown]
             if sequence.prompt_logprobs is not None:
                 ids, offsets = sequence.prompt_token_ids + ids, echo.offsets + offsets
-        if not positions:
+        if not shown:
             return text, None
-        return text, completion_logprobs(self.tokenizer, positions, ids, offsets, self.top_n)
+        return text, completion_logprobs(self.tokenizer, shown, ids, offsets, self.top_n)

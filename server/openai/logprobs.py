@@ -8,6 +8,7 @@ by comparing them for equality.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from ...engine.messages import TokenLogprobs
 from ...engine.text.tokenizer import Tokenizer
@@ -15,7 +16,9 @@ from ...engine.text.tokenizer import Tokenizer
 _LOWEST = -9999.0  # JSON has no -inf
 
 
-def chat_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs], top_n: int) -> dict:
+def chat_logprobs(
+    tokenizer: Tokenizer, positions: Sequence[TokenLogprobs], top_n: int
+) -> dict[str, object]:
     """`positions` in the chat style, with `top_n` alternatives each."""
     content = []
     for position in positions:
@@ -34,12 +37,12 @@ def completion_logprobs(
     token_ids: Sequence[int],
     offsets: Sequence[int],
     top_n: int,
-) -> dict:
+) -> dict[str, list[Any]]:
     """`positions` in the completions style; None (a prompt's first token) has no probability, only its token id.
 
     `offsets` says where in the choice's text each token starts, in characters.
     """
-    result: dict[str, list] = {
+    result: dict[str, list[Any]] = {
         "text_offset": list(offsets),
         "token_logprobs": [],
         "tokens": [],
@@ -76,6 +79,6 @@ def _own(position: TokenLogprobs) -> float:
     return max(position.logprob, _LOWEST)
 
 
-def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict:
+def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, object]:
     raw = tokenizer.token_bytes(token_id)
     return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}

@@ -21,7 +21,7 @@ def retrieve(model: str, serving: Serving) -> Response:
     return json_response(_card(model, serving))
 
 
-def _card(name: str, serving: Serving) -> dict:
+def _card(name: str, serving: Serving) -> dict[str, object]:
     """OpenAI's model object, with vLLM's `max_model_len` and `root`, and what the weights are."""
     serving.check_ready()
     ready = serving.engine.ready

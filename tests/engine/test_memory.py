@@ -1,4 +1,4 @@
-"""The memory plan against bytes counted by hand, and what is free as /proc and the control group tell it."""
+"""The memory plan against bytes counted by hand."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from nibble.architectures.registry import model_spec
 from nibble.engine import memory
 from nibble.engine.config import EngineConfig
+from nibble.engine.host_memory import Headroom
 from nibble.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -40,37 +41,13 @@ def config(**changes) -> EngineConfig:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Sets what the machine's files say; None: no such file."""
+    """Sets what is free on the host."""
 
-    def describe(available_kib: int | None, limit: str | None = None, used: str | None = None):
-        files = {
-            "/proc/meminfo": None
-            if available_kib is None
-            else f"MemTotal:       99999999 kB\nMemAvailable:   {available_kib} kB\nCached: 5 kB\n",
-            "/sys/fs/cgroup/memory.max": limit,
-            "/sys/fs/cgroup/memory.current": used,
-        }
-        monkeypatch.setattr(memory, "_read", lambda path: files[path] or "")
+    def describe(available_kib: int):
+        room = Headroom(available_kib * 1024, "a limit of 1 GiB")
+        monkeypatch.setattr(memory, "headroom", lambda: room)
 
     return describe
-
-
-def test_free_is_what_the_kernel_says_is_available(machine) -> None:
-    machine(2000)
-    assert memory.available_bytes(CPU) == 2000 * 1024
-
-
-def test_a_control_group_leaves_its_limit_less_what_is_used(machine) -> None:
-    machine(2000, "1000000\n", "400000\n")
-    assert memory.available_bytes(CPU) == 600_000
-
-
-@pytest.mark.parametrize(
-    ("limit", "used"), [("max\n", "5\n"), ("9000000\n", "1000\n"), (None, None)]
-)
-def test_a_control_group_that_allows_more_changes_nothing(machine, limit, used) -> None:
-    machine(2000, limit, used)
-    assert memory.available_bytes(CPU) == 2000 * 1024
 
 
 def test_the_cache_gets_its_share_after_the_activations(machine) -> None:
@@ -87,6 +64,13 @@ def test_no_more_is_planned_than_the_batch_can_fill(machine) -> None:
     assert memory.plan(config(), MODEL, torch.bfloat16, CPU).num_blocks == 8 * 512 // 16
     short = memory.plan(config(max_model_len=100), MODEL, torch.bfloat16, CPU)
     assert (short.num_blocks, short.max_model_len) == (8 * 7, 100)  # 100 tokens need 7 blocks
+
+
+def test_the_limit_that_was_taken_is_told(machine, caplog) -> None:
+    machine(1 << 20)
+    with caplog.at_level("INFO", "nibble.engine.memory"):
+        memory.plan(config(), MODEL, torch.bfloat16, CPU)
+    assert "in 1.00 GiB, free of a limit of 1 GiB" in caplog.text
 
 
 def test_the_context_shrinks_to_what_the_cache_holds(machine) -> None:
@@ -135,8 +119,13 @@ def test_a_gpu_needs_room_for_the_widest_matrix_in_16_bits(monkeypatch) -> None:
     assert plan.num_blocks == min(256, (free * 9 // 10 - plan.activations) // BLOCK)
 
 
-def test_weights_that_cannot_fit_are_refused_before_they_are_read(machine) -> None:
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(machine, monkeypatch) -> None:
     machine(1024)
-    memory.check_weights_fit(2**20, CPU)
-    with pytest.raises(UserError, match=r"need 0\.00 GiB, cpu memory has 0\.00 GiB free"):
-        memory.check_weights_fit(2**20 + 1, CPU)
+    head = 2 * 1000 * 64  # its codes, twice
+    memory.check_weights_fit(2**20 - head, MODEL, CPU)
+    with pytest.raises(UserError, match=r"needs 0\.00 GiB, 0\.00 GiB are free of a limit of 1 GiB"):
+        memory.check_weights_fit(2**20 - head + 1, MODEL, CPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    memory.check_weights_fit(2**20, MODEL, CUDA)
+    with pytest.raises(UserError, match="are free of cuda's memory"):
+        memory.check_weights_fit(2**20 + 1, MODEL, CUDA)

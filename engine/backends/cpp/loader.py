@@ -5,7 +5,7 @@ Nothing is fused here: the linears of a group lie side by side in one call whate
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -111,7 +111,8 @@ class CppBackend:
         head_bits = config.lm_head_bits or self._head_bits(checkpoint)
         # what is quantized at load has no path
         folder = config.prepared_cache if config.quantize is None else None
-        cache = PreparedCache.of(checkpoint, folder, f"head {head_bits}") if folder else None
+        options = f"head {head_bits}, layers {layers.start} to {layers.stop}"
+        cache = PreparedCache.of(checkpoint, folder, options) if folder else None
         weights = ModelWeights(checkpoint, model)
         return _Loader(weights, self.target, self.pool, head_bits, cache).load(layers, progress)
 
@@ -150,7 +151,10 @@ class _Loader:
         embedding = None
         if first or last:
             embedding = self.weights.embedding(torch.bfloat16).contiguous()
-        head = self._prepared("lm_head", lambda: [self._head(embedding)]) if last else None
+        head = None
+        if last:
+            shape = (model.vocab_size, model.hidden_size)
+            head = self._prepared("lm_head", [shape], lambda: [self._head(embedding)])
         if self.cache is not None:
             self.cache.save()
         config = self.target.config
@@ -173,8 +177,13 @@ class _Loader:
         qkv, o, gate_up, down = model.groups(index)
 
         def prepared(group: LinearGroup, scale: float = 1.0, parts: int = 1) -> PreparedGroup:
-            name = prefix + group.modules[0]
-            return self._prepared(name, lambda: weights.group(index, group, parts), scale)
+            shapes = [
+                (out // parts, group.in_features)
+                for out in group.out_features
+                for _ in range(parts)
+            ]
+            read = partial(weights.group, index, group, parts)
+            return self._prepared(prefix + group.modules[0], shapes, read, scale)
 
         def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
@@ -202,11 +211,15 @@ class _Loader:
         )
 
     def _prepared(
-        self, name: str, read: Callable[[], list[Linear]], scale: float = 1.0
+        self,
+        name: str,
+        shapes: list[tuple[int, int]],
+        read: Callable[[], list[Linear]],
+        scale: float = 1.0,
     ) -> PreparedGroup:
         """The group from the cache; else made, and kept there unless it is dense, which is a copy and no more. Its
         products are multiplied by `scale`."""
-        linears = self.cache.group(name) if self.cache is not None else None
+        linears = self.cache.group(name, shapes) if self.cache is not None else None
         if linears is None:
             linears = [prepare(linear.weight, linear.bias) for linear in read()]
             if self.cache is not None and any(linear.format != lib.DENSE for linear in linears):

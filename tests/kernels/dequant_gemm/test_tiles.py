@@ -1,6 +1,8 @@
 """Planning of measurements, and tables: what follows from given times, and what a start makes of the files."""
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -157,7 +159,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_measured_table_is_found_by_the_next_start(measured: Path) -> None:
-    fp8 = Table(90, 0, 64, 4, 64, (), weights=("fp8",))
+    fp8 = Table(90, 0, 64, 4, 64, TABLE.gemm, weights=("fp8",))
     assert measured.name == tiles.file_name("A Card")
     measured.write_text(tiles.as_json([TABLE, fp8]))
     assert tiles.tables(measured) == [TABLE, fp8]
@@ -166,13 +168,40 @@ def test_a_measured_table_is_found_by_the_next_start(measured: Path) -> None:
     assert table("Another Card", 90).min_cc == 90
 
 
-@pytest.mark.parametrize("content", ["", "{}", '[{"min_cc": 90}]', '[{"gemm": []}]', "[3]"])
+_BROKEN_TABLES = [
+    {"gemm": []},
+    {"gemv_warps": 3},
+    {"gemv_warps": "4"},
+    {"dequantize_rows": -1},
+    {"gemm": [{"rows": 16, "block_m": 16, "block_n": 48, "warps": 4, "stages": 4}]},
+    {"gemm": [{"rows": 16, "block_m": 1 << 20, "block_n": 64, "warps": 4, "stages": 4}]},
+    {
+        "gemm": [
+            {"rows": 16, "block_m": 16, "block_n": 64, "warps": 4, "stages": 4, "max_group": None}
+        ]
+    },
+    {"gemm": ["tile"]},
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", '[{"min_cc": 90}]', '[{"gemm": []}]', "[3]"]
+    + [json.dumps([asdict(TABLE) | change]) for change in _BROKEN_TABLES],
+)
 def test_a_broken_table_is_ignored_with_a_warning(
     measured: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured.write_text(content)
     assert table("A Card", 90).gemm
     assert "run `nibble tune` again" in caplog.text
+
+
+def test_a_table_that_others_could_have_written_is_ignored(measured: Path, caplog) -> None:
+    measured.write_text(tiles.as_json([TABLE]))
+    measured.chmod(0o666)
+    assert not table("A Card", 90).origin
+    assert "can be written by others" in caplog.text
 
 
 def test_without_a_home_there_is_the_heuristic(

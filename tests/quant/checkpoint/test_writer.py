@@ -1,5 +1,6 @@
 """ShardWriter: what other readers see, and that an interruption changes nothing."""
 
+import hashlib
 import json
 
 import pytest
@@ -46,6 +47,7 @@ def test_small_models_are_one_file(tmp_path):
 def test_large_models_are_sharded_with_an_index(tmp_path):
     files = write(tmp_path, max_shard_bytes=100)
     assert [f.name for f in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert all(hashlib.sha256(f.read_bytes()).hexdigest() == digest for f, digest in files.items())
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in ALL.values())
     for name, tensor in ALL.items():

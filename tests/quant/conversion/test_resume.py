@@ -147,6 +147,40 @@ def test_damage_to_what_was_done_is_noticed(dense, tmp_path, monkeypatch, name):
         convert(dense, tmp_path / "out", "gptq", resume=True, **FAST)
 
 
+def test_a_journal_that_has_changed_is_not_believed(dense, tmp_path, monkeypatch):
+    """One digit of what the report says of a part: no part is wrong, but the card would be."""
+    partial = interrupted(dense, tmp_path / "out", monkeypatch)
+    journal = partial / ".work" / "journal.json"
+    text = journal.read_text()
+    place = text.index('"seconds": ') + len('"seconds": ')
+    journal.write_text(text[:place] + ("1" if text[place] != "1" else "2") + text[place + 1 :])
+    for damage in (journal.read_text(), text[: len(text) // 2], "{}"):
+        journal.write_text(damage)
+        with pytest.raises(CheckpointError, match="journal.json"):
+            convert(dense, tmp_path / "out", "gptq", resume=True, **FAST)
+        assert (partial / ".work" / "part-00000.safetensors").exists(), "nothing is thrown away"
+    convert(dense, tmp_path / "out", "gptq", overwrite=True, **FAST)
+
+
+def test_a_plan_of_the_shards_that_has_changed_is_not_followed(dense, tmp_path):
+    """Killed while its parts are joined: where each byte goes is in layout.json."""
+
+    def killed():
+        convert_dies_joining(dense, tmp_path / "out")
+
+    assert in_child(killed) == signal.SIGKILL
+    layout = output.partial_of(tmp_path / "out") / ".work" / "layout.json"
+    text = layout.read_text()
+    layout.write_text(text.replace('"start": ', '"start": 1', 1))
+    with pytest.raises(CheckpointError, match=r"layout\.json: is damaged"):
+        convert(dense, tmp_path / "out", "fp8", resume=True)
+
+
+def convert_dies_joining(dense, out):
+    writer._join = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    convert(dense, out, "fp8")
+
+
 def test_a_full_disk_leaves_no_output_and_says_how_much_is_needed(dense, tmp_path, monkeypatch):
     """RLIMIT_FSIZE stands for the disk: no file may grow beyond it, so the final shard cannot be written."""
     whole = contents(convert(dense, tmp_path / "whole", "gptq", **FAST))
