@@ -11,7 +11,7 @@ given. A CRC finds damage, not malice: who else may write here is the cache's bu
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -125,9 +125,10 @@ def _manifest(metadata: dict[str, str]) -> Manifest:
 def _prepared(linear: _Linear, prefix: str, tensors: dict[str, Tensor]) -> Prepared:
     if not {"data"} <= linear.tensors.keys() <= set(_TENSORS):
         raise DamagedEntry(f"{prefix[:-1]} has the tensors {', '.join(linear.tensors) or 'none'}")
-    numbers = {key: getattr(linear, key) for key in _NUMBERS}
-    return Prepared(**numbers, **{key: tensors[prefix + key] for key in linear.tensors})
+    fields: dict[str, Any] = {key: getattr(linear, key) for key in _NUMBERS}
+    fields |= {key: tensors[prefix + key] for key in linear.tensors}
+    return Prepared(**fields)
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
