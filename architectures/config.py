@@ -5,10 +5,12 @@ Names and defaults are those of transformers' configuration classes, older spell
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from .base import Attention, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
+from .limits import MAX_SIZE, SIZES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = {
@@ -29,8 +31,6 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": 1.0}  # what it may have, and else has
-LARGEST = 1 << 31  # of a size
-MOST = {"num_hidden_layers": 4096, "hidden_size": 1 << 20, "vocab_size": 1 << 24}  # what is absurd
 
 
 class Config:
@@ -45,7 +45,7 @@ class Config:
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer."""
+        """A positive integer, within its bound in limits.py."""
         value = self.get(name, default)
         if value is None:
             raise CheckpointError(
@@ -53,25 +53,31 @@ class Config:
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, want a positive integer")
-        if value > (most := MOST.get(name, LARGEST)):
-            raise CheckpointError(f"config.json: {name} is {value!r:.30}, want at most {most}")
+        if value > (limit := SIZES.get(name, MAX_SIZE)):
+            raise CheckpointError(
+                f"config.json: {name} is more than {limit}, the most that is read"
+            )
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A finite number: JSON readers take infinity, too."""
+        """A positive number, as all of them are: no infinity, which JSON readers take."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"config.json: {name} is {value!r}, want a number")
-        if not abs(value) < LARGEST**2:
-            raise CheckpointError(f"config.json: {name} is {value!r:.30}, want a finite number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise CheckpointError(f"config.json: {name} is no finite number")
+        return number
 
     def positive(self, name: str, default: float) -> float:
-        """A number above 0."""
-        value = self.number(name, default)
-        if value <= 0:
-            raise CheckpointError(f"config.json: {name} is {value:g}, want a positive number")
-        return value
+        """A number above zero."""
+        number = self.number(name, default)
+        if number <= 0:
+            raise CheckpointError(f"config.json: {name} is {number!r}, want a positive number")
+        return number
 
     def epsilon(self, name: str, default: float) -> float:
         """What a norm adds before it takes the root: above 0 and below 1."""
@@ -83,6 +89,9 @@ class Config:
     def optional_number(self, name: str) -> float | None:
         return None if self.get(name) is None else self.number(name, 0.0)
 
+    def optional_positive(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.positive(name, 0.0)
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
@@ -92,7 +101,7 @@ class Config:
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Any:
         """One of GatedMlp's."""
         value = self.get(name, default)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise UnsupportedError(
                 f"config.json: {name} {value!r} is not supported ({', '.join(ACTIVATIONS)} are)"
             )
@@ -133,7 +142,7 @@ class Config:
         if not isinstance(found, Mapping):
             raise CheckpointError("config.json: the rope parameters are no JSON object")
         scaling = found.get("rope_type") or found.get("type") or "default"
-        if scaling not in ROPE_PARAMETERS:
+        if not isinstance(scaling, str) or scaling not in ROPE_PARAMETERS:
             raise UnsupportedError(
                 f"config.json: rope scaling {scaling!r} is not supported ({', '.join(ROPE_PARAMETERS)} are)"
             )
@@ -170,6 +179,24 @@ def _yarn_attention_factor(values: Config) -> float:
 
     one, all_dims = values.optional_number("mscale"), values.optional_number("mscale_all_dim")
     return sharpness(one) / sharpness(all_dims) if one and all_dims else sharpness(1.0)
+
+
+def eos_token_ids(values: Mapping[str, Any], file: Path) -> list[int]:
+    """`eos_token_id` of config.json or generation_config.json, which is one id, several or none. `file`: for errors."""
+    found = values.get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    for token_id in ids:
+        if (
+            isinstance(token_id, bool)
+            or not isinstance(token_id, int)
+            or not 0 <= token_id <= MAX_SIZE
+        ):
+            raise CheckpointError(
+                f"eos_token_id is {str(found)[:80]!r}, want token ids",
+                file=file,
+                fix="take config.json and generation_config.json from the original model",
+            )
+    return ids
 
 
 def head_dim(config: Config) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from . import gemma, granite, llama, ministral, mistral, olmo, phi, qwen, seed_oss, smollm3
 from .base import ModelSpec
 from .config import Config
@@ -50,7 +50,14 @@ GGUF = {entry.gguf[0]: entry.gguf[1] for entry in ARCHITECTURES if entry.gguf is
 def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     """What config.json describes. UnsupportedError for an architecture or a value that Nibble does not compute,
     CheckpointError for a field that is missing or makes no sense."""
-    return find(config).spec(Config(config))
+    architecture = find(config)
+    try:
+        return architecture.spec(Config(config))
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json makes no sense: {error}".splitlines()[0],
+            fix="take config.json from the original model",
+        ) from error
 
 
 def find(config: Mapping[str, Any]) -> Architecture:

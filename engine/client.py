@@ -84,7 +84,7 @@ class _Link(asyncio.Protocol):
 class AsyncEngine:
     """An engine in its own process, used from one asyncio event loop. Made by `start`."""
 
-    def __init__(self, process: subprocess.Popen, transport: asyncio.Transport, link: _Link):
+    def __init__(self, process: subprocess.Popen[bytes], transport: asyncio.Transport, link: _Link):
         self.stats = EngineStats()
         self.dead = asyncio.Event()
         self.messages_heard = 0  # so far, of any kind
@@ -97,7 +97,7 @@ class AsyncEngine:
         ] = {}  # request id -> its name in the engine, which is never used again
         self._sinks: dict[str, Sink] = {}  # by that name
         self._serial = itertools.count()
-        self._watching: asyncio.Task | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -301,7 +301,7 @@ def _died_loading(code: int) -> EngineDeadError:
     )
 
 
-def _reap(process: subprocess.Popen, timeout: float) -> None:
+def _reap(process: subprocess.Popen[bytes], timeout: float) -> None:
     """Wait for a process that is about to end; kill it if it does not within `timeout` seconds."""
     try:
         process.wait(timeout)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..architectures.config import eos_token_ids
 from ..architectures.registry import model_spec
 from ..errors import UserError
 from ..quant import canary
@@ -215,8 +216,9 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     """From generation_config.json where it says more than config.json (chat models end turns with their own token)."""
     file = checkpoint.path / "generation_config.json"
     generation_config = read_json(file) if file.is_file() else {}
-    found: list[int] = []
-    for source in (generation_config, checkpoint.config):
-        ids = source.get("eos_token_id")
-        found += [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return sorted(set(found))
+    return sorted(
+        {
+            *eos_token_ids(generation_config, file),
+            *eos_token_ids(checkpoint.config, checkpoint.path),
+        }
+    )

@@ -32,8 +32,10 @@ _LOOKS = 16  # in one timeout
 class Watched(Protocol):
     """What of an AsyncEngine is looked at."""
 
-    pid: int
     messages_heard: int
+
+    @property
+    def pid(self) -> int: ...
 
     def ping(self) -> None: ...
 

@@ -103,7 +103,7 @@ def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, _client_gone)  # before its body was whole
     _add_probes(app, serving)
     _add_api(app, serving)
-    app.openapi = lambda: openapi.describe(app, serving.vocab_size, bool(api_keys))  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.describe(app, serving, bool(api_keys))  # type: ignore[method-assign]
     return app
 
 

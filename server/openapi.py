@@ -11,10 +11,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from ..engine.request import MAX_INT
 from . import metrics
 from .auth import OPEN_PATHS
 from .openai import chat, completions, tokenize
-from .serving import Phase
+from .openai.sampling import PROMPT_TEXT, TOKEN_ID
+from .serving import Phase, Serving
 
 JsonSchema = dict[str, Any]
 
@@ -55,11 +57,16 @@ _OF_ALL = (400, 401, 503)
 _OF_BODIES = (404, 408, 413, 415)
 
 
-def describe(app: FastAPI, vocab_size: int | None, secured: bool) -> JsonSchema:
-    """The OpenAPI document. `vocab_size`: once it is known; `secured`: there are API keys."""
+def describe(app: FastAPI, serving: Serving, secured: bool) -> JsonSchema:
+    """The OpenAPI document; with what depends on the model once it is loaded. `secured`: there are API keys."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     components = document.setdefault("components", {})
-    components["schemas"] = _schemas(vocab_size)
+    components["schemas"] = schemas = _schemas()
+    if serving.is_loaded:
+        empty_text_is_none = not serving.tokenizer.encode("", True)
+        _limit(schemas, serving.engine.ready.vocab_size, int(empty_text_is_none))
+    else:
+        _limit(schemas, MAX_INT + 1, 0)
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     components["headers"] = {
         "RequestId": {"schema": {"type": "string", "pattern": "^[\\w.:-]{1,128}$"}},
@@ -113,15 +120,40 @@ def _response(description: str, content: JsonSchema, retry: bool = False) -> Jso
     return {"description": description, "headers": headers, "content": content}
 
 
-def _schemas(vocab_size: int | None) -> JsonSchema:
+def _schemas() -> JsonSchema:
     schemas: JsonSchema = {}
     for body in _BODIES.values():
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[body.__name__] = schema
-    if vocab_size is not None:
-        schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["maximum"] = vocab_size - 1
     return schemas | _answers()
+
+
+def _limit(schema: Any, vocab_size: int, min_chars: int) -> None:
+    """Where a schema has a token id, say how large it may be; where a prompt, how short."""
+    if isinstance(schema, list):
+        for item in schema:
+            _limit(item, vocab_size, min_chars)
+    elif isinstance(schema, dict):
+        if schema.pop(PROMPT_TEXT, False):
+            schema["minLength"] = min_chars
+        if schema.pop(TOKEN_ID, False):
+            name = "pattern" in schema  # of an object's property: an id in decimal
+            schema |= {"pattern": _up_to(vocab_size - 1)} if name else {"maximum": vocab_size - 1}
+        for item in schema.values():
+            _limit(item, vocab_size, min_chars)
+
+
+def _up_to(number: int) -> str:
+    """A pattern for the decimal numbers from 0 to `number`."""
+    digits = str(number)
+    shorter = [f"[1-9][0-9]{{{length - 1}}}" for length in range(1, len(digits))]
+    smaller = [  # as many digits, of which the first that differs is smaller
+        f"{digits[:i]}[{int(i == 0 and number > 9)}-{int(digit) - 1}][0-9]{{{len(digits) - i - 1}}}"
+        for i, digit in enumerate(digits)
+        if int(digit) > int(i == 0 and number > 9)
+    ]
+    return f"^({'|'.join(dict.fromkeys(['0', *shorter, *smaller, digits]))})$"
 
 
 _TEXT: JsonSchema = {"type": "string"}

@@ -4,6 +4,7 @@ short way for the body of a stream.
     head     HEAD_SECONDS from its first byte, or from the connection's
     body     BODY_SECONDS, after which limits.read_body answers; on a path that reads none the answer comes first
     rest     LINGER_SECONDS for what is still being sent of a body when the answer has been given
+    reading  READ_SECONDS to take at least something of what is left of the last answer of a connection
 
 uvicorn itself waits for ever for each of them, so connections that send a byte now and then would pile up (slowloris).
 Whatever path was asked for, and before any key is looked at, who is late is cut. connections.Connections bounds how
@@ -56,6 +57,7 @@ _METHODS = (
 )
 HEAD_SECONDS = 30.0
 LINGER_SECONDS = 5.0
+READ_SECONDS = 30.0
 DIRECT_WRITE, CUT, PROBES_ONLY = "nibble.direct_write", "nibble.cut", "nibble.probes_only"
 
 
@@ -87,6 +89,7 @@ class Protocol(H11Protocol):
         self.has_room = True
         self._owed: tuple[str, object] | None = None  # what the client owes, and of which request
         self._timer: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes that are not written yet, when they were last looked at
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -106,7 +109,7 @@ class Protocol(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not None and self.cycle is not before:
-            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})  # type: ignore
+            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})
             extensions[DIRECT_WRITE] = _direct_write(self.cycle)
             extensions[CUT] = self.cut
             if not self.has_room:
@@ -130,12 +133,8 @@ class Protocol(H11Protocol):
         self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
-        if (
-            self.transport.get_write_buffer_size()
-        ):  # closing would wait for a client that does not read
-            self.cut()
-        else:
-            super().timeout_keep_alive_handler()
+        super().timeout_keep_alive_handler()
+        self._look(has_begun=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
@@ -149,8 +148,9 @@ class Protocol(H11Protocol):
     def _look(self, has_begun: bool) -> None:
         """What does the client owe now? `has_begun`: it has sent something of it."""
         their_state = self.conn.their_state
-        if self.transport.is_closing():
-            self._expect(None)
+        if self.transport.is_closing():  # once all is written, for which it would wait for ever
+            self._unread = self.transport.get_write_buffer_size()
+            self._expect("reading" if self._unread else None, READ_SECONDS)
         elif their_state is h11.SEND_BODY and self.cycle.response_complete:
             self._expect("rest", LINGER_SECONDS)
         elif their_state is h11.SEND_BODY:
@@ -176,7 +176,15 @@ class Protocol(H11Protocol):
             return
         self.table.waits(self)
         if seconds is not None:
-            self._timer = self.loop.call_later(seconds, self.cut)
+            late = self._late_reader if what == "reading" else self.cut
+            self._timer = self.loop.call_later(seconds, late)
+
+    def _late_reader(self) -> None:
+        before, self._unread = self._unread, self.transport.get_write_buffer_size()
+        if self._unread < before:
+            self._timer = self.loop.call_later(READ_SECONDS, self._late_reader)
+        else:
+            self.cut()
 
 
 def _direct_write(cycle: RequestResponseCycle) -> Callable[[bytes], bool]:

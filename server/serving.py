@@ -64,11 +64,6 @@ class Serving:
         return self._loaded is not None
 
     @property
-    def vocab_size(self) -> int | None:
-        """None while loading."""
-        return self._loaded[0].ready.vocab_size if self._loaded else None
-
-    @property
     def engine(self) -> "AsyncEngine":
         return self._all()[0]
 

@@ -63,7 +63,8 @@ def machine() -> list[Finding]:
     """Versions, processor, C++ kernels, memory and GPUs."""
     import torch
 
-    from nibble.engine.memory import available_bytes, gib
+    from nibble.engine.host_memory import gib
+    from nibble.engine.memory import available_bytes
 
     packages = ", ".join(filter(None, map(_version, _PACKAGES)))
     found = [
@@ -175,6 +176,7 @@ def _memory(
     opened: "Checkpoint", spec: "ModelSpec", dtype: "torch.dtype", device: "torch.device"
 ) -> list[Finding]:
     from nibble.engine import memory
+    from nibble.engine.host_memory import gib
 
     free, weights = memory.available_bytes(device), opened.nbytes
     token = memory.kv_bytes_per_token(spec, dtype)
@@ -184,12 +186,12 @@ def _memory(
             Finding(
                 "fits",
                 "no",
-                f"weights {memory.gib(weights)}, free {memory.gib(free)}",
+                f"weights {gib(weights)}, free {gib(free)}",
                 "a smaller or a quantized checkpoint (nibble convert), or serve --quantize int4",
             )
         ]
     tokens = (free - weights) // token
-    text = f"weights {memory.gib(weights)} of {memory.gib(free)} free; {token / 1024:.0f} KiB a token of context"
+    text = f"weights {gib(weights)} of {gib(free)} free; {token / 1024:.0f} KiB a token of context"
     if tokens < context:
         return [
             Finding(

@@ -58,8 +58,10 @@ class KernelReport:
 class Decoder(Protocol):
     """Consecutive layers of a model with their weights."""
 
-    report: KernelReport
     overlaps: bool  # `forward` and `sample` only launch work: the host looks at no hidden states
+
+    @property
+    def report(self) -> KernelReport: ...
 
     @property
     def weight_bytes(self) -> int:

@@ -43,7 +43,7 @@ class Assignment:
 
 def assign(target: Target, model: ModelSpec) -> Assignment:
     """Give every layer to a backend. UnsupportedError names the layer and the reasons where none takes it."""
-    fast = (TritonBackend if target.device.type == "cuda" else CppBackend)(target)
+    fast: Backend = (TritonBackend if target.device.type == "cuda" else CppBackend)(target)
     backends: list[Backend] = [fast, TorchBackend(target)]
     gone = fast.unavailable()
     chosen: list[Backend] = []

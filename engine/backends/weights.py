@@ -29,6 +29,7 @@ class Linear:
         """Cut by outputs into so many of the same size."""
         if count == 1:
             return [self]
+        weight: Weight
         if isinstance(self.weight, Tensor):
             weight, size = self.weight, len(self.weight) // count
         else:
@@ -119,8 +120,8 @@ class ModelWeights:
 
     def _linear(self, module: str, shape: tuple[int, int]) -> Weight:
         weight = self.checkpoint.linear(module)
-        dense = isinstance(weight, Tensor)
-        found = tuple(weight.shape) if dense else (weight.out_features, weight.in_features)
+        matrix = weight if isinstance(weight, Tensor) else weight.codes
+        found = tuple(matrix.shape)
         if found != shape:
             raise self._error(f"{module}.weight", found, shape)
         return weight

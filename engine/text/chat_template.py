@@ -52,10 +52,10 @@ class _Namespace(jinja2.utils.Namespace):
 class _Dict:
     """`dict` as a template may use it, without the type itself."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict:
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
         return dict.fromkeys(*args)
 
 
@@ -129,7 +129,7 @@ def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
-    tools: Sequence[Mapping] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
@@ -213,7 +213,7 @@ def _plain(value: Any) -> Any:
     raise ValueError(f"a chat template takes JSON values, got {type(value).__name__}")
 
 
-def _mark_end(chat: list[dict]) -> None:
+def _mark_end(chat: list[dict[str, Any]]) -> None:
     content = chat[-1].get("content") if chat else None
     if isinstance(content, list):
         texts = [

@@ -17,7 +17,9 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
+from ...architectures import limits
 from ...errors import CheckpointError
+from ...quant.files import read_bounded
 from .chat_template import ChatFormat, ChatRenderer, Conversation
 from .control_tokens import MARK, check_unmarked
 from .tokenizer_config import TokenizerConfig, special_token
@@ -169,7 +171,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **kwargs: Any,
@@ -185,7 +187,7 @@ class Tokenizer:
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         parse_special_tokens: bool = False,
@@ -240,8 +242,9 @@ def _remove_marks(backend: tokenizers.Tokenizer, control_tokens: Sequence[str]) 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
+    data = read_bounded(file, limits.MAX_TOKENIZER_BYTES)
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(
             f"is not a tokenizer that this version of `tokenizers` reads: {error}".splitlines()[0],

@@ -16,7 +16,10 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken
 
+from ...architectures import limits
+from ...architectures.config import eos_token_ids
 from ...errors import CheckpointError
+from ...quant.files import read_bounded, read_text
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class TokenizerConfig:
         if "added_tokens_decoder" in self.config:
             listed = self.config["added_tokens_decoder"] or {}
             return [
-                AddedToken(**{**entry, "special": entry.get("special", False)})
+                AddedToken(**{"special": False, **entry, "content": _named(entry.get("content"))})
                 for _, entry in sorted(listed.items(), key=lambda entry: int(entry[0]))
             ]
         older = _read_json(self.folder / "added_tokens.json")
@@ -95,31 +98,35 @@ class TokenizerConfig:
                     "%s: a chat_template without name and template is left out", self.folder
                 )
         files = sorted(self.folder.glob("additional_chat_templates/*.jinja"))
-        templates |= {file.stem: file.read_text(encoding="utf-8") for file in files}
+        if len(files) > limits.MAX_TEMPLATES:
+            raise ValueError(f"{len(files)} additional chat templates")
+        templates |= {file.stem: read_text(file, limits.MAX_TEMPLATE_BYTES) for file in files}
         default = self.folder / "chat_template.jinja"
         return templates | (
-            {"default": default.read_text(encoding="utf-8")} if default.is_file() else {}
+            {"default": read_text(default, limits.MAX_TEMPLATE_BYTES)} if default.exists() else {}
         )
 
     def eos_token_ids(self) -> list[int]:
-        found = _read_json(self.folder / "generation_config.json").get("eos_token_id")
-        if found is None:
-            found = _read_json(self.folder / "config.json").get("eos_token_id")
-        ids = [] if found is None else found if isinstance(found, list) else [found]
-        if not all(isinstance(i, int) for i in ids):
-            raise ValueError(f"eos_token_id is {found!r}")
-        return ids
+        """generation_config.json's, else config.json's."""
+        files = [self.folder / name for name in ("generation_config.json", "config.json")]
+        return next((ids for file in files if (ids := eos_token_ids(_read_json(file), file))), [])
 
 
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
         return {}
     try:
-        return msgspec.json.decode(file.read_bytes(), type=dict)
-    except msgspec.DecodeError as error:
+        return msgspec.json.decode(read_bounded(file, limits.MAX_JSON_BYTES), type=dict)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(
             f"is not a JSON object: {error}", file=file, fix="download it again"
         ) from None
+
+
+def _named(content: Any) -> str:
+    if not isinstance(content, str) or not content:
+        raise ValueError(f"a token is {content!r}")
+    return content
 
 
 def special_token(content: str) -> AddedToken:

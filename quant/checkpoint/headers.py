@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from ...architectures import limits
 from ...errors import CheckpointError
+from ..files import read_bounded, regular_size
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -62,7 +64,7 @@ def scan(folder: Path) -> dict[str, TensorEntry]:
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a folder and, where there is an index, its map from tensor to file name."""
     index_file = folder / "model.safetensors.index.json"
-    if index_file.exists():
+    if index_file.exists() or index_file.is_symlink():
         index = read_json(index_file).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(f, str) for f in index.values()):
             raise CheckpointError(
@@ -82,7 +84,10 @@ def shard_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
                     file=folder / file_name,
                     fix="download it",
                 )
-        return [folder / f for f in sorted(set(index.values()))], index
+        names = sorted(set(index.values()))
+        if len(names) > limits.MAX_SHARDS:
+            raise CheckpointError(f"names {len(names)} shards", file=index_file, fix=_AGAIN)
+        return [folder / name for name in names], index
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"], {}
     return _unindexed(folder), {}
@@ -120,7 +125,12 @@ def _unindexed(folder: Path) -> list[Path]:
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Tensor entries of one safetensors file; CheckpointError unless header and file size agree."""
     header, data_start = read_raw_header(file)
-    data_size = file.stat().st_size - data_start
+    data_size = regular_size(file) - data_start
+    if len(header) > limits.MAX_TENSORS:
+        raise CheckpointError(
+            f"has {len(header)} tensors, more than the {limits.MAX_TENSORS} that a file may have",
+            file=file,
+        )
     entries = {}
     for name, raw in header.items():
         try:
@@ -129,7 +139,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(
                 "has a damaged header entry", file=file, tensor=name, fix=_AGAIN
             ) from None
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(
                 f"has dtype {dtype}, which is not supported", file=file, tensor=name
             )
@@ -170,7 +180,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 
 def _read_whole_header(file: Path) -> tuple[dict[str, Any], int]:
-    size = file.stat().st_size
+    size = regular_size(file)
     with file.open("rb") as stream:
         start = stream.read(8)
         if start == b"version ":
@@ -178,8 +188,12 @@ def _read_whole_header(file: Path) -> tuple[dict[str, Any], int]:
                 "is a Git LFS pointer, not the weights", file=file, fix="run `git lfs pull`"
             )
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, 100_000_000):
-            raise CheckpointError("is truncated or no safetensors file", file=file, fix=_AGAIN)
+        if len(start) < 8 or length > min(size - 8, limits.MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"is truncated, no safetensors file, or has a header of more than {limits.MAX_HEADER_BYTES} bytes",
+                file=file,
+                fix=_AGAIN,
+            )
         raw = stream.read(length)
     try:
         header = json.loads(raw)
@@ -193,8 +207,8 @@ def _read_whole_header(file: Path) -> tuple[dict[str, Any], int]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a side file; CheckpointError unless it is one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_bounded(file, limits.MAX_JSON_BYTES).decode())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"cannot be read as JSON: {error}".splitlines()[0], file=file, fix=_AGAIN
         ) from None

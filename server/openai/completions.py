@@ -24,6 +24,7 @@ from .prompt import encode_texts
 from .sampling import (
     INTEGRAL,
     INTEGRALS,
+    PROMPT_TEXT,
     STREAM_OPTIONS_NEED_STREAM,
     SamplingFields,
     TokenId,
@@ -48,15 +49,15 @@ def _kind(prompt: Any) -> str | None:
     return "list[list[int]]" if isinstance(first, list) else "list[int]"
 
 
-_FIRST_ERROR = Field(
-    fail_fast=True
-)  # of many items one wrong one is told; a million would take seconds
-_Ids = Annotated[list[TokenId], _FIRST_ERROR, INTEGRALS]
+# Of many items one wrong one is told: a million would take seconds.
+_SOME = Field(min_length=1, fail_fast=True)
+_Text = Annotated[str, Field(json_schema_extra={PROMPT_TEXT: True})]
+_Ids = Annotated[list[TokenId], _SOME, INTEGRALS]
 Prompt = Annotated[
-    Annotated[str, Tag("str")]
-    | Annotated[list[str], _FIRST_ERROR, Tag("list[str]")]
+    Annotated[_Text, Tag("str")]
+    | Annotated[list[_Text], _SOME, Tag("list[str]")]
     | Annotated[_Ids, Tag("list[int]")]
-    | Annotated[list[_Ids], _FIRST_ERROR, Tag("list[list[int]]")],
+    | Annotated[list[_Ids], _SOME, Tag("list[list[int]]")],
     Discriminator(
         _kind,
         custom_error_type="prompt_type",
@@ -105,8 +106,6 @@ class CompletionRequest(SamplingFields):
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
-        if not prompt:
-            raise errors.bad_request("'prompt' must not be empty.", "prompt")
         return [prompt] if isinstance(prompt[0], int) else prompt
 
 

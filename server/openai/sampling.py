@@ -4,6 +4,7 @@ A field that is not here is refused by name. A field whose type is one of the `O
 support, accepted at the value that asks for nothing, since clients send it.
 """
 
+import re
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -43,6 +44,15 @@ def _integrals(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         return check([_integral(item) for item in value])
 
 
+def _decimal(key: Any) -> Any:
+    """ "07" and "7" would be one key of two."""
+    if not isinstance(key, str):
+        return key
+    if not re.fullmatch("0|[1-9][0-9]{0,9}", key):
+        raise ValueError("a token id in decimal is wanted")
+    return int(key)
+
+
 def _no(value: bool) -> bool:
     if value:
         raise ValueError("only false is supported")
@@ -60,7 +70,7 @@ def excludes(field: str, *, unless: dict[str, Any], **allowed: Any) -> dict[str,
     }
 
 
-NOT_BOTH_ENDS = {
+NOT_BOTH_ENDS: dict[str, Any] = {
     "anyOf": [
         {"properties": {field: {"enum": [False, None]}}}
         for field in ("continue_final_message", "add_generation_prompt")
@@ -69,17 +79,21 @@ NOT_BOTH_ENDS = {
 INTEGRAL = BeforeValidator(_integral)
 Count = Annotated[int, Field(ge=0, le=MAX_INT), INTEGRAL]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), INTEGRAL]
-# That it is one of the vocabulary is checked where the vocabulary is known.
-TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+# What depends on the model is checked where that is known, and openapi.describe finds it by these marks.
+TOKEN_ID, PROMPT_TEXT = "x-token-id", "x-prompt-text"
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT, json_schema_extra={TOKEN_ID: True})]
 INTEGRALS = WrapValidator(_integrals)
 TokenIds = Annotated[list[TokenId], INTEGRALS]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARS)]
 LogitBias = Annotated[
-    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]],
+    dict[
+        Annotated[TokenId, BeforeValidator(_decimal)],
+        Annotated[float, Field(ge=-100.0, le=100.0)],
+    ],
     Field(
         max_length=limits.MAX_LOGIT_BIAS,
-        json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}},
+        json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$", TOKEN_ID: True}},
     ),
 ]
 OnlyNone: TypeAlias = None

@@ -171,6 +171,8 @@ def _parsed(data: bytes, first: float, seconds: float) -> Answer:
     headers = {name.lower(): value.strip() for name, _, value in pairs}
     if headers.get("transfer-encoding") == "chunked":
         body = _dechunked(body)
+    elif headers.get("content-length", "").isdecimal():
+        body = body[: int(headers["content-length"])]  # a second answer may follow
     return Answer(status, headers, body, first, seconds)
 
 

@@ -204,7 +204,7 @@ DAMAGES: dict[str, Damage] = {
         )
     },
     "config: bits of 5": Damage(_set(CONFIG, "quantization_config", "bits", to=5)),
-    "config: a group that divides nothing": Damage(_set(CONFIG, "quantization_config", "group_size", to=48)),
+    "config: a group that divides nothing": Damage(_set(CONFIG, "quantization_config", "group_size", to=48), MAY),
     "config: a group of 0": Damage(_set(CONFIG, "quantization_config", "group_size", to=0)),
     "config: an unknown method": Damage(_set(CONFIG, "quantization_config", "quant_method", to="x")),
     "config: code of its own (auto_map)": Damage(_code, MAY),

@@ -281,13 +281,15 @@ def expected(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def good(wide: Path, expected: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that a start has written and a second one has read."""
+    """A cache that a start has written, of which a copy is as good: a second start reads it and leaves it as it is."""
     folder = tmp_path_factory.mktemp("good")
-    for i in range(2):
-        answer, log = _served(wide, folder / "cache", folder / str(i))
-        if answer != expected:
-            raise RuntimeError(log)
-        _entry(folder / "cache")
+    first, log = _served(wide, folder / "cache", folder / "0")
+    shutil.copytree(folder / "cache", folder / "copy")
+    before = _entry(folder / "copy").stat()
+    second, more = _served(wide, folder / "copy", folder / "1")
+    after = _entry(folder / "copy").stat()
+    if not (first == second == expected and after.st_ino == before.st_ino) or "WARNING" in more:
+        raise RuntimeError(log + more)
     return folder / "cache"
 
 

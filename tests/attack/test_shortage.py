@@ -151,7 +151,7 @@ def expected(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         return server.complete("abc", 16, logprobs=3)
 
 
-@pytest.mark.parametrize("gib", [0.5, 1, 1.5, 2, 4, 8])
+@pytest.mark.parametrize("gib", [1, 1.5, 2, 4, 8])
 def test_short_memory(record: Record, tiny: Path, tmp_path: Path, gib: float) -> None:
     record(short_memory(tiny, tmp_path, gib))
 

@@ -113,14 +113,14 @@ SEEN_BEFORE: dict[str, tuple[str, Callable[[Path], None], str]] = {
         tensor(f"{DOWN}.weight_scale", lambda t: torch.cat([-t[:1], t[1:]])),
         "is negative",
     ),
-    "infinite epsilon": ("awq", config(rms_norm_eps=float("inf")), "rms_norm_eps is inf"),
+    "infinite epsilon": ("awq", config(rms_norm_eps=float("inf")), "rms_norm_eps is no finite number"),
     "epsilon of nothing": ("awq", config(rms_norm_eps=0), "rms_norm_eps is 0"),
-    "epsilon that is no number": ("awq", config(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
+    "epsilon that is no number": ("awq", config(rms_norm_eps=float("nan")), "rms_norm_eps is no finite number"),
     "epsilon of 1": ("awq", config(rms_norm_eps=1.0), "rms_norm_eps is 1"),
     "negative base": ("awq", config(rope_theta=-1, rope_parameters={"rope_theta": -1}), "rope_theta is -1"),
     "one layer less": ("awq", config(num_hidden_layers=1), "is of layer 1, config.json says that there are 1"),
-    "an infinite number of digits": ("awq", config(rms_norm_eps=10**400), "want a finite number"),
-    "a million layers": ("awq", config(num_hidden_layers=10**6), "want at most 4096"),
+    "an infinite number of digits": ("awq", config(rms_norm_eps=10**400), "no finite number"),
+    "a million layers": ("awq", config(num_hidden_layers=10**6), "num_hidden_layers is more than 1024"),
 }  # fmt: skip
 
 

@@ -201,6 +201,50 @@ def test_a_body_that_never_ends_is_cut_whoever_reads_it(monkeypatch: pytest.Monk
     assert left == [{"type": "http.disconnect"}]
 
 
+async def answer_at_length(scope: dict, receive: Callable, send: Callable) -> None:
+    """What is kept alive for half a second, unless the client wants the connection closed."""
+    head = [(b"content-length", b"%d" % 2**23)]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": b"x" * 2**23})
+
+
+def narrow(port: int) -> socket.socket:
+    """A connection on which the kernel keeps little that is not read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.connect(("127.0.0.1", port))
+    return sock
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_who_does_not_read_the_last_answer_is_cut_and_who_reads_slowly_is_not(
+    monkeypatch: pytest.MonkeyPatch, connection: str
+) -> None:
+    monkeypatch.setattr(protocol, "READ_SECONDS", 0.4)
+    request = f"GET / HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\n\r\n".encode()
+
+    async def run() -> None:
+        table = Connections(10, 0)
+        async with listening(answer_at_length, table, keep_alive=1) as port:
+            _, idle = await asyncio.open_connection(sock=narrow(port), limit=4096)
+            idle.write(request)
+            reader, slow = await asyncio.open_connection(sock=narrow(port), limit=2**20)
+            slow.write(request)
+            size = len(await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5))
+            whole = size + 2**23
+            while size < whole and (data := await asyncio.wait_for(reader.read(2**20), 5)):
+                size += len(data)
+                await asyncio.sleep(0.15 * (len(data) / 2**20))
+            assert size == whole
+            async with asyncio.timeout(5):
+                while len(table):
+                    await asyncio.sleep(0.01)
+            idle.close()
+            slow.close()
+
+    asyncio.run(run())
+
+
 def test_where_there_is_no_room_only_probes_are_answered() -> None:
     release = asyncio.Event()
 

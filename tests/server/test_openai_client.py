@@ -409,6 +409,7 @@ def test_max_tokens_beyond_the_context(client: openai.OpenAI) -> None:
         ({"extra_body": {"repetition_penalty": 1e-45}}, "repetition_penalty"),
         ({"extra_body": {"repetition_penalty": 1e-300}}, "repetition_penalty"),
         ({"extra_body": {"min_tokens": 2**40}}, "min_tokens"),
+        ({"logit_bias": {"07": 1}}, "logit_bias.07"),
         ({"logit_bias": {"9" * 4000: 1}}, "logit_bias." + "9" * 189),
         ({"stop": ["x"] * 17}, "stop"),
         ({"presence_penalty": 3}, "presence_penalty"),
@@ -430,7 +431,7 @@ def test_bad_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> 
     ("fields", "param"),
     [
         ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [[]]}, "prompt.0"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [-1]}, "prompt.0"),
         ({"prompt": [264]}, "prompt"),

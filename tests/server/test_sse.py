@@ -139,9 +139,15 @@ def test_work_stops_when_the_client_leaves() -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(app: Callable, table: Connections | None = None) -> AsyncGenerator[int, None]:
+async def listening(
+    app: Callable, table: Connections | None = None, keep_alive: int = 5
+) -> AsyncGenerator[int, None]:
     http = partial(protocol.Protocol, table=Connections(100, 0) if table is None else table)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, lifespan="off", log_config=None))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, port=0, http=http, lifespan="off", log_config=None, timeout_keep_alive=keep_alive
+        )
+    )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     task = asyncio.create_task(server.serve())
     while not server.started:

@@ -93,7 +93,7 @@ class CppDecoder(HostSampling):
     head: PreparedGroup | None
     report: KernelReport
     _struct: NbModel = field(init=False)
-    _kept: list = field(init=False)  # what the structures point to
+    _kept: list[object] = field(init=False)  # what the structures point to
 
     def __post_init__(self) -> None:
         model, first = self.model, self.layers[0]
@@ -192,5 +192,5 @@ class CppDecoder(HostSampling):
         return logits
 
 
-def _int32(values: list[int]) -> ctypes.Array:
+def _int32(values: list[int]) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * len(values))(*values)

@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from ....kernels.cpu.prepared import LAYOUT, Prepared
 from ....kernels.cpu.prepared_check import check
 from ....quant.checkpoint import Checkpoint
@@ -181,7 +183,7 @@ def _made_folder(folder: Path) -> str | None:
     return _why_not_ours(folder)
 
 
-def _tensors(linear: Prepared) -> list:
+def _tensors(linear: Prepared) -> list[Tensor]:
     each = (linear.data, linear.scales, linear.offsets, linear.bias, linear.perm)
     return [tensor for tensor in each if tensor is not None]
 

@@ -66,7 +66,7 @@ def write(file: Path, name: str, source: str, groups: Groups) -> None:
         for i, linear in enumerate(linears):
             own = {key: t for key in _TENSORS if (t := getattr(linear, key)) is not None}
             tensors |= {f"{group}.{i}.{key}": tensor for key, tensor in own.items()}
-            numbers = {key: getattr(linear, key) for key in _NUMBERS}
+            numbers: dict[str, Any] = {key: getattr(linear, key) for key in _NUMBERS}
             checksums = {key: _crc32(tensor) for key, tensor in own.items()}
             records[group].append(_Linear(**numbers, tensors=checksums))
     manifest = msgspec.json.encode(Manifest(name=name, source=source, groups=records))
@@ -92,7 +92,10 @@ def read(file: Path) -> Groups:
     if checksums.keys() != tensors.keys():
         other = min(checksums.keys() ^ tensors.keys())
         raise DamagedEntry(f"tensor {other} is {'missing' if other in checksums else 'foreign'}")
-    for name, tensor in tensors.items():  # in one thread: the pages of a mapped file come no faster to several
+    for (
+        name,
+        tensor,
+    ) in tensors.items():  # in one thread: the pages of a mapped file come no faster to several
         if _crc32(tensor) != checksums[name]:
             raise DamagedEntry(f"tensor {name} has changed")
     return {
@@ -122,9 +125,8 @@ def _manifest(metadata: dict[str, str]) -> Manifest:
 def _prepared(linear: _Linear, prefix: str, tensors: dict[str, Tensor]) -> Prepared:
     if not {"data"} <= linear.tensors.keys() <= set(_TENSORS):
         raise DamagedEntry(f"{prefix[:-1]} has the tensors {', '.join(linear.tensors) or 'none'}")
-    fields: dict[str, Any] = {key: getattr(linear, key) for key in _NUMBERS}
-    fields |= {key: tensors[prefix + key] for key in linear.tensors}
-    return Prepared(**fields)
+    numbers: dict[str, Any] = {key: getattr(linear, key) for key in _NUMBERS}
+    return Prepared(**numbers | {key: tensors[prefix + key] for key in linear.tensors})
 
 
 def _crc32(tensor: Tensor) -> int:

@@ -245,7 +245,7 @@ def _attend_plainly(
 ) -> Tensor:
     """As `_attend`, spelled out in float32 for what torch's own attention lacks: soft caps and sinks."""
     grouped = q.view(len(q), spec.num_kv_heads, -1, spec.head_dim).permute(1, 2, 0, 3).float()
-    keys, values = kv.float()
+    keys, values = kv.float().unbind()
     scores = soft_cap(grouped @ keys.unsqueeze(1).mT * spec.scale, spec.soft_cap) + mask.float()
     if sinks is not None:
         column = sinks.view(spec.num_kv_heads, -1, 1, 1).expand(-1, -1, len(q), 1)

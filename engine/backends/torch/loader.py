@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, ModelSpec, Norms
+from ....architectures.base import LayerSpec, ModelSpec, Norms, Rope
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
@@ -104,8 +104,10 @@ class _Loader:
     def _layer(self, index: int) -> TorchLayer:
         model = self.weights.model
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
-        groups = [self._fused(self.weights.group(index, group)) for group in model.groups(index)]
-        mixer = spec.mixer
+        qkv, o, gate_up, down = (
+            self._fused(self.weights.group(index, group)) for group in model.groups(index)
+        )
+        mixer, norms = spec.mixer, self._norms(prefix, spec.norms)
 
         def head_norm(name: str, heads: int) -> RMSNorm | None:
             if mixer.qk_norm is None:
@@ -120,8 +122,14 @@ class _Loader:
         )
         return TorchLayer(
             spec,
-            *groups,
-            **self._norms(prefix, spec.norms),
+            qkv,
+            o,
+            gate_up,
+            down,
+            norms["before_mixer"],
+            norms["after_mixer"],
+            norms["before_mlp"],
+            norms["after_mlp"],
             q_norm=head_norm("q_norm", mixer.num_heads),
             k_norm=head_norm("k_norm", mixer.num_kv_heads),
             sinks=None if sinks is None else sinks.to(self.target.device),
@@ -144,7 +152,7 @@ class _Loader:
     def _fused(self, linears: list[Linear]) -> FusedLinear:
         return FusedLinear.build(linears, self.target.dtype, self.target.device, self.report)
 
-    def _rope_tables(self, layers: range) -> dict:
+    def _rope_tables(self, layers: range) -> dict[Rope | None, RopeTable]:
         model, target = self.weights.model, self.target
         mixers = {model.layers[index].mixer.rope: model.layers[index].mixer for index in layers}
         return {

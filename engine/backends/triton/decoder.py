@@ -31,7 +31,7 @@ from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
 from ..torch.decoder import TorchDecoder, TorchLayer
-from ..torch.layers import position_factors, scaled, soft_cap
+from ..torch.layers import RMSNorm, position_factors, scaled, soft_cap
 from .batch import DeviceBatch, StaticBatch, upload
 from .graphs import CudaRecorder, DecodeGraphs, Record
 from .sampler import DeviceSampler
@@ -180,17 +180,17 @@ class TritonDecoder:
             batch.num_decodes,
             max_context=batch.tables.shape[1] * cache.block_size,
         )
-        h = rms_norm(residual.clone(), _weight(weights.layers[0].before_mixer), eps)
+        h = rms_norm(residual.clone(), _needed(weights.layers[0].before_mixer), eps)
         following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
         for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
             mixed = scaled(self._attention(layer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
-            h = rms_norm(mixed, _weight(layer.before_mlp), eps, residual, post_weight=after)
+            h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)
             inner = gated(layer.gate_up(h), layer.spec.mlp.activation)
-            mixed, after = scaled(layer.down(inner), scale), layer.after_mlp
+            mixed, after_mlp = scaled(layer.down(inner), scale), layer.after_mlp
             if next_norm is None:  # more layers follow elsewhere
-                return residual + (mixed if after is None else after(mixed))
-            h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after))
+                return residual + (mixed if after_mlp is None else after_mlp(mixed))
+            h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after_mlp))
         return h
 
     def _embed(self, batch: DeviceBatch) -> Tensor:
@@ -232,7 +232,13 @@ class TritonDecoder:
         return layer.o(paged_attention(qkv[:, :heads], cache, paged, spec).flatten(1))
 
 
-def _weight(norm) -> Tensor | None:
+def _needed(norm: RMSNorm | None) -> Tensor:
+    if norm is None:
+        raise ValueError("a layer that why_not refuses")
+    return norm.weight
+
+
+def _weight(norm: RMSNorm | None) -> Tensor | None:
     return None if norm is None else norm.weight
 
 

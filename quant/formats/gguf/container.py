@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ....architectures import limits
 from ....errors import CheckpointError, UnsupportedError
 from ...locate import MAGIC, SPLIT_NAME
 
@@ -76,6 +77,8 @@ class GgufFile:
         )
         if version not in (2, 3):
             raise UnsupportedError(f"{path}: GGUF version {version} is not supported (2 and 3 are)")
+        self._check_count(n_pairs, limits.MAX_METADATA, "metadata entries")
+        self._check_count(n_tensors, limits.MAX_TENSORS, "tensors")
         cursor.expect(n_pairs, 13, "metadata entries")
         self.metadata: dict[str, Any] = {}
         for _ in range(n_pairs):
@@ -86,11 +89,21 @@ class GgufFile:
         if self.metadata.get("split.no", 0) == 0:
             self._add_other_parts()
 
+    def _check_count(self, count: int, limit: int, what: str) -> None:
+        if count > limit:
+            raise CheckpointError(
+                f"claims {count} {what}, more than the {limit} that are read",
+                file=self.path,
+                fix=_AGAIN,
+            )
+
     def _add_other_parts(self) -> None:
         """Take in the tensors of NAME-00002-of-0000n.gguf and so on; the metadata are the first part's."""
         count = self.metadata.get("split.count", 1)
         if count in (0, 1):
             return
+        if not isinstance(count, int) or not 0 < count <= limits.MAX_SHARDS:
+            raise CheckpointError(f"split.count is {str(count)[:40]!r}", file=self.path, fix=_AGAIN)
         match = SPLIT_NAME.fullmatch(self.path.name)
         if match is None or int(match[2]) != 1 or int(match[3]) != count:
             raise CheckpointError(
@@ -239,6 +252,12 @@ class _Cursor:
                 fix=_AGAIN,
             )
         item, count = self.number("<u4"), self.number("<u8")
+        if count > limits.MAX_ITEMS:
+            raise CheckpointError(
+                f"holds a list of {count}, more than the {limits.MAX_ITEMS} that are read",
+                file=self.path,
+                fix=_AGAIN,
+            )
         if item in _SCALARS:
             dtype = np.dtype(_SCALARS[item])
             self.expect(count, dtype.itemsize, "array items")

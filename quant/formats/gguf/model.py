@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ....architectures.gguf import LINEARS, TOP, tidy
+from ....architectures.limits import SIZES
 from ....architectures.registry import GGUF
 from ....errors import CheckpointError, UnsupportedError
 from .container import GgufFile
@@ -97,6 +98,12 @@ def synthesize_config(file: GgufFile) -> dict[str, Any]:
         "dtype": "bfloat16",
         "use_cache": True,
     }
+    for name, limit in SIZES.items():
+        if not isinstance(config.get(name, 1), int) or not config.get(name, 1) <= limit:
+            raise CheckpointError(
+                f"its metadata give {config[name]} as {name}, want an integer up to {limit}",
+                file=file.path,
+            )
     return config | GGUF[arch].config(file, config)
 
 

@@ -217,7 +217,7 @@ def test_eos_from_generation_config_and_tokenizer(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "makes no sense"),
         ("tokenizer_config.json", '{"extra_special_tokens": [3]}', "makes no sense"),
         ("added_tokens.json", '{"<a>": "b", "<c>": 1}', "makes no sense"),
-        ("generation_config.json", '{"eos_token_id": "x"}', "makes no sense"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
     ],
 )
 def test_damaged_files_are_named(

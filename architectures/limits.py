@@ -1,0 +1,30 @@
+"""What a checkpoint may ask for. Whatever is read from one has its bound here, or is checked against its file's size.
+
+A bound is far above every model that there is, and low enough that reading up to it takes seconds and hundreds of
+megabytes at most: what is beyond it is damage, or was made to do harm.
+"""
+
+# Numbers in config.json, and in a GGUF file's metadata
+SIZES = {
+    "num_hidden_layers": 2**10,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "vocab_size": 2**22,
+}
+MAX_SIZE = 2**31 - 1  # of any other: context, window, token id
+
+# Files, in bytes
+MAX_JSON_BYTES = 64 * 2**20  # config.json, an index of shards, what is beside a tokenizer
+MAX_TEMPLATE_BYTES = 2**20  # a chat template
+MAX_TEMPLATES = 64
+MAX_TOKENIZER_BYTES = 256 * 2**20  # tokenizer.json and what is older
+MAX_HEADER_BYTES = 32 * 2**20  # of a safetensors file
+
+# Counts
+MAX_TENSORS = 2**17  # of a file
+MAX_SHARDS = 2**12
+MAX_METADATA = 2**16  # entries of a GGUF file
+MAX_ITEMS = 2**23  # of a list in a GGUF file's metadata: its vocabulary, its merges

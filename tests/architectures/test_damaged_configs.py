@@ -1,0 +1,81 @@
+"""Fields of config.json that make no sense, for every architecture: an error that says so, whatever they are."""
+
+import math
+from typing import Any
+
+import pytest
+
+from nibble.architectures.registry import ARCHITECTURES, model_spec
+from nibble.errors import UserError
+
+GOOD: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 256,
+    "head_dim": 32,
+}
+NONSENSE = ["x", [], ["a"], {"a": 1}, -1, 0, 2.5, True, 10**9, 10**400, math.nan, math.inf]
+FIELDS = [
+    *GOOD,
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_local_base_freq",
+    "sliding_window",
+    "sliding_window_pattern",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_bias",
+    "tie_word_embeddings",
+    "hidden_act",
+    "hidden_activation",
+    "partial_rotary_factor",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
+    good = GOOD | {"architectures": [architecture.name], "hidden_act": "silu"}
+    if "gemma" in architecture.model_type:
+        good["hidden_activation"] = "gelu_pytorch_tanh"
+    assert model_spec(good).num_layers == 4
+    for field in FIELDS:
+        for value in NONSENSE:
+            try:
+                spec = model_spec(good | {"use_sliding_window": True} | {field: value})
+            except UserError as error:
+                assert "\n" not in str(error), (field, value)
+            else:
+                assert 0 < spec.num_layers <= 1024, (field, value)
+                for layer in spec.layers:
+                    mixer = layer.mixer
+                    theta = mixer.rope.theta if mixer.rope else 1.0
+                    numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)
+                    numbers += (spec.embedding_scale, mixer.window or 1)
+                    good_ones = (is_positive(number) for number in numbers)
+                    assert all(good_ones), (field, value, numbers)
+
+
+def is_positive(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_a_size_beyond_its_bound_is_named(field: str) -> None:
+    with pytest.raises(UserError, match=f"config.json: {field} is more than"):
+        model_spec(GOOD | {"architectures": ["LlamaForCausalLM"], field: 10**9})
