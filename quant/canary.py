@@ -46,7 +46,8 @@ def of_logits(prompt: list[int], logits: Tensor) -> Canary:
 
 def as_json(canary: Canary) -> dict[str, Any]:
     """The content of the file."""
-    return msgspec.to_builtins(canary)
+    content: dict[str, Any] = msgspec.to_builtins(canary)
+    return content
 
 
 def read(folder: Path, vocab_size: int) -> Canary | None:

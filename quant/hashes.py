@@ -47,14 +47,14 @@ def sums(folder: Path, known: Mapping[Path, str]) -> str:
 def problems(folder: Path) -> list[str]:
     """What is not as it was written or as the Hub has it: a line for each file. CheckpointError without any hash."""
     listed = _listed(folder)
-    from_hub = {file: found for file in _files(folder) if (found := _hub_hash(file, folder))}
+    from_hub = {file: digest for file in _files(folder) if (digest := _hub_hash(file, folder))}
     if not listed and not from_hub:
         raise CheckpointError(
             f"has no {SUMS}, and did not come from the Hub: there is nothing to compare with",
             file=folder,
             fix="convert it with Nibble, or download it from the Hub",
         )
-    found = []
+    found: list[str] = []
     for name, digest in listed.items():
         if not (folder / name).is_file():
             found.append(f"{folder / name}: is missing")
