@@ -15,7 +15,7 @@ from .conftest import SERVE, Record
 from .harness import Server, serving, watched
 from .results import Result
 
-HEALTH = {64: 0.5, 256: 1.0, 1000: 2.0, 2000: 4.0}  # clients -> seconds
+HEALTH = {64: 0.5, 256: 1.0, 1000: 3.0, 2000: 8.0}  # clients -> seconds
 
 
 async def _streams(port: int, count: int, max_tokens: int) -> list[Answer]:
