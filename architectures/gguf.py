@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..errors import UnsupportedError
+
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LINEARS = {
     "attn_q": "self_attn.q_proj",
@@ -50,3 +52,20 @@ class GgufFamily:
 def tidy(value: float) -> float:
     """The short decimal that a float32 in the metadata was written from (1e-05, not 9.999999747378752e-06)."""
     return float(f"{value:.6g}")
+
+
+def rope_scaling(file: GgufSource, family: str) -> dict[str, Any] | None:
+    """As config.json has it; None where there is none. Raises UnsupportedError for a kind that is not known."""
+    prefix = f"{family}.rope.scaling"
+    kind = file.metadata.get(f"{prefix}.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedError(
+            f"{file.path}: rope scaling {kind!r} is not supported (linear and yarn are)"
+        )
+    scaling = {"rope_type": kind, "factor": tidy(file.number(f"{prefix}.factor"))}
+    if kind == "yarn":
+        context = file.number(f"{prefix}.original_context_length")
+        scaling["original_max_position_embeddings"] = context
+    return scaling

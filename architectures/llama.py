@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from .base import ModelSpec
 from .config import Config, llama_like
-from .gguf import GgufFamily, GgufSource, tidy
+from .gguf import GgufFamily, GgufSource, rope_scaling, tidy
 
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -39,15 +39,9 @@ def _config(file: GgufSource, config: dict[str, Any]) -> dict[str, Any]:
 
 def _rope_scaling(file: GgufSource, dim: int, theta: float) -> dict[str, Any] | None:
     """Llama 3's scaling is a tensor of divisors in a GGUF file, turned back into its four parameters here."""
-    kind = file.metadata.get("llama.rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": file.number("llama.rope.scaling.factor")}
-    if kind != "none":
-        raise UnsupportedError(
-            f"{file.path}: rope scaling {kind!r} is not supported (linear and llama3 are)"
-        )
-    if "rope_freqs.weight" not in file.tensors:
-        return None
+    scaling = rope_scaling(file, "llama")
+    if scaling is not None or "rope_freqs.weight" not in file.tensors:
+        return scaling
     stored = file.rows("rope_freqs.weight").reshape(-1).view(np.float32)
     scaling = {"rope_type": "llama3", "factor": tidy(float(stored.max()))} | _LLAMA3
     if len(stored) != dim // 2 or not np.allclose(

@@ -116,6 +116,12 @@ def plan(
         room = available(device)
         logger.info("the KV cache is planned in %s, free of %s", gib(room.free), room.limit)
         free = int(share * room.free) - activations
+        if free < 0:
+            raise UserError(
+                f"nothing is left for a KV cache: a full step's activations need {gib(activations)}, and {share:.0%} "
+                f"may be taken of {gib(room.free)} that are free of {room.limit}; lower --max-num-batched-tokens or "
+                "--max-num-seqs, or raise the limit"
+            )
         enough = config.max_num_seqs * -(-wanted_len // config.block_size) * block
         budget = min(free, enough)
     num_blocks = budget // block

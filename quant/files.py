@@ -21,8 +21,8 @@ def regular_size(file: Path) -> int:
     return found.st_size
 
 
-def read_bounded(file: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. CheckpointError for any other."""
+def check_size(file: Path, limit: int) -> None:
+    """CheckpointError unless it is a regular file of at most `limit` bytes."""
     size = regular_size(file)
     if size > limit:
         raise CheckpointError(
@@ -30,6 +30,11 @@ def read_bounded(file: Path, limit: int) -> bytes:
             file=file,
             fix="download it again",
         )
+
+
+def read_bounded(file: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. CheckpointError for any other."""
+    check_size(file, limit)
     try:
         # not blocking: the file may have become a pipe since
         with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:

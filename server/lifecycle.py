@@ -230,6 +230,8 @@ class Lifecycle:
 
     async def _drain(self) -> None:
         self.serving.drain()
+        if self.renderer is not None:
+            self.renderer.close()  # of what it renders from now on nothing would be admitted
         log.info("draining: %d sequences are open", self.serving.active_sequences)
         try:
             await asyncio.wait_for(self.serving.idle.wait(), self.options.shutdown_timeout)

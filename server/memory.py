@@ -8,6 +8,7 @@ libraries are left as they are.
 
 import asyncio
 import ctypes
+import gc
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,9 +46,14 @@ class TrimMiddleware:
     async def _trim(self, libc: Any) -> None:
         try:
             await asyncio.sleep(TRIM_SECONDS)
-            await asyncio.to_thread(libc.malloc_trim, 0)
+            await asyncio.to_thread(_collect_and_trim, libc)
         finally:
             self._task = None
+
+
+def _collect_and_trim(libc: Any) -> None:
+    gc.collect()  # an exception that a task has raised holds its frames, and they hold it
+    libc.malloc_trim(0)
 
 
 def _glibc() -> Any:

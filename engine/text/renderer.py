@@ -30,6 +30,10 @@ class RendererBusyError(Exception):
     """As many conversations as may are waiting already."""
 
 
+class RendererClosedError(Exception):
+    """Nothing is rendered any more."""
+
+
 class Renderer:
     """Renders the conversations of one checkpoint. Used from one event loop."""
 
@@ -46,27 +50,38 @@ class Renderer:
         if self._format.templates:
             self._process = _Process(self)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the next conversation need not wait for others."""
+        return self._rendering is None
+
     async def render(self, conversation: Conversation) -> str:
         """The prompt text, marked as ChatRenderer.render marks it. ValueError, fit for the client to read, if the
-        template refuses the messages, fails or is ended; RendererBusyError if the queue is full."""
+        template refuses the messages, fails or is ended; RendererBusyError if the queue is full; RendererClosedError
+        after `close`."""
+        if self._closed:
+            raise RendererClosedError
         if len(self._waiting) >= self._max_waiting:
             raise RendererBusyError
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting.append((conversation, future))
         self._next()
-        return await future
+        try:
+            return await future
+        finally:
+            del future  # whose exception holds this frame, and would hold itself through it
 
     def close(self) -> None:
-        """End the process; what still waits is cancelled."""
+        """End the process; what still waits hears of it."""
         self._closed = True
         self._end_process()
         for future in (self._rendering, *(future for _, future in self._waiting)):
-            if future is not None:
-                future.cancel()
+            if future is not None and not future.done():
+                future.set_exception(RendererClosedError())
         self._waiting.clear()
 
     def _next(self) -> None:
-        while self._rendering is None and self._waiting and not self._closed:
+        while self._rendering is None and self._waiting:
             conversation, future = self._waiting.popleft()
             if future.done():  # its caller has left
                 continue

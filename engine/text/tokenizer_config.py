@@ -117,7 +117,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         return msgspec.json.decode(read_bounded(file, limits.MAX_JSON_BYTES), type=dict)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(
             f"is not a JSON object: {error}", file=file, fix="download it again"
         ) from None

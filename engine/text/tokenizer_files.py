@@ -23,7 +23,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from ...architectures import limits
 from ...errors import CheckpointError
+from ...quant.files import check_size
 from ...quant.locate import locate
 from ...version import __version__
 
@@ -53,6 +55,8 @@ def tokenizer_folder(model: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             "has no tokenizer.json", file=path, fix="copy it from the original model"
         )
+    for file in sources:
+        check_size(file, limits.MAX_TOKENIZER_BYTES)
     _check_packages(path)
     try:
         return _made_once(sources, lambda out: _convert(path, out))

@@ -11,10 +11,12 @@ from typing import Any
 from fastapi import Request
 
 from ...engine.text.chat_template import Conversation
-from ...engine.text.renderer import RendererBusyError
+from ...engine.text.renderer import RendererBusyError, RendererClosedError
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits, sse
 from ..serving import Serving
+
+_SHORT = 1024  # characters, which take less time than the way to a thread and back
 
 
 async def encode_texts(
@@ -44,9 +46,10 @@ async def encode_chat(
     """The tokens of a conversation. TooManyTokens if there are more than max_tokens; a client that leaves gives up its
     turn."""
     limits.check_template_kwargs(conversation.variables)
+    idle = serving.renderer.is_idle
     encoding = _encode(serving, conversation, max_tokens, add_special_tokens)
     try:
-        return await sse.until_disconnect(request.receive, encoding)
+        return await (encoding if idle else sse.until_disconnect(request.receive, encoding))
     except sse.ClientGone:
         serving.metrics.disconnects.inc()
         raise
@@ -55,6 +58,8 @@ async def encode_chat(
         raise errors.unavailable(
             "The server's queue is full. Please try again.", retry_after=1
         ) from None
+    except RendererClosedError:
+        raise errors.unavailable("The server is shutting down.", retry_after=10) from None
     except TooManyTokens:
         raise
     except ValueError as error:
@@ -66,4 +71,6 @@ async def _encode(
 ) -> list[int]:
     text = await serving.renderer.render(conversation)
     kwargs: dict[str, Any] = {"max_tokens": max_tokens, "marked": True}
+    if len(text) <= _SHORT:
+        return serving.tokenizer.encode(text, add_special_tokens, **kwargs)
     return await asyncio.to_thread(serving.tokenizer.encode, text, add_special_tokens, **kwargs)

@@ -95,6 +95,14 @@ def test_a_machine_without_room_for_one_block_is_refused(machine) -> None:
         memory.plan(config(), MODEL, torch.bfloat16, CPU)
 
 
+def test_a_machine_without_room_for_a_step_says_what_to_lower(machine) -> None:
+    machine(ACTIVATIONS * 10 // 4 // 1024 - 1)
+    with pytest.raises(
+        UserError, match="nothing is left .* 40% .* of a limit of 1 GiB; lower --max-num-batched"
+    ):
+        memory.plan(config(), MODEL, torch.bfloat16, CPU)
+
+
 def test_more_positions_than_the_model_knows_are_refused(machine) -> None:
     machine(1 << 30)
     with pytest.raises(UserError, match="513 is more than the 512 positions"):

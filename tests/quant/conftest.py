@@ -14,6 +14,10 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from nibble.quant.checkpoint import open_checkpoint
@@ -44,12 +48,16 @@ def llama_folder(llama_model, tmp_path):
 
 @pytest.fixture
 def make_gguf(tmp_path):
-    """Writes a tiny llama or gemma3 model to a GGUF file, as llama.cpp's convert_hf_to_gguf.py does."""
+    """Writes a tiny model of an architecture to a GGUF file, as llama.cpp's convert_hf_to_gguf.py does."""
 
     def make(arch, qtype=gguf.GGMLQuantizationType.Q8_0, metadata=(), tensors=(), tokenizer=True):
         torch.manual_seed(1)
         if arch == "llama":
             model = LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=False))
+        elif arch == "qwen2":
+            model = Qwen2ForCausalLM(Qwen2Config(**TINY, tie_word_embeddings=True))
+        elif arch == "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**TINY, head_dim=128, tie_word_embeddings=False))
         else:
             config = TINY | {"num_hidden_layers": 7, "num_key_value_heads": 1}
             model = Gemma3ForCausalLM(
@@ -58,6 +66,8 @@ def make_gguf(tmp_path):
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
         path = tmp_path / f"{arch}.gguf"
         writer = gguf.GGUFWriter(path, arch)
         write_metadata(writer, model.config, arch)
@@ -89,26 +99,29 @@ def write_metadata(writer, config, arch):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0 if arch == "llama" else 1000000.0)
+    writer.add_rope_freq_base(10000.0 if arch != "gemma3" else 1000000.0)
     if arch == "llama":
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(config.head_dim)
-    else:
+    if arch in ("qwen3", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    if arch == "gemma3":
         writer.add_sliding_window(config.sliding_window)
 
 
 def write_tokenizer(writer, arch):
     """272 tokens: three special ones, every byte, a few merges."""
-    if arch == "llama":
+    if arch != "gemma3":
         letters = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]
         tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters]
         merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r"]
         tokens += [merge.replace(" ", "") for merge in merges]
         types = [3, 3, 3] + [1] * (len(tokens) - 3)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
+        writer.add_tokenizer_pre("smollm" if arch == "llama" else "qwen2")
+        if arch != "llama":
+            writer.add_add_bos_token(False)
         writer.add_token_merges(merges)
     else:
         tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "h", "e", "l", "o",
@@ -123,14 +136,14 @@ def write_tokenizer(writer, arch):
     writer.add_token_types(types + [3] * missing)
     for key, token in (
         (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2))
-        if arch == "llama"
+        if arch != "gemma3"
         else (("bos", 2), ("eos", 1), ("unk", 3), ("pad", 0))
     ):
         getattr(writer, f"add_{key}_token_id")(token)
 
 
 def write_tensor(writer, arch, name, array, qtype, config):
-    stem = name.removesuffix(".weight")
+    stem, _, suffix = name.rpartition(".")
     if stem in ("model.embed_tokens", "model.norm", "lm_head"):
         gguf_name = {
             "model.embed_tokens": "token_embd",
@@ -140,7 +153,7 @@ def write_tensor(writer, arch, name, array, qtype, config):
     else:
         _, _, index, rest = stem.split(".", 3)
         names = LAYER_NAMES | {
-            "post_attention_layernorm": "ffn_norm" if arch == "llama" else "post_attention_norm"
+            "post_attention_layernorm": "ffn_norm" if arch != "gemma3" else "post_attention_norm"
         }
         gguf_name = f"blk.{index}.{names[rest]}"
     if arch == "gemma3" and "norm" in name:
@@ -158,7 +171,7 @@ def write_tensor(writer, arch, name, array, qtype, config):
         )
     kind = qtype if array.ndim == 2 else gguf.GGMLQuantizationType.F32
     writer.add_tensor(
-        f"{gguf_name}.weight",
+        f"{gguf_name}.{suffix}",
         gguf.quants.quantize(np.ascontiguousarray(array), kind),
         raw_dtype=kind,
     )

@@ -346,7 +346,7 @@ def changed(model: Path, folder: Path, **files: str | bytes | None) -> Path:
         ({"tokenizer.json": None, "vocab.json": "{}"}, "tokenizer files cannot be read"),
         ({"tokenizer_config.json": '{"added_tokens_decoder": [1]}'}, "makes no sense"),
         ({"tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}'}, "makes no sense"),
-        ({"chat_template.jinja": b"\xff\xfe{{ x }}"}, "utf-8"),
+        ({"chat_template.jinja": b"\xff\xfe{{ x }}"}, "is not UTF-8"),
         ({"generation_config.json": '{"eos_token_id": "x"}'}, "eos_token_id"),
     ],
 )

@@ -30,8 +30,11 @@ _LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1
 _TEKKEN_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
                  r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
                  r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
-_SPLITS = {"llama-bpe": _LLAMA3_SPLIT, "llama3": _LLAMA3_SPLIT, "llama-v3": _LLAMA3_SPLIT, "falcon3": _LLAMA3_SPLIT,
-           "tekken": _TEKKEN_SPLIT}  # fmt: skip
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digits stand alone
+# What takes a whole word that is a token before it looks at merges, and begins with BOS unless the file says otherwise
+_WHOLE_WORDS = {"llama-bpe": _LLAMA3_SPLIT, "llama3": _LLAMA3_SPLIT, "llama-v3": _LLAMA3_SPLIT,
+                "falcon3": _LLAMA3_SPLIT, "tekken": _TEKKEN_SPLIT}  # fmt: skip
+_SPLITS = _WHOLE_WORDS | {"qwen2": _QWEN2_SPLIT}
 _GPT2_LIKE = ("default", "gpt-2", "smollm")
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -88,7 +91,8 @@ def tokenizer_config(file: GgufFile) -> dict[str, Any]:
 def adds_bos(file: GgufFile) -> bool:
     """Whether a prompt begins with BOS; where the file does not say, llama.cpp's defaults."""
     by_default = (
-        _get(file, "model", str) == "llama" or file.metadata.get("tokenizer.ggml.pre") in _SPLITS
+        _get(file, "model", str) == "llama"
+        or file.metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS
     )
     return (
         bool(file.metadata.get("tokenizer.ggml.add_bos_token", by_default))
@@ -105,7 +109,7 @@ def _byte_level(file: GgufFile) -> Tokenizer:
         )
     vocab = {token: i for i, token in enumerate(_get(file, "tokens"))}
     merges = [tuple(merge.split(" ", 1)) for merge in _get(file, "merges")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _SPLITS))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     if pre in _SPLITS:
         steps = [
             pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated"),
@@ -115,6 +119,8 @@ def _byte_level(file: GgufFile) -> Tokenizer:
         steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nibble.engine.text.chat_template import ChatFormat, ChatRenderer, Conversation
-from nibble.engine.text.renderer import Renderer, RendererBusyError
+from nibble.engine.text.renderer import Renderer, RendererBusyError, RendererClosedError
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATE = (
@@ -164,6 +164,18 @@ def test_a_template_that_overruns_while_it_is_compiled() -> None:
                 await renderer.render(say("x"))
 
     run(work, ChatFormat({"default": "{{ 'x' * 10**10 }}"}, {}))
+
+
+def test_after_close_everybody_hears_of_it() -> None:
+    async def work(renderer: Renderer) -> None:
+        tasks = [asyncio.create_task(renderer.render(say(c))) for c in ("loop", "x")]
+        await asyncio.sleep(0.01)
+        process = pid(renderer)
+        renderer.close()
+        done = await asyncio.gather(*tasks, renderer.render(say("y")), return_exceptions=True)
+        assert [type(result) for result in done] == [RendererClosedError] * 3 and is_gone(process)
+
+    run(work)
 
 
 def test_no_template_needs_no_process() -> None:

@@ -15,9 +15,11 @@ from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.side_files import copy_side_files
 from nibble.quant.checkpoint.writer import dequantize_checkpoint, write_json
 from nibble.quant.formats.gguf.container import GgufFile
-from nibble.quant.formats.gguf.model import architecture
+from nibble.quant.formats.gguf.model import architecture, synthesize_config
+from nibble.quant.formats.gguf.tokenizer import build_tokenizer
 from nibble.quant.weight import QuantizedWeight
 
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3"]
 F32, Q4_0, Q8_0 = (
     gguf.GGMLQuantizationType.F32,
     gguf.GGMLQuantizationType.Q4_0,
@@ -31,7 +33,7 @@ def theirs(path):
     )
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("qtype", [F32, Q4_0, Q8_0])
 def test_every_tensor_is_the_one_transformers_loads(make_gguf, arch, qtype):
     path = make_gguf(arch, qtype)
@@ -45,7 +47,7 @@ def test_every_tensor_is_the_one_transformers_loads(make_gguf, arch, qtype):
         )
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_linear_is_the_quantized_form_of_the_tensor(make_gguf, arch):
     checkpoint = open_checkpoint(make_gguf(arch, Q4_0))
     for module in (
@@ -61,10 +63,11 @@ def test_linear_is_the_quantized_form_of_the_tensor(make_gguf, arch):
         )
         assert torch.equal(weight.dequantize(), checkpoint.tensor(f"{module}.weight"))
     assert checkpoint.scheme.describe() == "gguf Q4_0"
-    assert checkpoint.bias("model.layers.0.self_attn.q_proj") is None
+    bias = checkpoint.bias("model.layers.0.self_attn.q_proj")
+    assert (bias is not None) == (arch == "qwen2")
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_config_is_what_transformers_makes_of_the_file(make_gguf, arch, tmp_path):
     path = make_gguf(arch)
     write_json(tmp_path / "config.json", open_checkpoint(path).config)
@@ -83,13 +86,15 @@ def test_config_is_what_transformers_makes_of_the_file(make_gguf, arch, tmp_path
         "rope_theta",
         "rope_local_base_freq",
     }
+    if arch == "qwen2":
+        own |= {"attention_bias"}  # which Qwen 2 has always, and does not say
     assert {k: v for k, v in ours.items() if k not in own} == {
         k: v for k, v in reference.items() if k not in own
     }
     assert ours["rms_norm_eps"] == pytest.approx(reference["rms_norm_eps"])
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_dequantized_folder_computes_the_same_logits(make_gguf, arch, tmp_path):
     path = make_gguf(arch)
     dequantize_checkpoint(open_checkpoint(path), tmp_path / "dense", torch.float32)
@@ -109,7 +114,7 @@ TEXTS = ["hello world", "hello 12345", "  two  spaces", "héllo 東京 🙂\n\n\
          "<bos>hello<eos>", "hell", "3.14e-10", ""]  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tokenizer_splits_as_transformers_does(make_gguf, arch, tmp_path):
     path = make_gguf(arch)
     written = copy_side_files(open_checkpoint(path), tmp_path / "side")
@@ -150,6 +155,28 @@ def test_chat_template_and_end_of_turn(make_gguf, tmp_path):
     assert text == "<|im_start|>hello<|endoftext|><|im_end|>"
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_other_rope_scaling_is_read(make_gguf, arch):
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 32.0}
+    metadata = {f"{arch}.rope.scaling.{key}": value for key, value in yarn.items()}
+    config = open_checkpoint(make_gguf(arch, metadata=metadata)).config
+    assert config["rope_parameters"] == {
+        "rope_theta": 10000.0,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32.0,
+    }
+
+
+def test_qwen2_splits_single_digits_and_composes_characters(make_gguf):
+    """As its tokenizer.json does: NFC first, and no word passes its merges by."""
+    tokenizer = build_tokenizer(GgufFile(make_gguf("qwen2")))
+    assert tokenizer.normalizer.normalize_str("e\u0301") == "\u00e9"
+    assert [text for text, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a 12")] == [
+        "a", "\u0120", "1", "2",
+    ]  # fmt: skip
+
+
 def test_llama3_rope_scaling_is_recovered(make_gguf):
     scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}  # fmt: skip
@@ -171,8 +198,8 @@ def test_llama3_rope_scaling_is_recovered(make_gguf):
 
 
 def test_unsupported_files_are_named(make_gguf):
-    with pytest.raises(UnsupportedError, match="rope scaling 'yarn'"):
-        open_checkpoint(make_gguf("llama", metadata={"llama.rope.scaling.type": "yarn"}))
+    with pytest.raises(UnsupportedError, match="rope scaling 'longrope'"):
+        open_checkpoint(make_gguf("llama", metadata={"llama.rope.scaling.type": "longrope"}))
     with pytest.raises(CheckpointError, match=r"'blk\.0\.ssm_in\.weight': is no part"):
         open_checkpoint(
             make_gguf("llama", tensors={"blk.0.ssm_in.weight": np.zeros((2, 2), np.float32)})
@@ -259,3 +286,32 @@ def test_biases_of_a_llama_are_in_the_order_of_the_rows(make_gguf):
     checkpoint = open_checkpoint(make_gguf("llama", tensors=tensors))
     for name, bias in biases.items():
         assert torch.equal(checkpoint.bias(f"model.layers.0.self_attn.{name}_proj"), bias)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", 10**9),
+        ("block_count", 2.5),
+        ("embedding_length", 2**39),
+        ("block_count", "x"),
+    ],
+)
+def test_a_size_beyond_its_bound_is_refused_before_anything_is_made_of_it(
+    make_gguf, arch, key, value
+):
+    file = GgufFile(make_gguf(arch))
+    file.metadata[f"{arch}.{key}"] = value
+    with pytest.raises(CheckpointError, match="want"):
+        synthesize_config(file)
+
+
+def test_counts_beyond_their_bounds_are_refused(make_gguf, tmp_path):
+    data = make_gguf("llama").read_bytes()
+    for at, what in ((8, "tensors"), (16, "metadata entries")):
+        (tmp_path / "claims.gguf").write_bytes(
+            data[:at] + struct.pack("<Q", 2**20) + data[at + 8 :] + bytes(2**25)
+        )
+        with pytest.raises(CheckpointError, match=f"claims 1048576 {what}"):
+            GgufFile(tmp_path / "claims.gguf")
