@@ -103,6 +103,7 @@ def _judged(minutes: float, count: Count, samples: list[Sample]) -> list[Result]
     memory = [s.megabytes for s in samples]
     slope = _slope([s.minutes for s in samples], memory)
     grown = 100 * (memory[-1] / memory[0] - 1)
+    too_short = minutes < 3  # for a slope to say anything
     attack = f"{minutes:g} minutes, {CLIENTS} clients, {CANCELLED:.0%} cancelled"
     return [
         Result(
@@ -114,8 +115,8 @@ def _judged(minutes: float, count: Count, samples: list[Sample]) -> list[Result]
         Result(
             "its memory after the warm-up",
             f"{memory[0]:.1f} -> {memory[-1]:.1f} MB, {slope:+.2f} MB/min",
-            "+5 %, 1 MB/min",
-            grown <= 5 and (slope <= 1 or minutes < 3),  # of less time a slope says nothing
+            "+5 %" if too_short else "+5 %, 1 MB/min",
+            grown <= 5 and (slope <= 1 or too_short),
         ),
         *(
             Result(
