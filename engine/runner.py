@@ -24,6 +24,7 @@ from .backends.base import Target
 from .backends.batch import Batch
 from .backends.choose import load_decoder
 from .backends.triton.batch import to_device
+from .backends.weights import ModelWeights
 from .config import EngineConfig
 from .messages import Ready, TokenLogprobs
 from .sampler import NOT_FINITE, token_logprobs
@@ -64,6 +65,7 @@ class Runner:
         config = self.config
         with quantized_at_load(checkpoint, config.quantize, config.save_quantized) as reading:
             memory.check_weights_fit(reading.nbytes, self.spec, self.device)
+            ModelWeights(reading, self.spec).check_depth()
             with torch.inference_mode():
                 self.model = load_decoder(
                     Target(config, self.dtype, self.device),

@@ -51,7 +51,6 @@ class ModelWeights:
     def check(self) -> None:
         """The tensors outside the layers, from headers alone: a wrong file is refused in no time. CheckpointError."""
         model = self.model
-        self._check_depth()
         self._check_shape(f"{model.prefix}norm.weight", (model.hidden_size,))
         if not self.checkpoint.is_quantized(f"{model.prefix}embed_tokens"):
             self._check_shape(
@@ -65,8 +64,9 @@ class ModelWeights:
                 fix="set tie_word_embeddings if it is, or get the complete model",
             )
 
-    def _check_depth(self) -> None:
-        """A model without its last layers answers, but with nonsense."""
+    def check_depth(self) -> None:
+        """That the model has every layer that there are weights of: without its last ones it answers, with nonsense.
+        CheckpointError."""
         pattern = re.compile(re.escape(f"{self.model.prefix}layers.") + r"(\d+)\.")
         for name in self.checkpoint.names():
             match = pattern.match(name)

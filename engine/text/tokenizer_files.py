@@ -6,7 +6,9 @@
                                      made by transformers, which knows what each model's class adds to them; in a
                                      process of its own (convert_tokenizer.py), for it loads torch
 
-A folder made lies under ~/.cache/nibble/tokenizers as long as what it was made of does not change.
+A folder made lies under ~/.cache/nibble/tokenizers as long as what it was made of does not change. It is believed if
+nobody else could have written to it and its files are under the hashes that were written with them; else there is one
+warning, and it is made again.
 """
 
 import hashlib
@@ -25,8 +27,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ...architectures import limits
 from ...errors import CheckpointError
+from ...quant import hashes
 from ...quant.files import check_size
 from ...quant.locate import locate
+from ...quant.private_files import why_not_private
 from ...version import __version__
 
 log = logging.getLogger(__name__)
@@ -86,10 +90,15 @@ def _made_once(sources: Iterable[Path], make: Callable[[Path], object]) -> Path:
     key = "|".join([__version__, *(f"{name}|{s.st_size}|{s.st_mtime_ns}" for name, s in stats)])
     folder = _cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
     if folder.is_dir():
-        return folder
+        problem = _why_not_believed(folder)
+        if problem is None:
+            return folder
+        log.warning("%s is made again: %s", folder, problem)
+        shutil.rmtree(folder)
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
     try:
         make(partial)
+        (partial / hashes.SUMS).write_text(hashes.sums(partial, {}))
         os.rename(partial, folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster
@@ -97,6 +106,17 @@ def _made_once(sources: Iterable[Path], make: Callable[[Path], object]) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _why_not_believed(folder: Path) -> str | None:
+    """None for a folder that was made here and is as it was."""
+    for path in (folder, *folder.rglob("*")):
+        if reason := why_not_private(path, folder=path.is_dir()):
+            return f"{path} {reason}"
+    try:
+        return next(iter(hashes.problems(folder)), None)
+    except CheckpointError as error:
+        return str(error)
 
 
 def _cache_dir() -> Path:

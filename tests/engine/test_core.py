@@ -49,7 +49,7 @@ def test_generates_and_ends_idle() -> None:
         ([VOCAB_SIZE], {}, "token ids outside"),
         ([-1], {}, "token ids outside"),
         (list(range(64)), {}, "no room"),
-        ([1], {"temperature": -1.0}, "temperature must be between 0 and 10"),
+        ([1], {"temperature": -1.0}, "temperature must be 0, or between 1e-05 and 10"),
         ([1], {"stop_token_ids": (VOCAB_SIZE,)}, "stop_token_ids"),
     ],
 )

@@ -58,7 +58,8 @@ def test_tiles_that_were_not_measured_name_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "MEASURED", tmp_path)
     tiles.table.cache_clear()
     assert "nibble tune" in doctor.tiles("A Card", 90).fix
-    measured = tiles.Table(90, 0, 64, 4, 64, (), origin="nibble tune, today")
+    tile = tiles.Tile(rows=64, block_m=16, block_n=64, warps=4, stages=3)
+    measured = tiles.Table(90, 0, 64, 4, 64, (tile,), origin="nibble tune, today")
     (tmp_path / "A_Card.json").write_text(tiles.as_json([measured]))
     tiles.table.cache_clear()
     finding = doctor.tiles("A Card", 90)

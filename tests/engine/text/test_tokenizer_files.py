@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -46,6 +47,38 @@ def vocab_and_merges(
     if model_type is not None:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder
+
+
+def flip(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"ab", b"ba"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        lambda file: file.write_bytes(b""),
+        lambda file: file.unlink(),
+        lambda file: file.chmod(0o666),
+        lambda file: (file.parent / "SHA256SUMS").unlink(),
+        lambda file: (file.parent / "added_tokens.json").write_text("{}"),
+        lambda file: file.parent.chmod(0o777),
+        lambda file: (file.rename(file.with_suffix(".x")), file.symlink_to(file.with_suffix(".x"))),
+    ],
+    ids=["flipped", "empty", "gone", "others write", "no hashes", "one more", "open", "a link"],
+)
+def test_a_kept_folder_is_believed_only_as_it_was_made(
+    damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = byte_gguf(tmp_path / "model" / "m.gguf")
+    folder = tokenizer_files.tokenizer_folder(file)
+    made = {each.name: each.read_bytes() for each in folder.iterdir()}
+    assert tokenizer_files.tokenizer_folder(file) == folder and not caplog.records
+    damage(folder / "tokenizer.json")
+    assert tokenizer_files.tokenizer_folder(file) == folder
+    assert {each.name: each.read_bytes() for each in folder.iterdir()} == made
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert folder.stat().st_mode & 0o022 == 0
 
 
 def byte_gguf(file: Path) -> Path:

@@ -11,7 +11,7 @@ from kernel_cases import DEVICE, on_device  # noqa: F401  (a fixture)
 from torch import Tensor
 
 from nibble.architectures.base import Rope
-from nibble.engine.backends.torch.layers import RMSNorm, RopeTable, apply_rope, inverse_frequencies
+from nibble.engine.backends.torch.layers import RMSNorm, RopeTable, apply_rope
 from nibble.kernels.attention.cache import PagedCache
 from nibble.kernels.errors import KernelArgumentError
 from nibble.kernels.fused.activation import gated
@@ -194,8 +194,8 @@ def test_rope_and_cache(
 ) -> None:
     qkv = _randn(4, heads + 2 * kv_heads, dim, dtype=torch.float16)
     norms = (_randn(dim, seed=5) / 4 + 1, _randn(dim, seed=6) / 4 + 1) if norm else None
-    frequencies = inverse_frequencies(rotary, Rope(10000.0, "llama3", LLAMA3))
-    table = RopeTable.build(frequencies, 64, torch.float32, DEVICE)
+    rope = Rope(10000.0, "llama3", LLAMA3)
+    table = RopeTable.build(rotary, rope, 64, torch.float32, DEVICE)
     positions, slots = torch.tensor([0, 63, 7, 8]), torch.tensor([5, 11, -1, 0])
     expected = _rotated(qkv, heads, kv_heads, table, positions, rotary, norms)
     before, pages = qkv.clone(), _pages(dtype, kv_heads, dim, scales)
