@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -135,14 +136,16 @@ def run_in(environment: str, *command: object) -> subprocess.CompletedProcess[st
     python = PEERS / environment / "bin" / "python"
     if not python.exists():
         pytest.skip(f"no {python} (make interop builds it)")
-    return subprocess.run(
-        [str(part) for part in (python, *command)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        env=os.environ | ENVIRONMENT,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # some write their logs to where they run
+        return subprocess.run(
+            [str(part) for part in (python, *command)],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=1500,
+            env=os.environ | ENVIRONMENT,
+            cwd=folder,
+        )
 
 
 def their_tokens(
