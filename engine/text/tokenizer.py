@@ -58,6 +58,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         _remove_marks(backend, self.control_tokens)
+        _remember_nothing(backend)
         self._byte_level = backend.decoder is not None and backend.decoder.decode(["Ġ"]) == " "
 
     @classmethod
@@ -238,6 +239,13 @@ def _remove_marks(backend: tokenizers.Tokenizer, control_tokens: Sequence[str]) 
     else:
         steps = [normalizers.Replace(MARK, ""), backend.normalizer]
         backend.normalizer = normalizers.Sequence([step for step in steps if step])
+
+
+def _remember_nothing(backend: tokenizers.Tokenizer) -> None:
+    """Turn off the cache of ten thousand words that some models have: it makes nothing faster, and where a tokenizer
+    splits little it keeps the texts of strangers, hundreds of megabytes of them."""
+    if isinstance(backend.model, (tokenizers.models.BPE, tokenizers.models.Unigram)):
+        backend.model._resize_cache(0)
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:

@@ -1,6 +1,8 @@
 """The tokenizer against transformers' AutoTokenizer on the same files."""
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -279,3 +281,17 @@ def test_no_text_that_fits_is_refused_however_many_characters_a_token_has(tmp_pa
         text = "<|endoftext|>" * limit
         assert len(tokenizer.encode(text, max_tokens=limit)) == limit
         assert len(tokenizer.encode(" " + text, max_tokens=limit + 1)) == limit + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_texts_are_not_remembered(tmp_path: Path) -> None:
+    """Where nothing splits a text it is one word, and each would be kept."""
+    tokenizer = Tokenizer.from_pretrained(byte_fallback(tmp_path))
+    before = _resident()
+    for i in range(10_000):
+        tokenizer.encode(f"{i:05}" + "thecat" * 35)
+    assert _resident() - before < 8 << 20  # bytes; remembered, they are some 50 MB
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
