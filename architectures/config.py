@@ -30,7 +30,7 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": 1.0}  # what it may have, and else has
+_YARN_OPTIONAL = {"beta_fast": 32.0, "beta_slow": 1.0}  # what it may have, and else has
 
 
 class Config:
@@ -59,8 +59,12 @@ class Config:
             )
         return value
 
+    def optional_size(self, name: str) -> int | None:
+        """None where the file says null or nothing."""
+        return None if self.get(name) is None else self.size(name)
+
     def number(self, name: str, default: float) -> float:
-        """A positive number, as all of them are: no infinity, which JSON readers take."""
+        """A finite number: JSON readers take infinity and NaN."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"config.json: {name} is {value!r}, want a number")
@@ -89,7 +93,10 @@ class Config:
     def optional_number(self, name: str) -> float | None:
         return None if self.get(name) is None else self.number(name, 0.0)
 
-    def optional_positive(self, name: str) -> float | None:
+    def optional_positive(self, name: str, default: float | None = None) -> float | None:
+        """None where the file says null; the default where it says nothing."""
+        if name not in self.values:
+            return default
         return None if self.get(name) is None else self.positive(name, 0.0)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -155,16 +162,30 @@ class Config:
         settings = {name: values.positive(name, 0.0) for name in needed}
         factor = 1.0
         if scaling == "yarn":
-            settings |= {name: float(values.get(name, default)) for name, default in _YARN.items()}
+            settings |= {name: values.positive(name, d) for name, d in _YARN_OPTIONAL.items()}
+            settings["truncate"] = float(values.flag("truncate", True))
             factor = _yarn_attention_factor(values)
-        share = values.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         return Rope(
             values.positive("rope_theta", self.positive("rope_theta", theta)),
             scaling,
             tuple(settings.items()),
-            dim=None if share == 1.0 else int(head_dim(self) * share),
+            dim=self._rotary_dim(values),
             attention_factor=factor,
         )
+
+    def _rotary_dim(self, parameters: "Config") -> int | None:
+        """How much of each head turns; None: all of it."""
+        name = "partial_rotary_factor"
+        share = parameters.number(name, self.number(name, 1.0))
+        if share == 1.0:
+            return None
+        dim = int(head_dim(self) * share)
+        if not 0 < share < 1 or dim < 2 or dim % 2:
+            raise CheckpointError(
+                f"config.json: {name} is {share:g}, want a share that turns an even number of a "
+                f"head's {head_dim(self)} dimensions"
+            )
+        return dim
 
 
 def _yarn_attention_factor(values: Config) -> float:

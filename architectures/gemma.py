@@ -22,10 +22,10 @@ def gemma2(config: Config) -> ModelSpec:
         windows=_windows(config, types),
         attention={
             "scale": config.positive("query_pre_attn_scalar", 256) ** -0.5,
-            "soft_cap": config.optional_positive("attn_logit_softcapping"),
+            "soft_cap": config.optional_positive("attn_logit_softcapping", 50.0),
         },
         norms=SANDWICH,
-        final_soft_cap=config.optional_positive("final_logit_softcapping"),
+        final_soft_cap=config.optional_positive("final_logit_softcapping", 30.0),
     )
 
 

@@ -39,12 +39,15 @@ class GgufSource(Protocol):
     def rows(self, name: str) -> Any: ...
 
 
+GgufConfig = Callable[[GgufSource, dict[str, Any]], dict[str, Any]]  # a family's part of it
+
+
 @dataclass(frozen=True, slots=True)
 class GgufFamily:
     """GGUF names of a layer's norms, its part of config.json, and what the converter did to its tensors."""
 
     norms: dict[str, str]  # GGUF stem -> name within the layer
-    config: Callable[[GgufSource, dict[str, Any]], dict[str, Any]]
+    config: GgufConfig
     interleaved_heads: bool = False  # rows of q and k, weights and biases, are in llama.cpp's order
     norm_offset: float = 0.0  # norms are stored as w + this
 

@@ -5,9 +5,7 @@ from .base import ModelSpec
 from .config import FULL, SLIDING, Config, llama_like
 
 _WINDOW = 4096  # where config.json says nothing; null: none
-
-
-_YARN = {
+_YARN = {  # likewise
     "rope_type": "yarn",
     "rope_theta": 1e6,
     "factor": 16.0,
@@ -32,7 +30,7 @@ def ministral3(config: Config) -> ModelSpec:
     rope = Config(config.rope_values() or _YARN)
     beta = rope.number("llama_4_scaling_beta", 0.0)
     dim = config.size("head_dim", 128)
-    window = config.get("sliding_window") and config.size("sliding_window")
+    window = config.optional_size("sliding_window")
     layers = config.size("num_hidden_layers")
     return llama_like(
         config,

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from .base import NORMS_AFTER, ModelSpec, Rope
 from .config import FULL, SLIDING, Config, llama_like
 
-_THETA = 500000.0
+_THETA = 500000.0  # of OLMo 3
 
 
 def olmo2(config: Config) -> ModelSpec:
-    rope = config.rope(theta=_THETA)
     return llama_like(
         config,
-        ropes=[rope] * config.size("num_hidden_layers"),
         attention={"qk_norm": "all"},
         norms=NORMS_AFTER,
+        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
     )
 
 

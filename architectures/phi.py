@@ -5,7 +5,7 @@ from .config import Config, llama_like
 
 
 def phi3(config: Config) -> ModelSpec:
-    window = config.get("sliding_window") and config.size("sliding_window")
+    window = config.optional_size("sliding_window")
     return llama_like(
         config,
         windows=[window] * config.size("num_hidden_layers"),

@@ -4,7 +4,7 @@ from typing import Any
 
 from .base import ModelSpec
 from .config import FULL, SLIDING, Config, llama_like
-from .gguf import GgufFamily, GgufSource, rope_scaling, tidy
+from .gguf import GgufConfig, GgufFamily, GgufSource, rope_scaling, tidy
 
 
 def qwen2(config: Config) -> ModelSpec:
@@ -37,7 +37,7 @@ def _windows(config: Config) -> list[int | None]:
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
-def _gguf_config(name: str, architecture: str) -> Any:
+def _gguf_config(name: str, architecture: str) -> GgufConfig:
     def config(file: GgufSource, config: dict[str, Any]) -> dict[str, Any]:
         theta = tidy(file.number(f"{name}.rope.freq_base", 10000.0))
         scaling, width = rope_scaling(file, name), f"{name}.attention.key_length"

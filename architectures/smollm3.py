@@ -11,8 +11,8 @@ def spec(config: Config) -> ModelSpec:
     if not isinstance(turned, list) or len(turned) < layers:
         raise CheckpointError(f"config.json: no_rope_layers has no {layers} entries")
     turned = turned[:layers]
-    windowed = config.flag("use_sliding_window", False) and config.get("sliding_window") is not None
-    window = config.size("sliding_window") if windowed else None
+    windowed = config.flag("use_sliding_window", False)
+    window = config.optional_size("sliding_window") if windowed else None
     types = config.layer_types([FULL if window is None or t else SLIDING for t in turned])
     rope = config.rope(theta=2e6)
     return llama_like(

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import msgspec
 
 from ..errors import UserError
+from . import child
 from .config import EngineConfig
 from .host_memory import gib, headroom
 from .messages import (
@@ -107,14 +107,8 @@ class AsyncEngine:
 
         UserError carries the engine's one line about bad input; EngineDeadError is a defect, with more in the log.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            transport, link = await asyncio.get_running_loop().create_connection(_Link, sock=ours)
-            process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
+        process, sock = child.spawn(command)
+        transport, link = await asyncio.get_running_loop().create_connection(_Link, sock=sock)
         engine = cls(process, transport, link)
         try:
             engine._send(config)

@@ -9,11 +9,8 @@ Linux, when the parent dies in any way at all. SIGINT and SIGTERM are left to th
 terminal or a service manager sends them to both.
 """
 
-import argparse
-import ctypes
 import gc
 import logging
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -21,7 +18,7 @@ from collections.abc import Callable
 import msgspec
 
 from ..errors import UserError
-from . import host_memory
+from . import child, host_memory
 from .config import EngineConfig
 from .core import EngineCore
 from .messages import (
@@ -169,13 +166,6 @@ def _fatal(error: Exception) -> Fatal:
     return Fatal(f"the engine failed with {type(error).__name__}; its log has the cause")
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG; a parent already gone shows as a closed socket
-
-
 def _load(config: EngineConfig) -> EngineCore:
     core = EngineCore(config, progress=_show)
     _show("")
@@ -190,18 +180,11 @@ def _show(line: str) -> None:
 
 def main(argv: list[str] | None = None, make_core: CoreFactory = _load) -> int:
     """Entry point of the child process. `make_core` is another one only in tests."""
-    parser = argparse.ArgumentParser(
-        prog="nibble.engine.process", description="The engine process of `nibble serve`."
-    )
-    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the API process")
-    args = parser.parse_args(argv)
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sock = child.enter("nibble.engine.process", "The engine process of `nibble serve`.", argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    with socket.socket(fileno=args.fd) as sock:
+    with sock:
         return serve(sock, make_core)
 
 

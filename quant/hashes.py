@@ -32,16 +32,11 @@ def file_sha256(path: Path) -> str:
 
 def sums(folder: Path, known: Mapping[Path, str]) -> str:
     """The content of SHA256SUMS for the files that are in a folder now. known: of files that were hashed as written."""
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and not _is_hidden(file, folder) and not _is_left_out(file)
-    )
-    lines = (
+    return "".join(
         f"{known.get(file) or file_sha256(file)}  {file.relative_to(folder).as_posix()}\n"
-        for file in files
+        for file in _files(folder)
+        if not _is_left_out(file)
     )
-    return "".join(lines)
 
 
 def problems(folder: Path) -> list[str]:

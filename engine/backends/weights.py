@@ -93,6 +93,18 @@ class ModelWeights:
         self._check_shape(name, (width,))
         return self.checkpoint.tensor(name).float()
 
+    def head_norms(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of query and key heads, float32: [head_dim], or of all heads at once [heads * head_dim]."""
+        mixer, prefix = self.model.layers[layer].mixer, self.model.layer_name(layer)
+        if mixer.qk_norm is None:
+            return None, None
+        heads = (mixer.num_heads, mixer.num_kv_heads) if mixer.qk_norm == "all" else (1, 1)
+        q_norm, k_norm = (
+            self.norm(f"{prefix}.self_attn.{name}", mixer.head_dim * count)
+            for name, count in zip(("q_norm", "k_norm"), heads, strict=True)
+        )
+        return q_norm, k_norm
+
     def final_norm(self) -> Tensor:
         return self.norm(f"{self.model.prefix}norm", self.model.hidden_size)
 

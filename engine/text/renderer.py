@@ -9,13 +9,12 @@ microseconds, the longest that a request can bring tens of milliseconds, both fa
 import asyncio
 import logging
 import signal
-import socket
-import subprocess
 import sys
 from collections import deque
 
 import msgspec
 
+from .. import child
 from ..messages import FrameReader, frame
 from .chat_template import ChatFormat, Conversation
 from .template_process import CPU_SECONDS, Refused, Rendered, Reply, Started, decode_reply
@@ -129,13 +128,7 @@ class _Process(asyncio.Protocol):
         self._frames = FrameReader()
         self._unsent: list[bytes] = [frame(renderer._format)]
         self._transport: asyncio.Transport | None = None
-        self._sock, theirs = socket.socketpair()
-        with theirs:
-            self._popen = subprocess.Popen(
-                [*TEMPLATE_COMMAND, "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
+        self._popen, self._sock = child.spawn(TEMPLATE_COMMAND)
         self._connecting = asyncio.ensure_future(
             asyncio.get_running_loop().create_connection(lambda: self, sock=self._sock)
         )

@@ -14,16 +14,14 @@ The process ends when the socket closes and, on Linux, when its parent dies in a
 left to the parent, which drains first.
 """
 
-import argparse
-import ctypes
 import resource
 import signal
 import socket
 import sys
-from typing import Any
 
 import msgspec
 
+from .. import child
 from ..messages import FrameReader, frame
 from .chat_template import ChatFormat, ChatRenderer, Conversation
 
@@ -107,23 +105,11 @@ def _bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # being ended is no crash
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the process."""
-    parser = argparse.ArgumentParser(
-        prog="nibble.engine.text.template_process", description="Renders chat templates."
-    )
-    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the parent")
-    args: Any = parser.parse_args(argv)
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sock = child.enter("nibble.engine.text.template_process", "Renders chat templates.", argv)
     _bound_memory()
-    with socket.socket(fileno=args.fd) as sock:
+    with sock:
         serve(sock)
     return 0
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nibble.architectures.base import Attention
 from nibble.architectures.registry import ARCHITECTURES, model_spec
 from nibble.errors import UserError
 
@@ -66,9 +67,17 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                     mixer = layer.mixer
                     theta = mixer.rope.theta if mixer.rope else 1.0
                     numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)
-                    numbers += (spec.embedding_scale, mixer.window or 1)
+                    window = 1 if mixer.window is None else mixer.window
+                    numbers += (spec.embedding_scale, window, _turning(mixer))
                     good_ones = (is_positive(number) for number in numbers)
                     assert all(good_ones), (field, value, numbers)
+
+
+def _turning(mixer: Attention) -> int:
+    """Dimensions of a head that turn, where they make no sense 0; all of them also where none do."""
+    if mixer.rope is None or mixer.rope.dim is None:
+        return mixer.head_dim
+    return mixer.rope.dim if mixer.rope.dim % 2 == 0 and mixer.rope.dim < mixer.head_dim else 0
 
 
 def is_positive(value: object) -> bool:

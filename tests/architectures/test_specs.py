@@ -1,6 +1,7 @@
 """config.json -> ModelSpec: what transformers would compute, or one clear line. Logits: tests/engine/test_runner.py."""
 
 import pytest
+from transformers import AutoConfig
 
 from nibble.architectures.base import (
     Attention,
@@ -11,7 +12,7 @@ from nibble.architectures.base import (
     Rope,
     features,
 )
-from nibble.architectures.registry import ARCHITECTURES, find, model_spec
+from nibble.architectures.registry import ARCHITECTURES, Architecture, find, model_spec
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 
 LLAMA = {
@@ -69,12 +70,24 @@ def test_mistral_has_a_window_of_4096_unless_it_says_null() -> None:
         ({"rope_scaling": {"type": "longrope"}}, "rope scaling 'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs factor"),
         ({"rope_parameters": [1]}, "no JSON object"),
+        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0, want a share"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, want a share"),
+        ({"partial_rotary_factor": 0.2}, "an even number of a head's 16 dimensions"),
     ],
 )
 def test_what_makes_no_sense_is_one_line_that_names_the_field(change: dict, said: str) -> None:
     with pytest.raises(UserError, match="config.json") as error:
         model_spec(LLAMA | change)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_what_a_file_does_not_say_is_as_in_transformers(entry: Architecture) -> None:
+    said = {name: LLAMA[name] for name in LLAMA if isinstance(LLAMA[name], int)}
+    said["max_position_embeddings"] = 512
+    named = {"architectures": [entry.name], "model_type": entry.model_type}
+    defaults = AutoConfig.for_model(entry.model_type, **said).to_dict()
+    assert model_spec(said | named) == model_spec(defaults | named)
 
 
 def test_layer_types_are_known_and_one_for_each_layer() -> None:

@@ -20,12 +20,9 @@ from ..weights import Linear, ModelWeights
 from .decoder import CppDecoder, CppLayer
 from .prepared_cache import PreparedCache
 
-_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH, _MAX_ROPES = (
-    32,
-    1024,
-    65536,
-    2,
-)  # of the kernels' scratch memory
+# of the kernels' scratch memory
+_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536
+_MAX_ROPES = 2
 
 
 class CppBackend:
@@ -99,8 +96,7 @@ class CppBackend:
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
         if _shape(layer) != _shape(model.layers[0]):
             return "needs layers of one shape"
-        ropes = {each.mixer.rope for each in model.layers}
-        if len(ropes) > _MAX_ROPES:
+        if len({each.mixer.rope for each in model.layers}) > _MAX_ROPES:
             return f"has room for {_MAX_ROPES} kinds of rotary embedding"
         return None
 
@@ -188,12 +184,6 @@ class _Loader:
         def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
 
-        def head_norm(name: str, heads: int) -> Tensor | None:
-            if mixer.qk_norm is None:
-                return None
-            width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
-            return weights.norm(f"{prefix}self_attn.{name}", width)
-
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
         return CppLayer(
@@ -206,8 +196,7 @@ class _Loader:
             norm(norms.after_mixer, scale),
             norm(norms.before_mlp),
             norm(norms.after_mlp, scale),
-            head_norm("q_norm", mixer.num_heads),
-            head_norm("k_norm", mixer.num_kv_heads),
+            *weights.head_norms(index),
         )
 
     def _prepared(

@@ -92,10 +92,8 @@ def read(file: Path) -> Groups:
     if checksums.keys() != tensors.keys():
         other = min(checksums.keys() ^ tensors.keys())
         raise DamagedEntry(f"tensor {other} is {'missing' if other in checksums else 'foreign'}")
-    for (
-        name,
-        tensor,
-    ) in tensors.items():  # in one thread: the pages of a mapped file come no faster to several
+    # in one thread: the pages of a mapped file come no faster to several
+    for name, tensor in tensors.items():
         if _crc32(tensor) != checksums[name]:
             raise DamagedEntry(f"tensor {name} has changed")
     return {

@@ -109,12 +109,10 @@ class _Loader:
         )
         mixer, norms = spec.mixer, self._norms(prefix, spec.norms)
 
-        def head_norm(name: str, heads: int) -> RMSNorm | None:
-            if mixer.qk_norm is None:
-                return None
-            width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
-            return self._norm(self.weights.norm(f"{prefix}self_attn.{name}", width))
-
+        q_norm, k_norm = (
+            None if weight is None else self._norm(weight)
+            for weight in self.weights.head_norms(index)
+        )
         sinks = (
             self.weights.vector(f"{prefix}self_attn.sinks", mixer.num_heads)
             if mixer.sinks
@@ -130,8 +128,8 @@ class _Loader:
             norms["after_mixer"],
             norms["before_mlp"],
             norms["after_mlp"],
-            q_norm=head_norm("q_norm", mixer.num_heads),
-            k_norm=head_norm("k_norm", mixer.num_kv_heads),
+            q_norm=q_norm,
+            k_norm=k_norm,
             sinks=None if sinks is None else sinks.to(self.target.device),
         )
 
