@@ -2,18 +2,21 @@
 ever held in two forms.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, ModelSpec, Norms, Rope
+from ....architectures.base import LayerSpec, LinearGroup, ModelSpec, Norms, Rope
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
+from .feed_forward import TorchGatedMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
+from .mixers import TorchAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,35 +106,31 @@ class _Loader:
 
     def _layer(self, index: int) -> TorchLayer:
         model = self.weights.model
-        spec, prefix = model.layers[index], f"{model.layer_name(index)}."
-        qkv, o, gate_up, down = (
-            self._fused(self.weights.group(index, group)) for group in model.groups(index)
-        )
-        mixer, norms = spec.mixer, self._norms(prefix, spec.norms)
+        spec = model.layers[index]
+        norms = self._norms(f"{model.layer_name(index)}.", spec.norms)
+        return TorchLayer(spec, self._attention(index), self._gated_mlp(index), **norms)
 
+    def _attention(self, index: int) -> TorchAttention:
+        model = self.weights.model
+        mixer = model.layers[index].mixer
         q_norm, k_norm = (
             None if weight is None else self._norm(weight)
             for weight in self.weights.head_norms(index)
         )
-        sinks = (
-            self.weights.vector(f"{prefix}self_attn.sinks", mixer.num_heads)
-            if mixer.sinks
-            else None
-        )
-        return TorchLayer(
-            spec,
-            qkv,
-            o,
-            gate_up,
-            down,
-            norms["before_mixer"],
-            norms["after_mixer"],
-            norms["before_mlp"],
-            norms["after_mlp"],
-            q_norm=q_norm,
-            k_norm=k_norm,
-            sinks=None if sinks is None else sinks.to(self.target.device),
-        )
+        sinks = None
+        if mixer.sinks:
+            name = f"{model.layer_name(index)}.self_attn.sinks"
+            sinks = self.weights.vector(name, mixer.num_heads).to(self.target.device)
+        qkv, o = self._groups(index, mixer.groups(model.hidden_size))
+        return TorchAttention(mixer, qkv, o, q_norm, k_norm, sinks)
+
+    def _gated_mlp(self, index: int) -> TorchGatedMlp:
+        model = self.weights.model
+        mlp = model.layers[index].mlp
+        return TorchGatedMlp(mlp, *self._groups(index, mlp.groups(model.hidden_size)))
+
+    def _groups(self, index: int, groups: Iterable[LinearGroup]) -> list[FusedLinear]:
+        return [self._fused(self.weights.group(index, group)) for group in groups]
 
     def _norms(self, prefix: str, norms: Norms) -> dict[str, RMSNorm | None]:
         width = self.weights.model.hidden_size

@@ -30,8 +30,9 @@ from ...sampler import sample
 from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
-from ..torch.decoder import TorchDecoder, TorchLayer
+from ..torch.decoder import TorchDecoder
 from ..torch.layers import RMSNorm, position_factors, scaled, soft_cap
+from ..torch.mixers import TorchAttention
 from .batch import DeviceBatch, StaticBatch, upload
 from .graphs import CudaRecorder, DecodeGraphs, Record
 from .sampler import DeviceSampler
@@ -183,11 +184,11 @@ class TritonDecoder:
         h = rms_norm(residual.clone(), _needed(weights.layers[0].before_mixer), eps)
         following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
         for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
-            mixed = scaled(self._attention(layer, h, batch, pages, paged), scale)
+            mixed = scaled(self._attention(layer.mixer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
             h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)
-            inner = gated(layer.gate_up(h), layer.spec.mlp.activation)
-            mixed, after_mlp = scaled(layer.down(inner), scale), layer.after_mlp
+            inner = gated(layer.mlp.gate_up(h), layer.mlp.spec.activation)
+            mixed, after_mlp = scaled(layer.mlp.down(inner), scale), layer.after_mlp
             if next_norm is None:  # more layers follow elsewhere
                 return residual + (mixed if after_mlp is None else after_mlp(mixed))
             h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after_mlp))
@@ -203,19 +204,19 @@ class TritonDecoder:
 
     def _attention(
         self,
-        layer: TorchLayer,
+        mixer: TorchAttention,
         hidden: Tensor,
         batch: DeviceBatch,
         cache: PagedCache,
         paged: PagedBatch,
     ) -> Tensor:
-        mixer = layer.spec.mixer
-        heads = mixer.num_heads
-        qkv = layer.qkv(hidden).view(-1, heads + 2 * mixer.num_kv_heads, mixer.head_dim)
-        if mixer.query_scaling is not None:  # a rotation keeps it
-            factors = position_factors(batch.positions, mixer.query_scaling)
+        spec = mixer.spec
+        heads = spec.num_heads
+        qkv = mixer.qkv(hidden).view(-1, heads + 2 * spec.num_kv_heads, spec.head_dim)
+        if spec.query_scaling is not None:  # a rotation keeps it
+            factors = position_factors(batch.positions, spec.query_scaling)
             qkv[:, :heads] *= factors.to(qkv)
-        table = self.weights.ropes[mixer.rope]
+        table = self.weights.ropes[spec.rope]
         rope_and_cache(
             qkv,
             heads,
@@ -224,12 +225,12 @@ class TritonDecoder:
             batch.positions,
             batch.slots,
             cache,
-            q_weight=_weight(layer.q_norm),
-            k_weight=_weight(layer.k_norm),
+            q_weight=_weight(mixer.q_norm),
+            k_weight=_weight(mixer.k_norm),
             eps=self.model.norm_eps,
         )
-        spec = AttentionSpec(mixer.scale, mixer.window, mixer.soft_cap, layer.sinks)
-        return layer.o(paged_attention(qkv[:, :heads], cache, paged, spec).flatten(1))
+        how = AttentionSpec(spec.scale, spec.window, spec.soft_cap, mixer.sinks)
+        return mixer.o(paged_attention(qkv[:, :heads], cache, paged, how).flatten(1))
 
 
 def _needed(norm: RMSNorm | None) -> Tensor:

@@ -10,7 +10,7 @@ import nibble
 from nibble.architectures.base import Attention
 from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.cpp.decoder import CppDecoder
-from nibble.engine.backends.torch import decoder
+from nibble.engine.backends.torch import mixers
 from nibble.engine.backends.torch.attention import paged_attention
 from nibble.engine.config import EngineConfig
 from nibble.engine.request import Request, SamplingParams
@@ -137,7 +137,7 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
             *rest,
         )
 
-    monkeypatch.setattr(decoder, "paged_attention", attend)
+    monkeypatch.setattr(mixers, "paged_attention", attend)
     options = {"dtype": "float32"}, {"cpu_isa": "none"}, {"cpu_isa": isa, "kv_cache_dtype": "int8"}
     exact, torchs, ours = (make_runner(folder, **each) for each in options)
 
