@@ -1,4 +1,4 @@
-"""Mixers in torch's operators, one class a kind (architectures/base.py): their weights, and hidden states in and out."""
+"""Mixers in torch's operators, one class a kind of architectures/base.py."""
 
 from dataclasses import dataclass
 
