@@ -17,8 +17,9 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 4
+#define NB_ABI_VERSION 5
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
+#define NB_MAX_ROPES 4
 
 enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
@@ -56,33 +57,51 @@ struct NbLinearGroup {
   const NbLinear* linears;
 };
 
-struct NbLayer {
-  const float* input_norm;           // [hidden] or null
-  const float* mlp_norm;             // [hidden] or null
-  const float* q_norm;               // [head_dim], or of all heads side by side (NbModel.qk_norm_all), or null
+// How the first dimensions of a head turn.
+struct NbRope {
+  int32_t dim;                       // how many; all of them where dim is head_dim
+  float factor;                      // of cosines and sines
+  const float* inv_freq;             // [dim / 2]
+};
+
+struct NbAttention {
+  int32_t num_heads, num_kv_heads, head_dim;
+  int32_t rope;                      // which of the model's
+  int32_t window;                    // positions seen, the own included; 0: all
+  int32_t qk_norm_all;               // q_norm and k_norm are of all heads side by side, else of each
+  float scale;                       // of queries times keys
+  float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
+  int32_t query_length;              // 0: they are not
+  const float* q_norm;               // [head_dim] or [heads * head_dim], or null
   const float* k_norm;
-  const float* post_attention_norm;  // [hidden] or null
-  const float* post_mlp_norm;        // [hidden] or null
-  int32_t rope;                      // which inv_freq
-  int32_t window;                    // positions seen, itself included; 0: all
-  NbLinearGroup qkv, o, gate_up, down;
+  NbLinearGroup qkv, o;
+};
+
+struct NbGatedMlp {
+  int32_t intermediate;
+  int32_t activation;                // NbActivation
+  NbLinearGroup gate_up, down;
+};
+
+// Norms are [hidden] or null.
+struct NbLayer {
+  const float* before_mixer;
+  const float* after_mixer;
+  const float* before_mlp;
+  const float* after_mlp;
+  const NbAttention* attention;
+  const NbGatedMlp* mlp;
 };
 
 // Consecutive layers of a model. The first of a model embeds its tokens, the last norms and has the output head.
 struct NbModel {
-  int32_t hidden, intermediate, num_layers, num_heads, num_kv_heads, head_dim, vocab;
-  int32_t activation;
-  int32_t qk_norm_all;
-  float eps, attention_scale, embedding_scale;
-  float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
-  int32_t query_length;              // 0: they are not
+  int32_t hidden, num_layers, num_ropes, vocab;
+  float eps, embedding_scale;
   int32_t block_size;                // tokens a KV block, a multiple of 16
   const NbLayer* layers;
+  const NbRope* ropes;               // at most NB_MAX_ROPES
   const uint16_t* embedding;         // bfloat16 [vocab, hidden]; null: hidden states are given
   const float* norm;                 // [hidden] the final norm; null: layers follow elsewhere
-  const float* inv_freq[2];          // [rotary_dim / 2] each
-  int32_t rotary_dim[2];             // the first dimensions of a head, which turn
-  float rope_factor[2];              // of cosines and sines
   NbLinearGroup head;                // no linears: it is elsewhere
 };
 
@@ -97,7 +116,7 @@ struct NbBatch {
   const int32_t* tokens;             // [num_tokens]
   const NbItem* items;
   const int32_t* tables;
-  uint8_t* cache;                    // [layers][blocks][kv_heads][keys, values, scales], see kv_cache.h
+  uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h
   int64_t num_blocks;
   int32_t cache_int8;                // else bfloat16
 };

@@ -35,14 +35,6 @@ struct Step {
     for (int i = 0; i < NB_MAX_INPUTS; i++) inputs[i] = {b.inputs[i], b.scales[i], b.sums[i]};
   }
 
-  int heads_dim() const { return m.num_heads * m.head_dim; }
-  int qkv_dim() const { return (m.num_heads + 2 * m.num_kv_heads) * m.head_dim; }
-  Cache cache(int layer) const {
-    Cache first{batch.cache, m.block_size, m.head_dim, m.num_kv_heads, batch.cache_int8 != 0};
-    first.layer += layer * batch.num_blocks * m.num_kv_heads * first.head_bytes();
-    return first;
-  }
-
   void products(Worker& worker, const NbLinearGroup& group, float* out, int stride, bool add) const {
     Activations views[NB_MAX_INPUTS];
     for (int i = 0; i < group.num_inputs; i++) views[i] = view(group.inputs[i], inputs[i]);
@@ -86,56 +78,56 @@ struct Step {
   }
 
   void angles(int row) const {
-    for (int kind = 0; kind < 2; kind++) {
-      if (!m.inv_freq[kind]) continue;
-      int half = m.rotary_dim[kind] / 2;
-      float* to = b.angles[kind] + (int64_t)row * m.head_dim;
+    for (int kind = 0; kind < m.num_ropes; kind++) {
+      const NbRope& rope = m.ropes[kind];
+      int half = rope.dim / 2;
+      float* to = b.angles[kind] + (int64_t)row * rope.dim;
       for (int i = 0; i < half; i++) {
-        float angle = (float)position_of(row) * m.inv_freq[kind][i];
-        to[i] = cosf(angle) * m.rope_factor[kind];
-        to[half + i] = sinf(angle) * m.rope_factor[kind];
+        float angle = (float)position_of(row) * rope.inv_freq[i];
+        to[i] = cosf(angle) * rope.factor;
+        to[half + i] = sinf(angle) * rope.factor;
       }
     }
   }
 
-  float query_scale(int position) const {
-    if (!m.query_length) return m.attention_scale;
-    return m.attention_scale * (1.0f + m.query_beta * log1pf((float)(position / m.query_length)));
+  static float query_scale(const NbAttention& a, int position) {
+    if (!a.query_length) return a.scale;
+    return a.scale * (1.0f + a.query_beta * log1pf((float)(position / a.query_length)));
   }
 
   // Norm, rotate and store a row's queries (bfloat16, [kv_heads][tokens][heads of one][head_dim], scaled), keys and
   // values.
-  void rotate_and_store(int row, const NbLayer& layer, const Cache& to) const {
-    int dim = m.head_dim, shared = m.num_heads / m.num_kv_heads;
-    float* qkv = b.qkv + (int64_t)row * qkv_dim();
-    int turned = m.rotary_dim[layer.rope];
-    const float *cosines = b.angles[layer.rope] + (int64_t)row * dim, *sines = cosines + turned / 2;
+  void rotate_and_store(int row, const NbAttention& a, const Cache& to) const {
+    int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads, all = a.num_heads * dim;
+    float* qkv = b.qkv + (int64_t)row * (all + 2 * a.num_kv_heads * dim);
+    int turned = m.ropes[a.rope].dim;
+    const float *cosines = b.angles[a.rope] + (int64_t)row * turned, *sines = cosines + turned / 2;
     int position = position_of(row), block = batch.tables[batch.items[item_of(row)].table + position / m.block_size];
-    bool norm_heads = layer.q_norm && !m.qk_norm_all;
-    if (layer.q_norm && m.qk_norm_all) {
-      float* keys = qkv + heads_dim();
-      rms_norm(qkv, layer.q_norm, heads_dim(), m.eps, qkv);
-      rms_norm(keys, layer.k_norm, m.num_kv_heads * dim, m.eps, keys);
+    bool norm_heads = a.q_norm && !a.qk_norm_all;
+    if (a.q_norm && a.qk_norm_all) {
+      float* keys = qkv + all;
+      rms_norm(qkv, a.q_norm, all, m.eps, qkv);
+      rms_norm(keys, a.k_norm, a.num_kv_heads * dim, m.eps, keys);
     }
-    F32 scale = f_set(query_scale(position));
-    for (int h = 0; h < m.num_heads; h++) {
+    F32 scale = f_set(query_scale(a, position));
+    for (int h = 0; h < a.num_heads; h++) {
       float* q = qkv + h * dim;
-      if (norm_heads) rms_norm(q, layer.q_norm, dim, m.eps, q);
+      if (norm_heads) rms_norm(q, a.q_norm, dim, m.eps, q);
       rotate(q, turned, cosines, sines);
       uint16_t* out = b.queries + (((int64_t)(h / shared) * batch.num_tokens + row) * shared + h % shared) * dim;
       for (int d = 0; d < dim; d += 16) f_store_bf16(out + d, f_mul(f_load(q + d), scale));
     }
-    for (int h = 0; h < m.num_kv_heads; h++) {
-      float *k = qkv + (m.num_heads + h) * dim, *v = k + m.num_kv_heads * dim;
-      if (norm_heads) rms_norm(k, layer.k_norm, dim, m.eps, k);
+    for (int h = 0; h < a.num_kv_heads; h++) {
+      float *k = qkv + (a.num_heads + h) * dim, *v = k + a.num_kv_heads * dim;
+      if (norm_heads) rms_norm(k, a.k_norm, dim, m.eps, k);
       rotate(k, turned, cosines, sines);
       write_cache(to, block, position % m.block_size, h, k, v);
     }
   }
 
   // One query tile: tokens [unit.first, unit.first + unit.count) of an item, one kv head.
-  void attend_unit(Worker& worker, const nibble::Unit& unit, int head, const NbLayer& layer, const Cache& from) const {
-    int dim = m.head_dim, shared = m.num_heads / m.num_kv_heads;
+  void attend_unit(Worker& worker, const nibble::Unit& unit, int head, const NbAttention& a, const Cache& from) const {
+    int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads;
     struct Scratch {
       float scores[kQueryRows * kKeys];
       uint16_t weights[kQueryRows * kKeys];
@@ -151,7 +143,7 @@ struct Step {
     for (int r = 0; r < rows; r++) {
       int position = item.start + unit.first + r / shared;
       s.last[r] = position;
-      s.first[r] = layer.window && position + 1 > layer.window ? position + 1 - layer.window : 0;
+      s.first[r] = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
       s.top[r] = -1e30f;
       s.mass[r] = 0.0f;
     }
@@ -160,11 +152,12 @@ struct Step {
     attend({q, rows, s.first, s.last, s.out, s.top, s.mass, s.scores, s.weights}, from, head,
            batch.tables + item.table, s.unpacked);
     for (int r = 0; r < rows; r++)
-      memcpy(b.attended + (int64_t)(row + r / shared) * heads_dim() + (head * shared + r % shared) * dim, s.out + r * dim,
+      memcpy(b.attended + (int64_t)(row + r / shared) * a.num_heads * dim + (head * shared + r % shared) * dim, s.out + r * dim,
              sizeof(float) * dim);
   }
 
-  void gate_up(Worker& worker, const NbLinearGroup& group) const {
+  void gate_up(Worker& worker, const NbGatedMlp& mlp) const {
+    const NbLinearGroup& group = mlp.gate_up;
     const NbLinear &gate = group.linears[0], &up = group.linears[1];
     Activations from_gate = view(group.inputs[gate.input], inputs[gate.input]);
     Activations from_up = view(group.inputs[up.input], inputs[up.input]);
@@ -179,45 +172,59 @@ struct Step {
       int outputs = min_int(columns, gate.n - tile * 16);
       for (int r = 0; r < rows; r++)
         for (int i = 0; i < outputs; i += 16) {
-          F32 y = f_mul(activate(f_load(gates + r * columns + i), m.activation), f_load(ups + r * columns + i));
-          f_store(b.inner + (int64_t)(row + r) * m.intermediate + tile * 16 + i, y);
+          F32 y = f_mul(activate(f_load(gates + r * columns + i), mlp.activation), f_load(ups + r * columns + i));
+          f_store(b.inner + (int64_t)(row + r) * mlp.intermediate + tile * 16 + i, y);
         }
     });
   }
 
-  void attention(Worker& worker, const NbLayer& layer, const Cache& kv) const {
-    products(worker, layer.qkv, b.qkv, qkv_dim(), false);
-    for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(row, layer, kv); });
-    nibble::parallel(worker, b.num_units * m.num_kv_heads, [&](int chunk) {
-      int unit = b.num_units - 1 - chunk / m.num_kv_heads;  // long ones first
-      attend_unit(worker, b.units[unit], chunk % m.num_kv_heads, layer, kv);
+  // The product that is added to x: at once, or first into y where it is normed before.
+  void add_product(Worker& worker, const NbLinearGroup& group, const float* norm) const {
+    products(worker, group, norm ? b.y : x, m.hidden, !norm);
+  }
+
+  void attention(Worker& worker, const NbAttention& a, const Cache& kv, const float* after) const {
+    int all = a.num_heads * a.head_dim;
+    products(worker, a.qkv, b.qkv, all + 2 * a.num_kv_heads * a.head_dim, false);
+    for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(row, a, kv); });
+    const nibble::Units& units = b.units[nibble::unit_tokens(a)];
+    nibble::parallel(worker, units.count * a.num_kv_heads, [&](int chunk) {
+      int unit = units.count - 1 - chunk / a.num_kv_heads;  // long ones first
+      attend_unit(worker, units.at[unit], chunk % a.num_kv_heads, a, kv);
     });
-    prepare_rows(worker, layer.o, b.attended, heads_dim());
-    bool normed = layer.post_attention_norm != nullptr;
-    products(worker, layer.o, normed ? b.y : x, m.hidden, !normed);
+    prepare_rows(worker, a.o, b.attended, all);
+    add_product(worker, a.o, after);
+  }
+
+  void gated_mlp(Worker& worker, const NbGatedMlp& mlp, const float* after) const {
+    gate_up(worker, mlp);
+    prepare_rows(worker, mlp.down, b.inner, mlp.intermediate);
+    add_product(worker, mlp.down, after);
   }
 
   void run(Worker& worker) const {
     const float* last_norm = nullptr;
+    uint8_t* cache = batch.cache;
     for (int l = 0; l < m.num_layers; l++) {
       const NbLayer& layer = m.layers[l];
+      const NbAttention& a = *layer.attention;
       for_rows(worker, batch.num_tokens, [&](int row) {
         if (l == 0) {
           if (m.embedding) embed(row);
           angles(row);
         }
         add_normed(worker, row, last_norm);
-        norm_and_prepare(worker, row, layer.input_norm, layer.qkv);
+        norm_and_prepare(worker, row, layer.before_mixer, a.qkv);
       });
-      attention(worker, layer, cache(l));
+      Cache kv{cache, m.block_size, a.head_dim, a.num_kv_heads, batch.cache_int8 != 0};
+      cache += batch.num_blocks * a.num_kv_heads * kv.head_bytes();
+      attention(worker, a, kv, layer.after_mixer);
       for_rows(worker, batch.num_tokens, [&](int row) {
-        add_normed(worker, row, layer.post_attention_norm);
-        norm_and_prepare(worker, row, layer.mlp_norm, layer.gate_up);
+        add_normed(worker, row, layer.after_mixer);
+        norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);
       });
-      gate_up(worker, layer.gate_up);
-      prepare_rows(worker, layer.down, b.inner, m.intermediate);
-      last_norm = layer.post_mlp_norm;
-      products(worker, layer.down, last_norm ? b.y : x, m.hidden, !last_norm);
+      gated_mlp(worker, *layer.mlp, layer.after_mlp);
+      last_norm = layer.after_mlp;
     }
     for_rows(worker, batch.num_tokens, [&](int row) {
       add_normed(worker, row, last_norm);

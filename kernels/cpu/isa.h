@@ -10,20 +10,28 @@ struct Unit {
   int32_t item, first, count;
 };
 
+constexpr int kQueryTile = 32;  // query rows (token, head) of a unit
+
+// How the tokens of a step are cut up for attention.
+struct Units {
+  Unit* at;
+  int32_t count;
+};
+
 struct StepBuffers {
   char* inputs[NB_MAX_INPUTS];  // prepared activations, see InputBuffer
   float* scales[NB_MAX_INPUTS];
   int32_t* sums[NB_MAX_INPUTS];
+  // Of the layer at hand, as wide as the widest.
   float* qkv;            // [tokens, heads + 2 kv_heads, head_dim]
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
-  float* y;              // [tokens, hidden]: a product whose norm comes before the sum
   float* inner;          // [tokens, intermediate]
-  float* angles[2];      // [tokens, 2, head_dim / 2]: cosines, sines
+  float* y;              // [tokens, hidden]: a product whose norm comes before the sum
+  float* angles[NB_MAX_ROPES];  // [tokens, 2, rope dim / 2]: cosines, sines
   int32_t* row_items;    // [tokens] which item a row belongs to
   int32_t* item_rows;    // [items] its first row
-  Unit* units;
-  int32_t num_units;
+  Units units[kQueryTile + 1];  // by the most tokens that one has; those that some layer needs
 };
 
 struct StepJob {
@@ -53,6 +61,10 @@ struct Kernels {
   Program forward, logits, linear;
 };
 
-constexpr int kQueryTile = 32;  // query rows (token, head) of a unit
+// Tokens of a unit, where so many query heads read one key-value head.
+inline int unit_tokens(const NbAttention& a) {
+  int tokens = kQueryTile / (a.num_heads / a.num_kv_heads);
+  return tokens < 1 ? 1 : tokens;
+}
 
 }  // namespace nibble

@@ -1,6 +1,7 @@
 // The C interface: which instruction sets this machine has, the memory of a step, and the programs run on the team.
 #include "isa.h"
 
+#include <algorithm>
 #include <new>
 #include <string.h>
 #include <string>
@@ -102,29 +103,39 @@ void place_inputs(Arena& arena, StepBuffers& b, const InputSize* sizes, size_t r
 void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch) {
   size_t rows = batch.num_tokens;
   place_inputs(arena, b, sizes, rows);
-  b.qkv = arena.take<float>(rows * (m.num_heads + 2 * m.num_kv_heads) * m.head_dim);
-  b.queries = arena.take<uint16_t>(rows * m.num_heads * m.head_dim);
-  b.attended = arena.take<float>(rows * m.num_heads * m.head_dim);
+  size_t qkv = 0, queries = 0, inner = 0;
+  bool wanted[kQueryTile + 1] = {};
+  for (int l = 0; l < m.num_layers; l++) {
+    const NbAttention& a = *m.layers[l].attention;
+    qkv = std::max(qkv, size_t(a.num_heads + 2 * a.num_kv_heads) * a.head_dim);
+    queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
+    inner = std::max(inner, size_t(m.layers[l].mlp->intermediate));
+    wanted[unit_tokens(a)] = true;
+  }
+  b.qkv = arena.take<float>(rows * qkv);
+  b.queries = arena.take<uint16_t>(rows * queries);
+  b.attended = arena.take<float>(rows * queries);
+  b.inner = arena.take<float>(rows * inner);
   b.y = arena.take<float>(rows * m.hidden);
-  b.inner = arena.take<float>(rows * m.intermediate);
-  for (float*& table : b.angles) table = arena.take<float>(rows * m.head_dim);
+  for (int i = 0; i < m.num_ropes; i++) b.angles[i] = arena.take<float>(rows * m.ropes[i].dim);
   b.row_items = arena.take<int32_t>(rows);
   b.item_rows = arena.take<int32_t>(batch.num_items);
-  b.units = arena.take<Unit>(rows);
+  for (int tokens = 1; tokens <= kQueryTile; tokens++)
+    b.units[tokens] = {wanted[tokens] ? arena.take<Unit>(rows) : nullptr, 0};
 }
 
 // Which rows belong to which item, and the units of attention.
-void lay_out(StepBuffers& b, const NbModel& m, const NbBatch& batch) {
-  int tokens = kQueryTile / (m.num_heads / m.num_kv_heads);
-  if (tokens < 1) tokens = 1;
+void lay_out(StepBuffers& b, const NbBatch& batch) {
   int row = 0;
-  b.num_units = 0;
   for (int i = 0; i < batch.num_items; i++) {
     int count = batch.items[i].count;
     b.item_rows[i] = row;
     for (int j = 0; j < count; j++) b.row_items[row + j] = i;
-    for (int first = 0; first < count; first += tokens)
-      b.units[b.num_units++] = {i, first, count - first < tokens ? count - first : tokens};
+    for (int tokens = 1; tokens <= kQueryTile; tokens++) {
+      Units& units = b.units[tokens];
+      for (int first = 0; units.at && first < count; first += tokens)
+        units.at[units.count++] = {i, first, std::min(count - first, tokens)};
+    }
     row += count;
   }
 }
@@ -165,15 +176,17 @@ void nb_pool_free(NbPool* pool) {
 
 void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float* hidden) {
   InputSize sizes[NB_MAX_INPUTS];
-  for (int l = 0; l < model->num_layers; l++)
-    for (const NbLinearGroup* group : {&model->layers[l].qkv, &model->layers[l].o, &model->layers[l].gate_up, &model->layers[l].down})
-      widen(sizes, *group);
+  for (int l = 0; l < model->num_layers; l++) {
+    const NbAttention& attention = *model->layers[l].attention;
+    const NbGatedMlp& mlp = *model->layers[l].mlp;
+    for (const NbLinearGroup* group : {&attention.qkv, &attention.o, &mlp.gate_up, &mlp.down}) widen(sizes, *group);
+  }
   StepBuffers buffers;
   Arena measure, arena;
   place_step(measure, buffers, sizes, *model, *batch);
   arena.memory = team_buffer(pool->team, measure.used);
   place_step(arena, buffers, sizes, *model, *batch);
-  lay_out(buffers, *model, *batch);
+  lay_out(buffers, *batch);
   StepJob job{model, batch, &buffers, hidden};
   team_run(pool->team, pool->kernels->forward, &job, 10 * model->num_layers + 2);
 }

@@ -8,8 +8,9 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 MAX_INPUTS = 4  # NB_MAX_INPUTS
+MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
     "install a C++ compiler (g++) and reinstall Nibble (in a checkout: pip install -e .)"
 )
@@ -60,46 +61,61 @@ class NbLinearGroup(ctypes.Structure):
     ]
 
 
-class NbLayer(ctypes.Structure):
+class NbRope(ctypes.Structure):
+    _fields_ = [("dim", c_int32), ("factor", c_float), ("inv_freq", c_void_p)]
+
+
+class NbAttention(ctypes.Structure):
     _fields_ = [
-        ("input_norm", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("post_attention_norm", c_void_p),
-        ("post_mlp_norm", c_void_p),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
         ("rope", c_int32),
         ("window", c_int32),
+        ("qk_norm_all", c_int32),
+        ("scale", c_float),
+        ("query_beta", c_float),
+        ("query_length", c_int32),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
         ("qkv", NbLinearGroup),
         ("o", NbLinearGroup),
+    ]
+
+
+class NbGatedMlp(ctypes.Structure):
+    _fields_ = [
+        ("intermediate", c_int32),
+        ("activation", c_int32),
         ("gate_up", NbLinearGroup),
         ("down", NbLinearGroup),
+    ]
+
+
+class NbLayer(ctypes.Structure):
+    _fields_ = [
+        ("before_mixer", c_void_p),
+        ("after_mixer", c_void_p),
+        ("before_mlp", c_void_p),
+        ("after_mlp", c_void_p),
+        ("attention", POINTER(NbAttention)),
+        ("mlp", POINTER(NbGatedMlp)),
     ]
 
 
 class NbModel(ctypes.Structure):
     _fields_ = [
         ("hidden", c_int32),
-        ("intermediate", c_int32),
         ("num_layers", c_int32),
-        ("num_heads", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_dim", c_int32),
+        ("num_ropes", c_int32),
         ("vocab", c_int32),
-        ("activation", c_int32),
-        ("qk_norm_all", c_int32),
         ("eps", c_float),
-        ("attention_scale", c_float),
         ("embedding_scale", c_float),
-        ("query_beta", c_float),
-        ("query_length", c_int32),
         ("block_size", c_int32),
         ("layers", POINTER(NbLayer)),
+        ("ropes", POINTER(NbRope)),
         ("embedding", c_void_p),
         ("norm", c_void_p),
-        ("inv_freq", c_void_p * 2),
-        ("rotary_dim", c_int32 * 2),
-        ("rope_factor", c_float * 2),
         ("head", NbLinearGroup),
     ]
 

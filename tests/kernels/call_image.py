@@ -18,7 +18,17 @@ from nibble.kernels.cpu.library import NbBatch, NbModel, Pool
 from nibble.kernels.cpu.prepared import PreparedGroup
 
 LINEAR, FORWARD, LOGITS = range(3)
-_STRUCTURES = (lib.NbLinear, lib.NbInput, lib.NbLinearGroup, lib.NbLayer, lib.NbModel, lib.NbBatch)
+_STRUCTURES = (
+    lib.NbLinear,
+    lib.NbInput,
+    lib.NbLinearGroup,
+    lib.NbRope,
+    lib.NbAttention,
+    lib.NbGatedMlp,
+    lib.NbLayer,
+    lib.NbModel,
+    lib.NbBatch,
+)
 _HEADER = 8 * (len(_STRUCTURES) + 4)
 _ALIGNMENT = 64
 

@@ -158,13 +158,16 @@ def add_decoder(
     )
     decoder = Runner(config).model
     image.add(decoder)
-    groups = [g for each in decoder.layers for g in (each.qkv, each.o, each.gate_up, each.down)]
-    for linears in (*groups, decoder.head):
+    for linears in decoder.groups:
         image.arrays(linears)
-    image.structure(decoder._kept[1])  # the layers, which the model points to
+    for layer in decoder.layers:
+        image.structure(layer.mixer.struct)
+        image.structure(layer.mlp.struct)
+    for pointed_to in (decoder.ropes.struct, decoder.layer_structs):
+        image.structure(pointed_to)
     model = image.structure(decoder._struct)
     cache = decoder.new_cache(10)
-    image.add(cache.blocks)
+    image.add(cache.pages)
     tables = torch.tensor([7, 3, 9, 5, 2], dtype=torch.int32)
     for what, items in (
         ("prompts", [(60, 0, 0), (5, 0, 4)]),
@@ -181,8 +184,8 @@ def add_decoder(
             tokens.data_ptr(),
             flat.data_ptr(),
             tables.data_ptr(),
-            cache.blocks.data_ptr(),
-            cache.blocks.shape[1],
+            cache.pages.data_ptr(),
+            len(cache.layers[0]),
             cache.int8,
         )
         image.forward(group, what, model, batch, decoder.model.hidden_size)
@@ -193,15 +196,13 @@ def add_decoder(
         torch.randn(3, decoder.model.hidden_size),
         decoder.model.vocab_size,
     )
+    mixer = decoder.layers[0].mixer.spec  # here all layers have one shape
+    blocks = cache.pages.view(len(cache.layers), len(cache.layers[0]), mixer.num_kv_heads, -1)
     if cache.int8:  # the codes; scales follow them
-        image.watch(
-            group,
-            "cache",
-            cache.blocks.view(torch.int8),
-            2 * config.block_size * decoder.layers[0].mixer.head_dim,
-        )
+        codes = 2 * config.block_size * mixer.head_dim
+        image.watch(group, "cache", blocks.view(torch.int8), codes)
     else:
-        image.watch(group, "cache", cache.blocks.view(torch.bfloat16))
+        image.watch(group, "cache", blocks.view(torch.bfloat16))
 
 
 def emulate(qemu: str, core: str, program: Path, *arguments: object) -> str:

@@ -3,85 +3,48 @@
 The weights, norms and tables are handed over once, as plain arrays (kernels/cpu/abi.h); a step hands over its tokens,
 what each request computes and its block table. The KV cache has the kernels' own layout (kernels/cpu/kv_cache.h):
 
-    [num_layers, num_blocks, num_kv_heads, bytes]   keys and values of block_size tokens in bfloat16; or in int8, scales
+    of each layer [num_blocks, num_kv_heads, bytes]   keys and values of block_size tokens; in int8, scales too
 """
 
 import ctypes
 import itertools
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, ModelSpec
-from ....kernels.cpu import library as lib
+from ....architectures.base import ModelSpec
 from ....kernels.cpu.library import NbBatch, NbLayer, NbLinearGroup, NbModel, Pool
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from ..torch.attention import zero_pages
-from ..torch.layers import inverse_frequencies
-
-
-@dataclass(slots=True)
-class CppLayer:
-    """One layer's weights: norms float32 or None; groups q, k, v; o; gate, up; down."""
-
-    mixer: Attention
-    qkv: PreparedGroup
-    o: PreparedGroup
-    gate_up: PreparedGroup
-    down: PreparedGroup
-    before_mixer: Tensor | None
-    after_mixer: Tensor | None
-    before_mlp: Tensor | None
-    after_mlp: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-
-    def struct(self, rope: int) -> NbLayer:
-        """rope: which of the model's frequencies."""
-        norms = (
-            self.before_mixer,
-            self.before_mlp,
-            self.q_norm,
-            self.k_norm,
-            self.after_mixer,
-            self.after_mlp,
-        )
-        groups = (self.qkv, self.o, self.gate_up, self.down)
-        return NbLayer(
-            *map(pointer, norms),
-            rope,
-            self.mixer.window or 0,
-            *(group.struct() for group in groups),
-        )
+from .layers import CppLayer, CppRopes
 
 
 @dataclass(slots=True)
 class CppCache:
     """Anonymous pages, so a block costs memory from its first use on."""
 
-    blocks: Tensor  # uint8, shape as in the module's docstring
+    pages: Tensor  # uint8
+    layers: list[Tensor]  # of these, each layer's [num_blocks, bytes of a block]
     int8: bool
 
     @classmethod
-    def allocate(
-        cls, num_layers: int, num_blocks: int, block_size: int, mixer: Attention, int8: bool
-    ) -> "CppCache":
-        vector = mixer.head_dim + 4 if int8 else 2 * mixer.head_dim
-        shape = (num_layers, num_blocks, mixer.num_kv_heads, 2 * block_size * vector)
-        pages = torch.frombuffer(zero_pages(math.prod(shape)), dtype=torch.uint8)
-        return cls(pages.view(shape), int8)
+    def allocate(cls, num_blocks: int, block_bytes: list[int], int8: bool) -> "CppCache":
+        sizes = [num_blocks * each for each in block_bytes]
+        pages = torch.frombuffer(zero_pages(sum(sizes)), dtype=torch.uint8)
+        layers = [part.view(num_blocks, -1) for part in pages.split(sizes)]
+        return cls(pages, layers, int8)
 
     def clear(self, blocks: list[int]) -> None:
-        self.blocks[:, torch.tensor(blocks)] = 0
+        for layer in self.layers:
+            layer[torch.tensor(blocks)] = 0
 
 
 @dataclass(slots=True)
 class CppDecoder(HostSampling):
-    """Layers of one shape; embedding, norm and head where they are the model's first or last."""
+    """Embedding, norm and head where the layers are the model's first or last."""
 
     model: ModelSpec
     pool: Pool
@@ -92,58 +55,44 @@ class CppDecoder(HostSampling):
     norm: Tensor | None  # float32 [hidden]
     head: PreparedGroup | None
     report: KernelReport
-    _struct: NbModel = field(init=False)
-    _kept: list[object] = field(init=False)  # what the structures point to
+    ropes: CppRopes = field(init=False)
+    layer_structs: ctypes.Array[NbLayer] = field(init=False)
+    _struct: NbModel = field(init=False)  # points to the two above
 
     def __post_init__(self) -> None:
-        model, first = self.model, self.layers[0]
-        mixer = first.mixer
-        ropes = list(dict.fromkeys(layer.mixer.rope for layer in self.layers))
-        frequencies = [inverse_frequencies(mixer.head_dim, rope) for rope in ropes]
-        beta, length = mixer.query_scaling or (0.0, 0)
-        layers = (NbLayer * len(self.layers))(
-            *(layer.struct(ropes.index(layer.mixer.rope)) for layer in self.layers)
+        model = self.model
+        self.ropes = CppRopes.of([layer.mixer.spec for layer in self.layers])
+        self.layer_structs = (NbLayer * len(self.layers))(
+            *(layer.struct(self.ropes) for layer in self.layers)
         )
         self._struct = NbModel(
             model.hidden_size,
-            first.down.linears[0].k,
             len(self.layers),
-            mixer.num_heads,
-            mixer.num_kv_heads,
-            mixer.head_dim,
+            len(self.ropes.struct),
             model.vocab_size,
-            lib.ACTIVATIONS[model.layers[0].mlp.activation],
-            mixer.qk_norm == "all",
             model.norm_eps,
-            mixer.scale,
             float(torch.tensor(model.embedding_scale, dtype=torch.bfloat16)),
-            beta,
-            length,
             self.block_size,
-            layers,
+            self.layer_structs,
+            self.ropes.struct,
             pointer(self.embedding),
             pointer(self.norm),
-            (ctypes.c_void_p * 2)(*(f.data_ptr() for f in frequencies)),
-            (ctypes.c_int32 * 2)(*(2 * len(f) for f in frequencies)),
-            (ctypes.c_float * 2)(*(rope.attention_factor if rope else 1.0 for rope in ropes)),
             NbLinearGroup() if self.head is None else self.head.struct(),
         )
-        self._kept = [frequencies, layers]
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        groups = [group for layer in self.layers for group in layer.groups]
+        return groups if self.head is None else [*groups, self.head]
 
     @property
     def weight_bytes(self) -> int:
-        groups = [
-            g for layer in self.layers for g in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        ]
-        groups += [] if self.head is None else [self.head]
         embedding = 0 if self.embedding is None else self.embedding.nbytes
-        return sum(group.nbytes for group in groups) + embedding
+        return sum(group.nbytes for group in self.groups) + embedding
 
     def new_cache(self, num_blocks: int) -> CppCache:
-        mixer = self.layers[0].mixer
-        return CppCache.allocate(
-            len(self.layers), num_blocks, self.block_size, mixer, self.int8_cache
-        )
+        sizes = [layer.mixer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers]
+        return CppCache.allocate(num_blocks, sizes, self.int8_cache)
 
     def forward(self, batch: Batch, cache: CppCache, hidden: Tensor | None = None) -> Tensor:
         """float32 [T, hidden_size]"""
@@ -170,8 +119,8 @@ class CppDecoder(HostSampling):
             ctypes.addressof(tokens),
             ctypes.addressof(items),
             ctypes.addressof(blocks),
-            cache.blocks.data_ptr(),
-            cache.blocks.shape[1],
+            cache.pages.data_ptr(),
+            len(cache.layers[0]),
             cache.int8,
         )
         self.pool.library.nb_forward(self.pool.handle, self._struct, arguments, out.data_ptr())

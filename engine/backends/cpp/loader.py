@@ -17,12 +17,12 @@ from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
-from .decoder import CppDecoder, CppLayer
+from .decoder import CppDecoder
+from .layers import CppAttention, CppGatedMlp, CppLayer
 from .prepared_cache import PreparedCache
 
 # of the kernels' scratch memory
 _MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536
-_MAX_ROPES = 2
 
 
 class CppBackend:
@@ -94,10 +94,9 @@ class CppBackend:
         sizes = (model.hidden_size, layer.mlp.intermediate_size, mixer.num_heads * mixer.head_dim)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
-        if _shape(layer) != _shape(model.layers[0]):
-            return "needs layers of one shape"
-        if len({each.mixer.rope for each in model.layers}) > _MAX_ROPES:
-            return f"has room for {_MAX_ROPES} kinds of rotary embedding"
+        ropes = {(each.mixer.rope, each.mixer.head_dim) for each in model.layers}
+        if len(ropes) > lib.MAX_ROPES:
+            return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
         return None
 
     def load(
@@ -118,13 +117,6 @@ class CppBackend:
         weights = checkpoint.scheme.default if checkpoint.scheme else None
         few = weights is not None and weights.kind == "int" and weights.bits <= 4
         return 8 if few and self.target.config.cpu_activations == "int8" else 16
-
-
-def _shape(layer: LayerSpec) -> tuple[object, ...]:
-    """What the kernels are told once for all layers."""
-    mixer = layer.mixer
-    attention = (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.scale)
-    return *attention, mixer.qk_norm, mixer.query_scaling, layer.mlp
 
 
 @dataclass(slots=True)
@@ -169,7 +161,7 @@ class _Loader:
     def _layer(self, index: int) -> CppLayer:
         model, weights = self.weights.model, self.weights
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
-        mixer, norms = spec.mixer, spec.norms
+        norms = spec.norms
         qkv, o, gate_up, down = model.groups(index)
 
         def prepared(group: LinearGroup, scale: float = 1.0, parts: int = 1) -> PreparedGroup:
@@ -187,16 +179,21 @@ class _Loader:
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
         return CppLayer(
-            mixer,
-            prepared(qkv),
-            prepared(o, 1.0 if norms.after_mixer else scale),
-            prepared(gate_up, parts=2 // len(gate_up.modules)),  # two products, however stored
-            prepared(down, 1.0 if norms.after_mlp else scale),
+            CppAttention(
+                spec.mixer,
+                prepared(qkv),
+                prepared(o, 1.0 if norms.after_mixer else scale),
+                *weights.head_norms(index),
+            ),
+            CppGatedMlp(
+                spec.mlp,
+                prepared(gate_up, parts=2 // len(gate_up.modules)),  # two products, however stored
+                prepared(down, 1.0 if norms.after_mlp else scale),
+            ),
             norm(norms.before_mixer),
             norm(norms.after_mixer, scale),
             norm(norms.before_mlp),
             norm(norms.after_mlp, scale),
-            *weights.head_norms(index),
         )
 
     def _prepared(
