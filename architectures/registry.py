@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from . import gemma, granite, llama, ministral, mistral, olmo, phi, qwen, seed_oss, smollm3
+from . import gemma, gemma4, granite, llama, ministral, mistral, olmo, phi, qwen, seed_oss, smollm3
 from .base import ModelSpec
 from .config import Config
 from .gguf import GgufFamily
@@ -43,6 +43,8 @@ ARCHITECTURES = (
     Architecture("Olmo3ForCausalLM", "olmo3", olmo.olmo3),
     Architecture("GemmaForCausalLM", "gemma", gemma.gemma),
     Architecture("Gemma2ForCausalLM", "gemma2", gemma.gemma2),
+    Architecture("Gemma4ForCausalLM", "gemma4_text", gemma4.spec),
+    Architecture("Gemma4UnifiedForCausalLM", "gemma4_unified_text", gemma4.unified),
     Architecture("Gemma3ForCausalLM", "gemma3_text", gemma.gemma3, ("gemma3", gemma.GEMMA3_GGUF)),
 )
 GGUF = {entry.gguf[0]: entry.gguf[1] for entry in ARCHITECTURES if entry.gguf is not None}

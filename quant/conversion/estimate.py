@@ -50,7 +50,7 @@ def estimate(
         sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped)
         * plan.dtype.itemsize
     )
-    hidden = 0 if not recipe.calibrated else tokens * source.config.hidden_size * 4
+    hidden = 0 if not recipe.calibrated else tokens * source.carried.width * 4
     disk = output + min(output, MAX_SHARD_BYTES) + 2 * hidden
     block = [shape for name, shape in shapes.items() if name.startswith(source.name(0) + ".")]
     return Estimate(

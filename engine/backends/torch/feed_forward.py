@@ -20,5 +20,8 @@ class TorchGatedMlp:
     def __call__(self, h: Tensor) -> Tensor:
         """h [T, hidden], normed."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
-        silu = self.spec.activation == "silu"
-        return self.down((F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up)
+        return self.down(activate(gate, self.spec.activation) * up)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
