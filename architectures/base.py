@@ -1,7 +1,7 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention) and a feed-forward (GatedMlp), with norms around them
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention) and a feed-forward (GatedMlp, Experts), with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -10,7 +10,7 @@ differs from its default, and so is every kind and every choice: `features` name
 does not list (engine/backends). So what is added here is refused everywhere until a backend says that it computes it.
 """
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
@@ -91,6 +91,110 @@ class GatedMlp:
             LinearGroup(("mlp.down_proj",), (hidden_size,), inner, "row"),
         )
 
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it."""
+        gate_up, down = self.groups(1)
+        rows = Fold("rows", gate_up.modules[-1], down.modules)
+        return (rows,) if norm is None else (Fold("norm", norm, gate_up.modules), rows)
+
+    @property
+    def inner_width(self) -> int:
+        """Numbers a token has between its products, at most."""
+        return self.intermediate_size
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """A gated MLP beside the experts, which every token goes through."""
+
+    KIND: ClassVar = "shared_expert"
+    intermediate_size: int
+    # what it adds is multiplied by sigmoid(x . w), w the weight [1, hidden] of Experts.shared_gate
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What checkpoints call an expert's modules, within the layer; "*" is its number."""
+
+    gate: str = "mlp.experts.*.gate_proj"
+    up: str = "mlp.experts.*.up_proj"
+    down: str = "mlp.experts.*.down_proj"
+    router: str = "mlp.gate"
+    # tensors [num_experts, 2 * inner, hidden] (gate above up) and [num_experts, hidden, inner], where they are stacked
+    stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    shared: str = "mlp.shared_expert"  # of its gate_proj, up_proj, down_proj
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Many gated MLPs, of which each token goes through a few: a router scores them all, the top_k are added weighted.
+
+    scores = softmax or sigmoid of router(x)
+    chosen = the top_k of scores (+ correction bias), within the best of the groups
+    y = sum over chosen of weight * expert(x) (+ shared expert(x)), weight = routed_scale * score (/ their sum)
+    """
+
+    KIND: ClassVar = "experts"
+    num_experts: int
+    top_k: int
+    intermediate_size: int  # of each expert
+    activation: Literal["silu", "gelu_tanh"]
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    norm_weights: bool = False  # the chosen scores are divided by their sum
+    routed_scale: float = 1.0
+    # added to the scores to choose by, and to them only: float32 [num_experts], the router's e_score_correction_bias
+    correction_bias: bool = False
+    # (groups, best): consecutive experts form groups; only those in the groups whose two best sum highest are chosen
+    limited_groups: tuple[int, int] | None = None
+    shared: SharedExpert | None = None
+    names: ExpertNames = field(default=ExpertNames(), metadata=_DETAIL)
+
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
+        """gate, up of every expert; gate, up of the shared one; down of every expert; of the shared one."""
+        inner, count, names = self.intermediate_size, self.num_experts, self.names
+        gate_up = (names.gate, names.up), (inner, inner), hidden_size
+        found = [LinearGroup(*gate_up, "column", count)]
+        down = [LinearGroup((names.down,), (hidden_size,), inner, "row", count)]
+        if self.shared is not None:
+            inner = self.shared.intermediate_size
+            modules = tuple(f"{names.shared}.{name}_proj" for name in ("gate", "up"))
+            found.append(LinearGroup(modules, (inner, inner), hidden_size, "column"))
+            modules = (f"{names.shared}.down_proj",)
+            down.append(LinearGroup(modules, (hidden_size,), inner, "row"))
+        return (*found, *down)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Modules that decide how much of what is added: they stay in 16 bits when all else is quantized."""
+        gated = self.shared is not None and self.shared.gated
+        return (self.names.router, self.names.shared_gate) if gated else (self.names.router,)
+
+    def members(self, hidden_size: int) -> "list[tuple[LinearGroup, LinearGroup]]":
+        """gate, up and down of each expert, the shared one last."""
+        each = [member for group in self.groups(hidden_size) for member in group.members()]
+        half = len(each) // 2
+        return list(zip(each[:half], each[half:], strict=True))
+
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it. One for the inputs of all, one for each between up and down."""
+        each = self.members(1)
+        rows = tuple(Fold("rows", gate_up.modules[-1], down.modules) for gate_up, down in each)
+        if norm is None:
+            return rows
+        read = tuple(module for gate_up, _ in each for module in gate_up.modules)
+        return (Fold("norm", norm, read, self.routers), *rows)
+
+    @property
+    def inner_width(self) -> int:
+        """Numbers a token has between its products, at most."""
+        shared = 0 if self.shared is None else self.shared.intermediate_size
+        return self.top_k * self.intermediate_size + shared
+
+
+FeedForward = GatedMlp | Experts
+
 
 @dataclass(frozen=True, slots=True)
 class Norms:
@@ -121,11 +225,24 @@ class LinearGroup:
     """Linears that read the same input: computed together, quantized alike. Their outputs stand side by side."""
 
     KIND: ClassVar = "linear_group"
-    modules: tuple[str, ...]  # names within the layer
+    modules: tuple[str, ...]  # names within the layer; "*" where there are num_experts of each
     out_features: tuple[int, ...]  # of each
     in_features: int
     parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
-    num_experts: int | None = None  # every weight is [num_experts, out, in]; None: [out, in]
+    num_experts: int | None = None  # so many of every weight [out, in], one an expert; None: one
+
+    def members(self) -> "tuple[LinearGroup, ...]":
+        """One group for each expert, each with names of its own; of a group without experts, itself."""
+        if self.num_experts is None:
+            return (self,)
+        return tuple(
+            replace(
+                self,
+                modules=tuple(name.replace("*", str(expert)) for name in self.modules),
+                num_experts=None,
+            )
+            for expert in range(self.num_experts)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +261,12 @@ class Fold:
     kind: Literal["norm", "rows", "heads"]
     source: str
     consumers: tuple[str, ...]
+    dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers
+
+    @property
+    def reads(self) -> str:
+        """A module whose inputs are the source's outputs, of every token. (An expert sees some of them.)"""
+        return (self.dense or self.consumers)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,23 +289,19 @@ class LayerSpec:
 
     KIND: ClassVar = "layer"
     mixer: Attention
-    mlp: GatedMlp
+    mlp: FeedForward
     norms: Norms = Norms()
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
         qkv, out = self.mixer.groups(hidden_size)
-        gate_up, down = self.mlp.groups(hidden_size)
         found = []
         if self.norms.before_mixer is not None:
             found.append(Fold("norm", self.norms.before_mixer, qkv.modules))
         if qkv.modules[-1].endswith(("v_proj", "qkv_proj")) and not self.mixer.v_norm:
             found.append(Fold("heads", qkv.modules[-1], out.modules))
-        if self.norms.before_mlp is not None:
-            found.append(Fold("norm", self.norms.before_mlp, gate_up.modules))
-        found.append(Fold("rows", gate_up.modules[-1], down.modules))
-        return tuple(found)
+        return (*found, *self.mlp.folds(self.norms.before_mlp))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +332,16 @@ class ModelSpec:
         """Of a layer's module in the checkpoint."""
         return f"{self.prefix}layers.{index}"
 
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Modules of all layers that stay dense when all else is quantized."""
+        return tuple(
+            f"{self.layer_name(index)}.{name}"
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer.mlp, Experts)
+            for name in layer.mlp.routers
+        )
+
     def groups(self, index: int) -> tuple[LinearGroup, ...]:
         """Of one layer, in the order in which it computes."""
         layer = self.layers[index]
@@ -229,10 +358,10 @@ def features(part: Any) -> frozenset[str]:
     for each in fields(part):
         value, role = getattr(part, each.name), each.metadata.get("role")
         name = f"{part.KIND}.{each.name}"
+        if role == "detail" or each.name == "layers":
+            continue
         if is_dataclass(value):
             found |= features(value)
-        elif role == "detail" or each.name == "layers":
-            continue
         elif role == "module":
             if (value is None) != (each.default is None):
                 found.add(name if value is not None else f"{name}=None")

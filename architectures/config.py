@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .base import Attention, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
+from .base import Attention, FeedForward, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
 from .limits import MAX_SIZE, SIZES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -241,14 +241,15 @@ def llama_like(
     ropes: Sequence[Rope | None] | None = None,
     attention: Mapping[str, Any] | None = None,
     activation: Any = None,
+    mlps: Sequence[FeedForward] | None = None,
     fused: bool = False,
     norms: Norms | None = None,
     **model: Any,
 ) -> ModelSpec:
     """A decoder of Llama's shape; what a cousin does otherwise is given.
 
-    windows, ropes: one a layer. attention: fields of Attention. fused: q, k, v and gate, up are stored as one. model:
-    fields of ModelSpec.
+    windows, ropes, mlps: one a layer. attention: fields of Attention. fused: q, k, v and gate, up are stored as one.
+    model: fields of ModelSpec.
     """
     layers, dim, heads = (
         config.size("num_hidden_layers"),
@@ -257,8 +258,9 @@ def llama_like(
     )
     windows = [None] * layers if windows is None else windows
     ropes = [config.rope()] * layers if ropes is None else ropes
-    inner = config.size("intermediate_size")
-    mlp = GatedMlp(inner, activation or config.activation(), fused)
+    if mlps is None:
+        inner = config.size("intermediate_size")
+        mlps = [GatedMlp(inner, activation or config.activation(), fused)] * layers
     mixer = {
         "num_heads": heads,
         "num_kv_heads": config.size("num_key_value_heads", heads),
@@ -277,7 +279,7 @@ def llama_like(
         max_position_embeddings=config.size("max_position_embeddings", 2048),
         layers=tuple(
             LayerSpec(Attention(**mixer, rope=rope, window=window), mlp, norms or Norms())
-            for rope, window in zip(ropes, windows, strict=True)
+            for rope, window, mlp in zip(ropes, windows, mlps, strict=True)
         ),
         **{
             "norm_eps": config.epsilon("rms_norm_eps", 1e-6),

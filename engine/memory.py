@@ -48,7 +48,7 @@ def activation_bytes(
 ) -> int:
     """An upper bound for one step: the widest intermediate of a full batch, float32 logits twice over, and on a GPU the
     widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
-    inner = max(layer.mlp.intermediate_size for layer in model.layers)
+    inner = max(layer.mlp.inner_width for layer in model.layers)
     heads = max(
         (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_dim
         for layer in model.layers

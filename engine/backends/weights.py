@@ -99,6 +99,16 @@ class ModelWeights:
         weight = self.checkpoint.tensor(f"{name}.weight").float()
         return weight + 1.0 if self.model.norm_offset else weight
 
+    def router(self, layer: int, name: str, rows: int) -> Tensor:
+        """A matrix that no kernel multiplies by, float32 [rows, hidden_size]. name: of the module in the layer."""
+        module = f"{self.model.layer_name(layer)}.{name}"
+        if not self.checkpoint.weight_names(module):
+            self._check_shape(f"{module}.weight", ())  # is missing, and says so
+        weight = self.checkpoint.dense(module, torch.float32)
+        if (found := tuple(weight.shape)) != (want := (rows, self.model.hidden_size)):
+            raise self._error(f"{module}.weight", found, want)
+        return weight
+
     def vector(self, name: str, width: int) -> Tensor:
         """A tensor that is no module's, float32 [width]."""
         self._check_shape(name, (width,))

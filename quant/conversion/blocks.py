@@ -6,6 +6,7 @@ recorded from a dry run of its own forward in which every block is replaced by a
 """
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ...architectures.base import Fold
+from ...architectures.base import Experts, Fold, LinearGroup
 from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from .carried import Carried
+from .experts import unroll
 
 
 class BlockSource:
@@ -34,6 +36,9 @@ class BlockSource:
             self.config = AutoConfig.for_model(**settings)
             with torch.device("meta"):
                 causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+                for layer, of in zip(causal_lm.model.layers, self.spec.layers, strict=True):
+                    if isinstance(of.mlp, Experts):
+                        unroll(layer, of.mlp)
         except Exception as error:  # whatever transformers makes of a value that it did not expect
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -64,19 +69,18 @@ class BlockSource:
     def _check_shapes(self) -> None:
         """Raise CheckpointError for a tensor of the blocks that is missing or not shaped as config.json implies."""
         for index, layer in enumerate(self._layers):
-            for name, parameter in layer.named_parameters():
+            for name, wanted, is_matrix in _stored(layer):
                 full = f"{self.name(index)}.{name}"
-                if not full.endswith("_proj.weight") or not self.checkpoint.is_quantized(
-                    full.removesuffix(".weight")
-                ):
-                    there = tuple(self.checkpoint.shape(full))
-                    if there != tuple(parameter.shape):
-                        raise CheckpointError(
-                            f"has shape {list(there)}, config.json implies {list(parameter.shape)}",
-                            file=self.checkpoint.path,
-                            tensor=full,
-                            fix="config.json and the weights must be of one model",
-                        )
+                if is_matrix and self.checkpoint.is_quantized(full.removesuffix(".weight")):
+                    continue
+                there = tuple(self.checkpoint.shape(full))
+                if there != tuple(wanted.shape):
+                    raise CheckpointError(
+                        f"has shape {list(there)}, config.json implies {list(wanted.shape)}",
+                        file=self.checkpoint.path,
+                        tensor=full,
+                        fix="config.json and the weights must be of one model",
+                    )
 
     def name(self, index: int) -> str:
         """The module name of a block, e.g. model.layers.3"""
@@ -84,7 +88,16 @@ class BlockSource:
 
     def groups(self, index: int) -> tuple[tuple[str, ...], ...]:
         """Names within block `index` of the linears that read the same input, in the order in which they run."""
-        return tuple(group.modules for group in self.spec.groups(index))
+        return tuple(names for stage in self.stages(index) for names in stage)
+
+    def stages(self, index: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The groups of block `index`, together those that do not wait for each other: one for each expert."""
+        return tuple(
+            tuple(member.modules for member in group.members()) for group in self.spec.groups(index)
+        )
+
+    def linear_groups(self, index: int) -> tuple[LinearGroup, ...]:
+        return self.spec.groups(index)
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.spec.folds(index)
@@ -93,10 +106,9 @@ class BlockSource:
         """Block `index` with its weights, dequantized where the checkpoint is quantized."""
         block = copy.deepcopy(self._layers[index])
         state = {}
-        for name in block.state_dict():
-            module, _, leaf = name.rpartition(".")
+        for name, _, is_matrix in _stored(block):
             full = f"{self.name(index)}.{name}"
-            if leaf == "weight" and isinstance(block.get_submodule(module), nn.Linear):
+            if is_matrix:
                 tensor = self.checkpoint.dense(full.removesuffix(".weight"), torch.float32)
             else:
                 tensor = self.checkpoint.tensor(full, torch.float32)
@@ -156,6 +168,13 @@ def linear(block: nn.Module, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{name} is no linear but a {type(module).__name__}")
     return module
+
+
+def _stored(block: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Names, tensors and whether it is a linear's weight, of all that a checkpoint has of a block."""
+    matrices = {f"{n}.weight" for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    for name, tensor in block.state_dict(keep_vars=True).items():
+        yield name, tensor, name in matrices
 
 
 class _Recorder(nn.Module):

@@ -218,8 +218,11 @@ def _block_tensors(
     """All tensors of a block by full name, quantized ones in the target format, others in the model's dtype."""
     prefix = source.name(index)
     write = formats.by_method(plan.scheme.method).write
+    kept = {name for name, _ in block.named_buffers()}  # as exact as they were
     tensors = {
-        f"{prefix}.{name}": value.to(plan.dtype)
+        f"{prefix}.{name}": value.to(
+            source.checkpoint.dtype(f"{prefix}.{name}") if name in kept else plan.dtype
+        )
         for name, value in block.state_dict().items()
         if name.removesuffix(".weight") not in result.weights
     }

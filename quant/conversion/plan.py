@@ -36,6 +36,7 @@ class Plan:
     bits: dict[str, int] = field(
         default_factory=dict
     )  # quantized module -> bits, where not all have the recipe's
+    routers: tuple[str, ...] = ()  # modules that choose experts: dense whatever the recipe
     others: tuple[str, ...] = ()  # what a multimodal model has beside its language model
 
     def grid(self, module: str, recipe: Recipe) -> tuple[int, int, bool]:
@@ -83,8 +84,9 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         )
     warnings = _warnings(checkpoint)
     others = tuple(other_parts(checkpoint.config, checkpoint.names()))
-    scheme = _scheme(recipe, sizes, {}, dense, others)
-    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, others=others)
+    routers = source.spec.routers
+    scheme = _scheme(recipe, sizes, {}, (*routers, *dense), others)
+    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, routers=routers, others=others)
 
 
 def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
@@ -93,7 +95,7 @@ def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
     note = ", ".join(f"{width} bits in {count}" for width, count in counts.items())
     return replace(
         plan,
-        scheme=_scheme(recipe, plan.group_sizes, bits, plan.dense, plan.others),
+        scheme=_scheme(recipe, plan.group_sizes, bits, (*plan.routers, *plan.dense), plan.others),
         bits=bits,
         notes=(*plan.notes, f"chosen by what rounding does to each layer: {note}"),
     )
@@ -132,7 +134,7 @@ def _scheme(
     recipe: Recipe,
     sizes: dict[str, int],
     bits: dict[str, int],
-    dense: dict[str, str],
+    dense: tuple[str, ...],
     others: tuple[str, ...],
 ) -> QuantScheme:
     ignore = ("lm_head", *dense, *modules_of(others, by_name=recipe.target in ("awq", "fp8")))

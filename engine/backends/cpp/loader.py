@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, LinearGroup, ModelSpec
+from ....architectures.base import GatedMlp, LayerSpec, LinearGroup, ModelSpec
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
 from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
@@ -191,6 +191,8 @@ class _Loader:
         def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
 
+        if not isinstance(spec.mlp, GatedMlp):
+            raise TypeError("a layer that why_not refuses")
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
         return CppLayer(

@@ -18,7 +18,7 @@ from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from .attention import AttentionMetadata, KVCache
-from .feed_forward import TorchGatedMlp
+from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
 from .linear import FusedLinear
 from .mixers import Step, TorchAttention
@@ -31,7 +31,7 @@ class TorchLayer:
 
     spec: LayerSpec
     mixer: TorchAttention
-    mlp: TorchGatedMlp
+    mlp: TorchGatedMlp | TorchExperts
     before_mixer: RMSNorm | None
     after_mixer: RMSNorm | None
     before_mlp: RMSNorm | None

@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, LinearGroup, ModelSpec, Norms, Rope
+from ....architectures.base import Experts, LayerSpec, LinearGroup, ModelSpec, Norms, Rope
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
-from .feed_forward import TorchGatedMlp
+from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
 from .mixers import TorchAttention
@@ -66,6 +66,17 @@ class TorchBackend:
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
+            "experts",
+            "experts.activation=silu",
+            "experts.activation=gelu_tanh",
+            "experts.scoring=softmax",
+            "experts.scoring=sigmoid",
+            "experts.norm_weights",
+            "experts.routed_scale",
+            "experts.correction_bias",
+            "experts.limited_groups",
+            "shared_expert",
+            "shared_expert.gated",
         }
     )
 
@@ -125,7 +136,7 @@ class _Loader:
         return TorchLayer(
             spec,
             self._attention(index),
-            self._gated_mlp(index),
+            self._feed_forward(index),
             per_layer_input=self._per_layer_input(index),
             scalar=scalar,
             **norms,
@@ -146,10 +157,28 @@ class _Loader:
         qkv, o = self._groups(index, mixer.groups(model.hidden_size))
         return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
 
-    def _gated_mlp(self, index: int) -> TorchGatedMlp:
-        model = self.weights.model
-        mlp = model.layers[index].mlp
-        return TorchGatedMlp(mlp, *self._groups(index, mlp.groups(model.hidden_size)))
+    def _feed_forward(self, index: int) -> TorchGatedMlp | TorchExperts:
+        mlp = self.weights.model.layers[index].mlp
+        if isinstance(mlp, Experts):
+            return self._experts(index, mlp)
+        groups = mlp.groups(self.weights.model.hidden_size)
+        return TorchGatedMlp(mlp.activation, *self._groups(index, groups))
+
+    def _experts(self, index: int, mlp: Experts) -> TorchExperts:
+        device, names = self.target.device, mlp.names
+        router = self.weights.router(index, names.router, mlp.num_experts).to(device)
+        bias = gate = None
+        if mlp.correction_bias:
+            name = f"{self.weights.model.layer_name(index)}.{names.router}.e_score_correction_bias"
+            bias = self.weights.vector(name, mlp.num_experts).to(device)
+        if mlp.shared is not None and mlp.shared.gated:
+            gate = self.weights.router(index, names.shared_gate, 1).to(device)
+        each = [
+            TorchGatedMlp(mlp.activation, *self._groups(index, pair))
+            for pair in mlp.members(self.weights.model.hidden_size)
+        ]
+        shared = each.pop() if mlp.shared is not None else None
+        return TorchExperts(mlp, router, bias, each, shared, gate)
 
     def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
         model, prefix = self.weights.model, self.weights.model.layer_name(index)

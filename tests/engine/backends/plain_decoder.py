@@ -2,12 +2,13 @@
 fusing, no broadcasting over heads. The independent reference of tests/engine/backends/test_declared_features.py."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nibble.architectures.base import Attention, ModelSpec, Rope
+from nibble.architectures.base import Attention, Experts, ModelSpec, Rope
 from nibble.quant.checkpoint import Checkpoint
 
 
@@ -75,13 +76,18 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
         mixed = torch.cat(outputs, 1) @ weight(f"{prefix}self_attn.o_proj.weight").T
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
         h = norm(named(norms.before_mlp), x)
-        if layer.mlp.fused:
-            gate, up = (h @ weight(f"{prefix}mlp.gate_up_proj.weight").T).chunk(2, 1)
+        if isinstance(layer.mlp, Experts):
+            added = torch.stack(
+                [expert_sum(row, layer.mlp, lambda n, p=prefix: weight(p + n)) for row in h]
+            )
         else:
-            gate, up = (h @ weight(f"{prefix}mlp.{name}_proj.weight").T for name in ("gate", "up"))
-        inner = activate(gate, layer.mlp.activation) * up
-        added = norm(named(norms.after_mlp), inner @ weight(f"{prefix}mlp.down_proj.weight").T)
-        x = x + spec.residual_scale * added
+            if layer.mlp.fused:
+                gate, up = weight(f"{prefix}mlp.gate_up_proj.weight").chunk(2)
+            else:
+                gate, up = (weight(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up"))
+            down = weight(f"{prefix}mlp.down_proj.weight")
+            added = gated_mlp(h, gate, up, down, layer.mlp.activation)
+        x = x + spec.residual_scale * norm(named(norms.after_mlp), added)
         if spec.per_layer_inputs is not None:
             gate = activate(
                 x @ weight(f"{prefix}per_layer_input_gate.weight").T,
@@ -107,6 +113,50 @@ def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) ->
     own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[torch.tensor(ids)]
     own = own.view(seen.shape) * math.sqrt(told.width)
     return (seen * (factor + (1.0 if spec.norm_offset else 0.0)) + own) / math.sqrt(2)
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    return (activate(x @ gate.T, activation) * (x @ up.T)) @ down.T
+
+
+def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Tensor:
+    """Of one token [hidden]."""
+    logits = (weight(f"{spec.names.router}.weight") @ x).tolist()
+    if spec.scoring == "sigmoid":
+        scores = [1 / (1 + math.exp(-logit)) for logit in logits]
+    elif spec.scoring == "softmax":
+        scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
+    else:
+        raise NotImplementedError(spec.scoring)
+    bias = [0.0] * len(scores)
+    if spec.correction_bias:
+        bias = weight(f"{spec.names.router}.e_score_correction_bias").tolist()
+    ranks = [score + more for score, more in zip(scores, bias, strict=True)]
+    allowed = list(range(len(ranks)))
+    if spec.limited_groups is not None:
+        count, best = spec.limited_groups
+        size = len(ranks) // count
+        groups = [range(g * size, (g + 1) * size) for g in range(count)]
+        groups.sort(key=lambda group: -sum(sorted(ranks[e] for e in group)[-2:]))
+        allowed = [expert for group in groups[:best] for expert in group]
+    chosen = sorted(allowed, key=lambda expert: -ranks[expert])[: spec.top_k]
+    total = sum(scores[expert] for expert in chosen) if spec.norm_weights else 1.0
+
+    def mlp(gate: str, up: str, down: str) -> Tensor:
+        matrices = (weight(f"{name}.weight") for name in (gate, up, down))
+        return gated_mlp(x, *matrices, spec.activation)
+
+    y = torch.zeros_like(x)
+    for e in chosen:
+        names = spec.names.gate, spec.names.up, spec.names.down
+        share = spec.routed_scale * scores[e] / total
+        y = y + share * mlp(*(name.replace("*", str(e)) for name in names))
+    if spec.shared is not None:
+        added = mlp(*(f"{spec.names.shared}.{name}_proj" for name in ("gate", "up", "down")))
+        if spec.shared.gated:
+            added = added / (1 + torch.exp(-weight(f"{spec.names.shared_gate}.weight") @ x))
+        y = y + added
+    return y
 
 
 def cap(x: Tensor, limit: float | None) -> Tensor:

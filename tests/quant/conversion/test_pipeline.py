@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
+from nibble.architectures.base import GatedMlp
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -119,6 +120,8 @@ def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
         assert isinstance(checkpoint.linear("model.layers.0.mlp.up_proj"), QuantizedWeight)
 
 
+MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+       "moe_intermediate_size": 32}  # fmt: skip
 VARIANTS = {
     "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {},
     "seed_oss": {"head_dim": 32, "attention_bias": True},
@@ -129,6 +132,9 @@ VARIANTS = {
     "smollm3": {}, "phi3": {}, "olmo2": {}, "olmo3": {"sliding_window": 16},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5},
     "qwen3": {"head_dim": 32},
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 32}, "qwen3_moe": MOE, "olmoe": MOE,
+    "mixtral": MOE, "granitemoe": MOE | {"residual_multiplier": 0.5},
+    "dots1": MOE | {"n_shared_experts": 2, "n_group": 2, "norm_topk_prob": True},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
                "layer_types": ["sliding_attention", "full_attention"]},
@@ -170,14 +176,15 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
 def _check_folds(source, index, block, hidden, kwargs, want):
     """Folding leaves the block's function alone, and makes every rounded linear no worse."""
     groups, folds, layer = source.groups(index), source.folds(index), source.spec.layers[index]
-    inputs = calibration.input_statistics(block, hidden, kwargs, [group[0] for group in groups])
+    inputs = calibration.input_statistics(block, hidden, kwargs, [fold.reads for fold in folds])
     grids = {name: (4, 32, False) for group in groups for name in group}
     before = {name: p.clone() for name, p in block.named_parameters()}
     gains = fold_block(
         block, folds, inputs, grids, torch.bfloat16, 1.0 if source.spec.norm_offset else 0.0
     )
-    kinds = Counter(fold.kind for fold in folds)
-    assert kinds["norm"] == (layer.norms.before_mlp is not None) * 2 and kinds["rows"] == 1
+    mlp, kinds = layer.mlp, Counter(fold.kind for fold in folds)
+    rows = 1 if isinstance(mlp, GatedMlp) else mlp.num_experts + (mlp.shared is not None)
+    assert kinds["norm"] == (layer.norms.before_mlp is not None) * 2 and kinds["rows"] == rows
     assert kinds["heads"] == (not layer.mixer.v_norm) and len(gains) == len(folds)
     assert all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
     assert any(not torch.equal(p, before[name]) for name, p in block.named_parameters())
@@ -205,7 +212,7 @@ def test_each_linear_is_quantized_on_what_the_quantized_ones_before_it_produce(d
         block.get_submodule(site).weight.mul_(0.7)
 
     out = hidden.clone()
-    calibration.run_quantizing(block, out, kwargs, sites, damage)
+    calibration.run_quantizing(block, out, kwargs, [[site] for site in sites], damage)
     assert list(met) == sites
     torch.testing.assert_close(out, run(block, hidden, kwargs))
     seen = {}
