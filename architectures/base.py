@@ -1,7 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention) and a feed-forward (GatedMlp), with norms around them
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet) and a feed-forward (GatedMlp), with norms
+                 around them
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -47,20 +48,72 @@ class Attention:
     qk_norm: Literal["head", "all"] | None = None
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
+    # q_proj gives [query | gate] of each head; what a head gives is multiplied by sigmoid(gate)
+    output_gate: bool = False
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """None: it has keys and values instead."""
+        return ()
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """q, k, v; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         names = tuple(f"self_attn.{name}_proj" for name in "qkv")
-        sizes: tuple[int, ...] = (queries, keys, keys)
+        sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)
         if self.fused:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup(("self_attn.o_proj",), (hidden_size,), queries, "row"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaNet:
+    """Linear attention whose state each token decays and corrects (gated delta rule, Yang et al. 2024), per value head:
+
+    [q k v] = silu(conv(qkv)), z, b, a: linears of x; conv: causal, one filter of conv_kernel taps for each channel
+    q = q / |q| / sqrt(key_dim), k = k / |k|, beta = sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias))
+    S = decay * S;  S = S + k (beta * (v - S^T k))^T;  o = S^T q     S [key_dim, value_dim], zeros before token 0
+    out(norm(o) * w * silu(z))
+
+    Each key head serves num_value_heads / num_key_heads consecutive value heads. What a request carries from token to
+    token: S, and the last conv_kernel - 1 inputs of the convolution.
+    """
+
+    KIND: ClassVar = "gated_delta_net"
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    conv_kernel: int  # taps, the token's own included
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values side by side."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what a request carries, in float32: the convolution's last inputs, oldest first, and S of every value
+        head."""
+        return (
+            (self.conv_kernel - 1, self.channels),
+            (self.num_value_heads, self.key_dim, self.value_dim),
+        )
+
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup, LinearGroup]":
+        """q, k, v and z; b, a; out."""
+        values = self.num_value_heads * self.value_dim
+        names = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
+        return (
+            LinearGroup(names[:2], (self.channels, values), hidden_size, "column"),
+            LinearGroup(names[2:], (self.num_value_heads,) * 2, hidden_size, "column", dense=True),
+            LinearGroup(("linear_attn.out_proj",), (hidden_size,), values, "row"),
         )
 
 
@@ -120,6 +173,7 @@ class LinearGroup:
     in_features: int
     parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
     num_experts: int | None = None  # every weight is [num_experts, out, in]; None: [out, in]
+    dense: bool = False  # too small and too sensitive to be quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,22 +199,23 @@ class LayerSpec:
     """One decoder layer."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention
+    mixer: Attention | GatedDeltaNet
     mlp: GatedMlp
     norms: Norms = Norms()
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        qkv, out = self.mixer.groups(hidden_size)
+        *inputs, out = self.mixer.groups(hidden_size)
         gate_up, down = self.mlp.groups(hidden_size)
-        found = [
-            Fold("heads", qkv.modules[-1], out.modules),
-            Fold("rows", gate_up.modules[-1], down.modules),
-        ]
-        if self.norms.before_mlp is not None:
-            found.insert(1, Fold("norm", self.norms.before_mlp, gate_up.modules))
+        found = []
         if self.norms.before_mixer is not None:
-            found.insert(0, Fold("norm", self.norms.before_mixer, qkv.modules))
+            readers = tuple(name for group in inputs for name in group.modules)
+            found.append(Fold("norm", self.norms.before_mixer, readers))
+        if isinstance(self.mixer, Attention):  # a gate on what heads give changes nothing here
+            found.append(Fold("heads", inputs[0].modules[-1], out.modules))
+        if self.norms.before_mlp is not None:
+            found.append(Fold("norm", self.norms.before_mlp, gate_up.modules))
+        found.append(Fold("rows", gate_up.modules[-1], down.modules))
         return tuple(found)
 
 
@@ -197,6 +252,16 @@ class ModelSpec:
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.layers[index].folds(self.hidden_size)
+
+    def dense_modules(self) -> tuple[str, ...]:
+        """Full names of the layers' linears that are never quantized."""
+        return tuple(
+            f"{self.layer_name(index)}.{name}"
+            for index in range(self.num_layers)
+            for group in self.groups(index)
+            if group.dense
+            for name in group.modules
+        )
 
 
 def features(part: Any) -> frozenset[str]:

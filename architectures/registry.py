@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from . import gemma, granite, llama, ministral, mistral, olmo, phi, qwen, seed_oss, smollm3
+from . import gemma, granite, llama, ministral, mistral, olmo, phi, qwen, qwen3_5, seed_oss, smollm3
 from .base import ModelSpec
 from .config import Config
 from .gguf import GgufFamily
@@ -34,6 +34,7 @@ ARCHITECTURES = (
     Architecture("Ministral3ForCausalLM", "ministral3", ministral.ministral3),
     Architecture("Qwen2ForCausalLM", "qwen2", qwen.qwen2, ("qwen2", qwen.QWEN2_GGUF)),
     Architecture("Qwen3ForCausalLM", "qwen3", qwen.qwen3, ("qwen3", qwen.QWEN3_GGUF)),
+    Architecture("Qwen3_5ForCausalLM", "qwen3_5_text", qwen3_5.qwen3_5),
     Architecture("SeedOssForCausalLM", "seed_oss", seed_oss.spec),
     Architecture("SmolLM3ForCausalLM", "smollm3", smollm3.spec),
     Architecture("Phi3ForCausalLM", "phi3", phi.phi3),

@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     SeedOssConfig,
     SmolLM3Config,
@@ -97,6 +98,21 @@ CONFIGS = {
     "seed-oss": SeedOssConfig(**_SIZES, head_dim=32, attention_bias=True),
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES, head_dim=32),
+    "qwen3.5": Qwen3_5TextConfig(
+        **_SIZES,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+        },
+    ),
     "qwen2-upper-window": Qwen2Config(
         **_SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=2
     ),

@@ -37,7 +37,7 @@ class CppCache:
         layers = [part.view(num_blocks, -1) for part in pages.split(sizes)]
         return cls(pages, layers, int8)
 
-    def clear(self, blocks: list[int]) -> None:
+    def clear(self, blocks: list[int], state_slot: int | None) -> None:
         for layer in self.layers:
             layer[torch.tensor(blocks)] = 0
 
@@ -90,7 +90,7 @@ class CppDecoder(HostSampling):
         embedding = 0 if self.embedding is None else self.embedding.nbytes
         return sum(group.nbytes for group in self.groups) + embedding
 
-    def new_cache(self, num_blocks: int) -> CppCache:
+    def new_cache(self, num_blocks: int, num_states: int = 1) -> CppCache:
         sizes = [layer.mixer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers]
         return CppCache.allocate(num_blocks, sizes, self.int8_cache)
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, LinearGroup, ModelSpec, Norms, Rope
+from ....architectures.base import (
+    Attention,
+    GatedDeltaNet,
+    LayerSpec,
+    LinearGroup,
+    ModelSpec,
+    Norms,
+    Rope,
+)
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
@@ -16,7 +24,7 @@ from .decoder import TorchDecoder, TorchLayer
 from .feed_forward import TorchGatedMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
-from .mixers import TorchAttention
+from .mixers import TorchAttention, TorchGatedDeltaNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,8 @@ class TorchBackend:
             "attention.query_scaling",
             "attention.soft_cap",
             "attention.sinks",
+            "attention.output_gate",
+            "gated_delta_net",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
@@ -108,14 +118,31 @@ class _Loader:
         model = self.weights.model
         spec = model.layers[index]
         norms = self._norms(f"{model.layer_name(index)}.", spec.norms)
-        return TorchLayer(spec, self._attention(index), self._gated_mlp(index), **norms)
+        if isinstance(spec.mixer, Attention):
+            mixer: TorchAttention | TorchGatedDeltaNet = self._attention(index, spec.mixer)
+        else:
+            mixer = self._gated_delta_net(index, spec.mixer)
+        return TorchLayer(spec, mixer, self._gated_mlp(index), **norms)
 
-    def _attention(self, index: int) -> TorchAttention:
+    def _gated_delta_net(self, index: int, mixer: GatedDeltaNet) -> TorchGatedDeltaNet:
+        device, weights = self.target.device, self.weights.gated_delta_net(index, mixer)
+        qkv_z, b_a, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
+        return TorchGatedDeltaNet(
+            mixer,
+            qkv_z,
+            b_a,
+            out,
+            weights.taps.to(device),
+            weights.rate.to(device),
+            weights.dt_bias.to(device),
+            RMSNorm(weights.norm.to(device), self.weights.model.norm_eps),
+        )
+
+    def _attention(self, index: int, mixer: Attention) -> TorchAttention:
         model = self.weights.model
-        mixer = model.layers[index].mixer
         q_norm, k_norm = (
             None if weight is None else self._norm(weight)
-            for weight in self.weights.head_norms(index)
+            for weight in self.weights.head_norms(index, mixer)
         )
         sinks = None
         if mixer.sinks:
@@ -151,7 +178,8 @@ class _Loader:
 
     def _rope_tables(self, layers: range) -> dict[Rope | None, RopeTable]:
         model, target = self.weights.model, self.target
-        mixers = {model.layers[index].mixer.rope: model.layers[index].mixer for index in layers}
+        found = [model.layers[index].mixer for index in layers]
+        mixers = {mixer.rope: mixer for mixer in found if isinstance(mixer, Attention)}
         return {
             rope: RopeTable.build(
                 mixer.head_dim,

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from nibble.architectures.base import Attention, ModelSpec, Rope
+from nibble.architectures.base import Attention, GatedDeltaNet, ModelSpec, Rope
 from nibble.quant.checkpoint import Checkpoint
 
 
@@ -31,30 +31,10 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             return None if name is None else prefix + name
 
         h = norm(named(norms.before_mixer), x)
-        heads, widths = (
-            layer.mixer.num_heads,
-            [layer.mixer.num_heads, *[layer.mixer.num_kv_heads] * 2],
-        )
-        if layer.mixer.fused:
-            qkv = h @ weight(f"{prefix}self_attn.qkv_proj.weight").T
-            q, k, v = qkv.split([width * layer.mixer.head_dim for width in widths], 1)
+        if isinstance(layer.mixer, GatedDeltaNet):
+            mixed = gated_delta_net(h, layer.mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
         else:
-            q, k, v = (h @ weight(f"{prefix}self_attn.{name}_proj.weight").T for name in "qkv")
-        if layer.mixer.qk_norm == "all":
-            q = norm(f"{prefix}self_attn.q_norm", q)
-            k = norm(f"{prefix}self_attn.k_norm", k)
-        sinks = weight(f"{prefix}self_attn.sinks") if layer.mixer.sinks else [None] * heads
-        outputs = []
-        for head in range(heads):
-            shared = head // (heads // layer.mixer.num_kv_heads)
-            own = slice(head * layer.mixer.head_dim, (head + 1) * layer.mixer.head_dim)
-            kv = slice(shared * layer.mixer.head_dim, (shared + 1) * layer.mixer.head_dim)
-            queries, keys = q[:, own], k[:, kv]
-            if layer.mixer.qk_norm == "head":
-                queries = norm(f"{prefix}self_attn.q_norm", queries)
-                keys = norm(f"{prefix}self_attn.k_norm", keys)
-            outputs.append(attend(queries, keys, v[:, kv], layer.mixer, sinks[head]))
-        mixed = torch.cat(outputs, 1) @ weight(f"{prefix}self_attn.o_proj.weight").T
+            mixed = attention(h, layer.mixer, weight, norm, f"{prefix}self_attn.")
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
         h = norm(named(norms.before_mlp), x)
         if layer.mlp.fused:
@@ -67,6 +47,62 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
     x = norm(f"{spec.prefix}norm", x)
     head = embedding if spec.tie_word_embeddings else weight("lm_head.weight")
     return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
+
+
+def attention(h: Tensor, spec: Attention, weight, norm, prefix: str) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight and norm: by name."""
+    heads, widths = spec.num_heads, [spec.num_heads, *[spec.num_kv_heads] * 2]
+    if spec.fused:
+        qkv = h @ weight(f"{prefix}qkv_proj.weight").T
+        q, k, v = qkv.split([width * spec.head_dim for width in widths], 1)
+    else:
+        q, k, v = (h @ weight(f"{prefix}{name}_proj.weight").T for name in "qkv")
+    if spec.qk_norm == "all":
+        q = norm(f"{prefix}q_norm", q)
+        k = norm(f"{prefix}k_norm", k)
+    sinks = weight(f"{prefix}sinks") if spec.sinks else [None] * heads
+    outputs = []
+    for head in range(heads):
+        shared, dim = head // (heads // spec.num_kv_heads), spec.head_dim
+        own = q[:, head * dim :][:, :dim]
+        if spec.output_gate:
+            own, gate = q[:, 2 * head * dim :][:, : 2 * dim].split(dim, 1)
+        keys, values = (x[:, shared * dim : (shared + 1) * dim] for x in (k, v))
+        if spec.qk_norm == "head":
+            own, keys = norm(f"{prefix}q_norm", own), norm(f"{prefix}k_norm", keys)
+        mixed = attend(own, keys, values, spec, sinks[head])
+        outputs.append(mixed / (1 + torch.exp(-gate)) if spec.output_gate else mixed)
+    return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T
+
+
+def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: str) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight: by name."""
+    qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
+    filters = weight(f"{prefix}conv1d.weight")[:, 0]
+    convolved = torch.zeros_like(qkv)
+    for t in range(len(h)):
+        for back in range(min(t + 1, spec.conv_kernel)):
+            convolved[t] += filters[:, spec.conv_kernel - 1 - back] * qkv[t - back]
+    qkv = activate(convolved, "silu")
+    rates, biases = weight(f"{prefix}A_log").exp(), weight(f"{prefix}dt_bias")
+    K, V, keys = spec.key_dim, spec.value_dim, spec.num_key_heads
+    outputs = []
+    for head in range(spec.num_value_heads):
+        shared = head // (spec.num_value_heads // keys)
+        q, k = (qkv[:, (first + shared) * K :][:, :K] for first in (0, keys))
+        q, k = (x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        v = qkv[:, 2 * keys * K + head * V :][:, :V]
+        state, rows = torch.zeros(K, V).double(), []
+        for t in range(len(h)):
+            decay = torch.exp(-rates[head] * torch.log1p(torch.exp(a[t, head] + biases[head])))
+            state = decay * state
+            missing = (v[t] - k[t] @ state) / (1 + torch.exp(-b[t, head]))
+            state = state + torch.outer(k[t], missing)
+            rows.append(q[t] / math.sqrt(K) @ state)
+        o = torch.stack(rows)
+        o = o / (o.square().mean(1, keepdim=True) + eps).sqrt() * weight(f"{prefix}norm.weight")
+        outputs.append(o * activate(z[:, head * V :][:, :V], "silu"))
+    return torch.cat(outputs, 1) @ weight(f"{prefix}out_proj.weight").T
 
 
 def cap(x: Tensor, limit: float | None) -> Tensor:

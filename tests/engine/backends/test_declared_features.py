@@ -17,6 +17,7 @@ from nibble.architectures.base import (
     NORMS_AFTER,
     SANDWICH,
     Attention,
+    GatedDeltaNet,
     GatedMlp,
     LayerSpec,
     ModelSpec,
@@ -55,6 +56,7 @@ YARN = (
     ("truncate", 1.0),
 )
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
+DELTA_NET = GatedDeltaNet(2, 4, 16, 32, 4)
 LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
 MODEL = ModelSpec(HIDDEN, VOCAB, 256, 1e-6, (LAYER,) * LAYERS, False)
 
@@ -65,6 +67,12 @@ def with_layers(**changes) -> ModelSpec:
 
 def with_attention(**changes) -> ModelSpec:
     return with_layers(mixer=replace(ATTENTION, **changes))
+
+
+def with_delta_net(**changes) -> ModelSpec:
+    """In its first two layers."""
+    recurrent = replace(LAYER, mixer=replace(DELTA_NET, **changes))
+    return replace(MODEL, layers=(recurrent, recurrent, LAYER))
 
 
 # (class, field) -> models in which it has another value than in MODEL
@@ -100,6 +108,15 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Attention", "fused"): [with_attention(fused=True)],
     ("Attention", "soft_cap"): [with_attention(soft_cap=0.7)],
     ("Attention", "sinks"): [with_attention(sinks=True)],
+    ("Attention", "output_gate"): [
+        with_attention(output_gate=True),
+        with_attention(output_gate=True, qk_norm="head"),
+    ],
+    ("GatedDeltaNet", "num_key_heads"): [with_delta_net(num_key_heads=4)],
+    ("GatedDeltaNet", "num_value_heads"): [with_delta_net(num_value_heads=6)],
+    ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
+    ("GatedDeltaNet", "value_dim"): [with_delta_net(value_dim=16)],
+    ("GatedDeltaNet", "conv_kernel"): [with_delta_net(conv_kernel=2)],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
     ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
@@ -152,7 +169,7 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 
 
 def test_every_field_has_a_case() -> None:
-    classes = [ModelSpec, LayerSpec, Norms, Attention, GatedMlp, Rope]
+    classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Rope]
     described = [
         value
         for value in vars(base).values()
@@ -183,6 +200,12 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
         for each in dataclasses.fields(layer.norms):
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
+        if isinstance(mixer := layer.mixer, GatedDeltaNet):
+            heads, own = mixer.num_value_heads, f"{prefix}linear_attn."
+            tensors[f"{own}conv1d.weight"] = normal(mixer.channels, 1, mixer.conv_kernel, scale=0.5)
+            tensors |= {f"{own}{name}": normal(heads, scale=1.0) for name in ("A_log", "dt_bias")}
+            tensors[f"{own}norm.weight"] = 1 + normal(mixer.value_dim)
+            continue
         if layer.mixer.qk_norm:
             counts = {"q_norm": layer.mixer.num_heads, "k_norm": layer.mixer.num_kv_heads}
             for name, count in counts.items():
