@@ -236,6 +236,7 @@ class ModelSpec:
     logits_scale: float = 1.0  # before the soft cap
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
+    head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
 
     @property
     def num_layers(self) -> int:

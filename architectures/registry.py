@@ -1,13 +1,13 @@
 """Architectures by name: the one table that serving, converting and GGUF files look in.
 
-    config.json "architectures" -> else "model_type" -> Architecture -> ModelSpec
+    config.json "architectures" -> else "model_type" -> Architecture -> ModelSpec   (multimodal.py: of the text part)
     GGUF "general.architecture" -> Architecture -> config.json -> ModelSpec
 
 A new architecture is a function Config -> ModelSpec in its family's file and a line in ARCHITECTURES.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
@@ -15,6 +15,7 @@ from . import gemma, granite, llama, ministral, mistral, olmo, phi, qwen, qwen3_
 from .base import ModelSpec
 from .config import Config
 from .gguf import GgufFamily
+from .multimodal import CLASSES, is_multimodal, layout, text_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,17 @@ ARCHITECTURES = (
 GGUF = {entry.gguf[0]: entry.gguf[1] for entry in ARCHITECTURES if entry.gguf is not None}
 
 
-def model_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """What config.json describes. UnsupportedError for an architecture or a value that Nibble does not compute,
-    CheckpointError for a field that is missing or makes no sense."""
+def model_spec(config: Mapping[str, Any], names: Collection[str] = ()) -> ModelSpec:
+    """What config.json describes. names: of the checkpoint's tensors, which say where in a multimodal model the
+    language model lies. UnsupportedError for an architecture or a value that Nibble does not compute, CheckpointError
+    for a field that is missing or makes no sense."""
     architecture = find(config)
     try:
-        return architecture.spec(Config(config))
+        spec = architecture.spec(Config(text_config(config)))
+        if not is_multimodal(config):
+            return spec
+        prefix, head = layout(names)
+        return replace(spec, prefix=prefix, head=head)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"config.json makes no sense: {error}".splitlines()[0],
@@ -63,6 +69,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 def find(config: Mapping[str, Any]) -> Architecture:
     """The entry of a config.json. Raises UnsupportedError naming those that there are."""
+    config = text_config(config)
     names = config.get("architectures") or []
     if not isinstance(names, list):
         names = [names]
@@ -70,7 +77,7 @@ def find(config: Mapping[str, Any]) -> Architecture:
         if entry.name in names or (not names and entry.model_type == config.get("model_type")):
             return entry
     what = ", ".join(map(str, names)) or f"of model_type {config.get('model_type')!r}"
-    known = ", ".join(entry.name for entry in ARCHITECTURES)
+    known = ", ".join([*(entry.name for entry in ARCHITECTURES), *sorted(CLASSES)])
     raise UnsupportedError(
         f"config.json: architecture {what} is not supported; Nibble serves and converts {known}"
     )

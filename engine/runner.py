@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.config import eos_token_ids
+from ..architectures.multimodal import text_config
 from ..architectures.registry import model_spec
 from ..errors import UserError
 from ..quant import canary
@@ -44,7 +45,7 @@ class Runner:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         checkpoint = open_checkpoint(config.model, config.revision)
-        self.spec = model_spec(checkpoint.config)
+        self.spec = model_spec(checkpoint.config, checkpoint.names())
         self.device = resolve_device(config.device)
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
@@ -225,6 +226,6 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
     return sorted(
         {
             *eos_token_ids(generation_config, file),
-            *eos_token_ids(checkpoint.config, checkpoint.path),
+            *eos_token_ids(text_config(checkpoint.config), checkpoint.path),
         }
     )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.multimodal import other_parts
 from ..errors import UnsupportedError
 from .algorithms import data_free
 from .checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from .checkpoint.output import check_disk, check_output, writing
 from .checkpoint.side_files import copy_side_files
 from .checkpoint.writer import ShardWriter, block_of, write_json, write_sums
 from .formats import compressed_tensors
-from .scheme import LayerScheme, QuantScheme, exactly
+from .scheme import LayerScheme, QuantScheme, exactly, modules_of
 from .weight import QuantizedWeight
 
 LAYERS = {
@@ -93,7 +94,9 @@ class QuantizedAtLoad(Checkpoint):
         others = tuple(
             (exactly(m), layer) for m, layer in sorted(self._layers.items()) if layer != default
         )
-        return QuantScheme("compressed-tensors", fmt, default, others, ("lm_head", *self._dense))
+        parts = other_parts(self.config, self.inner.names())
+        ignore = ("lm_head", *self._dense, *modules_of(parts, by_name=False))
+        return QuantScheme("compressed-tensors", fmt, default, others, ignore)
 
     def _linear(self, module: str) -> QuantizedWeight | Tensor:
         weight = self.inner.linear(module)

@@ -8,6 +8,7 @@ dict); `to_config` writes the spelling that transformers and vLLM read.
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,6 +142,15 @@ def fitting_group(group_size: int, width: int) -> int | None:
 def exactly(module: str) -> str:
     """The override pattern that matches this module name alone."""
     return re.escape(module) + "$"
+
+
+def modules_of(parts: Sequence[str], by_name: bool) -> list[str]:
+    """`ignore` entries for all modules of these parts of a model, which transformers of before and after 5.0 name with
+    and without "model.". by_name: for configs that list names (vLLM looks for them anywhere in a module's, transformers
+    at its beginning), not patterns."""
+    if by_name:
+        return [name for part in parts for name in (part, f"model.{part}")]
+    return [rf"re:(model\.)?{re.escape(part)}\..*" for part in parts]
 
 
 def _names(pattern: str, module: str) -> bool:

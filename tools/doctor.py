@@ -124,7 +124,7 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
         found.append(
             Finding("checkpoint", "ok", f"{opened.path}: {scheme}, {opened.nbytes / 1e9:.2f} GB")
         )
-        spec = model_spec(opened.config)
+        spec = model_spec(opened.config, opened.names())
         found.append(
             Finding(
                 "architecture",

@@ -56,7 +56,8 @@ def shapes_of(model: str) -> tuple[Shape, ...]:
     from nibble.architectures.registry import model_spec
     from nibble.quant.checkpoint import open_checkpoint
 
-    spec = model_spec(open_checkpoint(model).config)
+    checkpoint = open_checkpoint(model)
+    spec = model_spec(checkpoint.config, checkpoint.names())
     groups = [group for index in range(spec.num_layers) for group in spec.groups(index)]
     shapes = [(sum(group.out_features), group.in_features) for group in groups]
     return tuple(dict.fromkeys(shapes))

@@ -70,7 +70,7 @@ class ModelWeights:
             raise CheckpointError(
                 "is missing, and config.json does not tie it to the embedding",
                 file=self.checkpoint.path,
-                tensor="lm_head.weight",
+                tensor=f"{model.head}.weight",
                 fix="set tie_word_embeddings if it is, or get the complete model",
             )
 
@@ -143,14 +143,16 @@ class ModelWeights:
         """An output head of its own, a tied quantized one, or the embedding itself."""
         if self._has_head:
             shape = (self.model.vocab_size, self.model.hidden_size)
-            return Linear(self._linear("lm_head", shape), self.checkpoint.bias("lm_head"))
+            head = self.model.head
+            return Linear(self._linear(head, shape), self.checkpoint.bias(head))
         tied = f"{self.model.prefix}embed_tokens"
         quantized = self.checkpoint.is_quantized(tied)
         return Linear(self.checkpoint.linear(tied) if quantized else embedding, None)
 
     @property
     def _has_head(self) -> bool:
-        return self.checkpoint.has("lm_head.weight") or "lm_head" in self.checkpoint.modules()
+        head = self.model.head
+        return self.checkpoint.has(f"{head}.weight") or head in self.checkpoint.modules()
 
     def _linear(self, module: str, shape: tuple[int, int]) -> Weight:
         weight = self.checkpoint.linear(module)

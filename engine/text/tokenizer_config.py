@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 
 from ...architectures import limits
 from ...architectures.config import eos_token_ids
+from ...architectures.multimodal import text_config
 from ...errors import CheckpointError
 from ...quant.files import read_bounded, read_text
 
@@ -109,7 +110,10 @@ class TokenizerConfig:
     def eos_token_ids(self) -> list[int]:
         """generation_config.json's, else config.json's."""
         files = [self.folder / name for name in ("generation_config.json", "config.json")]
-        return next((ids for file in files if (ids := eos_token_ids(_read_json(file), file))), [])
+        return next(
+            (ids for file in files if (ids := eos_token_ids(text_config(_read_json(file)), file))),
+            [],
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

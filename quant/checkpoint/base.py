@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...architectures.multimodal import text_config
 from ...errors import CheckpointError
 from ..scheme import QuantScheme
 from ..weight import QuantizedWeight, part
@@ -95,7 +96,8 @@ class Checkpoint(ABC):
     @property
     def stored_dtype(self) -> torch.dtype:
         """What config.json says that the weights are, bfloat16 where it names none of the three."""
-        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        config = text_config(self.config)
+        named = config.get("dtype") or config.get("torch_dtype")
         return _DTYPES.get(str(named).removeprefix("torch."), torch.bfloat16)
 
     @property

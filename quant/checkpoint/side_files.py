@@ -10,6 +10,7 @@ from .gguf import GgufCheckpoint
 _SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 _PATTERNS = ("LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
 

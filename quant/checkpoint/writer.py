@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...architectures.multimodal import is_multimodal
 from ...errors import CheckpointError
 from ..hashes import SUMS, file_sha256, sums
 from .base import Checkpoint
@@ -278,7 +279,10 @@ def config_in(dtype: torch.dtype, checkpoint: Checkpoint) -> dict[str, Any]:
     """The model's own config.json for weights in `dtype`, with nothing in it of how it was quantized."""
     dropped = ("quantization_config", "compression_config", "torch_dtype")
     config = {key: value for key, value in checkpoint.config.items() if key not in dropped}
-    return config | {"dtype": str(dtype).removeprefix("torch.")}
+    named = {"dtype": str(dtype).removeprefix("torch.")}
+    if is_multimodal(config) and isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = {k: v for k, v in text.items() if k not in dropped} | named
+    return config | named
 
 
 def _dense(checkpoint: Checkpoint, name: str, modules: set[str], dtype: torch.dtype) -> Tensor:

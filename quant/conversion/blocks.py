@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...architectures.base import Fold
+from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
@@ -24,8 +25,9 @@ class BlockSource:
     def __init__(self, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint = checkpoint
         self.device = device
-        self.spec = model_spec(checkpoint.config)
-        settings = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+        self.spec = model_spec(checkpoint.config, checkpoint.names())
+        described = text_config(checkpoint.config)
+        settings = {k: v for k, v in described.items() if k != "quantization_config"}
         try:
             self.config = AutoConfig.for_model(**settings)
             with torch.device("meta"):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...architectures.multimodal import text_config
 from ...errors import CheckpointError, UserError
 from ...version import __version__ as nibble_version
 from .. import canary, formats
@@ -163,14 +164,13 @@ def _prepare(
 
 
 def _convert_outside(checkpoint: Checkpoint, source: BlockSource, journal: Journal) -> None:
-    """Embeddings, the last norm and the head, dense, in the model's dtype, one tensor in memory at a time."""
+    """Embeddings, the last norm and the head, dense, in the model's dtype, one tensor in memory at a time; what else a
+    multimodal model has, as it is."""
     names = _outside_blocks(checkpoint, source)
+    own = (source.spec.prefix, f"{source.spec.head}.")
     for name, module in list(names.items())[len(journal.entries) :]:
-        tensor = (
-            checkpoint.dense(module, source.dtype)
-            if module
-            else checkpoint.tensor(name, source.dtype)
-        )
+        dtype = source.dtype if name.startswith(own) else None
+        tensor = checkpoint.dense(module, dtype) if module else checkpoint.tensor(name, dtype)
         journal.record(*journal.writer.add({name: tensor}), {}, None)
         checkpoint.release()
 
@@ -250,7 +250,7 @@ def _samples(
         raise UserError(
             f"--calib-samples {count} x --calib-seqlen {length} is too little (at least 1 x 8)"
         )
-    context = checkpoint.config.get("max_position_embeddings")
+    context = text_config(checkpoint.config).get("max_position_embeddings")
     if isinstance(context, int) and length > context:
         raise UserError(
             f"--calib-seqlen {length} is more than the {context} positions that the model knows"

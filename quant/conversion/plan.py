@@ -13,9 +13,10 @@ from typing import Literal
 
 import torch
 
+from ...architectures.multimodal import other_parts
 from ...errors import UnsupportedError
 from ..checkpoint import Checkpoint
-from ..scheme import LayerScheme, QuantScheme, exactly, fitting_group
+from ..scheme import LayerScheme, QuantScheme, exactly, fitting_group, modules_of
 from .blocks import BlockSource
 from .recipe import Recipe
 
@@ -35,6 +36,7 @@ class Plan:
     bits: dict[str, int] = field(
         default_factory=dict
     )  # quantized module -> bits, where not all have the recipe's
+    others: tuple[str, ...] = ()  # what a multimodal model has beside its language model
 
     def grid(self, module: str, recipe: Recipe) -> tuple[int, int, bool]:
         """(bits, group_size, symmetric) of a quantized module."""
@@ -76,7 +78,9 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
             "this checkpoint (--fp8-scheme channel suits any shape)",
         )
     warnings = _warnings(checkpoint)
-    return Plan(_scheme(recipe, sizes, {}, dense), source.dtype, sizes, dense, notes, warnings)
+    others = tuple(other_parts(checkpoint.config, checkpoint.names()))
+    scheme = _scheme(recipe, sizes, {}, dense, others)
+    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, others=others)
 
 
 def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
@@ -85,7 +89,7 @@ def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
     note = ", ".join(f"{width} bits in {count}" for width, count in counts.items())
     return replace(
         plan,
-        scheme=_scheme(recipe, plan.group_sizes, bits, plan.dense),
+        scheme=_scheme(recipe, plan.group_sizes, bits, plan.dense, plan.others),
         bits=bits,
         notes=(*plan.notes, f"chosen by what rounding does to each layer: {note}"),
     )
@@ -121,9 +125,13 @@ def _is_uniform(recipe: Recipe, sizes: dict[str, int]) -> bool:
 
 
 def _scheme(
-    recipe: Recipe, sizes: dict[str, int], bits: dict[str, int], dense: dict[str, str]
+    recipe: Recipe,
+    sizes: dict[str, int],
+    bits: dict[str, int],
+    dense: dict[str, str],
+    others: tuple[str, ...],
 ) -> QuantScheme:
-    ignore = ("lm_head", *dense)
+    ignore = ("lm_head", *dense, *modules_of(others, by_name=recipe.target in ("awq", "fp8")))
     kv_cache: Literal["fp8"] | None = "fp8" if recipe.kv_scales else None
     if recipe.method == "fp8":
         layer = recipe.fp8_layer
@@ -149,7 +157,8 @@ def _scheme(
         return QuantScheme(
             "compressed-tensors", "pack-quantized", layer, overrides, ignore, kv_cache=kv_cache
         )
-    return QuantScheme("gptq", recipe.target, layer, overrides, ignore=tuple(dense))
+    ignore = (*dense, *modules_of(others, by_name=False))
+    return QuantScheme("gptq", recipe.target, layer, overrides, ignore=ignore)
 
 
 def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:

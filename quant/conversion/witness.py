@@ -55,10 +55,10 @@ def _logits(source: BlockSource, token_ids: Tensor) -> Tensor:
     weight = weight + 1.0 if spec.norm_offset else weight
     hidden = hidden[0]
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + spec.norm_eps) * weight
-    own = "lm_head" in checkpoint.modules()
-    head = checkpoint.dense("lm_head" if own else f"{spec.prefix}embed_tokens")
+    own = spec.head in checkpoint.modules()
+    head = checkpoint.dense(spec.head if own else f"{spec.prefix}embed_tokens")
     logits = torch.cat([hidden @ rows.to(hidden).t() for rows in head.split(_ROWS)], -1)
-    if (bias := checkpoint.bias("lm_head") if own else None) is not None:
+    if (bias := checkpoint.bias(spec.head) if own else None) is not None:
         logits = logits + bias.to(logits)
     logits = logits * spec.logits_scale
     if spec.final_soft_cap is not None:
