@@ -38,6 +38,7 @@ class Attention:
     """Grouped-query attention over everything before a token, or over a window of it."""
 
     KIND: ClassVar = "attention"
+    AS_STORED: ClassVar = ()  # tensors that a conversion leaves in the dtype that they have
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -86,6 +87,7 @@ class GatedDeltaNet:
     """
 
     KIND: ClassVar = "gated_delta_net"
+    AS_STORED: ClassVar = ("linear_attn.A_log", "linear_attn.dt_bias")  # exponents, never rounded
     num_key_heads: int
     num_value_heads: int
     key_dim: int  # of a head

@@ -10,7 +10,7 @@ compressed-tensors, which can name a group size per layer and zero points alike.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -40,12 +40,15 @@ _OVERHEAD = 1.16  # scales and zero points, at most
 
 @contextmanager
 def quantized_at_load(
-    checkpoint: Checkpoint, quantize: str | None, save: str | None = None
+    checkpoint: Checkpoint,
+    quantize: str | None,
+    save: str | None = None,
+    dense: Iterable[str] = (),
 ) -> Iterator[Checkpoint]:
     """The checkpoint, its block weights quantized as they are read; itself where `quantize` is None.
 
-    quantize: a key of LAYERS. save: a folder to make of what was read. Raises UnsupportedError for a checkpoint that is
-    quantized already, CheckpointError where the folder cannot be used.
+    quantize: a key of LAYERS. save: a folder to make of what was read. dense: modules that are left alone. Raises
+    UnsupportedError for a checkpoint that is quantized already, CheckpointError where the folder cannot be used.
     """
     if quantize is None:
         if save is not None:
@@ -59,7 +62,7 @@ def quantized_at_load(
             f"{checkpoint.path} is quantized already ({checkpoint.scheme.describe()}): serve it "
             "without --quantize"
         )
-    reading = QuantizedAtLoad(checkpoint, LAYERS[quantize])
+    reading = QuantizedAtLoad(checkpoint, LAYERS[quantize], dense)
     if save is None:
         yield reading
         return
@@ -75,7 +78,8 @@ def quantized_at_load(
 class QuantizedAtLoad(Checkpoint):
     """A dense checkpoint whose linears in the blocks are quantized when they are read."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: LayerScheme):
+    def __init__(self, checkpoint: Checkpoint, layer: LayerScheme, dense: Iterable[str] = ()):
+        """dense: modules that stay so."""
         self.inner, self.layer = checkpoint, layer
         self.path, self.config = checkpoint.path, checkpoint.config
         self.writer: ShardWriter | None = None
@@ -84,7 +88,7 @@ class QuantizedAtLoad(Checkpoint):
             set()
         )  # tensors of the checkpoint that the writer has, in some form
         self._layers: dict[str, LayerScheme] = {}  # of what was read
-        self._dense: list[str] = []
+        self._dense = list(dense)
 
     @property
     def scheme(self) -> QuantScheme:  # type: ignore[override]
@@ -166,8 +170,12 @@ class QuantizedAtLoad(Checkpoint):
         return self._is_block_matrix(f"{module}.weight") or self.inner.is_quantized(module)
 
     def _is_block_matrix(self, name: str) -> bool:
-        in_block = re.search(r"(^|\.)layers\.\d+\.", name) is not None
-        return in_block and self.inner.has(name) and len(self.inner.shape(name)) == 2
+        return (
+            re.search(r"^(?!mtp\.)(.+\.)?layers\.\d+\.", name) is not None
+            and name.removesuffix(".weight") not in self._dense
+            and self.inner.has(name)
+            and len(self.inner.shape(name)) == 2
+        )
 
     @property
     def nbytes(self) -> int:

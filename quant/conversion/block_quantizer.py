@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...architectures.base import Attention
 from ..algorithms import awq, gptq
 from ..scheme import LayerScheme
 from ..weight import QuantizedWeight, split
@@ -115,7 +116,7 @@ def quantize_block(
         group[0]: group for group in source.groups(index) if full[group[0]] in plan.group_sizes
     }
     result = BlockResult()
-    cache = KeyValueRange()
+    cache = KeyValueRange(isinstance(source.spec.layers[index].mixer, Attention))
     if recipe.method == "fp8":
         _quantize_float(block, full, groups, activations, index, cache, recipe.fp8_layer, result)
         result.scales = cache.scales() if recipe.kv_scales else {}

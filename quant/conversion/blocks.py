@@ -63,7 +63,7 @@ class BlockSource:
         for index, layer in enumerate(self._layers):
             for name, parameter in layer.named_parameters():
                 full = f"{self.name(index)}.{name}"
-                if not full.endswith("_proj.weight") or not self.checkpoint.is_quantized(
+                if not full.endswith(".weight") or not self.checkpoint.is_quantized(
                     full.removesuffix(".weight")
                 ):
                     there = tuple(self.checkpoint.shape(full))

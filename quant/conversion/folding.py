@@ -37,8 +37,9 @@ def fold_block(
     for fold in folds:
         if fold.consumers[0] in grids:
             linears = [linear(block, name) for name in fold.consumers]
+            rounded = [linear(block, name) for name in fold.consumers if name in grids]
             found = _search(
-                block, fold, linears, inputs[fold.consumers[0]], grids[fold.consumers[0]]
+                block, fold, rounded, inputs[fold.consumers[0]], grids[fold.consumers[0]]
             )
             scales = _divide_source(block, fold, found.scales, norm_offset, dtype)
             for consumer in linears:

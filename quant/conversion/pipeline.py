@@ -215,11 +215,14 @@ def _convert_blocks(
 def _block_tensors(
     source: BlockSource, index: int, block: nn.Module, result: BlockResult, plan: Plan
 ) -> dict[str, Tensor]:
-    """All tensors of a block by full name, quantized ones in the target format, others in the model's dtype."""
-    prefix = source.name(index)
+    """All tensors of a block by full name, quantized ones in the target format, others in the model's dtype, or in
+    their own where rounding them would be felt."""
+    prefix, as_stored = source.name(index), source.spec.layers[index].mixer.AS_STORED
     write = formats.by_method(plan.scheme.method).write
     tensors = {
-        f"{prefix}.{name}": value.to(plan.dtype)
+        f"{prefix}.{name}": value.to(
+            source.checkpoint.dtype(f"{prefix}.{name}") if name in as_stored else plan.dtype
+        )
         for name, value in block.state_dict().items()
         if name.removesuffix(".weight") not in result.weights
     }

@@ -57,8 +57,11 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     ]
     sizes: dict[str, int] = {}
     dense: dict[str, str] = {}
+    kept = frozenset(source.spec.dense_modules())
     for group in groups:
-        size, why = _group_size([shapes[m] for m in group], recipe)
+        size, why = None, "their outputs gate a recurrence"
+        if group[0] not in kept:
+            size, why = _group_size([shapes[m] for m in group], recipe)
         if size is None:
             dense |= dict.fromkeys(group, why)
         else:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
+from nibble.architectures.base import Attention
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -128,6 +129,9 @@ VARIANTS = {
     "smollm3": {}, "phi3": {}, "olmo2": {}, "olmo3": {"sliding_window": 16},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5},
     "qwen3": {"head_dim": 32},
+    "qwen3_5_text": {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                     "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
+                     "rope_parameters": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
                "layer_types": ["sliding_attention", "full_attention"]},
@@ -157,20 +161,23 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
         out = run(block, hidden, arguments[index])
         if index + 1 < len(source):  # the last hidden state of transformers is after the final norm
             torch.testing.assert_close(out, want[index + 1], rtol=1e-4, atol=1e-4)
-        _check_folds(source, block, hidden, arguments[index], out)
+        _check_folds(source, index, block, hidden, arguments[index], out)
         hidden = out
 
 
-def _check_folds(source, block, hidden, kwargs, want):
+def _check_folds(source, index, block, hidden, kwargs, want):
     """Folding leaves the block's function alone, and makes every rounded linear no worse."""
-    groups, folds = source.groups(0), source.folds(0)
+    layer, folds = source.spec.layers[index], source.folds(index)
+    groups = [group.modules for group in source.spec.groups(index) if not group.dense]
     inputs = calibration.input_statistics(block, hidden, kwargs, [group[0] for group in groups])
     grids = {name: (4, 32, False) for group in groups for name in group}
     before = {name: p.clone() for name, p in block.named_parameters()}
     gains = fold_block(
         block, folds, inputs, grids, torch.bfloat16, 1.0 if source.spec.norm_offset else 0.0
     )
-    assert len(gains) == len(folds) == (2 if source.spec.layers[0].norms.before_mlp is None else 4)
+    norms = [layer.norms.before_mixer, layer.norms.before_mlp]
+    wanted = 1 + isinstance(layer.mixer, Attention) + 2 - norms.count(None)
+    assert len(gains) == len(folds) == wanted
     assert all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
     assert any(not torch.equal(p, before[name]) for name, p in block.named_parameters())
     torch.testing.assert_close(run(block, hidden, kwargs), want, rtol=1e-3, atol=1e-3)
