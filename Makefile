@@ -26,7 +26,7 @@ help:
 	@echo '  make serve      keep the demo model up on port $(PORT) for clients'
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
-	@echo '  make test-server  the whole attack on the server; QUICK=1 takes ten minutes'
+	@echo '  make test-server  the whole attack on the server; QUICK=1 takes a quarter of an hour'
 	@echo '  make coverage   which lines of the product the tests run'
 	@echo '  make matrix     the tests under Python 3.11, 3.12 and 3.13'
 	@echo '  make mutants    change the numbers of the product one by one: do the tests notice?'
@@ -77,7 +77,7 @@ mutants: $(VENV)/.installed-dev
 test-robust: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s tests/quant/conversion/test_robustness.py
 
-# The whole attack on the server (tests/attack): two hours, or ten minutes with QUICK=1; CI soaks for 3 minutes. The full
+# The whole attack on the server (tests/attack): three quarters of an hour, or a quarter with QUICK=1; CI soaks for 3 minutes. The full
 # run writes its table into docs/RELIABILITY.md. Arguments go through: make test-server ARGS='-k soak'
 QUICK ?=
 SOAK_MINUTES ?= $(if $(QUICK),0.5,$(if $(CI),3,30))
