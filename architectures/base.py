@@ -1,7 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention) and a feed-forward (GatedMlp, Experts), with norms around
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet) and a feed-forward (GatedMlp, Experts),
+                 with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -37,6 +38,7 @@ class Attention:
     """Grouped-query attention over everything before a token, or over a window of it."""
 
     KIND: ClassVar = "attention"
+    AS_STORED: ClassVar = ()  # tensors that a conversion leaves in the dtype that they have
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -47,27 +49,92 @@ class Attention:
     qk_norm: Literal["head", "all"] | None = None
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
+    # q_proj gives [query | gate] of each head; what a head gives is multiplied by sigmoid(gate)
+    output_gate: bool = False
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
     v_norm: bool = False  # RMSNorm of every value head, without a weight
-    keys_are_values: bool = (
-        False  # no v_proj: values are what k_proj gives, before k_norm and rotation
-    )
+    # no v_proj: values are what k_proj gives, before k_norm and rotation
+    keys_are_values: bool = False
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """None: it has keys and values instead."""
+        return ()
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """q, k, v as far as there are; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
         names = tuple(f"self_attn.{name}_proj" for name in own)
-        sizes: tuple[int, ...] = (queries, keys, keys)[: len(own)]
+        sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)[: len(own)]
         if self.fused:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup(("self_attn.o_proj",), (hidden_size,), queries, "row"),
         )
+
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it. A gate on what heads give changes nothing here, a norm of values does."""
+        qkv, out = self.groups(1)
+        heads = Fold("heads", qkv.modules[-1], out.modules)
+        has_values = self.kv_source is None and not self.keys_are_values and not self.v_norm
+        before = () if norm is None else (Fold("norm", norm, qkv.modules),)
+        return (*before, heads) if has_values else before
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaNet:
+    """Linear attention whose state each token decays and corrects (gated delta rule, Yang et al. 2024), per value head:
+
+    [q k v] = silu(conv(qkv)), z, b, a: linears of x; conv: causal, one filter of conv_kernel taps for each channel
+    q = q / |q| / sqrt(key_dim), k = k / |k|, beta = sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias))
+    S = decay * S;  S = S + k (beta * (v - S^T k))^T;  o = S^T q     S [key_dim, value_dim], zeros before token 0
+    out(norm(o) * w * silu(z))
+
+    Each key head serves num_value_heads / num_key_heads consecutive value heads. What a request carries from token to
+    token: S, and the last conv_kernel - 1 inputs of the convolution.
+    """
+
+    KIND: ClassVar = "gated_delta_net"
+    AS_STORED: ClassVar = ("linear_attn.A_log", "linear_attn.dt_bias")  # exponents, never rounded
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    conv_kernel: int  # taps, the token's own included
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values side by side."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what a request carries, in float32: the convolution's last inputs, oldest first, and S of every value
+        head."""
+        return (
+            (self.conv_kernel - 1, self.channels),
+            (self.num_value_heads, self.key_dim, self.value_dim),
+        )
+
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup, LinearGroup]":
+        """q, k, v and z; b, a; out."""
+        values = self.num_value_heads * self.value_dim
+        names = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
+        return (
+            LinearGroup(names[:2], (self.channels, values), hidden_size, "column"),
+            LinearGroup(names[2:], (self.num_value_heads,) * 2, hidden_size, "column", dense=True),
+            LinearGroup(("linear_attn.out_proj",), (hidden_size,), values, "row"),
+        )
+
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it."""
+        qkv_z, b_a, _ = self.groups(1)
+        return () if norm is None else (Fold("norm", norm, qkv_z.modules, b_a.modules),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +297,7 @@ class LinearGroup:
     in_features: int
     parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
     num_experts: int | None = None  # so many of every weight [out, in], one an expert; None: one
+    dense: bool = False  # too small and too sensitive to be quantized
 
     def members(self) -> "tuple[LinearGroup, ...]":
         """One group for each expert, each with names of its own; of a group without experts, itself."""
@@ -261,7 +329,7 @@ class Fold:
     kind: Literal["norm", "rows", "heads"]
     source: str
     consumers: tuple[str, ...]
-    dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers
+    dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers, gates
 
     @property
     def reads(self) -> str:
@@ -288,20 +356,15 @@ class LayerSpec:
     """One decoder layer."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention
+    mixer: Attention | GatedDeltaNet
     mlp: FeedForward
     norms: Norms = Norms()
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        qkv, out = self.mixer.groups(hidden_size)
-        found = []
-        if self.norms.before_mixer is not None:
-            found.append(Fold("norm", self.norms.before_mixer, qkv.modules))
-        if qkv.modules[-1].endswith(("v_proj", "qkv_proj")) and not self.mixer.v_norm:
-            found.append(Fold("heads", qkv.modules[-1], out.modules))
-        return (*found, *self.mlp.folds(self.norms.before_mlp))
+        mixer = self.mixer.folds(self.norms.before_mixer)
+        return (*mixer, *self.mlp.folds(self.norms.before_mlp))
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,13 +391,18 @@ class ModelSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def attention(self) -> dict[int, Attention]:
+        """The mixers of the layers that attend."""
+        return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, Attention)}
+
     def layer_name(self, index: int) -> str:
         """Of a layer's module in the checkpoint."""
         return f"{self.prefix}layers.{index}"
 
     @property
     def routers(self) -> tuple[str, ...]:
-        """Modules of all layers that stay dense when all else is quantized."""
+        """Modules of all layers that decide how much of which expert is added."""
         return tuple(
             f"{self.layer_name(index)}.{name}"
             for index, layer in enumerate(self.layers)
@@ -349,6 +417,17 @@ class ModelSpec:
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.layers[index].folds(self.hidden_size)
+
+    def dense_modules(self) -> tuple[str, ...]:
+        """Full names of the layers' modules that are never quantized."""
+        linears = tuple(
+            f"{self.layer_name(index)}.{name}"
+            for index in range(self.num_layers)
+            for group in self.groups(index)
+            if group.dense
+            for name in group.modules
+        )
+        return (*linears, *self.routers)
 
 
 def features(part: Any) -> frozenset[str]:

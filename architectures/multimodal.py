@@ -85,10 +85,10 @@ def layout(names: Collection[str]) -> tuple[str, str]:
 
 
 def other_parts(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """Modules that hold what is not of the language model ("vision_tower"), without the "model." that newer
-    checkpoints have before them."""
+    """Modules that hold what is not of the language model's layers ("vision_tower", and "mtp", which drafts tokens),
+    without the "model." that newer checkpoints have before them."""
     if not is_multimodal(config):
-        return []
+        return ["mtp"] if any(name.startswith("mtp.") for name in names) else []
     prefix, head = layout(names)
     others = (name for name in names if not name.startswith((prefix, f"{head}.")))
     return sorted({name.removeprefix("model.").partition(".")[0] for name in others})

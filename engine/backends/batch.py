@@ -31,10 +31,17 @@ class Batch:
     def of_one(
         cls, token_ids: list[int], block_size: int, start: int = 0, num_tokens: int | None = None
     ) -> "Batch":
-        """Tokens start .. start + num_tokens (None: to the end) of a sequence that has the first blocks of a cache."""
+        """Tokens start .. start + num_tokens (None: to the end) of a sequence that has the first blocks of a cache, and
+        its first state slot."""
         blocks = list(range(-(-len(token_ids) // block_size)))
         request = Request(
-            "scratch", token_ids, SamplingParams(), frozenset(), seed=0, block_tables=[blocks]
+            "scratch",
+            token_ids,
+            SamplingParams(),
+            frozenset(),
+            seed=0,
+            block_tables=[blocks],
+            state_slot=0,
         )
         count = len(token_ids) - start if num_tokens is None else num_tokens
         return cls([ScheduledRequest(request, start, count)], block_size)

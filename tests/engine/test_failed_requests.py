@@ -16,17 +16,18 @@ BAD = 7  # a token whose embedding is NaN
 NUM_BLOCKS, BLOCK_SIZE = 4, 16
 
 
-@pytest.fixture(scope="module", params=["torch", "cpp"])
+@pytest.fixture(scope="module", params=[("torch", "qwen3"), ("cpp", "qwen3"), ("torch", "qwen3.5")])
 def runner(request, tmp_path_factory) -> Runner:
-    if request.param == "cpp" and (why := library.why_missing()):
+    backend, name = request.param
+    if backend == "cpp" and (why := library.why_missing()):
         pytest.skip(why)
-    folder = tmp_path_factory.mktemp(request.param)
-    models.build("qwen3", folder)
+    folder = tmp_path_factory.mktemp(backend)
+    models.build(name, folder, tie_word_embeddings=False)
     config = EngineConfig(
         model=str(folder),
         dtype="bfloat16",
         block_size=BLOCK_SIZE,
-        cpu_isa="none" if request.param == "torch" else "auto",
+        cpu_isa="none" if backend == "torch" else "auto",
         kv_cache_memory=1 << 24,
     )
     runner = Runner(config)

@@ -37,7 +37,7 @@ class CppCache:
         layers = [part.view(num_blocks, -1) for part in pages.split(sizes)]
         return cls(pages, layers, int8)
 
-    def clear(self, blocks: list[int]) -> None:
+    def clear(self, blocks: list[int], state_slot: int | None) -> None:
         for layer in self.layers:
             layer[torch.tensor(blocks)] = 0
 
@@ -100,7 +100,7 @@ class CppDecoder(HostSampling):
         embeddings = sum(table.nbytes for table in tables if table is not None)
         return sum(group.nbytes for group in self.groups) + embeddings
 
-    def new_cache(self, num_blocks: int) -> CppCache:
+    def new_cache(self, num_blocks: int, num_states: int = 1) -> CppCache:
         return CppCache.allocate(num_blocks, self._block_bytes(), self.int8_cache)
 
     def _block_bytes(self) -> list[int]:

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ....architectures.base import GatedMlp, LayerSpec, LinearGroup, ModelSpec
+from ....architectures.base import Attention, GatedMlp, LayerSpec, LinearGroup, ModelSpec
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
 from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
@@ -96,6 +96,8 @@ class CppBackend:
         if reason := unknown_feature(self.features, layer, model):
             return reason
         mixer = layer.mixer
+        if not isinstance(mixer, Attention):
+            return f"does not compute {mixer.KIND}"
         shared = mixer.num_heads // mixer.num_kv_heads
         if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
             return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
@@ -108,7 +110,8 @@ class CppBackend:
             sizes += (told.width,)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
-        ropes = {(each.mixer.rope, each.mixer.head_dim) for each in model.layers}
+        attention = [m for each in model.layers if isinstance(m := each.mixer, Attention)]
+        ropes = {(each.rope, each.head_dim) for each in attention}
         if len(ropes) > lib.MAX_ROPES:
             return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
         return None
@@ -177,6 +180,8 @@ class _Loader:
         model, weights = self.weights.model, self.weights
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
         norms = spec.norms
+        if not isinstance(spec.mixer, Attention):
+            raise TypeError(f"layer {index} was refused, and is loaded")
         qkv, o, gate_up, down = model.groups(index)
 
         def prepared(group: LinearGroup, scale: float = 1.0, parts: int = 1) -> PreparedGroup:
@@ -200,7 +205,7 @@ class _Loader:
                 spec.mixer,
                 prepared(qkv),
                 prepared(o, 1.0 if norms.after_mixer else scale),
-                *weights.head_norms(index),
+                *weights.head_norms(index, spec.mixer),
                 torch.ones(spec.mixer.head_dim) if spec.mixer.v_norm else None,
             ),
             CppGatedMlp(
