@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedMlp, Rope
+from ....architectures.base import Attention, GatedDeltaNet, GatedMlp, Rope
 from ....kernels.cpu import library as lib
-from ....kernels.cpu.library import NbAttention, NbGatedMlp, NbLayer, NbRope
+from ....kernels.cpu.library import NbAttention, NbDeltaNet, NbGatedMlp, NbLayer, NbRope
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..torch.layers import inverse_frequencies
+from ..weights import DeltaNetWeights
 
 
 @dataclass(slots=True)
@@ -75,10 +76,48 @@ class CppAttention:
             spec.scale,
             beta,
             length,
+            spec.output_gate,
             pointer(self.q_norm),
             pointer(self.k_norm),
             self.qkv.struct(),
             self.o.struct(),
+        )
+        return self.struct
+
+
+@dataclass(slots=True)
+class CppDeltaNet:
+    """Groups q, k, v, z, b, a and out."""
+
+    spec: GatedDeltaNet
+    inputs: PreparedGroup
+    out: PreparedGroup
+    weights: DeltaNetWeights
+    struct: NbDeltaNet = field(init=False)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return [self.inputs, self.out]
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """None: it has no keys and values."""
+        return 0
+
+    def point(self, ropes: CppRopes) -> NbDeltaNet:
+        """Make the structure."""
+        spec, weights = self.spec, self.weights
+        self.struct = NbDeltaNet(
+            spec.num_key_heads,
+            spec.num_value_heads,
+            spec.key_dim,
+            spec.value_dim,
+            spec.conv_kernel,
+            pointer(weights.taps),
+            pointer(weights.rate),
+            pointer(weights.dt_bias),
+            pointer(weights.norm),
+            self.inputs.struct(),
+            self.out.struct(),
         )
         return self.struct
 
@@ -109,7 +148,7 @@ class CppGatedMlp:
 class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
-    mixer: CppAttention
+    mixer: CppAttention | CppDeltaNet
     mlp: CppGatedMlp
     before_mixer: Tensor | None
     after_mixer: Tensor | None
@@ -122,8 +161,10 @@ class CppLayer:
 
     def struct(self, ropes: CppRopes) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
+        mixer = self.mixer.point(ropes)
         return NbLayer(
             *map(pointer, norms),
-            ctypes.pointer(self.mixer.point(ropes)),
+            ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
             ctypes.pointer(self.mlp.struct),
         )
