@@ -1,8 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet) and a feed-forward (GatedMlp), with norms
-                 around them
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet) and a feed-forward (GatedMlp, Experts),
+                 with norms around them
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -13,6 +13,10 @@ does not list (engine/backends). So what is added here is refused everywhere unt
 
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
+
+from .linears import Fold as Fold
+from .linears import LinearGroup as LinearGroup
+from .recurrent import GatedDeltaNet as GatedDeltaNet
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
 _MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
@@ -53,6 +57,11 @@ class Attention:
     output_gate: bool = False
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
+    v_norm: bool = False  # RMSNorm of every value head, without a weight
+    keys_are_values: bool = (
+        False  # no v_proj: values are what k_proj gives, before k_norm and rotation
+    )
+    kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
 
     @property
@@ -61,10 +70,12 @@ class Attention:
         return ()
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """q, k, v; o."""
+        """q, k, v as far as there are; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        names = tuple(f"self_attn.{name}_proj" for name in "qkv")
-        sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)
+        own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
+        names = tuple(f"self_attn.{name}_proj" for name in own)
+        gates = 2 if self.output_gate else 1
+        sizes: tuple[int, ...] = (gates * queries, keys, keys)[: len(own)]
         if self.fused:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
@@ -72,51 +83,13 @@ class Attention:
             LinearGroup(("self_attn.o_proj",), (hidden_size,), queries, "row"),
         )
 
-
-@dataclass(frozen=True, slots=True)
-class GatedDeltaNet:
-    """Linear attention whose state each token decays and corrects (gated delta rule, Yang et al. 2024), per value head:
-
-    [q k v] = silu(conv(qkv)), z, b, a: linears of x; conv: causal, one filter of conv_kernel taps for each channel
-    q = q / |q| / sqrt(key_dim), k = k / |k|, beta = sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias))
-    S = decay * S;  S = S + k (beta * (v - S^T k))^T;  o = S^T q     S [key_dim, value_dim], zeros before token 0
-    out(norm(o) * w * silu(z))
-
-    Each key head serves num_value_heads / num_key_heads consecutive value heads. What a request carries from token to
-    token: S, and the last conv_kernel - 1 inputs of the convolution.
-    """
-
-    KIND: ClassVar = "gated_delta_net"
-    AS_STORED: ClassVar = ("linear_attn.A_log", "linear_attn.dt_bias")  # exponents, never rounded
-    num_key_heads: int
-    num_value_heads: int
-    key_dim: int  # of a head
-    value_dim: int
-    conv_kernel: int  # taps, the token's own included
-
-    @property
-    def channels(self) -> int:
-        """Of the convolution: queries, keys and values side by side."""
-        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
-
-    @property
-    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of what a request carries, in float32: the convolution's last inputs, oldest first, and S of every value
-        head."""
-        return (
-            (self.conv_kernel - 1, self.channels),
-            (self.num_value_heads, self.key_dim, self.value_dim),
-        )
-
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup, LinearGroup]":
-        """q, k, v and z; b, a; out."""
-        values = self.num_value_heads * self.value_dim
-        names = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
-        return (
-            LinearGroup(names[:2], (self.channels, values), hidden_size, "column"),
-            LinearGroup(names[2:], (self.num_value_heads,) * 2, hidden_size, "column", dense=True),
-            LinearGroup(("linear_attn.out_proj",), (hidden_size,), values, "row"),
-        )
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it. (A gate on what heads give is no reason against one between v and o.)"""
+        qkv, out = self.groups(1)
+        found = [] if norm is None else [Fold("norm", norm, qkv.modules)]
+        if qkv.modules[-1].endswith(("v_proj", "qkv_proj")) and not self.v_norm:
+            found.append(Fold("heads", qkv.modules[-1], out.modules))
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +112,110 @@ class GatedMlp:
             LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup(("mlp.down_proj",), (hidden_size,), inner, "row"),
         )
+
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it."""
+        gate_up, down = self.groups(1)
+        rows = Fold("rows", gate_up.modules[-1], down.modules)
+        return (rows,) if norm is None else (Fold("norm", norm, gate_up.modules), rows)
+
+    @property
+    def inner_width(self) -> int:
+        """Numbers a token has between its products, at most."""
+        return self.intermediate_size
+
+
+@dataclass(frozen=True, slots=True)
+class SharedExpert:
+    """A gated MLP beside the experts, which every token goes through."""
+
+    KIND: ClassVar = "shared_expert"
+    intermediate_size: int
+    # what it adds is multiplied by sigmoid(x . w), w the weight [1, hidden] of Experts.shared_gate
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What checkpoints call an expert's modules, within the layer; "*" is its number."""
+
+    gate: str = "mlp.experts.*.gate_proj"
+    up: str = "mlp.experts.*.up_proj"
+    down: str = "mlp.experts.*.down_proj"
+    router: str = "mlp.gate"
+    # tensors [num_experts, 2 * inner, hidden] (gate above up) and [num_experts, hidden, inner], where they are stacked
+    stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    shared: str = "mlp.shared_expert"  # of its gate_proj, up_proj, down_proj
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Many gated MLPs, of which each token goes through a few: a router scores them all, the top_k are added weighted.
+
+    scores = softmax or sigmoid of router(x)
+    chosen = the top_k of scores (+ correction bias), within the best of the groups
+    y = sum over chosen of weight * expert(x) (+ shared expert(x)), weight = routed_scale * score (/ their sum)
+    """
+
+    KIND: ClassVar = "experts"
+    num_experts: int
+    top_k: int
+    intermediate_size: int  # of each expert
+    activation: Literal["silu", "gelu_tanh"]
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    norm_weights: bool = False  # the chosen scores are divided by their sum
+    routed_scale: float = 1.0
+    # added to the scores to choose by, and to them only: float32 [num_experts], the router's e_score_correction_bias
+    correction_bias: bool = False
+    # (groups, best): consecutive experts form groups; only those in the groups whose two best sum highest are chosen
+    limited_groups: tuple[int, int] | None = None
+    shared: SharedExpert | None = None
+    names: ExpertNames = field(default=ExpertNames(), metadata=_DETAIL)
+
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
+        """gate, up of every expert; gate, up of the shared one; down of every expert; of the shared one."""
+        inner, count, names = self.intermediate_size, self.num_experts, self.names
+        gate_up = (names.gate, names.up), (inner, inner), hidden_size
+        found = [LinearGroup(*gate_up, "column", count)]
+        down = [LinearGroup((names.down,), (hidden_size,), inner, "row", count)]
+        if self.shared is not None:
+            inner = self.shared.intermediate_size
+            modules = tuple(f"{names.shared}.{name}_proj" for name in ("gate", "up"))
+            found.append(LinearGroup(modules, (inner, inner), hidden_size, "column"))
+            modules = (f"{names.shared}.down_proj",)
+            down.append(LinearGroup(modules, (hidden_size,), inner, "row"))
+        return (*found, *down)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Modules that decide how much of what is added: they stay in 16 bits when all else is quantized."""
+        gated = self.shared is not None and self.shared.gated
+        return (self.names.router, self.names.shared_gate) if gated else (self.names.router,)
+
+    def members(self, hidden_size: int) -> "list[tuple[LinearGroup, LinearGroup]]":
+        """gate, up and down of each expert, the shared one last."""
+        each = [member for group in self.groups(hidden_size) for member in group.members()]
+        half = len(each) // 2
+        return list(zip(each[:half], each[half:], strict=True))
+
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it. One for the inputs of all, one for each between up and down."""
+        each = self.members(1)
+        rows = tuple(Fold("rows", gate_up.modules[-1], down.modules) for gate_up, down in each)
+        if norm is None:
+            return rows
+        read = tuple(module for gate_up, _ in each for module in gate_up.modules)
+        return (Fold("norm", norm, read, self.routers), *rows)
+
+    @property
+    def inner_width(self) -> int:
+        """Numbers a token has between its products, at most."""
+        shared = 0 if self.shared is None else self.shared.intermediate_size
+        return self.top_k * self.intermediate_size + shared
+
+
+FeedForward = GatedMlp | Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,34 +243,17 @@ NORMS_AFTER = Norms(
 
 
 @dataclass(frozen=True, slots=True)
-class LinearGroup:
-    """Linears that read the same input: computed together, quantized alike. Their outputs stand side by side."""
+class PerLayerInputs:
+    """What every layer is told of the token once more, behind its feed-forward (Gemma 3n and 4):
 
-    KIND: ClassVar = "linear_group"
-    modules: tuple[str, ...]  # names within the layer
-    out_features: tuple[int, ...]  # of each
-    in_features: int
-    parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
-    num_experts: int | None = None  # every weight is [num_experts, out, in]; None: [out, in]
-    dense: bool = False  # too small and too sensitive to be quantized
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """`source` may be divided by a factor per output channel if the columns of `consumers` are multiplied by it:
-
-    norm   y = norm(x) * w       w / s, columns * s (w + 1 where the norm stores an offset)
-    rows   up_proj -> down_proj  rows / s, columns * s: what lies between is elementwise and linear in the source
-    heads  v_proj -> o_proj      as rows; every query head that reads a kv channel shares its factor, so it is exact
-                                 under grouped-query attention too (softmax weights mix positions, never channels)
-
-    q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact. A source that holds
-    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up.
+    x += norm(projection(activation(gate(x)) * input)),
+    input = (norm(projection of the embedding) + own embedding) / sqrt(2)
     """
 
-    kind: Literal["norm", "rows", "heads"]
-    source: str
-    consumers: tuple[str, ...]
+    KIND: ClassVar = "per_layer_inputs"
+    width: int  # of a layer's input
+    vocab_size: int
+    activation: Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,23 +262,16 @@ class LayerSpec:
 
     KIND: ClassVar = "layer"
     mixer: Attention | GatedDeltaNet
-    mlp: GatedMlp
+    mlp: FeedForward
     norms: Norms = Norms()
+    scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        *inputs, out = self.mixer.groups(hidden_size)
-        gate_up, down = self.mlp.groups(hidden_size)
-        found = []
-        if self.norms.before_mixer is not None:
-            readers = tuple(name for group in inputs for name in group.modules)
-            found.append(Fold("norm", self.norms.before_mixer, readers))
-        if isinstance(self.mixer, Attention):  # a gate on what heads give changes nothing here
-            found.append(Fold("heads", inputs[0].modules[-1], out.modules))
-        if self.norms.before_mlp is not None:
-            found.append(Fold("norm", self.norms.before_mlp, gate_up.modules))
-        found.append(Fold("rows", gate_up.modules[-1], down.modules))
-        return tuple(found)
+        return (
+            *self.mixer.folds(self.norms.before_mixer),
+            *self.mlp.folds(self.norms.before_mlp),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +290,7 @@ class ModelSpec:
     residual_scale: float = 1.0  # of what mixers and feed-forwards add
     logits_scale: float = 1.0  # before the soft cap
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    per_layer_inputs: PerLayerInputs | None = None
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
 
@@ -248,6 +302,18 @@ class ModelSpec:
         """Of a layer's module in the checkpoint."""
         return f"{self.prefix}layers.{index}"
 
+    @property
+    def dense_modules(self) -> tuple[str, ...]:
+        """Modules of all layers that stay dense when all else is quantized."""
+        return tuple(
+            f"{self.layer_name(index)}.{name}"
+            for index, layer in enumerate(self.layers)
+            for name in (
+                *(n for group in self.groups(index) if group.dense for n in group.modules),
+                *(layer.mlp.routers if isinstance(layer.mlp, Experts) else ()),
+            )
+        )
+
     def groups(self, index: int) -> tuple[LinearGroup, ...]:
         """Of one layer, in the order in which it computes."""
         layer = self.layers[index]
@@ -255,16 +321,6 @@ class ModelSpec:
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.layers[index].folds(self.hidden_size)
-
-    def dense_modules(self) -> tuple[str, ...]:
-        """Full names of the layers' linears that are never quantized."""
-        return tuple(
-            f"{self.layer_name(index)}.{name}"
-            for index in range(self.num_layers)
-            for group in self.groups(index)
-            if group.dense
-            for name in group.modules
-        )
 
 
 def features(part: Any) -> frozenset[str]:
@@ -274,10 +330,10 @@ def features(part: Any) -> frozenset[str]:
     for each in fields(part):
         value, role = getattr(part, each.name), each.metadata.get("role")
         name = f"{part.KIND}.{each.name}"
+        if role == "detail" or each.name == "layers":
+            continue
         if is_dataclass(value):
             found |= features(value)
-        elif role == "detail" or each.name == "layers":
-            continue
         elif role == "module":
             if (value is None) != (each.default is None):
                 found.add(name if value is not None else f"{name}=None")

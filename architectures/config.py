@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .base import Attention, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
+from .base import Attention, FeedForward, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
 from .limits import MAX_SIZE, SIZES
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -29,6 +29,7 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
         "original_max_position_embeddings",
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "proportional": (),  # the share of a head that turns, as if all of it did
 }
 _YARN_OPTIONAL = {"beta_fast": 32.0, "beta_slow": 1.0}  # what it may have, and else has
 
@@ -58,6 +59,11 @@ class Config:
                 f"config.json: {name} is more than {limit}, the most that is read"
             )
         return value
+
+    def count(self, name: str, default: int) -> int:
+        """A size that may be 0."""
+        value = self.get(name, default)
+        return 0 if value == 0 and not isinstance(value, bool) else self.size(name, default)
 
     def optional_size(self, name: str) -> int | None:
         """None where the file says null or nothing."""
@@ -163,6 +169,9 @@ class Config:
             raise CheckpointError(f"config.json: {scaling} rope scaling needs {missing[0]}")
         settings = {name: values.positive(name, 0.0) for name in needed}
         factor = 1.0
+        if scaling == "proportional":
+            settings["share"] = values.positive("partial_rotary_factor", 1.0)
+            settings["factor"] = values.positive("factor", 1.0)
         if scaling == "yarn":
             settings |= {name: values.positive(name, d) for name, d in _YARN_OPTIONAL.items()}
             settings["truncate"] = float(values.flag("truncate", True))
@@ -171,7 +180,7 @@ class Config:
             values.positive("rope_theta", self.positive("rope_theta", theta)),
             scaling,
             tuple(settings.items()),
-            dim=self._rotary_dim(values),
+            dim=None if scaling == "proportional" else self._rotary_dim(values),
             attention_factor=factor,
         )
 
@@ -234,14 +243,15 @@ def llama_like(
     ropes: Sequence[Rope | None] | None = None,
     attention: Mapping[str, Any] | None = None,
     activation: Any = None,
+    mlps: Sequence[FeedForward] | None = None,
     fused: bool = False,
     norms: Norms | None = None,
     **model: Any,
 ) -> ModelSpec:
     """A decoder of Llama's shape; what a cousin does otherwise is given.
 
-    windows, ropes: one a layer. attention: fields of Attention. fused: q, k, v and gate, up are stored as one. model:
-    fields of ModelSpec.
+    windows, ropes, mlps: one a layer. attention: fields of Attention. fused: q, k, v and gate, up are stored as one.
+    model: fields of ModelSpec.
     """
     layers, dim, heads = (
         config.size("num_hidden_layers"),
@@ -250,8 +260,9 @@ def llama_like(
     )
     windows = [None] * layers if windows is None else windows
     ropes = [config.rope()] * layers if ropes is None else ropes
-    inner = config.size("intermediate_size")
-    mlp = GatedMlp(inner, activation or config.activation(), fused)
+    if mlps is None:
+        inner = config.size("intermediate_size")
+        mlps = [GatedMlp(inner, activation or config.activation(), fused)] * layers
     mixer = {
         "num_heads": heads,
         "num_kv_heads": config.size("num_key_value_heads", heads),
@@ -270,7 +281,7 @@ def llama_like(
         max_position_embeddings=config.size("max_position_embeddings", 2048),
         layers=tuple(
             LayerSpec(Attention(**mixer, rope=rope, window=window), mlp, norms or Norms())
-            for rope, window in zip(ropes, windows, strict=True)
+            for rope, window, mlp in zip(ropes, windows, mlps, strict=True)
         ),
         **{
             "norm_eps": config.epsilon("rms_norm_eps", 1e-6),

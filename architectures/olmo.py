@@ -1,10 +1,12 @@
 """OLMo 2 and 3: norms behind attention and feed-forward instead of before them, and over all query and all key heads at
-once. OLMo 3 has windows in three layers of four, and a rope scaling (YaRN) in the others alone."""
+once. OLMo 3 has windows in three layers of four, and a rope scaling (YaRN) in the others alone. OLMoE: experts, and the
+norms where Llama has them."""
 
 from collections.abc import Mapping
 
 from .base import NORMS_AFTER, ModelSpec, Rope
 from .config import FULL, SLIDING, Config, llama_like
+from .experts import experts
 
 _THETA = 500000.0  # of OLMo 3
 
@@ -14,6 +16,24 @@ def olmo2(config: Config) -> ModelSpec:
         config,
         attention={"qk_norm": "all"},
         norms=NORMS_AFTER,
+        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
+    )
+
+
+def olmoe(config: Config) -> ModelSpec:
+    config.refuse("clip_qkv", "queries, keys and values are not clipped")
+    found = experts(
+        config,
+        "intermediate_size",
+        count=64,
+        top_k=8,
+        width=2048,
+        norm_weights=config.flag("norm_topk_prob", False),
+    )
+    return llama_like(
+        config,
+        attention={"qk_norm": "all"},
+        mlps=[found] * config.size("num_hidden_layers"),
         norm_eps=config.epsilon("rms_norm_eps", 1e-5),
     )
 

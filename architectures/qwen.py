@@ -1,9 +1,13 @@
-"""Qwen 2 and 3, dense: biases on q, k, v (2), norms of query and key heads (3), windows in upper layers if asked."""
+"""Qwen 2 and 3: biases on q, k, v (2), norms of query and key heads (3), windows in some layers if asked; with experts,
+and in 2 a shared one beside them."""
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
-from .base import ModelSpec
+from .base import ModelSpec, SharedExpert
 from .config import FULL, SLIDING, Config, llama_like
+from .experts import experts, in_layers, sparse_layers
 from .gguf import GgufConfig, GgufFamily, GgufSource, rope_scaling, tidy
 
 
@@ -23,14 +27,54 @@ def qwen3(config: Config) -> ModelSpec:
     )
 
 
-def _windows(config: Config) -> list[int | None]:
-    """Only with use_sliding_window; without layer_types, the layers from max_window_layers on have it."""
+def qwen2_moe(config: Config) -> ModelSpec:
+    inner = "shared_expert_intermediate_size"
+    found = experts(
+        config,
+        "moe_intermediate_size",
+        count=60,
+        top_k=4,
+        width=1408,
+        norm_weights=config.flag("norm_topk_prob", False),
+        shared=SharedExpert(config.size(inner, 5632), gated=True),
+    )
+    return llama_like(
+        config,
+        windows=_windows(config, lambda layer, last: layer % 2 == 0 and layer < last),
+        mlps=in_layers(config, sparse_layers(config), found, 5632),
+    )
+
+
+def qwen3_moe(config: Config) -> ModelSpec:
+    sliding = config.flag("use_sliding_window", False)
+    window = config.size("sliding_window", 4096) if sliding else None
+    found = experts(
+        config,
+        "moe_intermediate_size",
+        count=128,
+        top_k=8,
+        width=768,
+        norm_weights=config.flag("norm_topk_prob", False),
+    )
+    return llama_like(
+        config,
+        windows=[window] * config.size("num_hidden_layers"),
+        attention={"qk_norm": "head"},
+        mlps=in_layers(config, sparse_layers(config), found, 6144),
+    )
+
+
+def _windows(
+    config: Config, has_window: Callable[[int, int], bool] = operator.ge
+) -> list[int | None]:
+    """Only with use_sliding_window; without layer_types, in the layers for which has_window(layer, max_window_layers):
+    from that one on."""
     layers = config.size("num_hidden_layers")
     if not config.flag("use_sliding_window", False):
         return [None] * layers
     window = config.size("sliding_window", 4096)
-    first = config.get("max_window_layers", 28)
-    types = config.layer_types([SLIDING if i >= first else FULL for i in range(layers)])
+    last = config.get("max_window_layers", 28)
+    types = config.layer_types([SLIDING if has_window(i, last) else FULL for i in range(layers)])
     return [window if kind == SLIDING else None for kind in types]
 
 

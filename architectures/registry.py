@@ -11,7 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from . import gemma, granite, llama, ministral, mistral, olmo, phi, qwen, qwen3_5, seed_oss, smollm3
+from . import (
+    dots,
+    gemma,
+    gemma4,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    qwen3_5,
+    seed_oss,
+    smollm3,
+)
 from .base import ModelSpec
 from .config import Config
 from .gguf import GgufFamily
@@ -31,19 +45,27 @@ class Architecture:
 ARCHITECTURES = (
     Architecture("LlamaForCausalLM", "llama", llama.spec, ("llama", llama.GGUF)),
     Architecture("MistralForCausalLM", "mistral", mistral.spec),
+    Architecture("MixtralForCausalLM", "mixtral", mistral.mixtral),
     Architecture("MinistralForCausalLM", "ministral", ministral.ministral),
     Architecture("Ministral3ForCausalLM", "ministral3", ministral.ministral3),
     Architecture("Qwen2ForCausalLM", "qwen2", qwen.qwen2, ("qwen2", qwen.QWEN2_GGUF)),
     Architecture("Qwen3ForCausalLM", "qwen3", qwen.qwen3, ("qwen3", qwen.QWEN3_GGUF)),
     Architecture("Qwen3_5ForCausalLM", "qwen3_5_text", qwen3_5.qwen3_5),
+    Architecture("Qwen2MoeForCausalLM", "qwen2_moe", qwen.qwen2_moe),
+    Architecture("Qwen3MoeForCausalLM", "qwen3_moe", qwen.qwen3_moe),
     Architecture("SeedOssForCausalLM", "seed_oss", seed_oss.spec),
     Architecture("SmolLM3ForCausalLM", "smollm3", smollm3.spec),
     Architecture("Phi3ForCausalLM", "phi3", phi.phi3),
     Architecture("GraniteForCausalLM", "granite", granite.spec),
+    Architecture("GraniteMoeForCausalLM", "granitemoe", granite.moe),
     Architecture("Olmo2ForCausalLM", "olmo2", olmo.olmo2),
     Architecture("Olmo3ForCausalLM", "olmo3", olmo.olmo3),
+    Architecture("OlmoeForCausalLM", "olmoe", olmo.olmoe),
+    Architecture("Dots1ForCausalLM", "dots1", dots.dots1),
     Architecture("GemmaForCausalLM", "gemma", gemma.gemma),
     Architecture("Gemma2ForCausalLM", "gemma2", gemma.gemma2),
+    Architecture("Gemma4ForCausalLM", "gemma4_text", gemma4.spec),
+    Architecture("Gemma4UnifiedForCausalLM", "gemma4_unified_text", gemma4.unified),
     Architecture("Gemma3ForCausalLM", "gemma3_text", gemma.gemma3, ("gemma3", gemma.GEMMA3_GGUF)),
 )
 GGUF = {entry.gguf[0]: entry.gguf[1] for entry in ARCHITECTURES if entry.gguf is not None}

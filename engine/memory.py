@@ -39,13 +39,14 @@ class MemoryPlan:
 
 
 def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    """Keys and values of all layers that have them; in 8 bits, with a float32 scale for each head."""
+    """Keys and values of all layers that have their own; in 8 bits, with a float32 scale for each head."""
 
     def vector(head_dim: int) -> int:
         return head_dim * dtype.itemsize if cache_dtype == "auto" else head_dim + 4
 
-    mixers = (layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention))
-    return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in mixers)
+    mixers = [m for layer in model.layers if isinstance(m := layer.mixer, Attention)]
+    own = (mixer for mixer in mixers if mixer.kv_source is None)
+    return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in own)
 
 
 def state_bytes(model: ModelSpec) -> int:
@@ -59,7 +60,7 @@ def activation_bytes(
 ) -> int:
     """An upper bound for one step: the widest intermediate of a full batch, float32 logits twice over, and on a GPU the
     widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
-    inner = max(layer.mlp.intermediate_size for layer in model.layers)
+    inner = max(layer.mlp.inner_width for layer in model.layers)
     mixed = max(
         sum(group.out_features)
         for layer in model.layers

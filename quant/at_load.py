@@ -10,7 +10,7 @@ compressed-tensors, which can name a group size per layer and zero points alike.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -43,11 +43,11 @@ def quantized_at_load(
     checkpoint: Checkpoint,
     quantize: str | None,
     save: str | None = None,
-    dense: Iterable[str] = (),
+    dense: Sequence[str] = (),
 ) -> Iterator[Checkpoint]:
     """The checkpoint, its block weights quantized as they are read; itself where `quantize` is None.
 
-    quantize: a key of LAYERS. save: a folder to make of what was read. dense: modules that are left alone. Raises
+    quantize: a key of LAYERS. save: a folder to make of what was read. dense: modules that stay as they are. Raises
     UnsupportedError for a checkpoint that is quantized already, CheckpointError where the folder cannot be used.
     """
     if quantize is None:
@@ -78,9 +78,9 @@ def quantized_at_load(
 class QuantizedAtLoad(Checkpoint):
     """A dense checkpoint whose linears in the blocks are quantized when they are read."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: LayerScheme, dense: Iterable[str] = ()):
-        """dense: modules that stay so."""
+    def __init__(self, checkpoint: Checkpoint, layer: LayerScheme, dense: Sequence[str] = ()):
         self.inner, self.layer = checkpoint, layer
+        self._stay_dense = dict.fromkeys(dense)
         self.path, self.config = checkpoint.path, checkpoint.config
         self.writer: ShardWriter | None = None
         self._pending: dict[str, Tensor] = {}  # of the block being read, in the format's tensors
@@ -88,7 +88,7 @@ class QuantizedAtLoad(Checkpoint):
             set()
         )  # tensors of the checkpoint that the writer has, in some form
         self._layers: dict[str, LayerScheme] = {}  # of what was read
-        self._dense = list(dense)
+        self._dense: list[str] = []
 
     @property
     def scheme(self) -> QuantScheme:  # type: ignore[override]
@@ -99,7 +99,7 @@ class QuantizedAtLoad(Checkpoint):
             (exactly(m), layer) for m, layer in sorted(self._layers.items()) if layer != default
         )
         parts = other_parts(self.config, self.inner.names())
-        ignore = ("lm_head", *self._dense, *modules_of(parts, by_name=False))
+        ignore = ("lm_head", *self._stay_dense, *self._dense, *modules_of(parts, by_name=False))
         return QuantScheme("compressed-tensors", fmt, default, others, ignore)
 
     def _linear(self, module: str) -> QuantizedWeight | Tensor:
@@ -170,12 +170,10 @@ class QuantizedAtLoad(Checkpoint):
         return self._is_block_matrix(f"{module}.weight") or self.inner.is_quantized(module)
 
     def _is_block_matrix(self, name: str) -> bool:
-        return (
-            re.search(r"^(?!mtp\.)(.+\.)?layers\.\d+\.", name) is not None
-            and name.removesuffix(".weight") not in self._dense
-            and self.inner.has(name)
-            and len(self.inner.shape(name)) == 2
-        )
+        in_block = re.search(r"^(?!mtp\.)(.+\.)?layers\.\d+\.", name) is not None
+        if name.removesuffix(".weight") in self._stay_dense:
+            return False
+        return in_block and self.inner.has(name) and len(self.inner.shape(name)) == 2
 
     @property
     def nbytes(self) -> int:

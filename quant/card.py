@@ -77,7 +77,7 @@ def quality_record(
         "bits": report.plan.bits,
         "dense": report.plan.dense,
         "fallbacks": report.fallbacks,
-        "notes": [*report.plan.warnings, *report.plan.notes],
+        "notes": [*report.plan.warnings, *report.plan.notes, *report.notes],
         "versions": versions(),
     }
 

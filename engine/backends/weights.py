@@ -92,11 +92,32 @@ class ModelWeights:
         """[vocab_size, hidden_size]"""
         return self.checkpoint.dense(f"{self.model.prefix}embed_tokens", dtype)
 
+    def per_layer_embedding(self, dtype: torch.dtype) -> Tensor:
+        """[vocab_size, num_layers * width] of PerLayerInputs."""
+        spec, name = self.model.per_layer_inputs, f"{self.model.prefix}embed_tokens_per_layer"
+        if spec is None:
+            raise ValueError("a model without inputs for every layer")
+        if not self.checkpoint.is_quantized(name):
+            self._check_shape(
+                f"{name}.weight", (spec.vocab_size, self.model.num_layers * spec.width)
+            )
+        return self.checkpoint.dense(name, dtype)
+
     def norm(self, name: str, width: int) -> Tensor:
         """What a normed vector is multiplied by, float32 [width]. name: of the module."""
         self._check_shape(f"{name}.weight", (width,))
         weight = self.checkpoint.tensor(f"{name}.weight").float()
         return weight + 1.0 if self.model.norm_offset else weight
+
+    def router(self, layer: int, name: str, rows: int) -> Tensor:
+        """A matrix that no kernel multiplies by, float32 [rows, hidden_size]. name: of the module in the layer."""
+        module = f"{self.model.layer_name(layer)}.{name}"
+        if not self.checkpoint.weight_names(module):
+            self._check_shape(f"{module}.weight", ())  # is missing, and says so
+        weight = self.checkpoint.dense(module, torch.float32)
+        if (found := tuple(weight.shape)) != (want := (rows, self.model.hidden_size)):
+            raise self._error(f"{module}.weight", found, want)
+        return weight
 
     def vector(self, name: str, width: int) -> Tensor:
         """A tensor that is no module's, float32 [width]."""
@@ -106,14 +127,17 @@ class ModelWeights:
     def head_norms(self, layer: int, mixer: Attention) -> tuple[Tensor | None, Tensor | None]:
         """Of query and key heads, float32: [head_dim], or of all heads at once [heads * head_dim]."""
         prefix = self.model.layer_name(layer)
+
+        def norm(name: str, heads: int) -> Tensor:
+            width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
+            return self.norm(f"{prefix}.self_attn.{name}", width)
+
         if mixer.qk_norm is None:
             return None, None
-        heads = (mixer.num_heads, mixer.num_kv_heads) if mixer.qk_norm == "all" else (1, 1)
-        q_norm, k_norm = (
-            self.norm(f"{prefix}.self_attn.{name}", mixer.head_dim * count)
-            for name, count in zip(("q_norm", "k_norm"), heads, strict=True)
+        has_keys = mixer.kv_source is None
+        return norm("q_norm", mixer.num_heads), (
+            norm("k_norm", mixer.num_kv_heads) if has_keys else None
         )
-        return q_norm, k_norm
 
     def gated_delta_net(self, layer: int, mixer: GatedDeltaNet) -> "DeltaNetWeights":
         """What is no linear of such a mixer. Its norm stores the factor itself, whatever the model's others do."""
@@ -153,6 +177,11 @@ class ModelWeights:
     def _has_head(self) -> bool:
         head = self.model.head
         return self.checkpoint.has(f"{head}.weight") or head in self.checkpoint.modules()
+
+    def linear(self, module: str, out_features: int, in_features: int) -> Linear:
+        """A linear that is of no group, by its full name."""
+        weight = self._linear(module, (out_features, in_features))
+        return Linear(weight, self.checkpoint.bias(module))
 
     def _linear(self, module: str, shape: tuple[int, int]) -> Weight:
         weight = self.checkpoint.linear(module)

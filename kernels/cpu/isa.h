@@ -27,8 +27,9 @@ struct StepBuffers {
   float* convolved;      // [tokens, channels]
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
-  float* inner;          // [tokens, intermediate]
+  float* inner;          // [tokens, intermediate], and what a layer is told once more
   float* y;              // [tokens, hidden]: a product whose norm comes before the sum
+  float* per_layer;      // [tokens, layers, width of their inputs]
   float* angles[NB_MAX_ROPES];  // [tokens, 2, rope dim / 2]: cosines, sines
   int32_t* row_items;    // [tokens] which item a row belongs to
   int32_t* item_rows;    // [items] its first row
@@ -63,7 +64,8 @@ struct Kernels {
 };
 
 inline int qkv_width(const NbAttention& a) {
-  return ((a.output_gate ? 2 : 1) * a.num_heads + 2 * a.num_kv_heads) * a.head_dim;
+  int stored = a.reads_only ? 0 : a.keys_are_values ? 1 : 2;
+  return ((a.output_gate ? 2 : 1) * a.num_heads + stored * a.num_kv_heads) * a.head_dim;
 }
 
 inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim; }

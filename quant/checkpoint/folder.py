@@ -14,6 +14,7 @@ from ..scheme import LayerScheme, QuantScheme
 from ..weight import QuantizedWeight
 from .base import Checkpoint
 from .headers import TensorEntry, read_json, scan
+from .stacked import unstacked
 
 
 class FolderCheckpoint(Checkpoint):
@@ -24,7 +25,7 @@ class FolderCheckpoint(Checkpoint):
         if not (path / "config.json").is_file():
             raise CheckpointError("is missing", file=path / "config.json", fix="download it")
         self.config = read_json(path / "config.json")
-        self._entries = scan(path)
+        self._entries = unstacked(scan(path), self.config)
         self._open: dict[Path, Any] = {}
         self.scheme = self._read_scheme()
 
@@ -100,10 +101,15 @@ class FolderCheckpoint(Checkpoint):
         return None if self.scheme is None else self.scheme.layer(module) or self.scheme.default
 
     def _raw(self, name: str) -> Tensor:
-        file = self._entry(name).file
+        entry = self._entry(name)
+        file = entry.file
         try:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt", device="cpu")
+            if entry.part_of is not None:
+                whole, indices = entry.part_of
+                part: Tensor = self._open[file].get_slice(whole)[indices]
+                return part
             tensor: Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._error(name, f"cannot be read: {error}") from None

@@ -33,6 +33,8 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    # where it is a part of another tensor: that one's name, and the indices along its first axes
+    part_of: tuple[str, tuple[int | slice, ...]] | None = None
 
 
 def scan(folder: Path) -> dict[str, TensorEntry]:

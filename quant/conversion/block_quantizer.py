@@ -4,6 +4,7 @@ The pipeline calls this for one block after the other and writes down what it re
 a block is quantized is here and in `algorithms/`.
 """
 
+import logging
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,13 @@ from ..weight import QuantizedWeight, split
 from . import calibration, float_quantizer
 from .blocks import BlockSource, linear
 from .calibration import Samples
+from .experts import too_few
 from .float_quantizer import KeyValueRange
 from .folding import Grid, fold_block
 from .plan import Plan
 from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 FOLD_WINDOWS = 8  # to find AWQ's scales on
 ACTIVATION_BYTES = 2 << 30  # of hidden states in memory, and as much again inside a block
@@ -44,10 +48,12 @@ class BlockResult:
     scales: dict[str, Tensor] = field(
         default_factory=dict
     )  # of the KV cache, by name within the block
+    note: str = ""  # for people: what calibration lacked
 
 
 class Activations:
-    """What enters the next block: hidden states [n, T, hidden], and each block's other arguments for them."""
+    """What enters the next block: hidden states [n, T, hidden] and what is carried behind them (carried.py), and each
+    block's other arguments for them."""
 
     def __init__(
         self,
@@ -63,9 +69,9 @@ class Activations:
         a block, only as many windows go at once as it allows.
         """
         self.at_once = windows_at_once(source, samples.token_ids.shape[1], bound)
-        nbytes = samples.token_ids.numel() * source.config.hidden_size * 4
+        nbytes = samples.token_ids.numel() * source.carried.width * 4
         if folder is not None and nbytes > bound and source.device.type == "cpu":
-            self.hidden = _on_disk((*samples.token_ids.shape, source.config.hidden_size), folder)
+            self.hidden = _on_disk((*samples.token_ids.shape, source.carried.width), folder)
             for first in range(0, len(self.hidden), self.at_once):
                 part = slice(first, first + self.at_once)
                 self.hidden[part] = (
@@ -86,8 +92,17 @@ class Activations:
 
 def windows_at_once(source: BlockSource, length: int, bound: int) -> int:
     """How many windows of `length` tokens may go through a block together for what is inside it to stay in bound."""
-    per_token = 4 * sum(max(shape) for shape in source.linear_shapes(0).values())
+    per_token = 4 * max(_inner_width(source, index) for index in range(len(source)))
     return max(1, bound // (length * per_token))
+
+
+def _inner_width(source: BlockSource, index: int) -> int:
+    """Numbers that a token has inside a block; of its experts one computes at a time."""
+    return sum(
+        max(out, group.in_features)
+        for group in source.linear_groups(index)
+        for out in group.out_features
+    )
 
 
 def _on_disk(shape: tuple[int, ...], folder: Path) -> Tensor:
@@ -119,22 +134,24 @@ def quantize_block(
     cache = KeyValueRange(isinstance(source.spec.layers[index].mixer, Attention))
     if recipe.method == "fp8":
         _quantize_float(block, full, groups, activations, index, cache, recipe.fp8_layer, result)
-        result.scales = cache.scales() if recipe.kv_scales else {}
+        result.scales = _kv_scales(source, index, cache, recipe)
         return result
     if activations is None:
         raise ValueError(f"{recipe.method} needs activations")
     arguments = activations.arguments[index]
     grids = {name: plan.grid(full[name], recipe) for group in groups.values() for name in group}
-    # statistics are as large as all Hessians: they must not live on
     first = activations.hidden[:FOLD_WINDOWS]
-    fold_block(
-        block,
-        source.folds(index),
-        calibration.input_statistics(block, first, arguments, groups),
-        grids,
-        plan.dtype,
-        1.0 if source.spec.norm_offset else 0.0,
-    )
+    folds = {fold.reads: fold for fold in source.folds(index) if fold.consumers[0] in groups}
+    for reads in calibration.in_memory(block, folds):
+        # statistics are as large as Hessians: they must not live on
+        fold_block(
+            block,
+            [folds[module] for module in reads],
+            calibration.input_statistics(block, first, arguments, reads),
+            grids,
+            plan.dtype,
+            1.0 if source.spec.norm_offset else 0.0,
+        )
 
     def quantize(first_linear: str, hessian: Tensor) -> None:
         linears = {full[name]: linear(block, name) for name in groups[first_linear]}
@@ -147,11 +164,28 @@ def quantize_block(
             module.weight.copy_(weight.dequantize())
             result.weights[name] = weight
 
+    stages = [[names[0] for names in stage if names[0] in groups] for stage in source.stages(index)]
     calibration.run_quantizing(
-        block, activations.hidden, cache.put_into(arguments), groups, quantize, activations.at_once
+        block,
+        activations.hidden,
+        cache.put_into(arguments),
+        [stage for stage in stages if stage],
+        quantize,
+        activations.at_once,
     )
-    result.scales = cache.scales() if recipe.kv_scales else {}
+    if lack := too_few(block):
+        result.note = f"{source.name(index)}: {lack}"
+        logger.info("%s", result.note)
+    result.scales = _kv_scales(source, index, cache, recipe)
     return result
+
+
+def _kv_scales(
+    source: BlockSource, index: int, cache: KeyValueRange, recipe: Recipe
+) -> dict[str, Tensor]:
+    mixer = source.spec.layers[index].mixer
+    has_keys = isinstance(mixer, Attention) and mixer.kv_source is None
+    return cache.scales() if recipe.kv_scales and has_keys else {}
 
 
 def _quantize_float(

@@ -6,17 +6,21 @@ recorded from a dry run of its own forward in which every block is replaced by a
 """
 
 import copy
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ...architectures.base import Fold
+from ...architectures.base import Experts, Fold, LinearGroup
 from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
+from .carried import Carried
+from .experts import unroll
 
 
 class BlockSource:
@@ -32,6 +36,9 @@ class BlockSource:
             self.config = AutoConfig.for_model(**settings)
             with torch.device("meta"):
                 causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+                for layer, of in zip(causal_lm.model.layers, self.spec.layers, strict=True):
+                    if isinstance(of.mlp, Experts):
+                        unroll(layer, of.mlp)
         except Exception as error:  # whatever transformers makes of a value that it did not expect
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -39,6 +46,7 @@ class BlockSource:
                 file=checkpoint.path,
                 fix="correct config.json, or take the original one",
             ) from error
+        self.carried = Carried(self.spec)
         self._model = causal_lm.model
         self._layers = list(self._model.layers)
         self._check_shapes()
@@ -61,19 +69,18 @@ class BlockSource:
     def _check_shapes(self) -> None:
         """Raise CheckpointError for a tensor of the blocks that is missing or not shaped as config.json implies."""
         for index, layer in enumerate(self._layers):
-            for name, parameter in layer.named_parameters():
+            for name, wanted, is_matrix in _stored(layer):
                 full = f"{self.name(index)}.{name}"
-                if not full.endswith(".weight") or not self.checkpoint.is_quantized(
-                    full.removesuffix(".weight")
-                ):
-                    there = tuple(self.checkpoint.shape(full))
-                    if there != tuple(parameter.shape):
-                        raise CheckpointError(
-                            f"has shape {list(there)}, config.json implies {list(parameter.shape)}",
-                            file=self.checkpoint.path,
-                            tensor=full,
-                            fix="config.json and the weights must be of one model",
-                        )
+                if is_matrix and self.checkpoint.is_quantized(full.removesuffix(".weight")):
+                    continue
+                there = tuple(self.checkpoint.shape(full))
+                if there != tuple(wanted.shape):
+                    raise CheckpointError(
+                        f"has shape {list(there)}, config.json implies {list(wanted.shape)}",
+                        file=self.checkpoint.path,
+                        tensor=full,
+                        fix="config.json and the weights must be of one model",
+                    )
 
     def name(self, index: int) -> str:
         """The module name of a block, e.g. model.layers.3"""
@@ -81,7 +88,18 @@ class BlockSource:
 
     def groups(self, index: int) -> tuple[tuple[str, ...], ...]:
         """Names within block `index` of the linears that read the same input, in the order in which they run."""
-        return tuple(group.modules for group in self.spec.groups(index))
+        return tuple(names for stage in self.stages(index) for names in stage)
+
+    def stages(self, index: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The groups of block `index`, together those that do not wait for each other: one for each expert."""
+        return tuple(
+            tuple(member.modules for member in group.members())
+            for group in self.spec.groups(index)
+            if not group.dense
+        )
+
+    def linear_groups(self, index: int) -> tuple[LinearGroup, ...]:
+        return self.spec.groups(index)
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.spec.folds(index)
@@ -90,19 +108,26 @@ class BlockSource:
         """Block `index` with its weights, dequantized where the checkpoint is quantized."""
         block = copy.deepcopy(self._layers[index])
         state = {}
-        for module_name, module in block.named_modules():
-            full = f"{self.name(index)}.{module_name}"
-            for name, _ in module.named_parameters(recurse=False):
-                is_matrix = isinstance(module, nn.Linear) and name == "weight"
-                read = self.checkpoint.dense if is_matrix else self.checkpoint.tensor
-                where = full if is_matrix else f"{full}.{name}"
-                state[f"{module_name}.{name}"] = read(where, torch.float32).to(self.device)
+        for name, _, is_matrix in _stored(block):
+            full = f"{self.name(index)}.{name}"
+            if is_matrix:
+                tensor = self.checkpoint.dense(full.removesuffix(".weight"), torch.float32)
+            else:
+                tensor = self.checkpoint.tensor(full, torch.float32)
+            state[name] = tensor.to(self.device)
         block.load_state_dict(state, assign=True)
         ready: nn.Module = block.requires_grad_(False).eval()
+        told = None
+        if self.spec.per_layer_inputs is not None:
+            told = partial(self._per_layer_input, index)
+        self.carried.attach(ready, index, told)
         return ready
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids [n, T] -> hidden states [n, T, hidden], as the first block sees them."""
+        """token_ids [n, T] -> activations [n, T, carried.width], as the first block takes them."""
+        return self.carried.start(self._embed(token_ids), token_ids)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
         table = self.checkpoint.dense(f"{self.spec.prefix}embed_tokens")
         hidden = nn.functional.embedding(token_ids, table).float().to(self.device)
         if self.spec.embedding_scale != 1.0:
@@ -110,13 +135,32 @@ class BlockSource:
         self.checkpoint.release()  # a table may be larger than a block
         return hidden
 
+    def _per_layer_input(self, index: int, token_ids: Tensor) -> Tensor:
+        """token_ids [n, T] -> what block `index` is told of them once more, [n, T, width] (PerLayerInputs)."""
+        if (spec := self.spec.per_layer_inputs) is None:
+            raise ValueError("a model without inputs for every layer")
+        prefix, device = self.spec.prefix, self.device
+        own = slice(index * spec.width, (index + 1) * spec.width)
+        table = self.checkpoint.dense_part(f"{prefix}embed_tokens_per_layer", cols=own)
+        projection = self.checkpoint.dense_part(f"{prefix}per_layer_model_projection", rows=own)
+        norm = self.checkpoint.tensor(f"{prefix}per_layer_projection_norm.weight", torch.float32)
+        seen = self._embed(token_ids) @ projection.float().to(device).t()
+        seen = seen * self.spec.hidden_size**-0.5
+        seen = nn.functional.rms_norm(seen, norm.shape, norm.to(device), self.spec.norm_eps)
+        said = nn.functional.embedding(token_ids.cpu(), table).float().to(device) * spec.width**0.5
+        told: Tensor = (seen + said) * 2.0**-0.5
+        return told
+
     def keyword_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
-        """What transformers passes to each block, besides the hidden states, for a batch shaped as hidden."""
+        """What transformers passes to each block, besides the hidden states, for a batch shaped as activations are."""
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.layers = nn.ModuleList(recorders)
         self._model.norm = nn.Identity()
         self._model.rotary_emb = type(self._model.rotary_emb)(config=self.config).to(self.device)
-        self._model(inputs_embeds=hidden, use_cache=False)
+        # Gemma 4: blocks are told when they run (carried.py), and no tokens are left out on the way.
+        self._model.hidden_size_per_layer_input = 0
+        self._model.first_kv_shared_layer_idx = -1
+        self._model(inputs_embeds=self.carried.hidden(hidden), use_cache=False)
         return [recorder.seen for recorder in recorders]
 
 
@@ -128,6 +172,13 @@ def linear(block: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def _stored(block: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Names, tensors and whether it is a linear's weight, of all that a checkpoint has of a block."""
+    matrices = {f"{n}.weight" for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    for name, tensor in block.state_dict(keep_vars=True).items():
+        yield name, tensor, name in matrices
+
+
 class _Recorder(nn.Module):
     """Stands in for a block: keeps the keyword arguments of its call, passes the hidden states on."""
 
@@ -137,6 +188,7 @@ class _Recorder(nn.Module):
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Tensor:
+        """none: what a kind of block is given by position, and has none of here (Gemma 4's per-layer inputs)."""
         self.seen = kwargs
         return hidden

@@ -7,7 +7,8 @@ SHA-256 of the text is recorded. Evaluation text is separate: no chapter, page o
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from .experts import forget_tokens, shown_at_least
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SHARES = {"prose": 0.35, "docs": 0.2, "code": 0.25, "chat": 0.2}  # of the windows
 EVALUATION = ("prose", "docs", "code")
+HESSIAN_BYTES = 1 << 30  # of what is calibrated in one pass (one that is larger: alone)
 MICRO_BATCH = 8  # windows run through a block at a time where only sums are wanted
 
 
@@ -138,8 +141,8 @@ def input_statistics(
     block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], modules: Iterable[str]
 ) -> dict[str, InputStatistics]:
     """Run a block on hidden states [n, T, hidden]; returns what the inputs of some of its submodules are like."""
-    tokens = hidden.shape[:-1].numel()
     sums: dict[str, InputStatistics] = {}
+    seen: Counter[str] = Counter()
 
     def add(module: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
@@ -147,13 +150,33 @@ def input_statistics(
             sums[module] = InputStatistics(
                 x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
             )
-        sums[module].mean_abs.add_(x.abs().sum(0), alpha=1 / tokens)
-        sums[module].products.addmm_(x.t(), x, alpha=1 / tokens)
+        sums[module].mean_abs.add_(x.abs().sum(0))
+        sums[module].products.addmm_(x.t(), x)
+        seen[module] += len(x)
 
     with _hooked(block, modules, add):
         for batch in hidden.split(MICRO_BATCH):
-            block(batch, **kwargs)
+            with shown_at_least(block, len(batch) / len(hidden)):
+                block(batch, **kwargs)
+    for module, found in sums.items():
+        found.mean_abs.div_(seen[module])
+        found.products.div_(seen[module])
     return sums
+
+
+@torch.no_grad()
+def mean_squares(
+    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], modules: Iterable[str]
+) -> dict[str, Tensor]:
+    """E[x^2] [in] of the inputs x of some submodules, of a block run on hidden states [n, T, hidden]."""
+    found: dict[str, Tensor] = {}
+
+    def keep(module: str, x: Tensor) -> None:
+        found[module] = x.flatten(0, -2).square().mean(0)
+
+    with _hooked(block, modules, keep), shown_at_least(block, 1.0):
+        block(hidden, **kwargs)
+    return found
 
 
 @torch.no_grad()
@@ -161,7 +184,7 @@ def run_quantizing(
     block: nn.Module,
     hidden: Tensor,
     kwargs: dict[str, Any],
-    modules: Iterable[str],
+    stages: Sequence[Sequence[str]],
     quantize: Callable[[str, Tensor], None],
     at_once: int | None = None,
 ) -> None:
@@ -170,17 +193,19 @@ def run_quantizing(
     The moment the inputs x of a module arrive, `quantize(module, E[x x^T])` may replace the weights that will read
     them, so each sees exactly what the quantized weights before it produce, at the price of one pass. All windows go at
     once: activations inside the block set the peak of memory. Where that is too much, `at_once` windows go at a time,
-    and the block runs once more for each module.
+    and the block runs once more for each stage: modules that do not wait for each other.
     """
     if at_once is not None and at_once < len(hidden):
-        _run_in_parts(block, hidden, kwargs, modules, quantize, at_once)
+        _run_in_parts(block, hidden, kwargs, stages, quantize, at_once)
         return
+    forget_tokens(block)
 
     def hook(module: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
         quantize(module, (x.t() @ x) / len(x))
 
-    with _hooked(block, modules, hook):
+    modules = [module for stage in stages for module in stage]
+    with _hooked(block, modules, hook), shown_at_least(block, 1.0):
         out = block(hidden, **kwargs)
     hidden.copy_(out[0] if isinstance(out, tuple) else out)
 
@@ -197,7 +222,8 @@ def run_observing(
 
     with _hooked(block, absmax, widen):
         for part in hidden.split(at_once):
-            out = block(part, **kwargs)
+            with shown_at_least(block, len(part) / len(hidden)):
+                out = block(part, **kwargs)
             part.copy_(out[0] if isinstance(out, tuple) else out)
     return absmax
 
@@ -210,27 +236,54 @@ def _run_in_parts(
     block: nn.Module,
     hidden: Tensor,
     kwargs: dict[str, Any],
-    modules: Iterable[str],
+    stages: Sequence[Sequence[str]],
     quantize: Callable[[str, Tensor], None],
     at_once: int,
 ) -> None:
-    tokens = hidden.shape[:-1].numel()
-    for module in modules:
-        hessian: list[Tensor] = []
+    for modules in (part for stage in stages for part in in_memory(block, stage)):
+        hessians: dict[str, Tensor] = {}
+        seen: Counter[str] = Counter()
 
-        def hook(_module: str, x: Tensor, hessian: list[Tensor] = hessian) -> None:
+        def add(
+            module: str,
+            x: Tensor,
+            hessians: dict[str, Tensor] = hessians,
+            seen: Counter[str] = seen,
+            last: str = modules[-1],
+        ) -> None:
             x = x.flatten(0, -2)
-            hessian[:] = [hessian[0].addmm_(x.t(), x)] if hessian else [x.t() @ x]
-            raise _EarlyExit
+            if module not in hessians:
+                hessians[module] = x.new_zeros(x.shape[1], x.shape[1])
+            hessians[module].addmm_(x.t(), x)
+            seen[module] += len(x)
+            if module == last:
+                raise _EarlyExit
 
-        with _hooked(block, [module], hook):
+        with _hooked(block, modules, add):
             for part in hidden.split(at_once):
-                with suppress(_EarlyExit):
+                with suppress(_EarlyExit), shown_at_least(block, len(part) / len(hidden)):
                     block(part, **kwargs)
-        quantize(module, hessian[0].div_(tokens))
+        for module in modules:
+            quantize(module, hessians.pop(module).div_(seen[module]))
+    forget_tokens(block)
     for part in hidden.split(at_once):
         out = block(part, **kwargs)
         part.copy_(out[0] if isinstance(out, tuple) else out)
+
+
+def in_memory(block: nn.Module, modules: Iterable[str]) -> Iterator[list[str]]:
+    """Modules of a block, in order, as many at a time as HESSIAN_BYTES holds Hessians of."""
+    together: list[str] = []
+    left = HESSIAN_BYTES
+    for module in modules:
+        needed = 4 * block.get_parameter(f"{module}.weight").shape[1] ** 2
+        if together and needed > left:
+            yield together
+            together, left = [], HESSIAN_BYTES
+        together.append(module)
+        left -= needed
+    if together:
+        yield together
 
 
 @contextmanager

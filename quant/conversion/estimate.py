@@ -5,16 +5,19 @@ holds beside it, and the activations; time is operations over a speed measured i
 upper estimates of the same kind as the real peak and duration: right within tens of percent, not to the megabyte.
 """
 
+import functools
 import time
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
+from ...architectures.base import Experts
 from ..checkpoint import Checkpoint
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from .block_quantizer import ACTIVATION_BYTES
 from .blocks import BlockSource
+from .experts import LEAST_TOKENS
 from .plan import Plan
 from .recipe import Recipe
 
@@ -50,15 +53,40 @@ def estimate(
         sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped)
         * plan.dtype.itemsize
     )
-    hidden = 0 if not recipe.calibrated else tokens * source.config.hidden_size * 4
+    hidden = 0 if not recipe.calibrated else tokens * source.carried.width * 4
     disk = output + min(output, MAX_SHARD_BYTES) + 2 * hidden
-    block = [shape for name, shape in shapes.items() if name.startswith(source.name(0) + ".")]
+    blocks = [_linears(source, index, tokens) for index in range(len(source))]
     return Estimate(
         output,
         disk,
-        _memory(block, hidden, tokens, recipe),
-        _seconds(block, len(source), tokens, recipe),
+        max(_memory(block, hidden, tokens, recipe) for block in blocks),
+        sum(_seconds(block, tokens, recipe) for block in blocks),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A linear of a block, or one of `count` alike, each calibrated on `tokens` tokens."""
+
+    out: int
+    width: int
+    count: int
+    tokens: int
+
+    @property
+    def weights(self) -> int:
+        return self.out * self.width * self.count
+
+
+def _linears(source: BlockSource, index: int, tokens: int) -> list[_Linear]:
+    mlp = source.spec.layers[index].mlp
+    found = []
+    for group in source.linear_groups(index):
+        count, seen = group.num_experts or 1, tokens
+        if isinstance(mlp, Experts) and count > 1:
+            seen = max(tokens * mlp.top_k // count, min(LEAST_TOKENS, tokens))
+        found += [_Linear(out, group.in_features, count, seen) for out in group.out_features]
+    return found
 
 
 def _stored_bytes(shape: tuple[int, int], bits: float, group_size: int, recipe: Recipe) -> int:
@@ -74,34 +102,34 @@ def _stored_bytes(shape: tuple[int, int], bits: float, group_size: int, recipe: 
     return int((out_features * in_features + zeros) * bits // 8) + groups * 2 + g_idx
 
 
-def _memory(block: list[tuple[int, int]], hidden: int, tokens: int, recipe: Recipe) -> int:
-    weights = 4 * sum(out * width for out, width in block)
+def _memory(block: list[_Linear], hidden: int, tokens: int, recipe: Recipe) -> int:
+    weights = 4 * sum(each.weights for each in block)
     if not recipe.calibrated:
         return _PROCESS + 3 * weights
-    widest = max(width for _, width in block)
+    widest = max(each.width for each in block)
     inner = min(
-        ACTIVATION_BYTES, 4 * tokens * sum(max(shape) for shape in block)
+        ACTIVATION_BYTES, 4 * tokens * sum(max(each.out, each.width) for each in block)
     )  # between the block's linears
     hessians = 0 if recipe.method == "fp8" else 6 * 4 * widest**2
     return _PROCESS + 3 * weights + min(2 * hidden, ACTIVATION_BYTES) + inner + hessians
 
 
-def _seconds(block: list[tuple[int, int]], blocks: int, tokens: int, recipe: Recipe) -> float:
-    weights = sum(out * width for out, width in block)
+def _seconds(block: list[_Linear], tokens: int, recipe: Recipe) -> float:
+    weights = sum(each.weights for each in block)
+    passes = 2 * sum(each.weights * each.tokens for each in block)
     if recipe.method == "fp8":
-        passes = 2 * weights * tokens if recipe.calibrated else 0
-        return blocks * (weights * 20e-9 + 1.5 * passes / _flops())
-    forward = 2 * weights * tokens * 1.5  # the pass itself, and some windows for the scale search
+        return weights * 20e-9 + (1.5 * passes / _flops() if recipe.calibrated else 0)
+    forward = passes * 1.5  # the pass itself, and some windows for the scale search
     searches = 1 if recipe.auto_bits is None else 1 + len(recipe.widths)
-    hessians = sum(2 * tokens * width**2 for width in {width for _, width in block})
-    compensation = sum(out * width**2 for out, width in block) + 3 * sum(
-        width**3 for _, width in block
+    inputs = {(each.width, each.count, each.tokens) for each in block}  # gate and up share theirs
+    hessians = sum(2 * seen * count * width**2 for width, count, seen in inputs)
+    compensation = sum(each.weights * each.width for each in block) + 3 * sum(
+        each.count * each.width**3 for each in block
     )
-    return blocks * (
-        1.5 * (forward + hessians + compensation) / _flops() + weights * 300e-9 * searches
-    )
+    return 1.5 * (forward + hessians + compensation) / _flops() + weights * 300e-9 * searches
 
 
+@functools.cache
 def _flops() -> float:
     """Multiplications and additions a second in a product of float32 matrices."""
     a = torch.ones(_PROBE, _PROBE)

@@ -4,6 +4,7 @@ For each fold of the layer (architectures/base.py): find the scales by `algorith
 will leave in the consumers, then divide the source and multiply the consumers in place.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from .blocks import linear
 from .calibration import InputStatistics
 
 Grid = tuple[int, int, bool]  # bits, group_size, symmetric
+SEARCHED = 32  # linears that share scales are judged by so many of them, about
 
 
 @torch.no_grad()
 def fold_block(
     block: nn.Module,
-    folds: tuple[Fold, ...],
+    folds: Sequence[Fold],
     inputs: dict[str, InputStatistics],
     grids: dict[str, Grid],
     dtype: torch.dtype,
@@ -29,21 +31,18 @@ def fold_block(
     """Scale a block in place. grids: of each linear that will be quantized; dtype: what norms are stored in;
     norm_offset: norms multiply by weight + this.
 
-    inputs: of each fold's first consumer, before any fold. No linear consumes two folds, and what is folded into a
-    linear scales its rows alone, so they fit until the linear's own fold.
+    inputs: of what each fold says that it reads, before any fold. No linear consumes two folds, and what is folded into
+    a linear scales its rows alone, so they fit until the linear's own fold.
     Returns, per fold source, the loss with scales relative to the loss without.
     """
     gains = {}
     for fold in folds:
         if fold.consumers[0] in grids:
             linears = [linear(block, name) for name in fold.consumers]
-            rounded = [linear(block, name) for name in fold.consumers if name in grids]
-            found = _search(
-                block, fold, rounded, inputs[fold.consumers[0]], grids[fold.consumers[0]]
-            )
+            found = _search(block, fold, linears, inputs[fold.reads], grids[fold.consumers[0]])
             scales = _divide_source(block, fold, found.scales, norm_offset, dtype)
-            for consumer in linears:
-                consumer.weight.mul_(scales)
+            for consumer in (*fold.consumers, *fold.dense):
+                block.get_parameter(f"{consumer}.weight").mul_(scales)
             gains[fold.source] = found.loss / max(found.identity_loss, 1e-30)
     return gains
 
@@ -51,7 +50,9 @@ def fold_block(
 def _search(
     block: nn.Module, fold: Fold, linears: list[nn.Linear], inputs: InputStatistics, grid: Grid
 ) -> awq.Search:
-    weights: list[Tensor] = [consumer.weight for consumer in linears]
+    # of many experts some: a copy of all would be as large as the block; an odd step, for gates and ups alike
+    some = linears[:: -(-len(linears) // SEARCHED) | 1]
+    weights: list[Tensor] = [consumer.weight for consumer in some]
     mean_abs, weight_mean = inputs.mean_abs, awq.relative_magnitude(weights, grid[1])
     loss = awq.expected_loss(torch.cat(weights), gptq.unexplained_variance(inputs.products), *grid)
     if fold.kind != "heads":

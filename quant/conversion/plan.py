@@ -36,6 +36,7 @@ class Plan:
     bits: dict[str, int] = field(
         default_factory=dict
     )  # quantized module -> bits, where not all have the recipe's
+    kept: tuple[str, ...] = ()  # other modules that are dense whatever the recipe: routers
     others: tuple[str, ...] = ()  # what a multimodal model has beside its language model
 
     def grid(self, module: str, recipe: Recipe) -> tuple[int, int, bool]:
@@ -56,12 +57,13 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         for group in source.groups(i)
     ]
     sizes: dict[str, int] = {}
-    dense: dict[str, str] = {}
-    kept = frozenset(source.spec.dense_modules())
+    grouped = {module for group in groups for module in group}
+    small = sorted(shapes.keys() - grouped)
+    if source.spec.per_layer_inputs is not None:
+        small.append(f"{source.spec.prefix}per_layer_model_projection")
+    dense = dict.fromkeys(small, "they are small, and what they say is felt")
     for group in groups:
-        size, why = None, "their outputs gate a recurrence"
-        if group[0] not in kept:
-            size, why = _group_size([shapes[m] for m in group], recipe)
+        size, why = _group_size([shapes[m] for m in group], recipe)
         if size is None:
             dense |= dict.fromkeys(group, why)
         else:
@@ -82,8 +84,9 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         )
     warnings = _warnings(checkpoint)
     others = tuple(other_parts(checkpoint.config, checkpoint.names()))
-    scheme = _scheme(recipe, sizes, {}, dense, others)
-    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, others=others)
+    kept = tuple(module for module in source.spec.dense_modules if module not in dense)
+    scheme = _scheme(recipe, sizes, {}, (*kept, *dense), others)
+    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, kept=kept, others=others)
 
 
 def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
@@ -92,7 +95,7 @@ def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
     note = ", ".join(f"{width} bits in {count}" for width, count in counts.items())
     return replace(
         plan,
-        scheme=_scheme(recipe, plan.group_sizes, bits, plan.dense, plan.others),
+        scheme=_scheme(recipe, plan.group_sizes, bits, (*plan.kept, *plan.dense), plan.others),
         bits=bits,
         notes=(*plan.notes, f"chosen by what rounding does to each layer: {note}"),
     )
@@ -131,7 +134,7 @@ def _scheme(
     recipe: Recipe,
     sizes: dict[str, int],
     bits: dict[str, int],
-    dense: dict[str, str],
+    dense: tuple[str, ...],
     others: tuple[str, ...],
 ) -> QuantScheme:
     ignore = ("lm_head", *dense, *modules_of(others, by_name=recipe.target in ("awq", "fp8")))

@@ -39,6 +39,7 @@ class BlockReport:
     quantized_bytes: int
     layer_error: dict[str, float]
     fallbacks: dict[str, str]
+    note: str
 
     @classmethod
     def of(cls, result: BlockResult, seconds: float) -> "BlockReport":
@@ -49,6 +50,7 @@ class BlockReport:
             sum(weight.nbytes for weight in weights),
             result.layer_error,
             result.fallbacks,
+            result.note,
         )
 
 
@@ -72,6 +74,7 @@ class Report:
     fallbacks: dict[str, str] = field(
         default_factory=dict
     )  # module -> why round-to-nearest was used
+    notes: list[str] = field(default_factory=list)  # for people: what calibration lacked
 
     def add(self, block: "BlockReport") -> None:
         """Take in what became of a block."""
@@ -80,6 +83,7 @@ class Report:
         self.quantized_bytes += block.quantized_bytes
         self.layer_error |= block.layer_error
         self.fallbacks |= block.fallbacks
+        self.notes += [block.note] if block.note else []
 
     @property
     def bits_per_weight(self) -> float:

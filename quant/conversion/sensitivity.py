@@ -1,10 +1,11 @@
 """Bits per layer under a budget (`--auto-bits AVG`): many where rounding is felt, few where it is not.
 
-Each group of linears (they share an input, and runtimes fuse them, so they share their bits too) is rounded at every
-width with searched ranges, alone, and its block replayed on a few tokens. Its sensitivity is what that adds to the
-residual stream: the mean over tokens of |h' - h|^2 / |h|^2 with h the block's output. It is relative because the next
-norm is, and comparable from block to block because all blocks add to one stream; as errors of different layers point
-in unrelated directions, sensitivities add up. The widths of least total sensitivity are wanted, which is a knapsack:
+Each group of linears (they share an input, or are a layer's experts; runtimes fuse them, so they share their bits too)
+is rounded at every width with searched ranges, alone, and its block replayed on a few tokens. Its sensitivity is what
+that adds to the residual stream: the mean over tokens of |h' - h|^2 / |h|^2 with h the block's output. It is relative
+because the next norm is, and comparable from block to block because all blocks add to one stream; as errors of
+different layers point in unrelated directions, sensitivities add up. The widths of least total sensitivity are wanted,
+which is a knapsack:
 
     sensitivity |*                each group climbs from its fewest bits along the lower hull of its curve;
                 | .               steps are taken in order of sensitivity saved per bit, over all groups,
@@ -51,13 +52,14 @@ def allocate(
     sizes: dict[Group, int] = {}
     for index in range(len(source)):
         block, shapes = source.load(index), source.linear_shapes(index)
+        first = {name: group[0] for group in source.groups(index) for name in group}
+        together = [sum(stage, ()) for stage in source.stages(index)]  # experts have the same bits
         full = {
-            group: tuple(f"{source.name(index)}.{name}" for name in group)
-            for group in source.groups(index)
+            group: tuple(f"{source.name(index)}.{name}" for name in group) for group in together
         }
-        groups = [group for group in source.groups(index) if full[group][0] in plan.group_sizes]
-        inputs = calibration.input_statistics(
-            block, hidden, arguments[index], [group[0] for group in groups]
+        groups = [group for group in together if full[group][0] in plan.group_sizes]
+        importance = calibration.mean_squares(
+            block, hidden, arguments[index], {first[name] for group in groups for name in group}
         )
         output = _run(block, hidden, arguments[index])
         for group in groups:
@@ -70,10 +72,12 @@ def allocate(
                         group,
                         hidden,
                         arguments[index],
-                        inputs[group[0]].products.diagonal(),
+                        [importance[first[name]] for name in group],
                         (bits, plan.group_sizes[full[group][0]], recipe.symmetric),
                     )
-                    sensitivity[full[group]][bits] = _relative(noisy - output, output)
+                    sensitivity[full[group]][bits] = _relative(
+                        source.carried.hidden(noisy - output), source.carried.hidden(output)
+                    )
         hidden = output
         source.checkpoint.release()
         tell(index + 1, time.monotonic() - start)
@@ -120,14 +124,14 @@ def _rounded_run(
     group: tuple[str, ...],
     hidden: Tensor,
     kwargs: dict[str, Any],
-    importance: Tensor,
+    importance: list[Tensor],
     grid: tuple[int, int, bool],
 ) -> Tensor:
     """The block's output with the linears of one group rounded; they are as before afterwards."""
     linears = [linear(block, name) for name in group]
     originals = [module.weight.clone() for module in linears]
-    for module, weight in zip(linears, originals, strict=True):
-        module.weight.copy_(search.quantize(weight, importance, *grid).dequantize())
+    for module, weight, importance_of in zip(linears, originals, importance, strict=True):
+        module.weight.copy_(search.quantize(weight, importance_of, *grid).dequantize())
     output = _run(block, hidden, kwargs)
     for module, weight in zip(linears, originals, strict=True):
         module.weight.copy_(weight)

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from nibble.architectures.base import Attention
+from nibble.architectures.base import Attention, FeedForward, GatedMlp
 from nibble.architectures.registry import ARCHITECTURES, model_spec
 from nibble.errors import UserError
+
+from .test_specs import NEEDED
 
 GOOD: dict[str, Any] = {
     "hidden_size": 64,
@@ -52,12 +54,27 @@ FIELDS = [
     "linear_num_value_heads",
     "linear_key_head_dim",
     "linear_conv_kernel_dim",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "n_shared_experts",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "first_k_dense_replace",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
 ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
     good = GOOD | {"architectures": [architecture.name], "hidden_act": "silu"}
+    good |= NEEDED.get(architecture.model_type, {})
     if "gemma" in architecture.model_type:
         good["hidden_activation"] = "gelu_pytorch_tanh"
     assert model_spec(good).num_layers == 4
@@ -78,8 +95,16 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                     numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)
                     window = 1 if mixer.window is None else mixer.window
                     numbers += (spec.embedding_scale, window, _turning(mixer))
+                    numbers += _sizes(layer.mlp)
                     good_ones = (is_positive(number) for number in numbers)
                     assert all(good_ones), (field, value, numbers)
+
+
+def _sizes(mlp: FeedForward) -> tuple[float, ...]:
+    if isinstance(mlp, GatedMlp):
+        return (mlp.intermediate_size,)
+    sizes = (mlp.num_experts, mlp.top_k, mlp.intermediate_size, mlp.routed_scale)
+    return (*sizes, mlp.num_experts + 1 - mlp.top_k)
 
 
 def _turning(mixer: Attention) -> int:

@@ -5,11 +5,13 @@ from transformers import AutoConfig
 
 from nibble.architectures.base import (
     Attention,
+    Experts,
     GatedMlp,
     LayerSpec,
     ModelSpec,
     Norms,
     Rope,
+    SharedExpert,
     features,
 )
 from nibble.architectures.registry import ARCHITECTURES, Architecture, find, model_spec
@@ -32,6 +34,11 @@ GEMMA3 = LLAMA | {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
     "hidden_act": None,
+}
+
+
+NEEDED = {  # by model_type: what a file must say
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
 }
 
 
@@ -84,10 +91,81 @@ def test_what_makes_no_sense_is_one_line_that_names_the_field(change: dict, said
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_what_a_file_does_not_say_is_as_in_transformers(entry: Architecture) -> None:
     said = {name: LLAMA[name] for name in LLAMA if isinstance(LLAMA[name], int)}
-    said["max_position_embeddings"] = 512
+    said |= {"max_position_embeddings": 512, **NEEDED.get(entry.model_type, {})}
     named = {"architectures": [entry.name], "model_type": entry.model_type}
     defaults = AutoConfig.for_model(entry.model_type, **said).to_dict()
     assert model_spec(said | named) == model_spec(defaults | named)
+
+
+MOE = LLAMA | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+
+
+def sparse(config: dict) -> list[bool]:
+    return [isinstance(layer.mlp, Experts) for layer in model_spec(config).layers]
+
+
+def test_some_layers_of_qwen_are_dense() -> None:
+    """transformers' decoder_sparse_step counts layers from 1; mlp_only_layers from 0."""
+    assert sparse(MOE) == [True] * 4
+    assert sparse(MOE | {"decoder_sparse_step": 2}) == [False, True] * 2
+    assert sparse(MOE | {"mlp_only_layers": [0, 3]}) == [False, True, True, False]
+    dense = model_spec(MOE | {"mlp_only_layers": [0]}).layers[0].mlp
+    assert dense == GatedMlp(96, "silu")
+
+
+def test_qwen2_moe_has_its_window_in_every_second_layer_below_max_window_layers() -> None:
+    qwen = MOE | {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
+    assert windows(qwen | {"sliding_window": 0}) == [None] * 4  # as transformers writes it
+    sliding = qwen | {"use_sliding_window": True, "sliding_window": 8}
+    assert windows(sliding | {"max_window_layers": 3}) == [8, None, 8, None]
+    assert windows(sliding | {"max_window_layers": 2}) == [8, None, None, None]
+
+
+def test_the_number_of_experts_has_several_names() -> None:
+    for name in ("num_experts", "num_local_experts"):
+        assert model_spec(MOE | {name: 6, "num_experts_per_tok": 2}).layers[0].mlp.num_experts == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_experts": 4}, "num_experts_per_tok is 8, of 4 experts"),
+        ({"num_experts": 2**31}, "num_experts is more than 4096"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, want a positive integer"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0, want a positive integer"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is no list"),
+    ],
+)
+def test_experts_that_make_no_sense_are_one_line(change: dict, said: str) -> None:
+    with pytest.raises(UserError, match="config.json") as error:
+        model_spec(MOE | change)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_groups_of_experts_that_make_no_sense_are_refused() -> None:
+    dots = LLAMA | {"architectures": ["Dots1ForCausalLM"], **NEEDED["dots1"]}
+    assert model_spec(dots | {"n_group": 4, "topk_group": 2}).layers[0].mlp.limited_groups == (4, 2)
+    for change in ({"n_group": 3}, {"topk_group": 2}, {"n_group": 8}):
+        with pytest.raises(CheckpointError, match=r"8 experts in . groups, the best . of them"):
+            model_spec(dots | change)
+
+
+def test_experts_are_groups_of_linears_with_names_of_their_own() -> None:
+    mlp = Experts(3, 2, 96, "silu", shared=SharedExpert(32))
+    experts, shared, down, shared_down = mlp.groups(64)
+    assert (experts.num_experts, experts.in_features, experts.out_features) == (3, 64, (96, 96))
+    assert [member.modules for member in experts.members()] == [
+        (f"mlp.experts.{i}.gate_proj", f"mlp.experts.{i}.up_proj") for i in range(3)
+    ]
+    assert shared.members() == (shared,) and shared_down.in_features == 32
+    assert down.members()[2].modules == ("mlp.experts.2.down_proj",)
+    norm, *rows = mlp.folds("a_norm")
+    assert norm.source == "a_norm" and norm.dense == ("mlp.gate",) and norm.reads == "mlp.gate"
+    assert norm.consumers[:2] == experts.members()[0].modules and len(norm.consumers) == 8
+    assert [(fold.source, fold.consumers) for fold in rows][-2:] == [
+        ("mlp.experts.2.up_proj", ("mlp.experts.2.down_proj",)),
+        ("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
+    ]
 
 
 def test_layer_types_are_known_and_one_for_each_layer() -> None:

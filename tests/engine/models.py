@@ -5,21 +5,28 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Dots1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -113,6 +120,47 @@ CONFIGS = {
             "mrope_section": [2, 1, 1],
         },
     ),
+    "qwen2-moe": Qwen2MoeConfig(
+        **_SIZES,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=80,
+        num_experts=8,
+        num_experts_per_tok=3,
+        mlp_only_layers=[1],
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **_SIZES,
+        head_dim=32,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+    ),
+    "olmoe": OlmoeConfig(**_SIZES, num_experts=8, num_experts_per_tok=3),
+    "mixtral": MixtralConfig(**_SIZES, num_local_experts=4, sliding_window=24),
+    "granitemoe": GraniteMoeConfig(
+        **_SIZES,
+        num_local_experts=8,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.4,
+        residual_multiplier=0.5,
+        logits_scaling=4.0,
+    ),
+    "dots1": Dots1Config(
+        **_SIZES,
+        moe_intermediate_size=48,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.8,
+        first_k_dense_replace=1,
+        sliding_window=24,
+        max_window_layers=2,
+    ),
     "qwen2-upper-window": Qwen2Config(
         **_SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=2
     ),
@@ -125,6 +173,28 @@ CONFIGS = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=5.0,
     ),
+    "gemma4": Gemma4TextConfig(
+        **_SIZES | {"num_hidden_layers": 6},
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=24,
+        hidden_size_per_layer_input=0,
+        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma4-shared": Gemma4TextConfig(
+        **_SIZES | {"num_hidden_layers": 6},
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=24,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=199,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    ),
     "gemma3": Gemma3TextConfig(
         **_SIZES,
         head_dim=32,
@@ -135,6 +205,9 @@ CONFIGS = {
 }
 
 
+MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
+
+
 def build(name: str, folder: Path, **changes) -> PreTrainedModel:
     """A float32 model with weights large enough that mistakes show, saved into `folder`. changes: to its config."""
     torch.manual_seed(7)
@@ -143,5 +216,10 @@ def build(name: str, folder: Path, **changes) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.15))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.5 + torch.rand(()).item())
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
     model.save_pretrained(folder)
     return model

@@ -7,10 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nibble import LLM
+from nibble.engine.config import EngineConfig
+from nibble.engine.runner import Runner
 from nibble.errors import CheckpointError, UnsupportedError
 from nibble.quant.at_load import quantized_at_load
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.weight import QuantizedWeight
+
+from . import models
 
 IDS = list(range(60, 100))
 
@@ -54,6 +58,34 @@ def test_a_quantized_weight_is_the_nearest_on_its_own_grid(tiny_llama):
     candidates = (torch.arange(16).reshape(-1, 1, 1) - zeros) * scales
     nearest = (candidates - dense).abs().amin(0)
     torch.testing.assert_close((weight.dequantize() - dense).abs(), nearest)
+
+
+@pytest.mark.parametrize("family", ["qwen2-moe", "granitemoe"])
+def test_experts_are_quantized_at_load_and_what_chooses_them_is_not(tmp_path, family):
+    """One by one, also where they lie in one tensor a layer; what is kept is served alike."""
+
+    def logprobs(folder, **options):
+        config = EngineConfig(
+            model=str(folder), dtype="float32", kv_cache_memory=1 << 22, **options
+        )
+        return torch.log_softmax(Runner(config).logits(IDS), -1)
+
+    source, out = tmp_path / "source", tmp_path / "kept"
+    models.build(family, source)
+    plain = logprobs(source)
+    quantized = logprobs(source, quantize="int8", save_quantized=str(out))
+    divergence = (plain.exp() * (plain - quantized)).sum(-1).median()
+    assert 0 < divergence < 1e-2
+    torch.testing.assert_close(logprobs(out), quantized)
+    kept, original = open_checkpoint(out), open_checkpoint(source)
+    assert kept.modules() == original.modules()
+    experts = [m for m in kept.modules() if ".experts." in m]
+    assert experts and all(kept.is_quantized(m) for m in experts)
+    for name in ("block_sparse_moe.router.layer", "mlp.gate", "mlp.shared_expert_gate"):
+        module = f"model.layers.2.{name}"
+        if module in kept.modules():
+            assert kept.scheme.layer(module) is None and not kept.is_quantized(module)
+            assert torch.equal(kept.dense(module), original.dense(module))
 
 
 def test_what_cannot_be_quantized_at_load_is_refused(tiny_llama, tmp_path):

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, LayerSpec, LinearGroup, ModelSpec
+from ....architectures.base import Attention, GatedMlp, LayerSpec, LinearGroup, ModelSpec
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
 from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
@@ -18,7 +18,14 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import CppDecoder
-from .layers import CppAttention, CppDeltaNet, CppGatedMlp, CppLayer
+from .layers import (
+    CppAttention,
+    CppDeltaNet,
+    CppGatedMlp,
+    CppLayer,
+    CppPerLayerInput,
+    CppPerLayerInputs,
+)
 from .prepared_cache import PreparedCache
 
 # of the kernels' scratch memory
@@ -37,7 +44,11 @@ class CppBackend:
             "model.residual_scale",
             "model.logits_scale",
             "model.final_soft_cap",
+            "per_layer_inputs",
+            "per_layer_inputs.activation=silu",
+            "per_layer_inputs.activation=gelu_tanh",
             "layer",
+            "layer.scalar",
             "norms",
             "norms.before_mixer=None",
             "norms.after_mixer",
@@ -51,11 +62,15 @@ class CppBackend:
             "attention.query_scaling",
             "attention.output_gate",
             "gated_delta_net",
+            "attention.v_norm",
+            "attention.keys_are_values",
+            "attention.kv_source",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",
             "gated_mlp",
@@ -98,7 +113,13 @@ class CppBackend:
                 f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
             )
         *_, out = mixer.groups(model.hidden_size)
-        sizes = (model.hidden_size, layer.mlp.intermediate_size, out.in_features)
+        sizes: tuple[int, ...] = (
+            model.hidden_size,
+            layer.mlp.intermediate_size,
+            out.in_features,
+        )
+        if (told := model.per_layer_inputs) is not None:
+            sizes += (told.width,)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
         attention = [m for each in model.layers if isinstance(m := each.mixer, Attention)]
@@ -171,6 +192,7 @@ class _Loader:
             embedding if first else None,
             self.weights.final_norm() if last else None,
             head,
+            self._per_layer_inputs(),
             self.report,
         )
 
@@ -183,6 +205,8 @@ class _Loader:
         def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
 
+        if not isinstance(spec.mlp, GatedMlp):
+            raise TypeError("a layer that why_not refuses")
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
         return CppLayer(
@@ -197,6 +221,19 @@ class _Loader:
             norm(norms.after_mixer, scale),
             norm(norms.before_mlp),
             norm(norms.after_mlp, scale),
+            self._per_layer_input(index),
+            float(weights.vector(f"{prefix}layer_scalar", 1)) if spec.scalar else 1.0,
+        )
+
+    def _per_layer_input(self, index: int) -> CppPerLayerInput | None:
+        model = self.weights.model
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        prefix, hidden = f"{model.layer_name(index)}.", model.hidden_size
+        return CppPerLayerInput(
+            self._lone(f"{prefix}per_layer_input_gate", spec.width, hidden),
+            self._lone(f"{prefix}per_layer_projection", hidden, spec.width),
+            self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
 
     def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet:
@@ -206,7 +243,9 @@ class _Loader:
         groups = [self._layer_group(index, group) for group in inputs]
         last = self._layer_group(index, out, scale)
         if isinstance(mixer, Attention):
-            return CppAttention(mixer, groups[0], last, *self.weights.head_norms(index, mixer))
+            norms = self.weights.head_norms(index, mixer)
+            v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
+            return CppAttention(mixer, groups[0], last, *norms, v_norm)
         together = PreparedGroup(
             [linear for group in groups for linear in group.linears], groups[0].int8
         )
@@ -222,6 +261,23 @@ class _Loader:
         name = f"{self.weights.model.layer_name(index)}.{group.modules[0]}"
         read = partial(self.weights.group, index, group, parts)
         return self._prepared(name, shapes, read, scale)
+
+    def _per_layer_inputs(self) -> CppPerLayerInputs | None:
+        model = self.weights.model
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        width = model.num_layers * spec.width
+        return CppPerLayerInputs(
+            spec,
+            self.weights.per_layer_embedding(torch.bfloat16).contiguous(),
+            self._lone(f"{model.prefix}per_layer_model_projection", width, model.hidden_size),
+            self.weights.norm(f"{model.prefix}per_layer_projection_norm", spec.width),
+        )
+
+    def _lone(self, module: str, out_features: int, in_features: int) -> PreparedGroup:
+        """A linear that is of no group."""
+        shape = (out_features, in_features)
+        return self._prepared(module, [shape], lambda: [self.weights.linear(module, *shape)])
 
     def _prepared(
         self,

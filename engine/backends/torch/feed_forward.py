@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import GatedMlp
+from ....architectures.base import Experts
 from .linear import FusedLinear
 
 
@@ -13,12 +14,59 @@ from .linear import FusedLinear
 class TorchGatedMlp:
     """down(act(gate) * up)"""
 
-    spec: GatedMlp
+    activation: str
     gate_up: FusedLinear
     down: FusedLinear
 
     def __call__(self, h: Tensor) -> Tensor:
         """h [T, hidden], normed."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
-        silu = self.spec.activation == "silu"
-        return self.down((F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up)
+        return self.down(activate(gate, self.activation) * up)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+@dataclass(slots=True)
+class TorchExperts:
+    """One expert after the other, each on the tokens that chose it. Scores and weights are float32."""
+
+    spec: Experts
+    router: Tensor  # float32 [num_experts, hidden]
+    correction_bias: Tensor | None  # float32 [num_experts]
+    experts: list[TorchGatedMlp]
+    shared: TorchGatedMlp | None
+    shared_gate: Tensor | None  # float32 [1, hidden]
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h [T, hidden], normed."""
+        weights, chosen = route(self.spec, F.linear(h.float(), self.router), self.correction_bias)
+        out = torch.zeros_like(h)
+        for expert in chosen.unique().tolist():
+            tokens, places = torch.where(chosen == expert)
+            added = self.experts[expert](h[tokens]) * weights[tokens, places, None]
+            out.index_add_(0, tokens, added.to(out.dtype))
+        if self.shared is None:
+            return out
+        added = self.shared(h)
+        if self.shared_gate is not None:
+            added = added * F.linear(h.float(), self.shared_gate).sigmoid()
+        return out + added.to(out.dtype)
+
+
+def route(spec: Experts, logits: Tensor, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Router logits float32 [T, num_experts] -> weights and expert numbers [T, top_k]."""
+    scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
+    ranks = scores if correction_bias is None else scores + correction_bias
+    if spec.limited_groups is not None:
+        count, best = spec.limited_groups
+        groups = ranks.unflatten(-1, (count, -1))
+        kept = groups.topk(2, dim=-1).values.sum(-1).topk(best, dim=-1).indices
+        inside = torch.zeros(groups.shape[:-1], device=ranks.device).scatter_(-1, kept, 1.0) > 0
+        ranks = groups.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2)
+    chosen = ranks.topk(spec.top_k, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    if spec.norm_weights:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * spec.routed_scale, chosen

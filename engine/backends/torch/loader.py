@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ....architectures.base import (
     Attention,
+    Experts,
     GatedDeltaNet,
     LayerSpec,
     LinearGroup,
@@ -21,10 +22,11 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
-from .feed_forward import TorchGatedMlp
+from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
 from .mixers import TorchAttention, TorchGatedDeltaNet
+from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,11 @@ class TorchBackend:
             "model.residual_scale",
             "model.logits_scale",
             "model.final_soft_cap",
+            "per_layer_inputs",
+            "per_layer_inputs.activation=silu",
+            "per_layer_inputs.activation=gelu_tanh",
             "layer",
+            "layer.scalar",
             "norms",
             "norms.before_mixer=None",
             "norms.after_mixer",
@@ -57,16 +63,31 @@ class TorchBackend:
             "attention.sinks",
             "attention.output_gate",
             "gated_delta_net",
+            "attention.v_norm",
+            "attention.keys_are_values",
+            "attention.kv_source",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
+            "experts",
+            "experts.activation=silu",
+            "experts.activation=gelu_tanh",
+            "experts.scoring=softmax",
+            "experts.scoring=sigmoid",
+            "experts.norm_weights",
+            "experts.routed_scale",
+            "experts.correction_bias",
+            "experts.limited_groups",
+            "shared_expert",
+            "shared_expert.gated",
         }
     )
 
@@ -111,6 +132,7 @@ class _Loader:
             embedding.to(target.device) if embedding is not None and first else None,
             self._norm(self.weights.final_norm()) if last else None,
             head,
+            self._per_layer_inputs(),
             self.report,
         )
 
@@ -118,11 +140,22 @@ class _Loader:
         model = self.weights.model
         spec = model.layers[index]
         norms = self._norms(f"{model.layer_name(index)}.", spec.norms)
+        scalar = None
+        if spec.scalar:
+            scalar = self.weights.vector(f"{model.layer_name(index)}.layer_scalar", 1)
+            scalar = scalar.to(self.target.device, self.target.dtype)
         if isinstance(spec.mixer, Attention):
             mixer: TorchAttention | TorchGatedDeltaNet = self._attention(index, spec.mixer)
         else:
             mixer = self._gated_delta_net(index, spec.mixer)
-        return TorchLayer(spec, mixer, self._gated_mlp(index), **norms)
+        return TorchLayer(
+            spec,
+            mixer,
+            self._feed_forward(index),
+            per_layer_input=self._per_layer_input(index),
+            scalar=scalar,
+            **norms,
+        )
 
     def _gated_delta_net(self, index: int, mixer: GatedDeltaNet) -> TorchGatedDeltaNet:
         device, weights = self.target.device, self.weights.gated_delta_net(index, mixer)
@@ -144,17 +177,60 @@ class _Loader:
             None if weight is None else self._norm(weight)
             for weight in self.weights.head_norms(index, mixer)
         )
+        v_norm = self._norm(torch.ones(mixer.head_dim)) if mixer.v_norm else None
         sinks = None
         if mixer.sinks:
             name = f"{model.layer_name(index)}.self_attn.sinks"
             sinks = self.weights.vector(name, mixer.num_heads).to(self.target.device)
         qkv, o = self._groups(index, mixer.groups(model.hidden_size))
-        return TorchAttention(mixer, qkv, o, q_norm, k_norm, sinks)
+        return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
 
-    def _gated_mlp(self, index: int) -> TorchGatedMlp:
-        model = self.weights.model
-        mlp = model.layers[index].mlp
-        return TorchGatedMlp(mlp, *self._groups(index, mlp.groups(model.hidden_size)))
+    def _feed_forward(self, index: int) -> TorchGatedMlp | TorchExperts:
+        mlp = self.weights.model.layers[index].mlp
+        if isinstance(mlp, Experts):
+            return self._experts(index, mlp)
+        groups = mlp.groups(self.weights.model.hidden_size)
+        return TorchGatedMlp(mlp.activation, *self._groups(index, groups))
+
+    def _experts(self, index: int, mlp: Experts) -> TorchExperts:
+        device, names = self.target.device, mlp.names
+        router = self.weights.router(index, names.router, mlp.num_experts).to(device)
+        bias = gate = None
+        if mlp.correction_bias:
+            name = f"{self.weights.model.layer_name(index)}.{names.router}.e_score_correction_bias"
+            bias = self.weights.vector(name, mlp.num_experts).to(device)
+        if mlp.shared is not None and mlp.shared.gated:
+            gate = self.weights.router(index, names.shared_gate, 1).to(device)
+        each = [
+            TorchGatedMlp(mlp.activation, *self._groups(index, pair))
+            for pair in mlp.members(self.weights.model.hidden_size)
+        ]
+        shared = each.pop() if mlp.shared is not None else None
+        return TorchExperts(mlp, router, bias, each, shared, gate)
+
+    def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
+        model, prefix = self.weights.model, self.weights.model.layer_name(index)
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        hidden = model.hidden_size
+        gate = self.weights.linear(f"{prefix}.per_layer_input_gate", spec.width, hidden)
+        projection = self.weights.linear(f"{prefix}.per_layer_projection", hidden, spec.width)
+        norm = self.weights.norm(f"{prefix}.post_per_layer_input_norm", hidden)
+        return TorchPerLayerInput(
+            spec, self._fused([gate]), self._fused([projection]), self._norm(norm)
+        )
+
+    def _per_layer_inputs(self) -> TorchPerLayerInputs | None:
+        model, weights = self.weights.model, self.weights
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        width = model.num_layers * spec.width
+        projection = weights.linear(
+            f"{model.prefix}per_layer_model_projection", width, model.hidden_size
+        )
+        norm = weights.norm(f"{model.prefix}per_layer_projection_norm", spec.width)
+        table = weights.per_layer_embedding(self.target.dtype).to(self.target.device)
+        return TorchPerLayerInputs(spec, table, self._fused([projection]), self._norm(norm))
 
     def _groups(self, index: int, groups: Iterable[LinearGroup]) -> list[FusedLinear]:
         return [self._fused(self.weights.group(index, group)) for group in groups]
@@ -176,17 +252,12 @@ class _Loader:
     def _fused(self, linears: list[Linear]) -> FusedLinear:
         return FusedLinear.build(linears, self.target.dtype, self.target.device, self.report)
 
-    def _rope_tables(self, layers: range) -> dict[Rope | None, RopeTable]:
+    def _rope_tables(self, layers: range) -> dict[tuple[Rope | None, int], RopeTable]:
         model, target = self.weights.model, self.target
         found = [model.layers[index].mixer for index in layers]
-        mixers = {mixer.rope: mixer for mixer in found if isinstance(mixer, Attention)}
+        mixers = [mixer for mixer in found if isinstance(mixer, Attention)]
+        length = model.max_position_embeddings
         return {
-            rope: RopeTable.build(
-                mixer.head_dim,
-                rope,
-                model.max_position_embeddings,
-                target.dtype,
-                target.device,
-            )
-            for rope, mixer in mixers.items()
+            (rope, dim): RopeTable.build(dim, rope, length, target.dtype, target.device)
+            for rope, dim in dict.fromkeys((mixer.rope, mixer.head_dim) for mixer in mixers)
         }

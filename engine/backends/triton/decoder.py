@@ -31,6 +31,7 @@ from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
 from ..torch.decoder import TorchDecoder
+from ..torch.feed_forward import TorchExperts, TorchGatedMlp
 from ..torch.layers import RMSNorm, position_factors, scaled, soft_cap
 from ..torch.mixers import TorchAttention
 from .batch import DeviceBatch, StaticBatch, upload
@@ -190,8 +191,7 @@ class TritonDecoder:
             mixed = scaled(self._attention(layer.mixer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
             h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)
-            inner = gated(layer.mlp.gate_up(h), layer.mlp.spec.activation)
-            mixed, after_mlp = scaled(layer.mlp.down(inner), scale), layer.after_mlp
+            mixed, after_mlp = scaled(_gated_mlp(layer.mlp, h), scale), layer.after_mlp
             if next_norm is None:  # more layers follow elsewhere
                 return residual + (mixed if after_mlp is None else after_mlp(mixed))
             h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after_mlp))
@@ -219,7 +219,7 @@ class TritonDecoder:
         if spec.query_scaling is not None:  # a rotation keeps it
             factors = position_factors(batch.positions, spec.query_scaling)
             qkv[:, :heads] *= factors.to(qkv)
-        table = self.weights.ropes[spec.rope]
+        table = self.weights.ropes[spec.rope, spec.head_dim]
         rope_and_cache(
             qkv,
             heads,
@@ -234,6 +234,12 @@ class TritonDecoder:
         )
         how = AttentionSpec(spec.scale, spec.window, spec.soft_cap, mixer.sinks)
         return mixer.o(paged_attention(qkv[:, :heads], cache, paged, how).flatten(1))
+
+
+def _gated_mlp(mlp: TorchGatedMlp | TorchExperts, h: Tensor) -> Tensor:
+    if isinstance(mlp, TorchExperts):
+        raise TypeError("the backend does not take layers with experts")
+    return mlp.down(gated(mlp.gate_up(h), mlp.activation))
 
 
 def _needed(norm: RMSNorm | None) -> Tensor:

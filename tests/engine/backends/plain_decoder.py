@@ -2,11 +2,13 @@
 fusing, no broadcasting over heads. The independent reference of tests/engine/backends/test_declared_features.py."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nibble.architectures.base import Attention, GatedDeltaNet, ModelSpec, Rope
+from nibble.architectures.base import Attention, Experts, GatedDeltaNet, ModelSpec, Rope
 from nibble.quant.checkpoint import Checkpoint
 
 
@@ -24,6 +26,8 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
 
     embedding = weight(f"{spec.prefix}embed_tokens.weight")
     x = embedding[torch.tensor(ids)] * spec.embedding_scale
+    told = per_layer_inputs(spec, weight, x, ids)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers that have their own
     for index, layer in enumerate(spec.layers):
         prefix, norms = f"{spec.layer_name(index)}.", layer.norms
 
@@ -34,44 +38,79 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
         if isinstance(layer.mixer, GatedDeltaNet):
             mixed = gated_delta_net(h, layer.mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
         else:
-            mixed = attention(h, layer.mixer, weight, norm, f"{prefix}self_attn.")
+            own = f"{prefix}self_attn."
+            mixed = attention(h, layer.mixer, spec.norm_eps, weight, norm, own, kept, index)
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
         h = norm(named(norms.before_mlp), x)
-        if layer.mlp.fused:
-            gate, up = (h @ weight(f"{prefix}mlp.gate_up_proj.weight").T).chunk(2, 1)
+        if isinstance(layer.mlp, Experts):
+            added = torch.stack(
+                [expert_sum(row, layer.mlp, lambda n, p=prefix: weight(p + n)) for row in h]
+            )
         else:
-            gate, up = (h @ weight(f"{prefix}mlp.{name}_proj.weight").T for name in ("gate", "up"))
-        inner = activate(gate, layer.mlp.activation) * up
-        added = norm(named(norms.after_mlp), inner @ weight(f"{prefix}mlp.down_proj.weight").T)
-        x = x + spec.residual_scale * added
+            if layer.mlp.fused:
+                gate, up = weight(f"{prefix}mlp.gate_up_proj.weight").chunk(2)
+            else:
+                gate, up = (weight(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up"))
+            down = weight(f"{prefix}mlp.down_proj.weight")
+            added = gated_mlp(h, gate, up, down, layer.mlp.activation)
+        x = x + spec.residual_scale * norm(named(norms.after_mlp), added)
+        if spec.per_layer_inputs is not None:
+            gate = activate(
+                x @ weight(f"{prefix}per_layer_input_gate.weight").T,
+                spec.per_layer_inputs.activation,
+            )
+            back = (gate * told[:, index]) @ weight(f"{prefix}per_layer_projection.weight").T
+            x = x + norm(f"{prefix}post_per_layer_input_norm", back)
+        if layer.scalar:
+            x = x * weight(f"{prefix}layer_scalar")
     x = norm(f"{spec.prefix}norm", x)
-    head = embedding if spec.tie_word_embeddings else weight("lm_head.weight")
+    head = embedding if spec.tie_word_embeddings else weight(f"{spec.head}.weight")
     return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
 
 
-def attention(h: Tensor, spec: Attention, weight, norm, prefix: str) -> Tensor:
-    """[T, hidden] -> [T, hidden]; weight and norm: by name."""
-    heads, widths = spec.num_heads, [spec.num_heads, *[spec.num_kv_heads] * 2]
+def attention(
+    h: Tensor,
+    spec: Attention,
+    eps: float,
+    weight,
+    norm,
+    prefix: str,
+    kept: dict[int, Any],
+    index: int,
+) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight and norm: by name; kept: keys and values of each layer so far."""
+    dim, kv_heads = spec.head_dim, spec.num_kv_heads
     if spec.fused:
         qkv = h @ weight(f"{prefix}qkv_proj.weight").T
-        q, k, v = qkv.split([width * spec.head_dim for width in widths], 1)
+        q, k, v = qkv.split([n * dim for n in (spec.num_heads, kv_heads, kv_heads)], 1)
     else:
-        q, k, v = (h @ weight(f"{prefix}{name}_proj.weight").T for name in "qkv")
+        q = h @ weight(f"{prefix}q_proj.weight").T
+        if spec.kv_source is None:
+            k = h @ weight(f"{prefix}k_proj.weight").T
+            v = k if spec.keys_are_values else h @ weight(f"{prefix}v_proj.weight").T
     if spec.qk_norm == "all":
-        q = norm(f"{prefix}q_norm", q)
-        k = norm(f"{prefix}k_norm", k)
-    sinks = weight(f"{prefix}sinks") if spec.sinks else [None] * heads
-    outputs = []
-    for head in range(heads):
-        shared, dim = head // (heads // spec.num_kv_heads), spec.head_dim
-        own = q[:, head * dim :][:, :dim]
-        if spec.output_gate:
-            own, gate = q[:, 2 * head * dim :][:, : 2 * dim].split(dim, 1)
-        keys, values = (x[:, shared * dim : (shared + 1) * dim] for x in (k, v))
+        q, k = norm(f"{prefix}q_norm", q), norm(f"{prefix}k_norm", k)
+    sinks = weight(f"{prefix}sinks") if spec.sinks else [None] * spec.num_heads
+    queries = list(q.split(dim, 1))
+    if spec.output_gate:
+        queries, gates = queries[::2], queries[1::2]
+    if spec.qk_norm == "head":
+        queries = [norm(f"{prefix}q_norm", each) for each in queries]
+    if spec.kv_source is None:
+        keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
         if spec.qk_norm == "head":
-            own, keys = norm(f"{prefix}q_norm", own), norm(f"{prefix}k_norm", keys)
-        mixed = attend(own, keys, values, spec, sinks[head])
-        outputs.append(mixed / (1 + torch.exp(-gate)) if spec.output_gate else mixed)
+            keys = [norm(f"{prefix}k_norm", each) for each in keys]
+        if spec.v_norm:
+            values = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in values]
+        kept[index] = [rotate(each, spec.rope) for each in keys], values
+    keys, values = kept[index if spec.kv_source is None else spec.kv_source]
+    outputs = [
+        attend(query, keys[at], values[at], spec, sinks[head])
+        for head, query in enumerate(queries)
+        for at in [head // (spec.num_heads // kv_heads)]
+    ]
+    if spec.output_gate:
+        outputs = [x / (1 + torch.exp(-gate)) for x, gate in zip(outputs, gates, strict=True)]
     return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T
 
 
@@ -105,6 +144,63 @@ def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: 
     return torch.cat(outputs, 1) @ weight(f"{prefix}out_proj.weight").T
 
 
+def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) -> Tensor | None:
+    """[T, layers, width], from what is embedded, and the token's own."""
+    if (told := spec.per_layer_inputs) is None:
+        return None
+    seen = x @ weight(f"{spec.prefix}per_layer_model_projection.weight").T / math.sqrt(x.shape[1])
+    seen = seen.view(len(ids), spec.num_layers, told.width)
+    seen = seen / (seen.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
+    factor = weight(f"{spec.prefix}per_layer_projection_norm.weight")
+    own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[torch.tensor(ids)]
+    own = own.view(seen.shape) * math.sqrt(told.width)
+    return (seen * (factor + (1.0 if spec.norm_offset else 0.0)) + own) / math.sqrt(2)
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    return (activate(x @ gate.T, activation) * (x @ up.T)) @ down.T
+
+
+def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Tensor:
+    """Of one token [hidden]."""
+    logits = (weight(f"{spec.names.router}.weight") @ x).tolist()
+    if spec.scoring == "sigmoid":
+        scores = [1 / (1 + math.exp(-logit)) for logit in logits]
+    elif spec.scoring == "softmax":
+        scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
+    else:
+        raise NotImplementedError(spec.scoring)
+    bias = [0.0] * len(scores)
+    if spec.correction_bias:
+        bias = weight(f"{spec.names.router}.e_score_correction_bias").tolist()
+    ranks = [score + more for score, more in zip(scores, bias, strict=True)]
+    allowed = list(range(len(ranks)))
+    if spec.limited_groups is not None:
+        count, best = spec.limited_groups
+        size = len(ranks) // count
+        groups = [range(g * size, (g + 1) * size) for g in range(count)]
+        groups.sort(key=lambda group: -sum(sorted(ranks[e] for e in group)[-2:]))
+        allowed = [expert for group in groups[:best] for expert in group]
+    chosen = sorted(allowed, key=lambda expert: -ranks[expert])[: spec.top_k]
+    total = sum(scores[expert] for expert in chosen) if spec.norm_weights else 1.0
+
+    def mlp(gate: str, up: str, down: str) -> Tensor:
+        matrices = (weight(f"{name}.weight") for name in (gate, up, down))
+        return gated_mlp(x, *matrices, spec.activation)
+
+    y = torch.zeros_like(x)
+    for e in chosen:
+        names = spec.names.gate, spec.names.up, spec.names.down
+        share = spec.routed_scale * scores[e] / total
+        y = y + share * mlp(*(name.replace("*", str(e)) for name in names))
+    if spec.shared is not None:
+        added = mlp(*(f"{spec.names.shared}.{name}_proj" for name in ("gate", "up", "down")))
+        if spec.shared.gated:
+            added = added / (1 + torch.exp(-weight(f"{spec.names.shared_gate}.weight") @ x))
+        y = y + added
+    return y
+
+
 def cap(x: Tensor, limit: float | None) -> Tensor:
     return x if limit is None else limit * torch.tanh(x / limit)
 
@@ -118,8 +214,8 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: Attention, sink: Tensor | None) -> Tensor:
-    """One head, [T, head_dim] each."""
-    q, k = rotate(q, spec.rope), rotate(k, spec.rope)
+    """One head, [T, head_dim] each; keys have been rotated."""
+    q = rotate(q, spec.rope)
     if spec.query_scaling is not None:
         beta, length = spec.query_scaling
         growth = [1 + beta * math.log(1 + t // length) for t in range(len(q))]
@@ -161,6 +257,8 @@ def frequency(i: int, dim: int, rope: Rope) -> float:
         )
         smooth = min(1.0, max(0.0, smooth))
         return (1 - smooth) * plain / given["factor"] + smooth * plain
+    if rope.scaling == "proportional":
+        return plain / given["factor"] if 2 * i < given["share"] * dim else 0.0
     if rope.scaling == "yarn":
         context = given["original_max_position_embeddings"]
 

@@ -17,12 +17,16 @@ from nibble.architectures.base import (
     NORMS_AFTER,
     SANDWICH,
     Attention,
+    ExpertNames,
+    Experts,
     GatedDeltaNet,
     GatedMlp,
     LayerSpec,
     ModelSpec,
     Norms,
+    PerLayerInputs,
     Rope,
+    SharedExpert,
     features,
 )
 from nibble.architectures.registry import ARCHITECTURES
@@ -39,6 +43,7 @@ from nibble.engine.scheduling.batch import StepResult
 from nibble.errors import UnsupportedError
 from nibble.quant.checkpoint import FolderCheckpoint
 
+from ...architectures.test_specs import NEEDED
 from .plain_decoder import plain_logits
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB, LAYERS = 64, 96, 4, 2, 16, 199, 3
@@ -58,6 +63,9 @@ YARN = (
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
 DELTA_NET = GatedDeltaNet(2, 4, 16, 32, 4)
 LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
+READER = replace(ATTENTION, kv_source=0, num_heads=8)
+TOLD = PerLayerInputs(16, VOCAB, "gelu_tanh")
+EXPERTS = Experts(8, 3, 48, "silu")
 MODEL = ModelSpec(HIDDEN, VOCAB, 256, 1e-6, (LAYER,) * LAYERS, False)
 
 
@@ -75,6 +83,12 @@ def with_delta_net(**changes) -> ModelSpec:
     return replace(MODEL, layers=(recurrent, recurrent, LAYER))
 
 
+def with_experts(**changes) -> ModelSpec:
+    """In the middle layer of three."""
+    experts = replace(LAYER, mlp=replace(EXPERTS, **changes))
+    return replace(MODEL, layers=(LAYER, experts, LAYER))
+
+
 # (class, field) -> models in which it has another value than in MODEL
 CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Rope", "theta"): [with_attention(rope=Rope(500.0))],
@@ -82,6 +96,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_attention(rope=Rope(10000.0, "linear", (("factor", 4.0),))),
         with_attention(rope=Rope(10000.0, "llama3", LLAMA3)),
         with_attention(rope=Rope(10000.0, "yarn", YARN)),
+        with_attention(rope=Rope(10000.0, "proportional", (("share", 0.5), ("factor", 2.0)))),
         with_attention(rope=Rope(10000.0, "longrope")),
     ],
     ("Rope", "parameters"): [with_attention(rope=Rope(10000.0, "linear", (("factor", 2.0),)))],
@@ -117,12 +132,55 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
     ("GatedDeltaNet", "value_dim"): [with_delta_net(value_dim=16)],
     ("GatedDeltaNet", "conv_kernel"): [with_delta_net(conv_kernel=2)],
+    ("Attention", "v_norm"): [with_attention(v_norm=True)],
+    ("Attention", "keys_are_values"): [
+        with_attention(keys_are_values=True, qk_norm="head", v_norm=True)
+    ],
+    ("Attention", "kv_source"): [
+        replace(MODEL, layers=(LAYER, replace(LAYER, mixer=READER), replace(LAYER, mixer=READER))),
+        replace(
+            MODEL,
+            layers=(LAYER, replace(LAYER, mixer=replace(READER, soft_cap=0.7, window=9)), LAYER),
+        ),
+    ],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
     ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
         with_layers(mlp=GatedMlp(INNER, "gelu_tanh")),
         with_layers(mlp=GatedMlp(INNER, "relu2")),  # type: ignore[arg-type]
     ],
+    ("Experts", "num_experts"): [with_experts(num_experts=5)],
+    ("Experts", "top_k"): [with_experts(top_k=1), with_experts(top_k=8)],
+    ("Experts", "intermediate_size"): [with_experts(intermediate_size=80)],
+    ("Experts", "activation"): [with_experts(activation="gelu_tanh")],
+    ("Experts", "scoring"): [
+        with_experts(scoring="sigmoid"),
+        with_experts(scoring="tanh"),
+    ],
+    ("Experts", "norm_weights"): [
+        with_experts(norm_weights=True),
+        with_experts(norm_weights=True, scoring="sigmoid"),
+    ],
+    ("Experts", "routed_scale"): [with_experts(routed_scale=2.5)],
+    ("Experts", "correction_bias"): [
+        with_experts(correction_bias=True),
+        with_experts(correction_bias=True, scoring="sigmoid", norm_weights=True),
+    ],
+    ("Experts", "limited_groups"): [
+        with_experts(limited_groups=(4, 2)),
+        with_experts(limited_groups=(2, 1), correction_bias=True, scoring="sigmoid"),
+    ],
+    ("Experts", "shared"): [with_experts(shared=SharedExpert(80))],
+    ("Experts", "names"): [
+        with_experts(
+            names=ExpertNames(
+                "moe.w1.*", "moe.w3.*", "moe.w2.*", "moe.router", shared="s", shared_gate="g"
+            ),
+            shared=SharedExpert(32, gated=True),
+        )
+    ],
+    ("SharedExpert", "intermediate_size"): [with_experts(shared=SharedExpert(32))],
+    ("SharedExpert", "gated"): [with_experts(shared=SharedExpert(80, gated=True))],
     ("Norms", "before_mixer"): [with_layers(norms=Norms(before_mixer=None))],
     ("Norms", "after_mixer"): [with_layers(norms=SANDWICH)],
     ("Norms", "before_mlp"): [with_layers(norms=Norms(before_mlp=None))],
@@ -134,12 +192,15 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         replace(MODEL, layers=(LAYER, LAYER, replace(LAYER, mixer=replace(ATTENTION, sinks=True)))),
     ],
     ("LayerSpec", "mlp"): [
-        replace(MODEL, layers=(LAYER, LAYER, replace(LAYER, mlp=GatedMlp(48, "silu"))))
+        replace(MODEL, layers=(LAYER, LAYER, replace(LAYER, mlp=GatedMlp(48, "silu")))),
+        with_layers(mlp=EXPERTS),
+        replace(with_layers(mlp=EXPERTS, norms=SANDWICH), residual_scale=0.3),
     ],
     ("LayerSpec", "norms"): [
         with_layers(norms=NORMS_AFTER),
         replace(MODEL, layers=(replace(LAYER, norms=SANDWICH), LAYER, LAYER)),
     ],
+    ("LayerSpec", "scalar"): [with_layers(scalar=True)],
     ("ModelSpec", "hidden_size"): [replace(MODEL, hidden_size=80)],
     ("ModelSpec", "vocab_size"): [replace(MODEL, vocab_size=131)],
     ("ModelSpec", "max_position_embeddings"): [replace(MODEL, max_position_embeddings=128)],
@@ -154,7 +215,19 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ],
     ("ModelSpec", "logits_scale"): [replace(MODEL, logits_scale=0.2, final_soft_cap=0.5)],
     ("ModelSpec", "final_soft_cap"): [replace(MODEL, final_soft_cap=0.5)],
+    ("ModelSpec", "head"): [replace(MODEL, head="language_model.lm_head")],
     ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
+    ("ModelSpec", "per_layer_inputs"): [replace(MODEL, per_layer_inputs=TOLD)],
+    ("PerLayerInputs", "width"): [
+        replace(with_layers(norms=SANDWICH), per_layer_inputs=replace(TOLD, width=32)),
+        replace(MODEL, per_layer_inputs=replace(TOLD, width=8)),
+    ],
+    ("PerLayerInputs", "vocab_size"): [
+        replace(MODEL, per_layer_inputs=replace(TOLD, vocab_size=VOCAB + 5))
+    ],
+    ("PerLayerInputs", "activation"): [
+        replace(MODEL, per_layer_inputs=replace(TOLD, activation="silu"))
+    ],
 }
 CASES = [
     (f"{kind}.{name}", i, spec)
@@ -169,7 +242,8 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 
 
 def test_every_field_has_a_case() -> None:
-    classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Rope]
+    classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Experts]
+    classes += [SharedExpert, Rope, PerLayerInputs]
     described = [
         value
         for value in vars(base).values()
@@ -191,12 +265,19 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
         f"{spec.prefix}norm.weight": 1 + normal(spec.hidden_size),
     }
     if not spec.tie_word_embeddings:
-        tensors["lm_head.weight"] = normal(spec.vocab_size, spec.hidden_size)
+        tensors[f"{spec.head}.weight"] = normal(spec.vocab_size, spec.hidden_size)
     for index, layer in enumerate(spec.layers):
         prefix = f"{spec.layer_name(index)}."
         for group in spec.groups(index):
-            for name, out in zip(group.modules, group.out_features, strict=True):
-                tensors[f"{prefix}{name}.weight"] = normal(out, group.in_features)
+            for member in group.members():
+                for name, out in zip(member.modules, member.out_features, strict=True):
+                    tensors[f"{prefix}{name}.weight"] = normal(out, group.in_features)
+        if isinstance(layer.mlp, Experts):
+            router, *gate = (f"{prefix}{name}" for name in layer.mlp.routers)
+            tensors[f"{router}.weight"] = normal(layer.mlp.num_experts, spec.hidden_size)
+            tensors |= {f"{name}.weight": normal(1, spec.hidden_size) for name in gate}
+            if layer.mlp.correction_bias:
+                tensors[f"{router}.e_score_correction_bias"] = normal(layer.mlp.num_experts)
         for each in dataclasses.fields(layer.norms):
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
@@ -207,12 +288,28 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             tensors[f"{own}norm.weight"] = 1 + normal(mixer.value_dim)
             continue
         if layer.mixer.qk_norm:
-            counts = {"q_norm": layer.mixer.num_heads, "k_norm": layer.mixer.num_kv_heads}
+            counts = {"q_norm": layer.mixer.num_heads}
+            if layer.mixer.kv_source is None:
+                counts["k_norm"] = layer.mixer.num_kv_heads
             for name, count in counts.items():
                 width = layer.mixer.head_dim * (count if layer.mixer.qk_norm == "all" else 1)
                 tensors[f"{prefix}self_attn.{name}.weight"] = 1 + normal(width)
         if layer.mixer.sinks:
             tensors[f"{prefix}self_attn.sinks"] = normal(layer.mixer.num_heads, scale=1.0)
+        if layer.scalar:
+            tensors[f"{prefix}layer_scalar"] = 1 + normal(1)
+    if (told := spec.per_layer_inputs) is not None:
+        all_inputs = spec.num_layers * told.width
+        tensors[f"{spec.prefix}embed_tokens_per_layer.weight"] = normal(told.vocab_size, all_inputs)
+        projection = normal(all_inputs, spec.hidden_size)
+        tensors[f"{spec.prefix}per_layer_model_projection.weight"] = projection
+        tensors[f"{spec.prefix}per_layer_projection_norm.weight"] = 1 + normal(told.width)
+        for index in range(spec.num_layers):
+            prefix = f"{spec.layer_name(index)}."
+            gate, back = normal(told.width, spec.hidden_size), normal(spec.hidden_size, told.width)
+            tensors[f"{prefix}per_layer_input_gate.weight"] = gate
+            tensors[f"{prefix}per_layer_projection.weight"] = back
+            tensors[f"{prefix}post_per_layer_input_norm.weight"] = 1 + normal(spec.hidden_size)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
@@ -248,6 +345,11 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
+def typical_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Of the median token: in 16 bits a few tokens choose another expert, which says nothing of arithmetic."""
+    return float(((got - want).norm(dim=1) / want.norm(dim=1)).median())
+
+
 @pytest.mark.parametrize(("name", "i", "spec"), CASES, ids=[f"{name}-{i}" for name, i, _ in CASES])
 def test_a_model_is_computed_rightly_or_refused(
     name: str, i: int, spec: ModelSpec, tmp_path: Path
@@ -260,10 +362,12 @@ def test_a_model_is_computed_rightly_or_refused(
         return
     want = plain_logits(spec, checkpoint, ids)
     assert error(decoded_logits(plain, ids), want) < 1e-5
+    routed = any(isinstance(layer.mlp, Experts) for layer in spec.layers)
+    measure = typical_error if routed else error
     rounded = load_decoder(target(tmp_path, torch.bfloat16, cpu_isa="none"), checkpoint, spec)
-    bound = 1.25 * error(decoded_logits(rounded, ids), want)
+    bound = (3.0 if routed else 1.25) * measure(decoded_logits(rounded, ids), want)
     fast = load_decoder(target(tmp_path, torch.bfloat16), checkpoint, spec)
-    assert error(decoded_logits(fast, ids), want) <= bound
+    assert measure(decoded_logits(fast, ids), want) <= bound
 
 
 @pytest.mark.parametrize(
@@ -332,6 +436,6 @@ def test_what_architectures_ask_for_is_computed_by_the_plain_backend() -> None:
     for entry in ARCHITECTURES:
         from nibble.architectures.config import Config
 
-        spec = entry.spec(Config(sizes))
+        spec = entry.spec(Config(sizes | NEEDED.get(entry.model_type, {})))
         backend = TorchBackend(target(Path(), torch.float32))
         assert [backend.why_not(layer, spec) for layer in spec.layers] == [None] * 6

@@ -269,7 +269,12 @@ def test_a_block_run_in_parts_sees_and_gives_what_it_does_at_once(dense):
             block.get_submodule(site).weight.mul_(0.7)
 
         calibration.run_quantizing(
-            block, hidden, source.keyword_arguments(hidden[:1])[0], sites, damage, at_once
+            block,
+            hidden,
+            source.keyword_arguments(hidden[:1])[0],
+            [[site] for site in sites],
+            damage,
+            at_once,
         )
         results.append((hidden, met))
     (whole, want), (parts, got) = results

@@ -111,7 +111,7 @@ def test_a_block_is_rounded_one_stage_at_a_time_and_is_as_before_afterwards():
     importance = torch.rand(32) + 0.1
     before = {name: weight.clone() for name, weight in block.named_parameters()}
     with torch.no_grad():
-        got = _rounded_run(block, ("down",), x, {"gain": 2.0}, importance, (3, 16, True))
+        got = _rounded_run(block, ("down",), x, {"gain": 2.0}, [importance], (3, 16, True))
     rounded = search.quantize(before["down.weight"], importance, 3, 16, True).dequantize()
     torch.testing.assert_close(got, x + x @ before["up.weight"].T @ rounded.T * 2.0)
     assert all(torch.equal(before[name], weight) for name, weight in block.named_parameters())

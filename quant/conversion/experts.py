@@ -1,0 +1,146 @@
+"""transformers' experts as linears of their own, under the names that checkpoints give them.
+
+transformers holds all experts of a layer in two tensors and calls modules by names of its own; what is converted,
+folded, quantized and written is one linear at a time, by the checkpoint's names. So in each block the experts are
+replaced by a module that computes the same with one linear each, and what holds them goes by the checkpoint's names.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...architectures.base import ExpertNames, Experts
+
+LEAST_TOKENS = 512  # that each expert is calibrated on
+
+
+class UnrolledExperts(nn.Module):
+    """Gated MLPs "0", "1", ..., one after the other, each on the tokens that chose it.
+
+    While it is calibrated each is shown `least` tokens at least, others evenly spread over the text where too few chose
+    it; what it makes of those is thrown away.
+    """
+
+    def __init__(self, experts: Any, spec: Experts):
+        super().__init__()
+        count, hidden, inner = experts.down_proj.shape
+        self.least = 0
+        # that chose each, since `forget_tokens`
+        self.tokens = torch.zeros(count, dtype=torch.int64, device="cpu")
+        for number in range(count):
+            mlp = _GatedMlp(hidden, inner, spec.names, experts.act_fn)
+            self.add_module(str(number), mlp)
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """hidden [T, hidden]; chosen and weights [T, top_k]. Returns [T, hidden]."""
+        self.tokens += torch.bincount(chosen.flatten(), minlength=len(self.tokens)).cpu()
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.children()):
+            tokens, places = torch.where(chosen == number)
+            shown = torch.cat((tokens, self._more(tokens, len(hidden))))
+            if len(shown):
+                added = expert(hidden[shown])[: len(tokens)] * weights[tokens, places, None]
+                out.index_add_(0, tokens, added.to(out.dtype))
+        return out
+
+    def _more(self, tokens: Tensor, total: int) -> Tensor:
+        """Tokens to be shown beside these, of `total`."""
+        other = torch.ones(total, dtype=torch.bool, device=tokens.device)
+        other[tokens] = False
+        others = other.nonzero().flatten()
+        missing = min(max(0, self.least - len(tokens)), len(others))
+        if missing == 0:
+            return others[:0]
+        places = torch.arange(missing, device=tokens.device) * len(others) // missing
+        return others[places]
+
+
+class _GatedMlp(nn.Module):
+    def __init__(
+        self, hidden: int, inner: int, names: ExpertNames, act_fn: Callable[[Tensor], Tensor]
+    ):
+        super().__init__()
+        self.act_fn = act_fn
+        self.names = tuple(_after_number(name) for name in (names.gate, names.up, names.down))
+        for name, width, out in zip(
+            self.names, (hidden, hidden, inner), (inner, inner, hidden), strict=True
+        ):
+            self.add_module(name, nn.Linear(width, out, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self.names)
+        y: Tensor = down(self.act_fn(gate(x)) * up(x))
+        return y
+
+
+def unroll(layer: nn.Module, spec: Experts) -> None:
+    """Replace the experts of one of transformers' decoder layers, in place, and name what holds them as the checkpoint
+    does. Call it on the meta device: the new weights are still to be loaded."""
+    block: Any
+    own, block = next(
+        (name, child) for name, child in layer.named_children() if hasattr(child, "experts")
+    )
+    prefix = spec.names.gate.removesuffix(f".experts.*.{_after_number(spec.names.gate)}")
+    block.experts = UnrolledExperts(block.experts, spec)
+    router, _, inside = spec.names.router.removeprefix(f"{prefix}.").partition(".")
+    if inside:
+        setattr(block, router, _Holder(inside, block.get_submodule(router)))
+    if own != prefix:
+        module = layer._modules.pop(own)
+        layer.__dict__[own] = module  # where the layer's own code finds it
+        layer.add_module(prefix, module)
+
+
+class _Holder(nn.Module):
+    """A module with a name more."""
+
+    def __init__(self, name: str, module: nn.Module):
+        super().__init__()
+        self.name = name
+        self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.get_submodule(self.name)(x)
+
+
+def _after_number(name: str) -> str:
+    return name.partition(".*.")[2]
+
+
+@contextmanager
+def shown_at_least(block: nn.Module, share: float) -> Iterator[None]:
+    """Inside, each expert of a block is shown `share` of LEAST_TOKENS at least."""
+    found = unrolled(block)
+    for experts in found:
+        experts.least = -int(-LEAST_TOKENS * share // 1)
+    try:
+        yield
+    finally:
+        for experts in found:
+            experts.least = 0
+
+
+def unrolled(block: nn.Module) -> list[UnrolledExperts]:
+    return [module for module in block.modules() if isinstance(module, UnrolledExperts)]
+
+
+def forget_tokens(block: nn.Module) -> None:
+    for experts in unrolled(block):
+        experts.tokens.zero_()
+
+
+def too_few(block: nn.Module) -> str | None:
+    """Which experts of a block fewer than LEAST_TOKENS tokens chose, in words; None: each had enough."""
+    for experts in unrolled(block):
+        few = (experts.tokens < LEAST_TOKENS).nonzero().flatten().tolist()
+        if few:
+            least = int(experts.tokens.min())
+            some = ", ".join(map(str, few[:8])) + (", ..." if len(few) > 8 else "")
+            return (
+                f"{len(few)} of {len(experts.tokens)} experts ({some}) were chosen by fewer than {LEAST_TOKENS} "
+                f"calibration tokens (the least by {least}), and calibrated on others' too"
+            )
+    return None
