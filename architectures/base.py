@@ -2,7 +2,7 @@
 reads its groups and folds.
 
     ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet) and a feed-forward (GatedMlp, Experts),
-                 with norms around them
+                 with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -58,9 +58,8 @@ class Attention:
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
     v_norm: bool = False  # RMSNorm of every value head, without a weight
-    keys_are_values: bool = (
-        False  # no v_proj: values are what k_proj gives, before k_norm and rotation
-    )
+    # no v_proj: values are what k_proj gives, before k_norm and rotation
+    keys_are_values: bool = False
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
 
@@ -74,8 +73,7 @@ class Attention:
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
         names = tuple(f"self_attn.{name}_proj" for name in own)
-        gates = 2 if self.output_gate else 1
-        sizes: tuple[int, ...] = (gates * queries, keys, keys)[: len(own)]
+        sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)[: len(own)]
         if self.fused:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
@@ -84,12 +82,12 @@ class Attention:
         )
 
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
-        """norm: before it. (A gate on what heads give is no reason against one between v and o.)"""
+        """norm: before it. A gate on what heads give changes nothing here, a norm of values does."""
         qkv, out = self.groups(1)
-        found = [] if norm is None else [Fold("norm", norm, qkv.modules)]
-        if qkv.modules[-1].endswith(("v_proj", "qkv_proj")) and not self.v_norm:
-            found.append(Fold("heads", qkv.modules[-1], out.modules))
-        return tuple(found)
+        heads = Fold("heads", qkv.modules[-1], out.modules)
+        has_values = self.kv_source is None and not self.keys_are_values and not self.v_norm
+        before = () if norm is None else (Fold("norm", norm, qkv.modules),)
+        return (*before, heads) if has_values else before
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +266,8 @@ class LayerSpec:
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        return (
-            *self.mixer.folds(self.norms.before_mixer),
-            *self.mlp.folds(self.norms.before_mlp),
-        )
+        mixer = self.mixer.folds(self.norms.before_mixer)
+        return (*mixer, *self.mlp.folds(self.norms.before_mlp))
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,20 +294,23 @@ class ModelSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def attention(self) -> dict[int, Attention]:
+        """The mixers of the layers that attend."""
+        return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, Attention)}
+
     def layer_name(self, index: int) -> str:
         """Of a layer's module in the checkpoint."""
         return f"{self.prefix}layers.{index}"
 
     @property
-    def dense_modules(self) -> tuple[str, ...]:
-        """Modules of all layers that stay dense when all else is quantized."""
+    def routers(self) -> tuple[str, ...]:
+        """Modules of all layers that decide how much of which expert is added."""
         return tuple(
             f"{self.layer_name(index)}.{name}"
             for index, layer in enumerate(self.layers)
-            for name in (
-                *(n for group in self.groups(index) if group.dense for n in group.modules),
-                *(layer.mlp.routers if isinstance(layer.mlp, Experts) else ()),
-            )
+            if isinstance(layer.mlp, Experts)
+            for name in layer.mlp.routers
         )
 
     def groups(self, index: int) -> tuple[LinearGroup, ...]:
@@ -321,6 +320,17 @@ class ModelSpec:
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.layers[index].folds(self.hidden_size)
+
+    def dense_modules(self) -> tuple[str, ...]:
+        """Full names of the layers' modules that are never quantized."""
+        linears = tuple(
+            f"{self.layer_name(index)}.{name}"
+            for index in range(self.num_layers)
+            for group in self.groups(index)
+            if group.dense
+            for name in group.modules
+        )
+        return (*linears, *self.routers)
 
 
 def features(part: Any) -> frozenset[str]:

@@ -53,5 +53,5 @@ class GatedDeltaNet:
 
     def folds(self, norm: str | None) -> tuple[Fold, ...]:
         """norm: before it."""
-        qkv_z, gates, _ = self.groups(1)
-        return () if norm is None else (Fold("norm", norm, qkv_z.modules, gates.modules),)
+        qkv_z, b_a, _ = self.groups(1)
+        return () if norm is None else (Fold("norm", norm, qkv_z.modules, b_a.modules),)

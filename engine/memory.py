@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..architectures.base import Attention, ModelSpec
+from ..architectures.base import ModelSpec
 from ..errors import UserError
 from .config import EngineConfig
 from .host_memory import Headroom, gib, headroom
@@ -44,8 +44,7 @@ def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = 
     def vector(head_dim: int) -> int:
         return head_dim * dtype.itemsize if cache_dtype == "auto" else head_dim + 4
 
-    mixers = [m for layer in model.layers if isinstance(m := layer.mixer, Attention)]
-    own = (mixer for mixer in mixers if mixer.kv_source is None)
+    own = (mixer for mixer in model.attention.values() if mixer.kv_source is None)
     return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in own)
 
 

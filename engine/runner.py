@@ -65,8 +65,8 @@ class Runner:
 
     def _load(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> None:
         config = self.config
-        kind, save = config.quantize, config.save_quantized
-        with quantized_at_load(checkpoint, kind, save, self.spec.dense_modules) as reading:
+        kind, save, dense = config.quantize, config.save_quantized, self.spec.dense_modules()
+        with quantized_at_load(checkpoint, kind, save, dense) as reading:
             memory.check_weights_fit(reading.nbytes, self.spec, self.device)
             ModelWeights(reading, self.spec).check_depth()
             with torch.inference_mode():

@@ -183,8 +183,8 @@ def quantize_block(
 def _kv_scales(
     source: BlockSource, index: int, cache: KeyValueRange, recipe: Recipe
 ) -> dict[str, Tensor]:
-    mixer = source.spec.layers[index].mixer
-    has_keys = isinstance(mixer, Attention) and mixer.kv_source is None
+    mixer = source.spec.attention.get(index)
+    has_keys = mixer is not None and mixer.kv_source is None
     return cache.scales() if recipe.kv_scales and has_keys else {}
 
 

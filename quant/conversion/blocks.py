@@ -93,9 +93,7 @@ class BlockSource:
     def stages(self, index: int) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """The groups of block `index`, together those that do not wait for each other: one for each expert."""
         return tuple(
-            tuple(member.modules for member in group.members())
-            for group in self.spec.groups(index)
-            if not group.dense
+            tuple(member.modules for member in group.members()) for group in self.spec.groups(index)
         )
 
     def linear_groups(self, index: int) -> tuple[LinearGroup, ...]:

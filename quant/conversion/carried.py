@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...architectures.base import Attention, ModelSpec
+from ...architectures.base import ModelSpec
 
 
 @dataclass(slots=True)
@@ -28,13 +28,11 @@ class Carried:
     def __post_init__(self) -> None:
         self.width = self.model.hidden_size + (self.model.per_layer_inputs is not None)
         self._places = {}
-        mixers = [layer.mixer for layer in self.model.layers]
-        found = {mixer.kv_source for mixer in mixers if isinstance(mixer, Attention)}
-        for source in sorted(source for source in found if source is not None):
+        mixers = self.model.attention
+        sources = {m.kv_source for m in mixers.values() if m.kv_source is not None}
+        for source in sorted(sources):
             self._places[source] = self.width
-            self.width += (
-                2 * self._attention(source).num_kv_heads * self._attention(source).head_dim
-            )
+            self.width += 2 * mixers[source].num_kv_heads * mixers[source].head_dim
 
     def start(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """What enters the first block: hidden [n, T, hidden], token_ids [n, T]."""
@@ -54,7 +52,7 @@ class Carried:
         """Make block `index` take and give all columns. told: token ids -> its inputs of its own."""
         if self.width == self.model.hidden_size:
             return
-        source = self._attention(index).kv_source
+        source = self.model.attention[index].kv_source
         kind, hidden_size = block.get_submodule("self_attn").layer_type, self.model.hidden_size
         shared: dict[Any, tuple[Tensor, Tensor]] = {}
         columns: list[Tensor] = []
@@ -82,15 +80,9 @@ class Carried:
         block.register_forward_pre_hook(take, with_kwargs=True)
         block.register_forward_hook(give)
 
-    def _attention(self, index: int) -> Attention:
-        mixer = self.model.layers[index].mixer
-        if not isinstance(mixer, Attention):
-            raise TypeError(f"block {index} carries more than hidden states, and does not attend")
-        return mixer
-
     def _keys_and_values(self, activations: Tensor, source: int) -> tuple[Tensor, Tensor]:
         """[n, kv heads, T, head_dim] each."""
-        mixer, first = self._attention(source), self._places[source]
+        mixer, first = self.model.attention[source], self._places[source]
         width = 2 * mixer.num_kv_heads * mixer.head_dim
         found = activations[..., first : first + width]
         n, length = found.shape[:2]

@@ -44,6 +44,8 @@ class KeyValueRange:
 
     def scales(self) -> dict[str, Tensor]:
         """float32 [1] each, by the names that compressed-tensors gives them within a block."""
+        if not self.attends:
+            return {}
         return {
             f"self_attn.{name}_scale": fp8.to_scale(absmax) for name, absmax in self.absmax.items()
         }

@@ -36,7 +36,7 @@ class Plan:
     bits: dict[str, int] = field(
         default_factory=dict
     )  # quantized module -> bits, where not all have the recipe's
-    kept: tuple[str, ...] = ()  # other modules that are dense whatever the recipe: routers
+    routers: tuple[str, ...] = ()  # modules that choose experts: dense whatever the recipe
     others: tuple[str, ...] = ()  # what a multimodal model has beside its language model
 
     def grid(self, module: str, recipe: Recipe) -> tuple[int, int, bool]:
@@ -62,8 +62,11 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     if source.spec.per_layer_inputs is not None:
         small.append(f"{source.spec.prefix}per_layer_model_projection")
     dense = dict.fromkeys(small, "they are small, and what they say is felt")
+    kept = frozenset(source.spec.dense_modules())
     for group in groups:
-        size, why = _group_size([shapes[m] for m in group], recipe)
+        size, why = None, "their outputs gate a recurrence"
+        if group[0] not in kept:
+            size, why = _group_size([shapes[m] for m in group], recipe)
         if size is None:
             dense |= dict.fromkeys(group, why)
         else:
@@ -84,9 +87,9 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         )
     warnings = _warnings(checkpoint)
     others = tuple(other_parts(checkpoint.config, checkpoint.names()))
-    kept = tuple(module for module in source.spec.dense_modules if module not in dense)
-    scheme = _scheme(recipe, sizes, {}, (*kept, *dense), others)
-    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, kept=kept, others=others)
+    routers = source.spec.routers
+    scheme = _scheme(recipe, sizes, {}, (*routers, *dense), others)
+    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, routers=routers, others=others)
 
 
 def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
@@ -95,7 +98,7 @@ def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:
     note = ", ".join(f"{width} bits in {count}" for width, count in counts.items())
     return replace(
         plan,
-        scheme=_scheme(recipe, plan.group_sizes, bits, (*plan.kept, *plan.dense), plan.others),
+        scheme=_scheme(recipe, plan.group_sizes, bits, (*plan.routers, *plan.dense), plan.others),
         bits=bits,
         notes=(*plan.notes, f"chosen by what rounding does to each layer: {note}"),
     )

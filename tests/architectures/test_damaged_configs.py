@@ -49,11 +49,6 @@ FIELDS = [
     "attention_multiplier",
     "residual_multiplier",
     "logits_scaling",
-    "full_attention_interval",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_key_head_dim",
-    "linear_conv_kernel_dim",
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
@@ -68,6 +63,11 @@ FIELDS = [
     "routed_scaling_factor",
     "n_group",
     "topk_group",
+    "full_attention_interval",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_conv_kernel_dim",
 ]
 
 

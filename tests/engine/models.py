@@ -105,21 +105,6 @@ CONFIGS = {
     "seed-oss": SeedOssConfig(**_SIZES, head_dim=32, attention_bias=True),
     "qwen2": Qwen2Config(**_SIZES),
     "qwen3": Qwen3Config(**_SIZES, head_dim=32),
-    "qwen3.5": Qwen3_5TextConfig(
-        **_SIZES,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=32,
-        tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [2, 1, 1],
-        },
-    ),
     "qwen2-moe": Qwen2MoeConfig(
         **_SIZES,
         moe_intermediate_size=48,
@@ -160,6 +145,21 @@ CONFIGS = {
         first_k_dense_replace=1,
         sliding_window=24,
         max_window_layers=2,
+    ),
+    "qwen3.5": Qwen3_5TextConfig(
+        **_SIZES,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+        },
     ),
     "qwen2-upper-window": Qwen2Config(
         **_SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=2

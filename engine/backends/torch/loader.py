@@ -61,11 +61,11 @@ class TorchBackend:
             "attention.query_scaling",
             "attention.soft_cap",
             "attention.sinks",
-            "attention.output_gate",
-            "gated_delta_net",
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
+            "attention.output_gate",
+            "gated_delta_net",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
@@ -144,18 +144,21 @@ class _Loader:
         if spec.scalar:
             scalar = self.weights.vector(f"{model.layer_name(index)}.layer_scalar", 1)
             scalar = scalar.to(self.target.device, self.target.dtype)
-        if isinstance(spec.mixer, Attention):
-            mixer: TorchAttention | TorchGatedDeltaNet = self._attention(index, spec.mixer)
-        else:
-            mixer = self._gated_delta_net(index, spec.mixer)
         return TorchLayer(
             spec,
-            mixer,
+            self._mixer(index, spec.mixer),
             self._feed_forward(index),
             per_layer_input=self._per_layer_input(index),
             scalar=scalar,
             **norms,
         )
+
+    def _mixer(
+        self, index: int, mixer: Attention | GatedDeltaNet
+    ) -> TorchAttention | TorchGatedDeltaNet:
+        if isinstance(mixer, Attention):
+            return self._attention(index, mixer)
+        return self._gated_delta_net(index, mixer)
 
     def _gated_delta_net(self, index: int, mixer: GatedDeltaNet) -> TorchGatedDeltaNet:
         device, weights = self.target.device, self.weights.gated_delta_net(index, mixer)
@@ -254,8 +257,7 @@ class _Loader:
 
     def _rope_tables(self, layers: range) -> dict[tuple[Rope | None, int], RopeTable]:
         model, target = self.weights.model, self.target
-        found = [model.layers[index].mixer for index in layers]
-        mixers = [mixer for mixer in found if isinstance(mixer, Attention)]
+        mixers = [m for index in layers if isinstance(m := model.layers[index].mixer, Attention)]
         length = model.max_position_embeddings
         return {
             (rope, dim): RopeTable.build(dim, rope, length, target.dtype, target.device)

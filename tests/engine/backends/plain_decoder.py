@@ -38,8 +38,16 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
         if isinstance(layer.mixer, GatedDeltaNet):
             mixed = gated_delta_net(h, layer.mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
         else:
-            own = f"{prefix}self_attn."
-            mixed = attention(h, layer.mixer, spec.norm_eps, weight, norm, own, kept, index)
+            source = layer.mixer.kv_source
+            mixed, kept[index] = attention(
+                h,
+                layer.mixer,
+                weight,
+                norm,
+                f"{prefix}self_attn.",
+                None if source is None else kept[source],
+                spec.norm_eps,
+            )
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
         h = norm(named(norms.before_mlp), x)
         if isinstance(layer.mlp, Experts):
@@ -66,82 +74,6 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
     x = norm(f"{spec.prefix}norm", x)
     head = embedding if spec.tie_word_embeddings else weight(f"{spec.head}.weight")
     return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
-
-
-def attention(
-    h: Tensor,
-    spec: Attention,
-    eps: float,
-    weight,
-    norm,
-    prefix: str,
-    kept: dict[int, Any],
-    index: int,
-) -> Tensor:
-    """[T, hidden] -> [T, hidden]; weight and norm: by name; kept: keys and values of each layer so far."""
-    dim, kv_heads = spec.head_dim, spec.num_kv_heads
-    if spec.fused:
-        qkv = h @ weight(f"{prefix}qkv_proj.weight").T
-        q, k, v = qkv.split([n * dim for n in (spec.num_heads, kv_heads, kv_heads)], 1)
-    else:
-        q = h @ weight(f"{prefix}q_proj.weight").T
-        if spec.kv_source is None:
-            k = h @ weight(f"{prefix}k_proj.weight").T
-            v = k if spec.keys_are_values else h @ weight(f"{prefix}v_proj.weight").T
-    if spec.qk_norm == "all":
-        q, k = norm(f"{prefix}q_norm", q), norm(f"{prefix}k_norm", k)
-    sinks = weight(f"{prefix}sinks") if spec.sinks else [None] * spec.num_heads
-    queries = list(q.split(dim, 1))
-    if spec.output_gate:
-        queries, gates = queries[::2], queries[1::2]
-    if spec.qk_norm == "head":
-        queries = [norm(f"{prefix}q_norm", each) for each in queries]
-    if spec.kv_source is None:
-        keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
-        if spec.qk_norm == "head":
-            keys = [norm(f"{prefix}k_norm", each) for each in keys]
-        if spec.v_norm:
-            values = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in values]
-        kept[index] = [rotate(each, spec.rope) for each in keys], values
-    keys, values = kept[index if spec.kv_source is None else spec.kv_source]
-    outputs = [
-        attend(query, keys[at], values[at], spec, sinks[head])
-        for head, query in enumerate(queries)
-        for at in [head // (spec.num_heads // kv_heads)]
-    ]
-    if spec.output_gate:
-        outputs = [x / (1 + torch.exp(-gate)) for x, gate in zip(outputs, gates, strict=True)]
-    return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T
-
-
-def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: str) -> Tensor:
-    """[T, hidden] -> [T, hidden]; weight: by name."""
-    qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
-    filters = weight(f"{prefix}conv1d.weight")[:, 0]
-    convolved = torch.zeros_like(qkv)
-    for t in range(len(h)):
-        for back in range(min(t + 1, spec.conv_kernel)):
-            convolved[t] += filters[:, spec.conv_kernel - 1 - back] * qkv[t - back]
-    qkv = activate(convolved, "silu")
-    rates, biases = weight(f"{prefix}A_log").exp(), weight(f"{prefix}dt_bias")
-    K, V, keys = spec.key_dim, spec.value_dim, spec.num_key_heads
-    outputs = []
-    for head in range(spec.num_value_heads):
-        shared = head // (spec.num_value_heads // keys)
-        q, k = (qkv[:, (first + shared) * K :][:, :K] for first in (0, keys))
-        q, k = (x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-        v = qkv[:, 2 * keys * K + head * V :][:, :V]
-        state, rows = torch.zeros(K, V).double(), []
-        for t in range(len(h)):
-            decay = torch.exp(-rates[head] * torch.log1p(torch.exp(a[t, head] + biases[head])))
-            state = decay * state
-            missing = (v[t] - k[t] @ state) / (1 + torch.exp(-b[t, head]))
-            state = state + torch.outer(k[t], missing)
-            rows.append(q[t] / math.sqrt(K) @ state)
-        o = torch.stack(rows)
-        o = o / (o.square().mean(1, keepdim=True) + eps).sqrt() * weight(f"{prefix}norm.weight")
-        outputs.append(o * activate(z[:, head * V :][:, :V], "silu"))
-    return torch.cat(outputs, 1) @ weight(f"{prefix}out_proj.weight").T
 
 
 def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) -> Tensor | None:
@@ -199,6 +131,81 @@ def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Ten
             added = added / (1 + torch.exp(-weight(f"{spec.names.shared_gate}.weight") @ x))
         y = y + added
     return y
+
+
+def attention(
+    h: Tensor,
+    spec: Attention,
+    weight: Any,
+    norm: Any,
+    prefix: str,
+    shared: tuple[list[Tensor], list[Tensor]] | None,
+    eps: float,
+) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+    """[T, hidden] -> [T, hidden], and the rotated keys and the values of each head; weight and norm: by name. shared:
+    those of another layer."""
+    heads, dim, gates = spec.num_heads, spec.head_dim, None
+    if spec.fused:
+        qkv = h @ weight(f"{prefix}qkv_proj.weight").T
+        q, k, v = qkv.split([count * dim for count in (heads, *[spec.num_kv_heads] * 2)], 1)
+    else:
+        q = h @ weight(f"{prefix}q_proj.weight").T
+        if shared is None:
+            k = v = h @ weight(f"{prefix}k_proj.weight").T
+            if not spec.keys_are_values:
+                v = h @ weight(f"{prefix}v_proj.weight").T
+    if spec.output_gate:
+        both = q.split(dim, 1)
+        q, gates = torch.cat(both[::2], 1), both[1::2]
+    if spec.qk_norm == "all":
+        q, k = norm(f"{prefix}q_norm", q), norm(f"{prefix}k_norm", k)
+    queries = list(q.split(dim, 1))
+    if spec.qk_norm == "head":
+        queries = [norm(f"{prefix}q_norm", each) for each in queries]
+    if shared is None:
+        keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
+        if spec.qk_norm == "head":
+            keys = [norm(f"{prefix}k_norm", each) for each in keys]
+        if spec.v_norm:
+            values = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in values]
+        shared = [rotate(each, spec.rope) for each in keys], values
+    sinks = weight(f"{prefix}sinks") if spec.sinks else [None] * heads
+    outputs = []
+    for head, query in enumerate(queries):
+        at = head // (heads // spec.num_kv_heads)
+        mixed = attend(query, shared[0][at], shared[1][at], spec, sinks[head])
+        outputs.append(mixed if gates is None else mixed / (1 + torch.exp(-gates[head])))
+    return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T, shared
+
+
+def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: str) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight: by name."""
+    qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
+    filters = weight(f"{prefix}conv1d.weight")[:, 0]
+    convolved = torch.zeros_like(qkv)
+    for t in range(len(h)):
+        for back in range(min(t + 1, spec.conv_kernel)):
+            convolved[t] += filters[:, spec.conv_kernel - 1 - back] * qkv[t - back]
+    qkv = activate(convolved, "silu")
+    rates, biases = weight(f"{prefix}A_log").exp(), weight(f"{prefix}dt_bias")
+    K, V, keys = spec.key_dim, spec.value_dim, spec.num_key_heads
+    outputs = []
+    for head in range(spec.num_value_heads):
+        shared = head // (spec.num_value_heads // keys)
+        q, k = (qkv[:, (first + shared) * K :][:, :K] for first in (0, keys))
+        q, k = (x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        v = qkv[:, 2 * keys * K + head * V :][:, :V]
+        state, rows = torch.zeros(K, V).double(), []
+        for t in range(len(h)):
+            decay = torch.exp(-rates[head] * torch.log1p(torch.exp(a[t, head] + biases[head])))
+            state = decay * state
+            missing = (v[t] - k[t] @ state) / (1 + torch.exp(-b[t, head]))
+            state = state + torch.outer(k[t], missing)
+            rows.append(q[t] / math.sqrt(K) @ state)
+        o = torch.stack(rows)
+        o = o / (o.square().mean(1, keepdim=True) + eps).sqrt() * weight(f"{prefix}norm.weight")
+        outputs.append(o * activate(z[:, head * V :][:, :V], "silu"))
+    return torch.cat(outputs, 1) @ weight(f"{prefix}out_proj.weight").T
 
 
 def cap(x: Tensor, limit: float | None) -> Tensor:

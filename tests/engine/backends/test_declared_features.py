@@ -77,16 +77,16 @@ def with_attention(**changes) -> ModelSpec:
     return with_layers(mixer=replace(ATTENTION, **changes))
 
 
-def with_delta_net(**changes) -> ModelSpec:
-    """In its first two layers."""
-    recurrent = replace(LAYER, mixer=replace(DELTA_NET, **changes))
-    return replace(MODEL, layers=(recurrent, recurrent, LAYER))
-
-
 def with_experts(**changes) -> ModelSpec:
     """In the middle layer of three."""
     experts = replace(LAYER, mlp=replace(EXPERTS, **changes))
     return replace(MODEL, layers=(LAYER, experts, LAYER))
+
+
+def with_delta_net(**changes) -> ModelSpec:
+    """In its first two layers."""
+    recurrent = replace(LAYER, mixer=replace(DELTA_NET, **changes))
+    return replace(MODEL, layers=(recurrent, recurrent, LAYER))
 
 
 # (class, field) -> models in which it has another value than in MODEL
@@ -123,15 +123,6 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Attention", "fused"): [with_attention(fused=True)],
     ("Attention", "soft_cap"): [with_attention(soft_cap=0.7)],
     ("Attention", "sinks"): [with_attention(sinks=True)],
-    ("Attention", "output_gate"): [
-        with_attention(output_gate=True),
-        with_attention(output_gate=True, qk_norm="head"),
-    ],
-    ("GatedDeltaNet", "num_key_heads"): [with_delta_net(num_key_heads=4)],
-    ("GatedDeltaNet", "num_value_heads"): [with_delta_net(num_value_heads=6)],
-    ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
-    ("GatedDeltaNet", "value_dim"): [with_delta_net(value_dim=16)],
-    ("GatedDeltaNet", "conv_kernel"): [with_delta_net(conv_kernel=2)],
     ("Attention", "v_norm"): [with_attention(v_norm=True)],
     ("Attention", "keys_are_values"): [
         with_attention(keys_are_values=True, qk_norm="head", v_norm=True)
@@ -143,6 +134,15 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
             layers=(LAYER, replace(LAYER, mixer=replace(READER, soft_cap=0.7, window=9)), LAYER),
         ),
     ],
+    ("Attention", "output_gate"): [
+        with_attention(output_gate=True),
+        with_attention(output_gate=True, qk_norm="head"),
+    ],
+    ("GatedDeltaNet", "num_key_heads"): [with_delta_net(num_key_heads=4)],
+    ("GatedDeltaNet", "num_value_heads"): [with_delta_net(num_value_heads=6)],
+    ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
+    ("GatedDeltaNet", "value_dim"): [with_delta_net(value_dim=16)],
+    ("GatedDeltaNet", "conv_kernel"): [with_delta_net(conv_kernel=2)],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
     ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
