@@ -11,8 +11,12 @@ differs from its default, and so is every kind and every choice: `features` name
 does not list (engine/backends). So what is added here is refused everywhere until a backend says that it computes it.
 """
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
+
+from .linears import Fold as Fold
+from .linears import LinearGroup as LinearGroup
+from .recurrent import GatedDeltaNet as GatedDeltaNet
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
 _MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
@@ -84,57 +88,6 @@ class Attention:
         has_values = self.kv_source is None and not self.keys_are_values and not self.v_norm
         before = () if norm is None else (Fold("norm", norm, qkv.modules),)
         return (*before, heads) if has_values else before
-
-
-@dataclass(frozen=True, slots=True)
-class GatedDeltaNet:
-    """Linear attention whose state each token decays and corrects (gated delta rule, Yang et al. 2024), per value head:
-
-    [q k v] = silu(conv(qkv)), z, b, a: linears of x; conv: causal, one filter of conv_kernel taps for each channel
-    q = q / |q| / sqrt(key_dim), k = k / |k|, beta = sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias))
-    S = decay * S;  S = S + k (beta * (v - S^T k))^T;  o = S^T q     S [key_dim, value_dim], zeros before token 0
-    out(norm(o) * w * silu(z))
-
-    Each key head serves num_value_heads / num_key_heads consecutive value heads. What a request carries from token to
-    token: S, and the last conv_kernel - 1 inputs of the convolution.
-    """
-
-    KIND: ClassVar = "gated_delta_net"
-    AS_STORED: ClassVar = ("linear_attn.A_log", "linear_attn.dt_bias")  # exponents, never rounded
-    num_key_heads: int
-    num_value_heads: int
-    key_dim: int  # of a head
-    value_dim: int
-    conv_kernel: int  # taps, the token's own included
-
-    @property
-    def channels(self) -> int:
-        """Of the convolution: queries, keys and values side by side."""
-        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
-
-    @property
-    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of what a request carries, in float32: the convolution's last inputs, oldest first, and S of every value
-        head."""
-        return (
-            (self.conv_kernel - 1, self.channels),
-            (self.num_value_heads, self.key_dim, self.value_dim),
-        )
-
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup, LinearGroup]":
-        """q, k, v and z; b, a; out."""
-        values = self.num_value_heads * self.value_dim
-        names = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
-        return (
-            LinearGroup(names[:2], (self.channels, values), hidden_size, "column"),
-            LinearGroup(names[2:], (self.num_value_heads,) * 2, hidden_size, "column", dense=True),
-            LinearGroup(("linear_attn.out_proj",), (hidden_size,), values, "row"),
-        )
-
-    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
-        """norm: before it."""
-        qkv_z, b_a, _ = self.groups(1)
-        return () if norm is None else (Fold("norm", norm, qkv_z.modules, b_a.modules),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,56 +238,6 @@ NORMS_AFTER = Norms(
     before_mlp=None,
     after_mlp="post_feedforward_layernorm",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class LinearGroup:
-    """Linears that read the same input: computed together, quantized alike. Their outputs stand side by side."""
-
-    KIND: ClassVar = "linear_group"
-    modules: tuple[str, ...]  # names within the layer; "*" where there are num_experts of each
-    out_features: tuple[int, ...]  # of each
-    in_features: int
-    parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
-    num_experts: int | None = None  # so many of every weight [out, in], one an expert; None: one
-    dense: bool = False  # too small and too sensitive to be quantized
-
-    def members(self) -> "tuple[LinearGroup, ...]":
-        """One group for each expert, each with names of its own; of a group without experts, itself."""
-        if self.num_experts is None:
-            return (self,)
-        return tuple(
-            replace(
-                self,
-                modules=tuple(name.replace("*", str(expert)) for name in self.modules),
-                num_experts=None,
-            )
-            for expert in range(self.num_experts)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """`source` may be divided by a factor per output channel if the columns of `consumers` are multiplied by it:
-
-    norm   y = norm(x) * w       w / s, columns * s (w + 1 where the norm stores an offset)
-    rows   up_proj -> down_proj  rows / s, columns * s: what lies between is elementwise and linear in the source
-    heads  v_proj -> o_proj      as rows; every query head that reads a kv channel shares its factor, so it is exact
-                                 under grouped-query attention too (softmax weights mix positions, never channels)
-
-    q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact. A source that holds
-    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up.
-    """
-
-    kind: Literal["norm", "rows", "heads"]
-    source: str
-    consumers: tuple[str, ...]
-    dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers, gates
-
-    @property
-    def reads(self) -> str:
-        """A module whose inputs are the source's outputs, of every token. (An expert sees some of them.)"""
-        return (self.dense or self.consumers)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 8
+#define NB_ABI_VERSION 9
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -74,6 +74,7 @@ struct NbAttention {
   float scale;                       // of queries times keys
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
+  int32_t output_gate;               // qkv gives [query, gate] of each head; what it gives is times sigmoid(gate)
   int32_t reads_only;                // keys and values are another layer's: there are only queries
   int32_t keys_are_values;           // values are the keys before norm and rotation: there are only queries and keys
   int64_t cache_offset;              // of its keys and values (or those it reads): bytes of a block in what lies before
@@ -81,6 +82,17 @@ struct NbAttention {
   const float* k_norm;
   const float* v_norm;               // [head_dim] or null
   NbLinearGroup qkv, o;
+};
+
+// See delta_net.h.
+struct NbDeltaNet {
+  int32_t key_heads, value_heads, key_dim, value_dim;
+  int32_t taps;                      // of the convolution, the token's own included
+  const float* filters;              // [taps, channels], oldest first
+  const float* rate;                 // [value_heads] log of the decay of a step of length 1
+  const float* dt_bias;              // [value_heads]
+  const float* norm;                 // [value_dim]
+  NbLinearGroup in, out;             // q, k and v; z; b; a: side by side
 };
 
 struct NbGatedMlp {
@@ -105,13 +117,14 @@ struct NbPerLayerInputs {
   NbLinearGroup projection;
 };
 
-// Norms are [hidden] or null.
+// Norms are [hidden] or null, and so is one of the mixers.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
   const float* before_mlp;
   const float* after_mlp;
   const NbAttention* attention;
+  const NbDeltaNet* delta_net;
   const NbGatedMlp* mlp;
   const NbPerLayerInput* per_layer_input;  // or null
   float scalar;                      // what leaves the layer is multiplied by it
@@ -136,6 +149,11 @@ struct NbItem {
   int32_t count, start, table;
 };
 
+// Where an item's recurrent state is read (-1: it is zero) and written, and which pairs of snapshots are its own.
+struct NbItemState {
+  int32_t read, write, snapshot, num_snapshots;
+};
+
 struct NbBatch {
   int32_t num_tokens, num_items;
   const int32_t* tokens;             // [num_tokens]
@@ -144,6 +162,10 @@ struct NbBatch {
   uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h
   int64_t num_blocks;
   int32_t cache_int8;                // else bfloat16
+  float* states;                     // of each layer that has one [slots][inputs, matrices], see delta_net.h
+  int64_t num_slots;
+  const NbItemState* item_states;
+  const int32_t* snapshots;          // pairs: after how many of an item's tokens its state goes to which slot, too
 };
 
 struct NbPool;

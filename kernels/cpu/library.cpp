@@ -103,19 +103,26 @@ void place_inputs(Arena& arena, StepBuffers& b, const InputSize* sizes, size_t r
 void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch) {
   size_t rows = batch.num_tokens;
   place_inputs(arena, b, sizes, rows);
-  size_t qkv = 0, queries = 0, inner = 0;
+  size_t qkv = 0, queries = 0, attended = 0, channels = 0, inner = 0;
   bool wanted[kQueryTile + 1] = {};
   for (int l = 0; l < m.num_layers; l++) {
-    const NbAttention& a = *m.layers[l].attention;
-    qkv = std::max(qkv, size_t(a.num_heads + 2 * a.num_kv_heads) * a.head_dim);
-    queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
     inner = std::max(inner, size_t(m.layers[l].mlp->intermediate));
+    if (const NbDeltaNet* d = m.layers[l].delta_net) {
+      qkv = std::max(qkv, size_t(width_of(*d)));
+      channels = std::max(channels, size_t(channels_of(*d)));
+      attended = std::max(attended, size_t(d->value_heads) * d->value_dim);
+      continue;
+    }
+    const NbAttention& a = *m.layers[l].attention;
+    qkv = std::max(qkv, size_t(qkv_width(a)));
+    queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
     wanted[unit_tokens(a)] = true;
   }
   if (m.per_layer_inputs) inner = std::max(inner, size_t(m.per_layer_inputs->width));
   b.qkv = arena.take<float>(rows * qkv);
   b.queries = arena.take<uint16_t>(rows * queries);
-  b.attended = arena.take<float>(rows * queries);
+  b.attended = arena.take<float>(rows * std::max(queries, attended));
+  b.convolved = arena.take<float>(rows * channels);
   b.inner = arena.take<float>(rows * inner);
   b.y = arena.take<float>(rows * m.hidden);
   b.per_layer = arena.take<float>(m.per_layer_inputs ? rows * m.num_layers * m.per_layer_inputs->width : 0);
@@ -179,10 +186,12 @@ void nb_pool_free(NbPool* pool) {
 void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float* hidden) {
   InputSize sizes[NB_MAX_INPUTS];
   for (int l = 0; l < model->num_layers; l++) {
-    const NbAttention& attention = *model->layers[l].attention;
-    const NbGatedMlp& mlp = *model->layers[l].mlp;
-    for (const NbLinearGroup* group : {&attention.qkv, &attention.o, &mlp.gate_up, &mlp.down}) widen(sizes, *group);
-    if (const NbPerLayerInput* input = model->layers[l].per_layer_input)
+    const NbLayer& layer = model->layers[l];
+    const NbAttention* a = layer.attention;
+    const NbDeltaNet* d = layer.delta_net;
+    for (const NbLinearGroup* group : {a ? &a->qkv : &d->in, a ? &a->o : &d->out, &layer.mlp->gate_up, &layer.mlp->down})
+      widen(sizes, *group);
+    if (const NbPerLayerInput* input = layer.per_layer_input)
       for (const NbLinearGroup* group : {&input->gate, &input->projection}) widen(sizes, *group);
   }
   if (model->per_layer_inputs) widen(sizes, model->per_layer_inputs->projection);

@@ -1,5 +1,7 @@
 """A request whose numbers break, with real decoders: nothing of it is left to those that come after."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,7 +18,11 @@ BAD = 7  # a token whose embedding is NaN
 NUM_BLOCKS, BLOCK_SIZE = 4, 16
 
 
-@pytest.fixture(scope="module", params=[("torch", "qwen3"), ("cpp", "qwen3"), ("torch", "qwen3.5")])
+@pytest.fixture(
+    scope="module",
+    params=itertools.product(("torch", "cpp"), ("qwen3", "qwen3.5")),
+    ids="-".join,
+)
 def runner(request, tmp_path_factory) -> Runner:
     backend, name = request.param
     if backend == "cpp" and (why := library.why_missing()):

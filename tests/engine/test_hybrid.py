@@ -17,7 +17,7 @@ from . import models
 TURNS, ASKED, ANSWERED = 10, 9, 21
 
 
-@pytest.fixture(scope="module", params=["torch"])
+@pytest.fixture(scope="module", params=["torch", "cpp"])
 def runner(request, tmp_path_factory) -> Runner:
     native = request.param == "cpp"
     if native and (why := library.why_missing()):

@@ -24,6 +24,7 @@ _STRUCTURES = (
     lib.NbLinearGroup,
     lib.NbRope,
     lib.NbAttention,
+    lib.NbDeltaNet,
     lib.NbGatedMlp,
     lib.NbPerLayerInput,
     lib.NbPerLayerInputs,

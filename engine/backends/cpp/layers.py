@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedMlp, PerLayerInputs, Rope
+from ....architectures.base import Attention, GatedDeltaNet, GatedMlp, PerLayerInputs, Rope
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.library import (
     NbAttention,
+    NbDeltaNet,
     NbGatedMlp,
     NbLayer,
     NbPerLayerInput,
@@ -22,6 +23,7 @@ from ....kernels.cpu.library import (
 )
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..torch.layers import inverse_frequencies
+from ..weights import DeltaNetWeights
 
 
 @dataclass(slots=True)
@@ -86,6 +88,7 @@ class CppAttention:
             spec.scale,
             beta,
             length,
+            spec.output_gate,
             spec.kv_source is not None,
             spec.keys_are_values,
             cache_offset,
@@ -94,6 +97,43 @@ class CppAttention:
             pointer(self.v_norm),
             self.qkv.struct(),
             self.o.struct(),
+        )
+        return self.struct
+
+
+@dataclass(slots=True)
+class CppDeltaNet:
+    """Groups q, k, v, z, b, a and out."""
+
+    spec: GatedDeltaNet
+    inputs: PreparedGroup
+    out: PreparedGroup
+    weights: DeltaNetWeights
+    struct: NbDeltaNet = field(init=False)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return [self.inputs, self.out]
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """None: it has no keys and values."""
+        return 0
+
+    def point(self, ropes: CppRopes, cache_offset: int) -> NbDeltaNet:
+        """Make the structure."""
+        spec, weights = self.spec, self.weights
+        self.struct = NbDeltaNet(
+            spec.num_key_heads,
+            spec.num_value_heads,
+            spec.key_dim,
+            spec.value_dim,
+            spec.conv_kernel,
+            pointer(weights.taps),
+            pointer(weights.rate),
+            pointer(weights.dt_bias),
+            pointer(weights.norm),
+            self.inputs.struct(),
+            self.out.struct(),
         )
         return self.struct
 
@@ -165,7 +205,7 @@ class CppPerLayerInputs:
 class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
-    mixer: CppAttention
+    mixer: CppAttention | CppDeltaNet
     mlp: CppGatedMlp
     before_mixer: Tensor | None
     after_mixer: Tensor | None
@@ -181,10 +221,12 @@ class CppLayer:
 
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
+        mixer = self.mixer.point(ropes, cache_offset)
         told = self.per_layer_input
         return NbLayer(
             *map(pointer, norms),
-            ctypes.pointer(self.mixer.point(ropes, cache_offset)),
+            ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
             ctypes.pointer(self.mlp.struct),
             None if told is None else ctypes.pointer(told.struct),
             self.scalar,

@@ -18,7 +18,14 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import CppDecoder
-from .layers import CppAttention, CppGatedMlp, CppLayer, CppPerLayerInput, CppPerLayerInputs
+from .layers import (
+    CppAttention,
+    CppDeltaNet,
+    CppGatedMlp,
+    CppLayer,
+    CppPerLayerInput,
+    CppPerLayerInputs,
+)
 from .prepared_cache import PreparedCache
 
 # of the kernels' scratch memory
@@ -53,6 +60,8 @@ class CppBackend:
             "attention.qk_norm=head",
             "attention.qk_norm=all",
             "attention.query_scaling",
+            "attention.output_gate",
+            "gated_delta_net",
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
@@ -96,15 +105,18 @@ class CppBackend:
         if reason := unknown_feature(self.features, layer, model):
             return reason
         mixer = layer.mixer
-        if not isinstance(mixer, Attention):
-            return f"does not compute {mixer.KIND}"
-        shared = mixer.num_heads // mixer.num_kv_heads
-        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
-            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
+        if isinstance(mixer, Attention):
+            if reason := self._why_not_attend(mixer):
+                return reason
+        elif mixer.key_dim % 16 or mixer.value_dim % 16:
+            return (
+                f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
+            )
+        *_, out = mixer.groups(model.hidden_size)
         sizes: tuple[int, ...] = (
             model.hidden_size,
             layer.mlp.intermediate_size,
-            mixer.num_heads * mixer.head_dim,
+            out.in_features,
         )
         if (told := model.per_layer_inputs) is not None:
             sizes += (told.width,)
@@ -114,6 +126,14 @@ class CppBackend:
         ropes = {(each.rope, each.head_dim) for each in attention}
         if len(ropes) > lib.MAX_ROPES:
             return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
+        return None
+
+    def _why_not_attend(self, mixer: Attention) -> str | None:
+        shared = mixer.num_heads // mixer.num_kv_heads
+        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
+            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
+        if mixer.output_gate and mixer.qk_norm == "all":
+            return "has no norm of all heads where gates lie between them"
         return None
 
     def load(
@@ -180,18 +200,7 @@ class _Loader:
         model, weights = self.weights.model, self.weights
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
         norms = spec.norms
-        if not isinstance(spec.mixer, Attention):
-            raise TypeError(f"layer {index} was refused, and is loaded")
-        qkv, o, gate_up, down = model.groups(index)
-
-        def prepared(group: LinearGroup, scale: float = 1.0, parts: int = 1) -> PreparedGroup:
-            shapes = [
-                (out // parts, group.in_features)
-                for out in group.out_features
-                for _ in range(parts)
-            ]
-            read = partial(weights.group, index, group, parts)
-            return self._prepared(prefix + group.modules[0], shapes, read, scale)
+        gate_up, down = spec.mlp.groups(model.hidden_size)
 
         def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
@@ -201,17 +210,12 @@ class _Loader:
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
         return CppLayer(
-            CppAttention(
-                spec.mixer,
-                prepared(qkv),
-                prepared(o, 1.0 if norms.after_mixer else scale),
-                *weights.head_norms(index, spec.mixer),
-                torch.ones(spec.mixer.head_dim) if spec.mixer.v_norm else None,
-            ),
+            self._mixer(index, 1.0 if norms.after_mixer else scale),
             CppGatedMlp(
                 spec.mlp,
-                prepared(gate_up, parts=2 // len(gate_up.modules)),  # two products, however stored
-                prepared(down, 1.0 if norms.after_mlp else scale),
+                # two products, however stored
+                self._layer_group(index, gate_up, parts=2 // len(gate_up.modules)),
+                self._layer_group(index, down, 1.0 if norms.after_mlp else scale),
             ),
             norm(norms.before_mixer),
             norm(norms.after_mixer, scale),
@@ -231,6 +235,32 @@ class _Loader:
             self._lone(f"{prefix}per_layer_projection", hidden, spec.width),
             self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
+
+    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet:
+        """scale: of what it gives."""
+        mixer = self.weights.model.layers[index].mixer
+        *inputs, out = mixer.groups(self.weights.model.hidden_size)
+        groups = [self._layer_group(index, group) for group in inputs]
+        last = self._layer_group(index, out, scale)
+        if isinstance(mixer, Attention):
+            norms = self.weights.head_norms(index, mixer)
+            v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
+            return CppAttention(mixer, groups[0], last, *norms, v_norm)
+        together = PreparedGroup(
+            [linear for group in groups for linear in group.linears], groups[0].int8
+        )
+        return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
+
+    def _layer_group(
+        self, index: int, group: LinearGroup, scale: float = 1.0, parts: int = 1
+    ) -> PreparedGroup:
+        """One of a layer's, each linear in so many parts."""
+        shapes = [
+            (out // parts, group.in_features) for out in group.out_features for _ in range(parts)
+        ]
+        name = f"{self.weights.model.layer_name(index)}.{group.modules[0]}"
+        read = partial(self.weights.group, index, group, parts)
+        return self._prepared(name, shapes, read, scale)
 
     def _per_layer_inputs(self) -> CppPerLayerInputs | None:
         model = self.weights.model

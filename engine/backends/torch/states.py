@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ....architectures.base import LayerSpec
-from ...scheduling.batch import ScheduledRequest
 from ..batch import Batch
 from .attention import zero_pages
 
@@ -72,9 +71,11 @@ class StateStep:
 
     @classmethod
     def build(cls, batch: Batch, device: torch.device) -> "StateStep":
-        decodes = [_pieces(item, 0)[0] for item in batch.items[: batch.num_decodes]]
-        chunks = batch.items[batch.num_decodes :]
-        starts = batch.query_start_loc[batch.num_decodes :]
+        pieces = [
+            _pieces(batch, index, row)
+            for index, row in enumerate(batch.query_start_loc[: len(batch)])
+        ]
+        decodes = [of_item[0] for of_item in pieces[: batch.num_decodes]]
         writes = [(row, slot) for row, piece in enumerate(decodes) for slot in piece.writes]
 
         def integers(values: list[int]) -> Tensor:
@@ -86,26 +87,20 @@ class StateStep:
             torch.tensor([piece.read is None for piece in decodes], device=device),
             integers([row for row, _ in writes]),
             integers([slot for _, slot in writes]),
-            [
-                piece
-                for item, row in zip(chunks, starts, strict=False)
-                for piece in _pieces(item, row)
-            ],
+            [piece for of_item in pieces[batch.num_decodes :] for piece in of_item],
         )
 
 
-def _pieces(item: ScheduledRequest, row: int) -> list[Piece]:
-    """row: of the item's first token."""
-    own = item.request.state_slot
-    if own is None:
-        raise ValueError(f"request {item.request.request_id} has no slot for its state")
-    read = None if item.start == 0 else own if item.state_from is None else item.state_from
-    pieces, first = [], item.start
-    for position, slot in [*item.snapshots, (item.end, own)]:
-        if position > first:
-            rows = slice(row + first - item.start, row + position - item.start)
-            pieces.append(Piece(rows, read, [own]))
-            first, read = position, own
+def _pieces(batch: Batch, index: int, row: int) -> list[Piece]:
+    """Of an item whose first token is this row."""
+    read, own, snapshot, count = batch.states[index]
+    pieces, first = [], 0
+    ends = [*batch.snapshots[snapshot : snapshot + count], (batch.items[index].num_tokens, own)]
+    for end, slot in ends:
+        if end > first:
+            rows = slice(row + first, row + end)
+            pieces.append(Piece(rows, None if read < 0 else read, [own]))
+            first, read = end, own
         if slot != own:
             pieces[-1].writes.append(slot)
     return pieces
