@@ -54,7 +54,7 @@ def _layers_of_experts(model: ModelSpec) -> Iterator[tuple[str, Experts]]:
 
 @dataclass(frozen=True, slots=True)
 class _Stack:
-    """The matrices of all experts in one tensor: [in_features, out_features] each instead of the usual if it says so."""
+    """The matrices of all experts in one tensor, [out_features, in_features] each or the other way round."""
 
     name: str
     entry: TensorEntry
