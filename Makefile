@@ -77,8 +77,8 @@ mutants: $(VENV)/.installed-dev
 test-robust: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -s tests/quant/conversion/test_robustness.py
 
-# The whole attack on the server (tests/attack): three quarters of an hour, or a quarter with QUICK=1; CI soaks for 3 minutes. The full
-# run writes its table into docs/RELIABILITY.md. Arguments go through: make test-server ARGS='-k soak'
+# The whole attack on the server (tests/attack): three quarters of an hour, or a quarter with QUICK=1; CI soaks for 3
+# minutes. The full run writes its table into docs/RELIABILITY.md. Arguments go through: make test-server ARGS='-k soak'
 QUICK ?=
 SOAK_MINUTES ?= $(if $(QUICK),0.5,$(if $(CI),3,30))
 test-server: $(VENV)/.installed-dev

@@ -49,13 +49,19 @@ class Attention:
     sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
+    v_norm: bool = False  # RMSNorm of every value head, without a weight
+    keys_are_values: bool = (
+        False  # no v_proj: values are what k_proj gives, before k_norm and rotation
+    )
+    kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """q, k, v; o."""
+        """q, k, v as far as there are; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        names = tuple(f"self_attn.{name}_proj" for name in "qkv")
-        sizes: tuple[int, ...] = (queries, keys, keys)
+        own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
+        names = tuple(f"self_attn.{name}_proj" for name in own)
+        sizes: tuple[int, ...] = (queries, keys, keys)[: len(own)]
         if self.fused:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
@@ -264,6 +270,20 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
+class PerLayerInputs:
+    """What every layer is told of the token once more, behind its feed-forward (Gemma 3n and 4):
+
+    x += norm(projection(activation(gate(x)) * input)),
+    input = (norm(projection of the embedding) + own embedding) / sqrt(2)
+    """
+
+    KIND: ClassVar = "per_layer_inputs"
+    width: int  # of a layer's input
+    vocab_size: int
+    activation: Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One decoder layer."""
 
@@ -271,13 +291,16 @@ class LayerSpec:
     mixer: Attention
     mlp: FeedForward
     norms: Norms = Norms()
+    scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
         qkv, out = self.mixer.groups(hidden_size)
-        found = [Fold("heads", qkv.modules[-1], out.modules)]
+        found = []
         if self.norms.before_mixer is not None:
-            found.insert(0, Fold("norm", self.norms.before_mixer, qkv.modules))
+            found.append(Fold("norm", self.norms.before_mixer, qkv.modules))
+        if qkv.modules[-1].endswith(("v_proj", "qkv_proj")) and not self.mixer.v_norm:
+            found.append(Fold("heads", qkv.modules[-1], out.modules))
         return (*found, *self.mlp.folds(self.norms.before_mlp))
 
 
@@ -297,6 +320,7 @@ class ModelSpec:
     residual_scale: float = 1.0  # of what mixers and feed-forwards add
     logits_scale: float = 1.0  # before the soft cap
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    per_layer_inputs: PerLayerInputs | None = None
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
 

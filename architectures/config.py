@@ -29,6 +29,7 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
         "original_max_position_embeddings",
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "proportional": (),  # the share of a head that turns, as if all of it did
 }
 _YARN_OPTIONAL = {"beta_fast": 32.0, "beta_slow": 1.0}  # what it may have, and else has
 
@@ -58,6 +59,11 @@ class Config:
                 f"config.json: {name} is more than {limit}, the most that is read"
             )
         return value
+
+    def count(self, name: str, default: int) -> int:
+        """A size that may be 0."""
+        value = self.get(name, default)
+        return 0 if value == 0 and not isinstance(value, bool) else self.size(name, default)
 
     def optional_size(self, name: str) -> int | None:
         """None where the file says null or nothing."""
@@ -161,6 +167,9 @@ class Config:
             raise CheckpointError(f"config.json: {scaling} rope scaling needs {missing[0]}")
         settings = {name: values.positive(name, 0.0) for name in needed}
         factor = 1.0
+        if scaling == "proportional":
+            settings["share"] = values.positive("partial_rotary_factor", 1.0)
+            settings["factor"] = values.positive("factor", 1.0)
         if scaling == "yarn":
             settings |= {name: values.positive(name, d) for name, d in _YARN_OPTIONAL.items()}
             settings["truncate"] = float(values.flag("truncate", True))
@@ -169,7 +178,7 @@ class Config:
             values.positive("rope_theta", self.positive("rope_theta", theta)),
             scaling,
             tuple(settings.items()),
-            dim=self._rotary_dim(values),
+            dim=None if scaling == "proportional" else self._rotary_dim(values),
             attention_factor=factor,
         )
 

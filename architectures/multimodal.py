@@ -14,6 +14,8 @@ CLASSES = frozenset(
     f"{name}ForConditionalGeneration"
     for name in (
         "Gemma3",
+        "Gemma4",
+        "Gemma4Unified",
         "Idefics3",
         "InternVL",
         "Llava",

@@ -11,7 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from . import dots, gemma, granite, llama, ministral, mistral, olmo, phi, qwen, seed_oss, smollm3
+from . import (
+    dots,
+    gemma,
+    gemma4,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    seed_oss,
+    smollm3,
+)
 from .base import ModelSpec
 from .config import Config
 from .gguf import GgufFamily
@@ -49,6 +62,8 @@ ARCHITECTURES = (
     Architecture("Dots1ForCausalLM", "dots1", dots.dots1),
     Architecture("GemmaForCausalLM", "gemma", gemma.gemma),
     Architecture("Gemma2ForCausalLM", "gemma2", gemma.gemma2),
+    Architecture("Gemma4ForCausalLM", "gemma4_text", gemma4.spec),
+    Architecture("Gemma4UnifiedForCausalLM", "gemma4_unified_text", gemma4.unified),
     Architecture("Gemma3ForCausalLM", "gemma3_text", gemma.gemma3, ("gemma3", gemma.GEMMA3_GGUF)),
 )
 GGUF = {entry.gguf[0]: entry.gguf[1] for entry in ARCHITECTURES if entry.gguf is not None}

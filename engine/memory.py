@@ -34,12 +34,12 @@ class MemoryPlan:
 
 
 def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    """Keys and values of all layers; in 8 bits, with a float32 scale for each head."""
+    """Keys and values of all layers that have their own; in 8 bits, with a float32 scale for each head."""
 
     def vector(head_dim: int) -> int:
         return head_dim * dtype.itemsize if cache_dtype == "auto" else head_dim + 4
 
-    mixers = (layer.mixer for layer in model.layers)
+    mixers = (layer.mixer for layer in model.layers if layer.mixer.kv_source is None)
     return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in mixers)
 
 

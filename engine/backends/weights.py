@@ -82,6 +82,17 @@ class ModelWeights:
         """[vocab_size, hidden_size]"""
         return self.checkpoint.dense(f"{self.model.prefix}embed_tokens", dtype)
 
+    def per_layer_embedding(self, dtype: torch.dtype) -> Tensor:
+        """[vocab_size, num_layers * width] of PerLayerInputs."""
+        spec, name = self.model.per_layer_inputs, f"{self.model.prefix}embed_tokens_per_layer"
+        if spec is None:
+            raise ValueError("a model without inputs for every layer")
+        if not self.checkpoint.is_quantized(name):
+            self._check_shape(
+                f"{name}.weight", (spec.vocab_size, self.model.num_layers * spec.width)
+            )
+        return self.checkpoint.dense(name, dtype)
+
     def norm(self, name: str, width: int) -> Tensor:
         """What a normed vector is multiplied by, float32 [width]. name: of the module."""
         self._check_shape(f"{name}.weight", (width,))
@@ -106,14 +117,17 @@ class ModelWeights:
     def head_norms(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Of query and key heads, float32: [head_dim], or of all heads at once [heads * head_dim]."""
         mixer, prefix = self.model.layers[layer].mixer, self.model.layer_name(layer)
+
+        def norm(name: str, heads: int) -> Tensor:
+            width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
+            return self.norm(f"{prefix}.self_attn.{name}", width)
+
         if mixer.qk_norm is None:
             return None, None
-        heads = (mixer.num_heads, mixer.num_kv_heads) if mixer.qk_norm == "all" else (1, 1)
-        q_norm, k_norm = (
-            self.norm(f"{prefix}.self_attn.{name}", mixer.head_dim * count)
-            for name, count in zip(("q_norm", "k_norm"), heads, strict=True)
+        has_keys = mixer.kv_source is None
+        return norm("q_norm", mixer.num_heads), (
+            norm("k_norm", mixer.num_kv_heads) if has_keys else None
         )
-        return q_norm, k_norm
 
     def final_norm(self) -> Tensor:
         return self.norm(f"{self.model.prefix}norm", self.model.hidden_size)
@@ -141,6 +155,11 @@ class ModelWeights:
     def _has_head(self) -> bool:
         head = self.model.head
         return self.checkpoint.has(f"{head}.weight") or head in self.checkpoint.modules()
+
+    def linear(self, module: str, out_features: int, in_features: int) -> Linear:
+        """A linear that is of no group, by its full name."""
+        weight = self._linear(module, (out_features, in_features))
+        return Linear(weight, self.checkpoint.bias(module))
 
     def _linear(self, module: str, shape: tuple[int, int]) -> Weight:
         weight = self.checkpoint.linear(module)

@@ -17,7 +17,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 5
+#define NB_ABI_VERSION 6
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -72,8 +72,12 @@ struct NbAttention {
   float scale;                       // of queries times keys
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
+  int32_t reads_only;                // keys and values are another layer's: there are only queries
+  int32_t keys_are_values;           // values are the keys before norm and rotation: there are only queries and keys
+  int64_t cache_offset;              // of its keys and values (or those it reads): bytes of a block in what lies before
   const float* q_norm;               // [head_dim] or [heads * head_dim], or null
   const float* k_norm;
+  const float* v_norm;               // [head_dim] or null
   NbLinearGroup qkv, o;
 };
 
@@ -81,6 +85,22 @@ struct NbGatedMlp {
   int32_t intermediate;
   int32_t activation;                // NbActivation
   NbLinearGroup gate_up, down;
+};
+
+// What a layer is told of the token once more: x += norm(projection(activation(gate(x)) * input)).
+struct NbPerLayerInput {
+  const float* norm;                 // [hidden]
+  NbLinearGroup gate, projection;
+};
+
+// Those inputs, of all layers: (norm(projection(embedded) * projection_scale) + table[token] * table_scale) / sqrt(2)
+struct NbPerLayerInputs {
+  int32_t width;                     // of one
+  int32_t activation;
+  float projection_scale, table_scale;
+  const uint16_t* table;             // bfloat16 [vocab, num_layers * width]
+  const float* norm;                 // [width]
+  NbLinearGroup projection;
 };
 
 // Norms are [hidden] or null.
@@ -91,6 +111,8 @@ struct NbLayer {
   const float* after_mlp;
   const NbAttention* attention;
   const NbGatedMlp* mlp;
+  const NbPerLayerInput* per_layer_input;  // or null
+  float scalar;                      // what leaves the layer is multiplied by it
 };
 
 // Consecutive layers of a model. The first of a model embeds its tokens, the last norms and has the output head.
@@ -102,6 +124,7 @@ struct NbModel {
   const NbRope* ropes;               // at most NB_MAX_ROPES
   const uint16_t* embedding;         // bfloat16 [vocab, hidden]; null: hidden states are given
   const float* norm;                 // [hidden] the final norm; null: layers follow elsewhere
+  const NbPerLayerInputs* per_layer_inputs;  // or null
   NbLinearGroup head;                // no linears: it is elsewhere
 };
 

@@ -95,11 +95,16 @@ struct Step {
     return a.scale * (1.0f + a.query_beta * log1pf((float)(position / a.query_length)));
   }
 
+  static int qkv_width(const NbAttention& a) {
+    int stored = a.reads_only ? 0 : a.keys_are_values ? 1 : 2;
+    return (a.num_heads + stored * a.num_kv_heads) * a.head_dim;
+  }
+
   // Norm, rotate and store a row's queries (bfloat16, [kv_heads][tokens][heads of one][head_dim], scaled), keys and
   // values.
-  void rotate_and_store(int row, const NbAttention& a, const Cache& to) const {
+  void rotate_and_store(Worker& worker, int row, const NbAttention& a, const Cache& to) const {
     int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads, all = a.num_heads * dim;
-    float* qkv = b.qkv + (int64_t)row * (all + 2 * a.num_kv_heads * dim);
+    float* qkv = b.qkv + (int64_t)row * qkv_width(a);
     int turned = m.ropes[a.rope].dim;
     const float *cosines = b.angles[a.rope] + (int64_t)row * turned, *sines = cosines + turned / 2;
     int position = position_of(row), block = batch.tables[batch.items[item_of(row)].table + position / m.block_size];
@@ -117,8 +122,10 @@ struct Step {
       uint16_t* out = b.queries + (((int64_t)(h / shared) * batch.num_tokens + row) * shared + h % shared) * dim;
       for (int d = 0; d < dim; d += 16) f_store_bf16(out + d, f_mul(f_load(q + d), scale));
     }
-    for (int h = 0; h < a.num_kv_heads; h++) {
+    for (int h = 0; h < (a.reads_only ? 0 : a.num_kv_heads); h++) {
       float *k = qkv + (a.num_heads + h) * dim, *v = k + a.num_kv_heads * dim;
+      if (a.keys_are_values) v = (float*)memcpy(worker.scratch, k, sizeof(float) * dim);
+      if (a.v_norm) rms_norm(v, a.v_norm, dim, m.eps, v);
       if (norm_heads) rms_norm(k, a.k_norm, dim, m.eps, k);
       rotate(k, turned, cosines, sines);
       write_cache(to, block, position % m.block_size, h, k, v);
@@ -185,8 +192,8 @@ struct Step {
 
   void attention(Worker& worker, const NbAttention& a, const Cache& kv, const float* after) const {
     int all = a.num_heads * a.head_dim;
-    products(worker, a.qkv, b.qkv, all + 2 * a.num_kv_heads * a.head_dim, false);
-    for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(row, a, kv); });
+    products(worker, a.qkv, b.qkv, qkv_width(a), false);
+    for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(worker, row, a, kv); });
     const nibble::Units& units = b.units[nibble::unit_tokens(a)];
     nibble::parallel(worker, units.count * a.num_kv_heads, [&](int chunk) {
       int unit = units.count - 1 - chunk / a.num_kv_heads;  // long ones first
@@ -202,32 +209,77 @@ struct Step {
     add_product(worker, mlp.down, after);
   }
 
+  // What all layers are told of the tokens once more, into b.per_layer. Embeds the tokens.
+  void per_layer_inputs(Worker& worker, const NbPerLayerInputs& p) const {
+    int width = p.width, all = m.num_layers * width;
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      embed(row);
+      norm_and_prepare(worker, row, nullptr, p.projection);
+    });
+    products(worker, p.projection, b.per_layer, all, false);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      F32 scale = f_set(p.projection_scale), own = f_set(p.table_scale), half = f_set(0.70710678f);
+      for (int l = 0; l < m.num_layers; l++) {
+        float* to = b.per_layer + (int64_t)row * all + l * width;
+        const uint16_t* from = p.table + (int64_t)batch.tokens[row] * all + l * width;
+        for (int i = 0; i < width; i += 16) f_store(to + i, f_mul(f_load(to + i), scale));
+        rms_norm(to, p.norm, width, m.eps, to);
+        for (int i = 0; i < width; i += 16)
+          f_store(to + i, f_mul(f_fma(f_load_bf16(from + i), own, f_load(to + i)), half));
+      }
+    });
+  }
+
+  void per_layer_input(Worker& worker, int l, const NbPerLayerInput& input) const {
+    int width = m.per_layer_inputs->width;
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      add_normed(worker, row, m.layers[l].after_mlp);
+      norm_and_prepare(worker, row, nullptr, input.gate);
+    });
+    products(worker, input.gate, b.inner, width, false);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float* gate = b.inner + (int64_t)row * width;
+      const float* given = b.per_layer + ((int64_t)row * m.num_layers + l) * width;
+      for (int i = 0; i < width; i += 16)
+        f_store(gate + i, f_mul(activate(f_load(gate + i), m.per_layer_inputs->activation), f_load(given + i)));
+      prepare_all(input.projection, inputs, row, gate, (float*)worker.scratch);
+    });
+    products(worker, input.projection, b.y, m.hidden, false);
+  }
+
+  // What is left to do with a row when a layer's last product has been computed.
+  void leave(Worker& worker, int row, const NbLayer& layer) const {
+    add_normed(worker, row, layer.per_layer_input ? layer.per_layer_input->norm : layer.after_mlp);
+    float* hidden = x + (int64_t)row * m.hidden;
+    for (int i = 0; layer.scalar != 1.0f && i < m.hidden; i++) hidden[i] *= layer.scalar;
+  }
+
   void run(Worker& worker) const {
-    const float* last_norm = nullptr;
-    uint8_t* cache = batch.cache;
+    if (m.per_layer_inputs) per_layer_inputs(worker, *m.per_layer_inputs);
     for (int l = 0; l < m.num_layers; l++) {
       const NbLayer& layer = m.layers[l];
       const NbAttention& a = *layer.attention;
       for_rows(worker, batch.num_tokens, [&](int row) {
         if (l == 0) {
-          if (m.embedding) embed(row);
+          if (m.embedding && !m.per_layer_inputs) embed(row);
           angles(row);
+        } else {
+          leave(worker, row, m.layers[l - 1]);
         }
-        add_normed(worker, row, last_norm);
         norm_and_prepare(worker, row, layer.before_mixer, a.qkv);
       });
-      Cache kv{cache, m.block_size, a.head_dim, a.num_kv_heads, batch.cache_int8 != 0};
-      cache += batch.num_blocks * a.num_kv_heads * kv.head_bytes();
+      Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
+               batch.cache_int8 != 0};
       attention(worker, a, kv, layer.after_mixer);
       for_rows(worker, batch.num_tokens, [&](int row) {
         add_normed(worker, row, layer.after_mixer);
         norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);
       });
       gated_mlp(worker, *layer.mlp, layer.after_mlp);
-      last_norm = layer.after_mlp;
+      if (layer.per_layer_input) per_layer_input(worker, l, *layer.per_layer_input);
     }
     for_rows(worker, batch.num_tokens, [&](int row) {
-      add_normed(worker, row, last_norm);
+      leave(worker, row, m.layers[m.num_layers - 1]);
       float* hidden = x + (int64_t)row * m.hidden;
       if (m.norm) rms_norm(hidden, m.norm, m.hidden, m.eps, hidden);
     });

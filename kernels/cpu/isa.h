@@ -26,8 +26,9 @@ struct StepBuffers {
   float* qkv;            // [tokens, heads + 2 kv_heads, head_dim]
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
-  float* inner;          // [tokens, intermediate]
+  float* inner;          // [tokens, intermediate], and what a layer is told once more
   float* y;              // [tokens, hidden]: a product whose norm comes before the sum
+  float* per_layer;      // [tokens, layers, width of their inputs]
   float* angles[NB_MAX_ROPES];  // [tokens, 2, rope dim / 2]: cosines, sines
   int32_t* row_items;    // [tokens] which item a row belongs to
   int32_t* item_rows;    // [items] its first row

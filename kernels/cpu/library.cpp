@@ -112,11 +112,13 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
     inner = std::max(inner, size_t(m.layers[l].mlp->intermediate));
     wanted[unit_tokens(a)] = true;
   }
+  if (m.per_layer_inputs) inner = std::max(inner, size_t(m.per_layer_inputs->width));
   b.qkv = arena.take<float>(rows * qkv);
   b.queries = arena.take<uint16_t>(rows * queries);
   b.attended = arena.take<float>(rows * queries);
   b.inner = arena.take<float>(rows * inner);
   b.y = arena.take<float>(rows * m.hidden);
+  b.per_layer = arena.take<float>(m.per_layer_inputs ? rows * m.num_layers * m.per_layer_inputs->width : 0);
   for (int i = 0; i < m.num_ropes; i++) b.angles[i] = arena.take<float>(rows * m.ropes[i].dim);
   b.row_items = arena.take<int32_t>(rows);
   b.item_rows = arena.take<int32_t>(batch.num_items);
@@ -180,7 +182,10 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
     const NbAttention& attention = *model->layers[l].attention;
     const NbGatedMlp& mlp = *model->layers[l].mlp;
     for (const NbLinearGroup* group : {&attention.qkv, &attention.o, &mlp.gate_up, &mlp.down}) widen(sizes, *group);
+    if (const NbPerLayerInput* input = model->layers[l].per_layer_input)
+      for (const NbLinearGroup* group : {&input->gate, &input->projection}) widen(sizes, *group);
   }
+  if (model->per_layer_inputs) widen(sizes, model->per_layer_inputs->projection);
   StepBuffers buffers;
   Arena measure, arena;
   place_step(measure, buffers, sizes, *model, *batch);
@@ -188,7 +193,7 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   place_step(arena, buffers, sizes, *model, *batch);
   lay_out(buffers, *batch);
   StepJob job{model, batch, &buffers, hidden};
-  team_run(pool->team, pool->kernels->forward, &job, 10 * model->num_layers + 2);
+  team_run(pool->team, pool->kernels->forward, &job, 16 * model->num_layers + 8);
 }
 
 static void place_rows(NbPool* pool, const NbLinearGroup& group, int rows, StepBuffers& buffers) {

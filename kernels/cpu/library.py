@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -76,8 +76,12 @@ class NbAttention(ctypes.Structure):
         ("scale", c_float),
         ("query_beta", c_float),
         ("query_length", c_int32),
+        ("reads_only", c_int32),
+        ("keys_are_values", c_int32),
+        ("cache_offset", c_int64),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
+        ("v_norm", c_void_p),
         ("qkv", NbLinearGroup),
         ("o", NbLinearGroup),
     ]
@@ -92,6 +96,22 @@ class NbGatedMlp(ctypes.Structure):
     ]
 
 
+class NbPerLayerInput(ctypes.Structure):
+    _fields_ = [("norm", c_void_p), ("gate", NbLinearGroup), ("projection", NbLinearGroup)]
+
+
+class NbPerLayerInputs(ctypes.Structure):
+    _fields_ = [
+        ("width", c_int32),
+        ("activation", c_int32),
+        ("projection_scale", c_float),
+        ("table_scale", c_float),
+        ("table", c_void_p),
+        ("norm", c_void_p),
+        ("projection", NbLinearGroup),
+    ]
+
+
 class NbLayer(ctypes.Structure):
     _fields_ = [
         ("before_mixer", c_void_p),
@@ -100,6 +120,8 @@ class NbLayer(ctypes.Structure):
         ("after_mlp", c_void_p),
         ("attention", POINTER(NbAttention)),
         ("mlp", POINTER(NbGatedMlp)),
+        ("per_layer_input", POINTER(NbPerLayerInput)),
+        ("scalar", c_float),
     ]
 
 
@@ -116,6 +138,7 @@ class NbModel(ctypes.Structure):
         ("ropes", POINTER(NbRope)),
         ("embedding", c_void_p),
         ("norm", c_void_p),
+        ("per_layer_inputs", POINTER(NbPerLayerInputs)),
         ("head", NbLinearGroup),
     ]
 

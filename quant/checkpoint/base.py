@@ -111,7 +111,18 @@ class Checkpoint(ABC):
 
     def dense(self, module: str, dtype: torch.dtype | None = None) -> Tensor:
         """The weight of a module as a dense matrix in the checkpoint's own order, dequantized where need be."""
-        weight = self.linear(module)
+        weight = self.dense_part(module, dtype=dtype)
+        return weight if dtype is None else weight.to(dtype)
+
+    def dense_part(
+        self,
+        module: str,
+        rows: slice = _ALL,
+        cols: slice = _ALL,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Some rows and columns of it, as stored or dequantized to dtype (None: float32)."""
+        weight = self.linear(module, rows, cols)
         if isinstance(weight, QuantizedWeight):
             return weight.dequantize(dtype or torch.float32)
-        return weight if dtype is None else weight.to(dtype)
+        return weight

@@ -51,7 +51,8 @@ class BlockResult:
 
 
 class Activations:
-    """What enters the next block: hidden states [n, T, hidden], and each block's other arguments for them."""
+    """What enters the next block: hidden states [n, T, hidden] and what is carried behind them (carried.py), and each
+    block's other arguments for them."""
 
     def __init__(
         self,
@@ -67,9 +68,9 @@ class Activations:
         a block, only as many windows go at once as it allows.
         """
         self.at_once = windows_at_once(source, samples.token_ids.shape[1], bound)
-        nbytes = samples.token_ids.numel() * source.config.hidden_size * 4
+        nbytes = samples.token_ids.numel() * source.carried.width * 4
         if folder is not None and nbytes > bound and source.device.type == "cpu":
-            self.hidden = _on_disk((*samples.token_ids.shape, source.config.hidden_size), folder)
+            self.hidden = _on_disk((*samples.token_ids.shape, source.carried.width), folder)
             for first in range(0, len(self.hidden), self.at_once):
                 part = slice(first, first + self.at_once)
                 self.hidden[part] = (
@@ -132,7 +133,7 @@ def quantize_block(
     cache = KeyValueRange()
     if recipe.method == "fp8":
         _quantize_float(block, full, groups, activations, index, cache, recipe.fp8_layer, result)
-        result.scales = cache.scales() if recipe.kv_scales else {}
+        result.scales = _kv_scales(source, index, cache, recipe)
         return result
     if activations is None:
         raise ValueError(f"{recipe.method} needs activations")
@@ -174,8 +175,15 @@ def quantize_block(
     if lack := too_few(block):
         result.note = f"{source.name(index)}: {lack}"
         logger.info("%s", result.note)
-    result.scales = cache.scales() if recipe.kv_scales else {}
+    result.scales = _kv_scales(source, index, cache, recipe)
     return result
+
+
+def _kv_scales(
+    source: BlockSource, index: int, cache: KeyValueRange, recipe: Recipe
+) -> dict[str, Tensor]:
+    has_keys = source.spec.layers[index].mixer.kv_source is None
+    return cache.scales() if recipe.kv_scales and has_keys else {}
 
 
 def _quantize_float(

@@ -7,6 +7,7 @@ recorded from a dry run of its own forward in which every block is replaced by a
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
+from .carried import Carried
 from .experts import unroll
 
 
@@ -44,6 +46,7 @@ class BlockSource:
                 file=checkpoint.path,
                 fix="correct config.json, or take the original one",
             ) from error
+        self.carried = Carried(self.spec)
         self._model = causal_lm.model
         self._layers = list(self._model.layers)
         self._check_shapes()
@@ -112,10 +115,17 @@ class BlockSource:
             state[name] = tensor.to(self.device)
         block.load_state_dict(state, assign=True)
         ready: nn.Module = block.requires_grad_(False).eval()
+        told = None
+        if self.spec.per_layer_inputs is not None:
+            told = partial(self._per_layer_input, index)
+        self.carried.attach(ready, index, told)
         return ready
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids [n, T] -> hidden states [n, T, hidden], as the first block sees them."""
+        """token_ids [n, T] -> activations [n, T, carried.width], as the first block takes them."""
+        return self.carried.start(self._embed(token_ids), token_ids)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
         table = self.checkpoint.dense(f"{self.spec.prefix}embed_tokens")
         hidden = nn.functional.embedding(token_ids, table).float().to(self.device)
         if self.spec.embedding_scale != 1.0:
@@ -123,13 +133,32 @@ class BlockSource:
         self.checkpoint.release()  # a table may be larger than a block
         return hidden
 
+    def _per_layer_input(self, index: int, token_ids: Tensor) -> Tensor:
+        """token_ids [n, T] -> what block `index` is told of them once more, [n, T, width] (PerLayerInputs)."""
+        if (spec := self.spec.per_layer_inputs) is None:
+            raise ValueError("a model without inputs for every layer")
+        prefix, device = self.spec.prefix, self.device
+        own = slice(index * spec.width, (index + 1) * spec.width)
+        table = self.checkpoint.dense_part(f"{prefix}embed_tokens_per_layer", cols=own)
+        projection = self.checkpoint.dense_part(f"{prefix}per_layer_model_projection", rows=own)
+        norm = self.checkpoint.tensor(f"{prefix}per_layer_projection_norm.weight", torch.float32)
+        seen = self._embed(token_ids) @ projection.float().to(device).t()
+        seen = seen * self.spec.hidden_size**-0.5
+        seen = nn.functional.rms_norm(seen, norm.shape, norm.to(device), self.spec.norm_eps)
+        said = nn.functional.embedding(token_ids.cpu(), table).float().to(device) * spec.width**0.5
+        told: Tensor = (seen + said) * 2.0**-0.5
+        return told
+
     def keyword_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
-        """What transformers passes to each block, besides the hidden states, for a batch shaped as hidden."""
+        """What transformers passes to each block, besides the hidden states, for a batch shaped as activations are."""
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.layers = nn.ModuleList(recorders)
         self._model.norm = nn.Identity()
         self._model.rotary_emb = type(self._model.rotary_emb)(config=self.config).to(self.device)
-        self._model(inputs_embeds=hidden, use_cache=False)
+        # Gemma 4: blocks are told when they run (carried.py), and no tokens are left out on the way.
+        self._model.hidden_size_per_layer_input = 0
+        self._model.first_kv_shared_layer_idx = -1
+        self._model(inputs_embeds=self.carried.hidden(hidden), use_cache=False)
         return [recorder.seen for recorder in recorders]
 
 
@@ -157,6 +186,7 @@ class _Recorder(nn.Module):
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Tensor:
+        """none: what a kind of block is given by position, and has none of here (Gemma 4's per-layer inputs)."""
         self.seen = kwargs
         return hidden

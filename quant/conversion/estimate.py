@@ -53,7 +53,7 @@ def estimate(
         sum(prod(checkpoint.shape(name)) for name in checkpoint.names() - skipped)
         * plan.dtype.itemsize
     )
-    hidden = 0 if not recipe.calibrated else tokens * source.config.hidden_size * 4
+    hidden = 0 if not recipe.calibrated else tokens * source.carried.width * 4
     disk = output + min(output, MAX_SHARD_BYTES) + 2 * hidden
     blocks = [_linears(source, index, tokens) for index in range(len(source))]
     return Estimate(

@@ -57,7 +57,11 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
         for group in source.groups(i)
     ]
     sizes: dict[str, int] = {}
-    dense: dict[str, str] = {}
+    grouped = {module for group in groups for module in group}
+    small = sorted(shapes.keys() - grouped - set(source.spec.routers))
+    if source.spec.per_layer_inputs is not None:
+        small.append(f"{source.spec.prefix}per_layer_model_projection")
+    dense = dict.fromkeys(small, "they are small, and what they say is felt")
     for group in groups:
         size, why = _group_size([shapes[m] for m in group], recipe)
         if size is None:

@@ -75,7 +75,9 @@ def allocate(
                         [importance[first[name]] for name in group],
                         (bits, plan.group_sizes[full[group][0]], recipe.symmetric),
                     )
-                    sensitivity[full[group]][bits] = _relative(noisy - output, output)
+                    sensitivity[full[group]][bits] = _relative(
+                        source.carried.hidden(noisy - output), source.carried.hidden(output)
+                    )
         hidden = output
         source.checkpoint.release()
         tell(index + 1, time.monotonic() - start)

@@ -53,7 +53,7 @@ def _logits(source: BlockSource, token_ids: Tensor) -> Tensor:
         checkpoint.release()
     weight = checkpoint.tensor(f"{spec.prefix}norm.weight", torch.float32).to(source.device)
     weight = weight + 1.0 if spec.norm_offset else weight
-    hidden = hidden[0]
+    hidden = source.carried.hidden(hidden)[0]
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + spec.norm_eps) * weight
     own = spec.head in checkpoint.modules()
     head = checkpoint.dense(spec.head if own else f"{spec.prefix}embed_tokens")

@@ -8,6 +8,7 @@ from transformers import (
     Dots1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     GraniteConfig,
     GraniteMoeConfig,
@@ -156,6 +157,28 @@ CONFIGS = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=5.0,
     ),
+    "gemma4": Gemma4TextConfig(
+        **_SIZES | {"num_hidden_layers": 6},
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=24,
+        hidden_size_per_layer_input=0,
+        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma4-shared": Gemma4TextConfig(
+        **_SIZES | {"num_hidden_layers": 6},
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=24,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=199,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    ),
     "gemma3": Gemma3TextConfig(
         **_SIZES,
         head_dim=32,
@@ -180,5 +203,7 @@ def build(name: str, folder: Path, **changes) -> PreTrainedModel:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.3)
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.5 + torch.rand(()).item())
     model.save_pretrained(folder)
     return model

@@ -57,6 +57,20 @@ def _config(name: str) -> Any:
             return t.Gemma3Config(
                 text_config=text, vision_config=_CLIP, mm_tokens_per_image=4, image_token_index=5
             )
+        case "gemma4":
+            text = _TEXT | {"global_head_dim": 32, "sliding_window": 24}
+            text |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 199}
+            return t.Gemma4Config(
+                text_config=text, vision_config=_CLIP, audio_config=None, image_token_id=5
+            )
+        case "gemma4_unified":
+            text = _TEXT | {"global_head_dim": 32, "sliding_window": 24}
+            return t.Gemma4UnifiedConfig(
+                text_config=text,
+                vision_config={"mm_embed_dim": 32, "output_proj_dims": 64},
+                audio_config=None,
+                image_token_id=5,
+            )
         case "mistral3":
             return t.Mistral3Config(
                 text_config=t.MistralConfig(**_TEXT, sliding_window=None),
@@ -100,6 +114,8 @@ def _config(name: str) -> Any:
 
 NAMES = (
     "gemma3",
+    "gemma4",
+    "gemma4_unified",
     "mistral3",
     "qwen2_vl",
     "qwen2_5_vl",

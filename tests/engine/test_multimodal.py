@@ -85,7 +85,13 @@ def converted(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) 
 
 EACH = pytest.mark.parametrize(
     "converted",
-    [("gemma3", "awq"), ("qwen2_vl", "gptq"), ("qwen3_vl", "fp8"), ("llava", "awq")],
+    [
+        ("gemma3", "awq"),
+        ("qwen2_vl", "gptq"),
+        ("qwen3_vl", "fp8"),
+        ("llava", "awq"),
+        ("gemma4", "awq"),
+    ],
     indirect=True,
     ids=lambda pair: "-".join(pair),
 )
@@ -127,6 +133,6 @@ def test_its_config_says_what_is_not_quantized(converted: tuple[str, Path], tmp_
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "original")
     for module, kind in model.named_modules():
         if isinstance(kind, torch.nn.Linear):
-            inside = ".layers." in module and "language_model" in module
+            inside = ".layers." in module and "language_model" in module and "_layer_" not in module
             assert should_convert_module(module, patterns) == inside, module
     assert any(pattern in "vision_tower.encoder.layers.0.mlp.fc1" for pattern in patterns)

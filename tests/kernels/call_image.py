@@ -25,6 +25,8 @@ _STRUCTURES = (
     lib.NbRope,
     lib.NbAttention,
     lib.NbGatedMlp,
+    lib.NbPerLayerInput,
+    lib.NbPerLayerInputs,
     lib.NbLayer,
     lib.NbModel,
     lib.NbBatch,

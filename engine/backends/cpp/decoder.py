@@ -19,7 +19,7 @@ from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from ..torch.attention import zero_pages
-from .layers import CppLayer, CppRopes
+from .layers import CppLayer, CppPerLayerInputs, CppRopes, as_bfloat16
 
 
 @dataclass(slots=True)
@@ -54,6 +54,7 @@ class CppDecoder(HostSampling):
     embedding: Tensor | None  # bfloat16 [vocab, hidden]
     norm: Tensor | None  # float32 [hidden]
     head: PreparedGroup | None
+    per_layer_inputs: CppPerLayerInputs | None
     report: KernelReport
     ropes: CppRopes = field(init=False)
     layer_structs: ctypes.Array[NbLayer] = field(init=False)
@@ -63,36 +64,54 @@ class CppDecoder(HostSampling):
         model = self.model
         self.ropes = CppRopes.of([layer.mixer.spec for layer in self.layers])
         self.layer_structs = (NbLayer * len(self.layers))(
-            *(layer.struct(self.ropes) for layer in self.layers)
+            *(
+                layer.struct(self.ropes, offset)
+                for layer, offset in zip(self.layers, self._cache_offsets(), strict=True)
+            )
         )
+        told = self.per_layer_inputs
         self._struct = NbModel(
             model.hidden_size,
             len(self.layers),
             len(self.ropes.struct),
             model.vocab_size,
             model.norm_eps,
-            float(torch.tensor(model.embedding_scale, dtype=torch.bfloat16)),
+            as_bfloat16(model.embedding_scale),
             self.block_size,
             self.layer_structs,
             self.ropes.struct,
             pointer(self.embedding),
             pointer(self.norm),
+            None if told is None else ctypes.pointer(told.struct),
             NbLinearGroup() if self.head is None else self.head.struct(),
         )
 
     @property
     def groups(self) -> list[PreparedGroup]:
         groups = [group for layer in self.layers for group in layer.groups]
-        return groups if self.head is None else [*groups, self.head]
+        told, head = self.per_layer_inputs, self.head
+        groups += [] if told is None else [told.projection]
+        return groups if head is None else [*groups, head]
 
     @property
     def weight_bytes(self) -> int:
-        embedding = 0 if self.embedding is None else self.embedding.nbytes
-        return sum(group.nbytes for group in self.groups) + embedding
+        told = self.per_layer_inputs
+        tables = [self.embedding, None if told is None else told.table]
+        embeddings = sum(table.nbytes for table in tables if table is not None)
+        return sum(group.nbytes for group in self.groups) + embeddings
 
     def new_cache(self, num_blocks: int) -> CppCache:
-        sizes = [layer.mixer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers]
-        return CppCache.allocate(num_blocks, sizes, self.int8_cache)
+        return CppCache.allocate(num_blocks, self._block_bytes(), self.int8_cache)
+
+    def _block_bytes(self) -> list[int]:
+        """Of a block of tokens in each layer's cache."""
+        return [layer.mixer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers]
+
+    def _cache_offsets(self) -> list[int]:
+        """Of each layer's cache or that which it reads: bytes of a block in the layers before."""
+        before = list(itertools.accumulate(self._block_bytes(), initial=0))
+        sources = (layer.mixer.spec.kv_source for layer in self.layers)
+        return [before[i if source is None else source] for i, source in enumerate(sources)]
 
     def forward(self, batch: Batch, cache: CppCache, hidden: Tensor | None = None) -> Tensor:
         """float32 [T, hidden_size]"""

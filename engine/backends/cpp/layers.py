@@ -7,11 +7,19 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedMlp, Rope
+from ....architectures.base import Attention, GatedMlp, PerLayerInputs, Rope
 from ....kernels.cpu import library as lib
-from ....kernels.cpu.library import NbAttention, NbGatedMlp, NbLayer, NbRope
+from ....kernels.cpu.library import (
+    NbAttention,
+    NbGatedMlp,
+    NbLayer,
+    NbPerLayerInput,
+    NbPerLayerInputs,
+    NbRope,
+)
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..torch.layers import inverse_frequencies
 
@@ -50,6 +58,7 @@ class CppAttention:
     o: PreparedGroup
     q_norm: Tensor | None
     k_norm: Tensor | None
+    v_norm: Tensor | None
     struct: NbAttention = field(init=False)
 
     @property
@@ -58,11 +67,13 @@ class CppAttention:
 
     def block_bytes(self, block_size: int, int8: bool) -> int:
         """Of the keys and values of a block of tokens (kernels/cpu/kv_cache.h)."""
+        if self.spec.kv_source is not None:
+            return 0
         vector = self.spec.head_dim + 4 if int8 else 2 * self.spec.head_dim
         return 2 * self.spec.num_kv_heads * block_size * vector
 
-    def point(self, ropes: CppRopes) -> NbAttention:
-        """Make the structure."""
+    def point(self, ropes: CppRopes, cache_offset: int) -> NbAttention:
+        """Make the structure. cache_offset: of the keys and values that it reads (abi.h)."""
         spec = self.spec
         beta, length = spec.query_scaling or (0.0, 0)
         self.struct = NbAttention(
@@ -75,8 +86,12 @@ class CppAttention:
             spec.scale,
             beta,
             length,
+            spec.kv_source is not None,
+            spec.keys_are_values,
+            cache_offset,
             pointer(self.q_norm),
             pointer(self.k_norm),
+            pointer(self.v_norm),
             self.qkv.struct(),
             self.o.struct(),
         )
@@ -106,6 +121,47 @@ class CppGatedMlp:
 
 
 @dataclass(slots=True)
+class CppPerLayerInput:
+    """Of one layer."""
+
+    gate: PreparedGroup
+    projection: PreparedGroup
+    norm: Tensor  # float32 [hidden]
+    struct: NbPerLayerInput = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups = (group.struct() for group in self.groups)
+        self.struct = NbPerLayerInput(pointer(self.norm), *groups)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return [self.gate, self.projection]
+
+
+@dataclass(slots=True)
+class CppPerLayerInputs:
+    """Of all layers."""
+
+    spec: PerLayerInputs
+    table: Tensor  # bfloat16 [vocab, num_layers * width], mapped: a step reads its tokens' rows
+    projection: PreparedGroup
+    norm: Tensor  # float32 [width]
+    struct: NbPerLayerInputs = field(init=False)
+
+    def __post_init__(self) -> None:
+        width, hidden = self.spec.width, self.projection.linears[0].k
+        self.struct = NbPerLayerInputs(
+            width,
+            lib.ACTIVATIONS[self.spec.activation],
+            hidden**-0.5,
+            as_bfloat16(width**0.5),
+            pointer(self.table),
+            pointer(self.norm),
+            self.projection.struct(),
+        )
+
+
+@dataclass(slots=True)
 class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
@@ -115,15 +171,26 @@ class CppLayer:
     after_mixer: Tensor | None
     before_mlp: Tensor | None
     after_mlp: Tensor | None
+    per_layer_input: CppPerLayerInput | None
+    scalar: float
 
     @property
     def groups(self) -> list[PreparedGroup]:
-        return self.mixer.groups + self.mlp.groups
+        told = [] if self.per_layer_input is None else self.per_layer_input.groups
+        return self.mixer.groups + self.mlp.groups + told
 
-    def struct(self, ropes: CppRopes) -> NbLayer:
+    def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
+        told = self.per_layer_input
         return NbLayer(
             *map(pointer, norms),
-            ctypes.pointer(self.mixer.point(ropes)),
+            ctypes.pointer(self.mixer.point(ropes, cache_offset)),
             ctypes.pointer(self.mlp.struct),
+            None if told is None else ctypes.pointer(told.struct),
+            self.scalar,
         )
+
+
+def as_bfloat16(value: float) -> float:
+    """Rounded, as embeddings in bfloat16 are multiplied by it."""
+    return float(torch.tensor(value, dtype=torch.bfloat16))

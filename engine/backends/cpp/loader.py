@@ -18,7 +18,7 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import CppDecoder
-from .layers import CppAttention, CppGatedMlp, CppLayer
+from .layers import CppAttention, CppGatedMlp, CppLayer, CppPerLayerInput, CppPerLayerInputs
 from .prepared_cache import PreparedCache
 
 # of the kernels' scratch memory
@@ -37,7 +37,11 @@ class CppBackend:
             "model.residual_scale",
             "model.logits_scale",
             "model.final_soft_cap",
+            "per_layer_inputs",
+            "per_layer_inputs.activation=silu",
+            "per_layer_inputs.activation=gelu_tanh",
             "layer",
+            "layer.scalar",
             "norms",
             "norms.before_mixer=None",
             "norms.after_mixer",
@@ -49,11 +53,15 @@ class CppBackend:
             "attention.qk_norm=head",
             "attention.qk_norm=all",
             "attention.query_scaling",
+            "attention.v_norm",
+            "attention.keys_are_values",
+            "attention.kv_source",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",
             "gated_mlp",
@@ -91,7 +99,13 @@ class CppBackend:
         shared = mixer.num_heads // mixer.num_kv_heads
         if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
             return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
-        sizes = (model.hidden_size, layer.mlp.intermediate_size, mixer.num_heads * mixer.head_dim)
+        sizes: tuple[int, ...] = (
+            model.hidden_size,
+            layer.mlp.intermediate_size,
+            mixer.num_heads * mixer.head_dim,
+        )
+        if (told := model.per_layer_inputs) is not None:
+            sizes += (told.width,)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
         ropes = {(each.mixer.rope, each.mixer.head_dim) for each in model.layers}
@@ -155,6 +169,7 @@ class _Loader:
             embedding if first else None,
             self.weights.final_norm() if last else None,
             head,
+            self._per_layer_inputs(),
             self.report,
         )
 
@@ -186,6 +201,7 @@ class _Loader:
                 prepared(qkv),
                 prepared(o, 1.0 if norms.after_mixer else scale),
                 *weights.head_norms(index),
+                torch.ones(spec.mixer.head_dim) if spec.mixer.v_norm else None,
             ),
             CppGatedMlp(
                 spec.mlp,
@@ -196,7 +212,37 @@ class _Loader:
             norm(norms.after_mixer, scale),
             norm(norms.before_mlp),
             norm(norms.after_mlp, scale),
+            self._per_layer_input(index),
+            float(weights.vector(f"{prefix}layer_scalar", 1)) if spec.scalar else 1.0,
         )
+
+    def _per_layer_input(self, index: int) -> CppPerLayerInput | None:
+        model = self.weights.model
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        prefix, hidden = f"{model.layer_name(index)}.", model.hidden_size
+        return CppPerLayerInput(
+            self._lone(f"{prefix}per_layer_input_gate", spec.width, hidden),
+            self._lone(f"{prefix}per_layer_projection", hidden, spec.width),
+            self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
+        )
+
+    def _per_layer_inputs(self) -> CppPerLayerInputs | None:
+        model = self.weights.model
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        width = model.num_layers * spec.width
+        return CppPerLayerInputs(
+            spec,
+            self.weights.per_layer_embedding(torch.bfloat16).contiguous(),
+            self._lone(f"{model.prefix}per_layer_model_projection", width, model.hidden_size),
+            self.weights.norm(f"{model.prefix}per_layer_projection_norm", spec.width),
+        )
+
+    def _lone(self, module: str, out_features: int, in_features: int) -> PreparedGroup:
+        """A linear that is of no group."""
+        shape = (out_features, in_features)
+        return self._prepared(module, [shape], lambda: [self.weights.linear(module, *shape)])
 
     def _prepared(
         self,

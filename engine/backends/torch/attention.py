@@ -54,7 +54,10 @@ class KVCache:
                 zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype
             ).view(shape)
 
-        return cls([zeros(mixer) for mixer in mixers], block_size)
+        layers: list[Tensor] = []
+        for mixer in mixers:
+            layers.append(zeros(mixer) if mixer.kv_source is None else layers[mixer.kv_source])
+        return cls(layers, block_size)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that a failed request may have left NaN in."""
@@ -186,14 +189,15 @@ def paged_attention(
     meta: AttentionMetadata,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Write this step's keys and values, then attend.
+    """Write this step's keys and values, if the layer has its own, then attend.
 
-    qkv [T, num_heads + 2 * num_kv_heads, head_dim], rotated; sinks float32 [num_heads], where the layer has them.
-    Returns [T, num_heads * head_dim].
+    qkv [T, num_heads + 2 * num_kv_heads, head_dim], or queries alone, rotated; sinks float32 [num_heads], where the
+    layer has them. Returns [T, num_heads * head_dim].
     """
-    q, kv = qkv[:, : spec.num_heads], qkv[:, spec.num_heads :]
-    kv = kv.view(-1, 2, spec.num_kv_heads, spec.head_dim)
-    cache.write(layer, meta.slots, kv)
+    q, kv = qkv[:, : spec.num_heads], None
+    if spec.kv_source is None:
+        kv = qkv[:, spec.num_heads :].view(-1, 2, spec.num_kv_heads, spec.head_dim)
+        cache.write(layer, meta.slots, kv)
     plain = sinks is None and spec.soft_cap is None
     outputs, offset, first = [], 0, 0
     if plain and meta.num_decodes:
@@ -205,13 +209,17 @@ def paged_attention(
         if not plain:
             blocks, mask = meta.view(index, spec.window)
             outputs.append(_attend_plainly(q[rows], cache.gather(layer, blocks), spec, mask, sinks))
-        elif item.start == 0 and (spec.window is None or item.num_tokens <= spec.window):
+        elif kv is not None and _sees_only_itself(item, spec.window):
             # a chunk that starts its sequence needs nothing from the cache
             outputs.append(_attend(q[rows], kv[rows].permute(1, 2, 0, 3), spec.scale, None))
         else:
             blocks, mask = meta.view(index, spec.window)
             outputs.append(_attend(q[rows], cache.gather(layer, blocks), spec.scale, mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _sees_only_itself(item: ScheduledRequest, window: int | None) -> bool:
+    return item.start == 0 and (window is None or item.num_tokens <= window)
 
 
 def _decode(q: Tensor, spec: Attention, cache: KVCache, layer: int, view: _DecodeView) -> Tensor:

@@ -22,6 +22,7 @@ from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
 from .linear import FusedLinear
 from .mixers import Step, TorchAttention
+from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 
 
 @dataclass(slots=True)
@@ -35,6 +36,8 @@ class TorchLayer:
     after_mixer: RMSNorm | None
     before_mlp: RMSNorm | None
     after_mlp: RMSNorm | None
+    per_layer_input: TorchPerLayerInput | None
+    scalar: Tensor | None  # [1]
 
 
 @dataclass(slots=True)
@@ -43,18 +46,19 @@ class TorchDecoder(HostSampling):
 
     model: ModelSpec
     layers: list[TorchLayer]
-    ropes: dict[Rope | None, RopeTable]
+    ropes: dict[tuple[Rope | None, int], RopeTable]  # of a rope and a size of heads
     block_size: int
     dtype: torch.dtype
     device: torch.device
     embedding: Tensor | None  # [vocab, hidden]
     norm: RMSNorm | None
     head: FusedLinear | None
+    per_layer_inputs: TorchPerLayerInputs | None
     report: KernelReport
 
     @property
     def weight_bytes(self) -> int:
-        return tensor_bytes([self.layers, self.embedding, self.head])
+        return tensor_bytes([self.layers, self.embedding, self.head, self.per_layer_inputs])
 
     def new_cache(self, num_blocks: int) -> KVCache:
         mixers = [layer.spec.mixer for layer in self.layers]
@@ -63,12 +67,19 @@ class TorchDecoder(HostSampling):
     def forward(self, batch: Batch, cache: KVCache, hidden: Tensor | None = None) -> Tensor:
         x = self._embed(batch) if hidden is None else hidden.to(self.device, self.dtype)
         step = self._step(batch, cache)
+        given = None
+        if self.per_layer_inputs is not None:
+            given = self.per_layer_inputs(torch.tensor(batch.token_ids, device=self.device), x)
         for index, layer in enumerate(self.layers):
             h = _normed(layer.before_mixer, x)
             mixed = layer.mixer(h, index, step)
             x = x + scaled(_normed(layer.after_mixer, mixed), self.model.residual_scale)
             mixed = layer.mlp(_normed(layer.before_mlp, x))
             x = x + scaled(_normed(layer.after_mlp, mixed), self.model.residual_scale)
+            if layer.per_layer_input is not None and given is not None:
+                x = x + layer.per_layer_input(x, given[:, index])
+            if layer.scalar is not None:
+                x = x * layer.scalar
         return _normed(self.norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -79,7 +90,7 @@ class TorchDecoder(HostSampling):
 
     def _step(self, batch: Batch, cache: KVCache) -> Step:
         positions = torch.tensor(batch.positions, device=self.device)
-        angles = {rope: table.at(positions) for rope, table in self.ropes.items()}
+        angles = {kind: table.at(positions) for kind, table in self.ropes.items()}
         attention = AttentionMetadata.build(batch, self.dtype, self.device)
         return Step(positions, angles, attention, cache)
 

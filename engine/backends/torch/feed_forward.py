@@ -21,8 +21,7 @@ class TorchGatedMlp:
     def __call__(self, h: Tensor) -> Tensor:
         """h [T, hidden], normed."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
-        silu = self.activation == "silu"
-        return self.down((F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up)
+        return self.down(activate(gate, self.activation) * up)
 
 
 @dataclass(slots=True)
@@ -67,3 +66,7 @@ def route(spec: Experts, logits: Tensor, correction_bias: Tensor | None) -> tupl
     if spec.norm_weights:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * spec.routed_scale, chosen
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")

@@ -86,6 +86,8 @@ def inverse_frequencies(head_dim: int, rope: Rope | None) -> Tensor:
     UnsupportedError for a scaling that is not known."""
     if rope is None:
         return torch.zeros(head_dim // 2)
+    if rope.scaling == "proportional":
+        return _proportional_frequencies(rope.theta, head_dim, dict(rope.parameters))
     dim = rope.dim or head_dim
     inv_freq = rope.theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     parameters = dict(rope.parameters)
@@ -98,6 +100,13 @@ def inverse_frequencies(head_dim: int, rope: Rope | None) -> Tensor:
     if rope.scaling == "yarn":
         return _yarn_frequencies(inv_freq, rope.theta, parameters)
     raise UnsupportedError(f"rope scaling {rope.scaling!r} is not supported")
+
+
+def _proportional_frequencies(theta: float, dim: int, parameters: dict[str, float]) -> Tensor:
+    """Gemma 4's: as fast as if all of the head turned, but only the first share of the pairs does."""
+    turning = int(parameters["share"] * dim // 2)
+    inv_freq = theta ** -(torch.arange(0, 2 * turning, 2, dtype=torch.int64).float() / dim)
+    return F.pad(inv_freq, (0, dim // 2 - turning)) / parameters["factor"]
 
 
 def _yarn_frequencies(inv_freq: Tensor, theta: float, parameters: dict[str, float]) -> Tensor:

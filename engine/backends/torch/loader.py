@@ -17,6 +17,7 @@ from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
 from .mixers import TorchAttention
+from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,11 @@ class TorchBackend:
             "model.residual_scale",
             "model.logits_scale",
             "model.final_soft_cap",
+            "per_layer_inputs",
+            "per_layer_inputs.activation=silu",
+            "per_layer_inputs.activation=gelu_tanh",
             "layer",
+            "layer.scalar",
             "norms",
             "norms.before_mixer=None",
             "norms.after_mixer",
@@ -47,11 +52,15 @@ class TorchBackend:
             "attention.query_scaling",
             "attention.soft_cap",
             "attention.sinks",
+            "attention.v_norm",
+            "attention.keys_are_values",
+            "attention.kv_source",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",
             "gated_mlp",
@@ -112,6 +121,7 @@ class _Loader:
             embedding.to(target.device) if embedding is not None and first else None,
             self._norm(self.weights.final_norm()) if last else None,
             head,
+            self._per_layer_inputs(),
             self.report,
         )
 
@@ -119,7 +129,18 @@ class _Loader:
         model = self.weights.model
         spec = model.layers[index]
         norms = self._norms(f"{model.layer_name(index)}.", spec.norms)
-        return TorchLayer(spec, self._attention(index), self._feed_forward(index), **norms)
+        scalar = None
+        if spec.scalar:
+            scalar = self.weights.vector(f"{model.layer_name(index)}.layer_scalar", 1)
+            scalar = scalar.to(self.target.device, self.target.dtype)
+        return TorchLayer(
+            spec,
+            self._attention(index),
+            self._feed_forward(index),
+            per_layer_input=self._per_layer_input(index),
+            scalar=scalar,
+            **norms,
+        )
 
     def _attention(self, index: int) -> TorchAttention:
         model = self.weights.model
@@ -128,12 +149,13 @@ class _Loader:
             None if weight is None else self._norm(weight)
             for weight in self.weights.head_norms(index)
         )
+        v_norm = self._norm(torch.ones(mixer.head_dim)) if mixer.v_norm else None
         sinks = None
         if mixer.sinks:
             name = f"{model.layer_name(index)}.self_attn.sinks"
             sinks = self.weights.vector(name, mixer.num_heads).to(self.target.device)
         qkv, o = self._groups(index, mixer.groups(model.hidden_size))
-        return TorchAttention(mixer, qkv, o, q_norm, k_norm, sinks)
+        return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
 
     def _feed_forward(self, index: int) -> TorchGatedMlp | TorchExperts:
         mlp = self.weights.model.layers[index].mlp
@@ -158,6 +180,30 @@ class _Loader:
         shared = each.pop() if mlp.shared is not None else None
         return TorchExperts(mlp, router, bias, each, shared, gate)
 
+    def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
+        model, prefix = self.weights.model, self.weights.model.layer_name(index)
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        hidden = model.hidden_size
+        gate = self.weights.linear(f"{prefix}.per_layer_input_gate", spec.width, hidden)
+        projection = self.weights.linear(f"{prefix}.per_layer_projection", hidden, spec.width)
+        norm = self.weights.norm(f"{prefix}.post_per_layer_input_norm", hidden)
+        return TorchPerLayerInput(
+            spec, self._fused([gate]), self._fused([projection]), self._norm(norm)
+        )
+
+    def _per_layer_inputs(self) -> TorchPerLayerInputs | None:
+        model, weights = self.weights.model, self.weights
+        if (spec := model.per_layer_inputs) is None:
+            return None
+        width = model.num_layers * spec.width
+        projection = weights.linear(
+            f"{model.prefix}per_layer_model_projection", width, model.hidden_size
+        )
+        norm = weights.norm(f"{model.prefix}per_layer_projection_norm", spec.width)
+        table = weights.per_layer_embedding(self.target.dtype).to(self.target.device)
+        return TorchPerLayerInputs(spec, table, self._fused([projection]), self._norm(norm))
+
     def _groups(self, index: int, groups: Iterable[LinearGroup]) -> list[FusedLinear]:
         return [self._fused(self.weights.group(index, group)) for group in groups]
 
@@ -178,16 +224,11 @@ class _Loader:
     def _fused(self, linears: list[Linear]) -> FusedLinear:
         return FusedLinear.build(linears, self.target.dtype, self.target.device, self.report)
 
-    def _rope_tables(self, layers: range) -> dict[Rope | None, RopeTable]:
+    def _rope_tables(self, layers: range) -> dict[tuple[Rope | None, int], RopeTable]:
         model, target = self.weights.model, self.target
-        mixers = {model.layers[index].mixer.rope: model.layers[index].mixer for index in layers}
+        mixers = [model.layers[index].mixer for index in layers]
+        length = model.max_position_embeddings
         return {
-            rope: RopeTable.build(
-                mixer.head_dim,
-                rope,
-                model.max_position_embeddings,
-                target.dtype,
-                target.device,
-            )
-            for rope, mixer in mixers.items()
+            (rope, dim): RopeTable.build(dim, rope, length, target.dtype, target.device)
+            for rope, dim in dict.fromkeys((mixer.rope, mixer.head_dim) for mixer in mixers)
         }

@@ -216,7 +216,7 @@ class TritonDecoder:
         if spec.query_scaling is not None:  # a rotation keeps it
             factors = position_factors(batch.positions, spec.query_scaling)
             qkv[:, :heads] *= factors.to(qkv)
-        table = self.weights.ropes[spec.rope]
+        table = self.weights.ropes[spec.rope, spec.head_dim]
         rope_and_cache(
             qkv,
             heads,

@@ -3,6 +3,7 @@ fusing, no broadcasting over heads. The independent reference of tests/engine/ba
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
 
     embedding = weight(f"{spec.prefix}embed_tokens.weight")
     x = embedding[torch.tensor(ids)] * spec.embedding_scale
+    told = per_layer_inputs(spec, weight, x, ids)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers that have their own
     for index, layer in enumerate(spec.layers):
         prefix, norms = f"{spec.layer_name(index)}.", layer.norms
 
@@ -40,21 +43,36 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             qkv = h @ weight(f"{prefix}self_attn.qkv_proj.weight").T
             q, k, v = qkv.split([width * layer.mixer.head_dim for width in widths], 1)
         else:
-            q, k, v = (h @ weight(f"{prefix}self_attn.{name}_proj.weight").T for name in "qkv")
+            q = h @ weight(f"{prefix}self_attn.q_proj.weight").T
+            if layer.mixer.kv_source is None:
+                k = h @ weight(f"{prefix}self_attn.k_proj.weight").T
+                v = k
+                if not layer.mixer.keys_are_values:
+                    v = h @ weight(f"{prefix}self_attn.v_proj.weight").T
         if layer.mixer.qk_norm == "all":
             q = norm(f"{prefix}self_attn.q_norm", q)
             k = norm(f"{prefix}self_attn.k_norm", k)
         sinks = weight(f"{prefix}self_attn.sinks") if layer.mixer.sinks else [None] * heads
-        outputs = []
-        for head in range(heads):
-            shared = head // (heads // layer.mixer.num_kv_heads)
-            own = slice(head * layer.mixer.head_dim, (head + 1) * layer.mixer.head_dim)
-            kv = slice(shared * layer.mixer.head_dim, (shared + 1) * layer.mixer.head_dim)
-            queries, keys = q[:, own], k[:, kv]
+        dim, kv_heads = layer.mixer.head_dim, layer.mixer.num_kv_heads
+        queries = list(q.split(dim, 1))
+        if layer.mixer.qk_norm == "head":
+            queries = [norm(f"{prefix}self_attn.q_norm", each) for each in queries]
+        if layer.mixer.kv_source is None:
+            keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
             if layer.mixer.qk_norm == "head":
-                queries = norm(f"{prefix}self_attn.q_norm", queries)
-                keys = norm(f"{prefix}self_attn.k_norm", keys)
-            outputs.append(attend(queries, keys, v[:, kv], layer.mixer, sinks[head]))
+                keys = [norm(f"{prefix}self_attn.k_norm", each) for each in keys]
+            if layer.mixer.v_norm:
+                values = [
+                    each / (each.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
+                    for each in values
+                ]
+            kept[index] = [rotate(each, layer.mixer.rope) for each in keys], values
+        keys, values = kept[index if layer.mixer.kv_source is None else layer.mixer.kv_source]
+        outputs = [
+            attend(query, keys[at], values[at], layer.mixer, sinks[head])
+            for head, query in enumerate(queries)
+            for at in [head // (heads // kv_heads)]
+        ]
         mixed = torch.cat(outputs, 1) @ weight(f"{prefix}self_attn.o_proj.weight").T
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
         h = norm(named(norms.before_mlp), x)
@@ -70,6 +88,15 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             down = weight(f"{prefix}mlp.down_proj.weight")
             added = gated_mlp(h, gate, up, down, layer.mlp.activation)
         x = x + spec.residual_scale * norm(named(norms.after_mlp), added)
+        if spec.per_layer_inputs is not None:
+            gate = activate(
+                x @ weight(f"{prefix}per_layer_input_gate.weight").T,
+                spec.per_layer_inputs.activation,
+            )
+            back = (gate * told[:, index]) @ weight(f"{prefix}per_layer_projection.weight").T
+            x = x + norm(f"{prefix}post_per_layer_input_norm", back)
+        if layer.scalar:
+            x = x * weight(f"{prefix}layer_scalar")
     x = norm(f"{spec.prefix}norm", x)
     head = embedding if spec.tie_word_embeddings else weight(f"{spec.head}.weight")
     return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
@@ -119,6 +146,19 @@ def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Ten
     return y
 
 
+def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) -> Tensor | None:
+    """[T, layers, width], from what is embedded, and the token's own."""
+    if (told := spec.per_layer_inputs) is None:
+        return None
+    seen = x @ weight(f"{spec.prefix}per_layer_model_projection.weight").T / math.sqrt(x.shape[1])
+    seen = seen.view(len(ids), spec.num_layers, told.width)
+    seen = seen / (seen.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
+    factor = weight(f"{spec.prefix}per_layer_projection_norm.weight")
+    own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[torch.tensor(ids)]
+    own = own.view(seen.shape) * math.sqrt(told.width)
+    return (seen * (factor + (1.0 if spec.norm_offset else 0.0)) + own) / math.sqrt(2)
+
+
 def cap(x: Tensor, limit: float | None) -> Tensor:
     return x if limit is None else limit * torch.tanh(x / limit)
 
@@ -132,8 +172,8 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: Attention, sink: Tensor | None) -> Tensor:
-    """One head, [T, head_dim] each."""
-    q, k = rotate(q, spec.rope), rotate(k, spec.rope)
+    """One head, [T, head_dim] each; keys have been rotated."""
+    q = rotate(q, spec.rope)
     if spec.query_scaling is not None:
         beta, length = spec.query_scaling
         growth = [1 + beta * math.log(1 + t // length) for t in range(len(q))]
@@ -175,6 +215,8 @@ def frequency(i: int, dim: int, rope: Rope) -> float:
         )
         smooth = min(1.0, max(0.0, smooth))
         return (1 - smooth) * plain / given["factor"] + smooth * plain
+    if rope.scaling == "proportional":
+        return plain / given["factor"] if 2 * i < given["share"] * dim else 0.0
     if rope.scaling == "yarn":
         context = given["original_max_position_embeddings"]
 

@@ -150,11 +150,13 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
 
 
 def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
-    dim = make_runner(folder).spec.layers[0].mixer.head_dim
+    mixers = [layer.mixer for layer in make_runner(folder).spec.layers]
+    sizes = [(m.num_kv_heads, m.head_dim) for m in mixers if m.kv_source is None]
     tokens = {
         kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")
     }
-    assert tokens["int8"] / tokens["auto"] == pytest.approx(2 * dim / (dim + 4), rel=0.02)
+    ratio = sum(n * 2 * dim for n, dim in sizes) / sum(n * (dim + 4) for n, dim in sizes)
+    assert tokens["int8"] / tokens["auto"] == pytest.approx(ratio, rel=0.02)
 
 
 def test_the_head_beside_4_bit_weights_has_8_bits_unless_told_otherwise(

@@ -23,6 +23,7 @@ from nibble.architectures.base import (
     LayerSpec,
     ModelSpec,
     Norms,
+    PerLayerInputs,
     Rope,
     SharedExpert,
     features,
@@ -61,6 +62,8 @@ YARN = (
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
 LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
 EXPERTS = Experts(8, 3, 48, "silu")
+READER = replace(ATTENTION, kv_source=0, num_heads=8)
+TOLD = PerLayerInputs(16, VOCAB, "gelu_tanh")
 MODEL = ModelSpec(HIDDEN, VOCAB, 256, 1e-6, (LAYER,) * LAYERS, False)
 
 
@@ -85,6 +88,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_attention(rope=Rope(10000.0, "linear", (("factor", 4.0),))),
         with_attention(rope=Rope(10000.0, "llama3", LLAMA3)),
         with_attention(rope=Rope(10000.0, "yarn", YARN)),
+        with_attention(rope=Rope(10000.0, "proportional", (("share", 0.5), ("factor", 2.0)))),
         with_attention(rope=Rope(10000.0, "longrope")),
     ],
     ("Rope", "parameters"): [with_attention(rope=Rope(10000.0, "linear", (("factor", 2.0),)))],
@@ -111,6 +115,17 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Attention", "fused"): [with_attention(fused=True)],
     ("Attention", "soft_cap"): [with_attention(soft_cap=0.7)],
     ("Attention", "sinks"): [with_attention(sinks=True)],
+    ("Attention", "v_norm"): [with_attention(v_norm=True)],
+    ("Attention", "keys_are_values"): [
+        with_attention(keys_are_values=True, qk_norm="head", v_norm=True)
+    ],
+    ("Attention", "kv_source"): [
+        replace(MODEL, layers=(LAYER, replace(LAYER, mixer=READER), replace(LAYER, mixer=READER))),
+        replace(
+            MODEL,
+            layers=(LAYER, replace(LAYER, mixer=replace(READER, soft_cap=0.7, window=9)), LAYER),
+        ),
+    ],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
     ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
@@ -168,6 +183,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_layers(norms=NORMS_AFTER),
         replace(MODEL, layers=(replace(LAYER, norms=SANDWICH), LAYER, LAYER)),
     ],
+    ("LayerSpec", "scalar"): [with_layers(scalar=True)],
     ("ModelSpec", "hidden_size"): [replace(MODEL, hidden_size=80)],
     ("ModelSpec", "vocab_size"): [replace(MODEL, vocab_size=131)],
     ("ModelSpec", "max_position_embeddings"): [replace(MODEL, max_position_embeddings=128)],
@@ -182,8 +198,19 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ],
     ("ModelSpec", "logits_scale"): [replace(MODEL, logits_scale=0.2, final_soft_cap=0.5)],
     ("ModelSpec", "final_soft_cap"): [replace(MODEL, final_soft_cap=0.5)],
-    ("ModelSpec", "head"): [replace(MODEL, head="language_model.lm_head")],
     ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
+    ("ModelSpec", "head"): [replace(MODEL, head="language_model.lm_head")],
+    ("ModelSpec", "per_layer_inputs"): [replace(MODEL, per_layer_inputs=TOLD)],
+    ("PerLayerInputs", "width"): [
+        replace(with_layers(norms=SANDWICH), per_layer_inputs=replace(TOLD, width=32)),
+        replace(MODEL, per_layer_inputs=replace(TOLD, width=8)),
+    ],
+    ("PerLayerInputs", "vocab_size"): [
+        replace(MODEL, per_layer_inputs=replace(TOLD, vocab_size=VOCAB + 5))
+    ],
+    ("PerLayerInputs", "activation"): [
+        replace(MODEL, per_layer_inputs=replace(TOLD, activation="silu"))
+    ],
 }
 CASES = [
     (f"{kind}.{name}", i, spec)
@@ -199,6 +226,7 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 
 def test_every_field_has_a_case() -> None:
     classes = [ModelSpec, LayerSpec, Norms, Attention, GatedMlp, Experts, SharedExpert, Rope]
+    classes.append(PerLayerInputs)
     described = [
         value
         for value in vars(base).values()
@@ -237,12 +265,28 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
         if layer.mixer.qk_norm:
-            counts = {"q_norm": layer.mixer.num_heads, "k_norm": layer.mixer.num_kv_heads}
+            counts = {"q_norm": layer.mixer.num_heads}
+            if layer.mixer.kv_source is None:
+                counts["k_norm"] = layer.mixer.num_kv_heads
             for name, count in counts.items():
                 width = layer.mixer.head_dim * (count if layer.mixer.qk_norm == "all" else 1)
                 tensors[f"{prefix}self_attn.{name}.weight"] = 1 + normal(width)
         if layer.mixer.sinks:
             tensors[f"{prefix}self_attn.sinks"] = normal(layer.mixer.num_heads, scale=1.0)
+        if layer.scalar:
+            tensors[f"{prefix}layer_scalar"] = 1 + normal(1)
+    if (told := spec.per_layer_inputs) is not None:
+        all_inputs = spec.num_layers * told.width
+        tensors[f"{spec.prefix}embed_tokens_per_layer.weight"] = normal(told.vocab_size, all_inputs)
+        projection = normal(all_inputs, spec.hidden_size)
+        tensors[f"{spec.prefix}per_layer_model_projection.weight"] = projection
+        tensors[f"{spec.prefix}per_layer_projection_norm.weight"] = 1 + normal(told.width)
+        for index in range(spec.num_layers):
+            prefix = f"{spec.layer_name(index)}."
+            gate, back = normal(told.width, spec.hidden_size), normal(spec.hidden_size, told.width)
+            tensors[f"{prefix}per_layer_input_gate.weight"] = gate
+            tensors[f"{prefix}per_layer_projection.weight"] = back
+            tensors[f"{prefix}post_per_layer_input_norm.weight"] = 1 + normal(spec.hidden_size)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
