@@ -26,6 +26,7 @@ _STRUCTURES = (
     lib.NbAttention,
     lib.NbDeltaNet,
     lib.NbGatedMlp,
+    lib.NbExperts,
     lib.NbPerLayerInput,
     lib.NbPerLayerInputs,
     lib.NbLayer,

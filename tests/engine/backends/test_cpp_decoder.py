@@ -34,8 +34,7 @@ def make_runner(folder: Path, **more) -> Runner:
     )
 
 
-# experts: torch's operators serve them
-NOT_TAKEN = models.MOE
+NOT_TAKEN: set[str] = set()
 
 
 @pytest.fixture(scope="module", params=sorted(set(models.CONFIGS) - NOT_TAKEN))
@@ -89,9 +88,12 @@ def test_logits_err_no_more_than_torch_in_bfloat16(folder: Path, isa: str) -> No
     """Against float32, past the sliding window (24) and over several blocks and key steps."""
     ids = prompt(150)
     exact = make_runner(folder, dtype="float32").logits(ids)
-    torchs = (make_runner(folder, cpu_isa="none").logits(ids) - exact).norm()
-    ours = (make_runner(folder, cpu_isa=isa).logits(ids) - exact).norm()
-    assert ours <= torchs
+    torchs = make_runner(folder, cpu_isa="none").logits(ids) - exact
+    ours = make_runner(folder, cpu_isa=isa).logits(ids) - exact
+    if any(name in folder.name for name in models.MOE):  # some tokens choose another expert
+        assert ours.norm(dim=1).median() <= torchs.norm(dim=1).median()
+    else:
+        assert ours.norm() <= torchs.norm()
 
 
 @pytest.mark.parametrize("chunk", [256, 7, 1])
