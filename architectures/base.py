@@ -1,7 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention) and a feed-forward (GatedMlp, Experts), with norms around
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet) and a feed-forward (GatedMlp, Experts),
+                 with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -10,8 +11,12 @@ differs from its default, and so is every kind and every choice: `features` name
 does not list (engine/backends). So what is added here is refused everywhere until a backend says that it computes it.
 """
 
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
+
+from .linears import Fold as Fold
+from .linears import LinearGroup as LinearGroup
+from .recurrent import GatedDeltaNet as GatedDeltaNet
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
 _MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
@@ -37,6 +42,7 @@ class Attention:
     """Grouped-query attention over everything before a token, or over a window of it."""
 
     KIND: ClassVar = "attention"
+    AS_STORED: ClassVar = ()  # tensors that a conversion leaves in the dtype that they have
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -47,27 +53,41 @@ class Attention:
     qk_norm: Literal["head", "all"] | None = None
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
+    # q_proj gives [query | gate] of each head; what a head gives is multiplied by sigmoid(gate)
+    output_gate: bool = False
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
     v_norm: bool = False  # RMSNorm of every value head, without a weight
-    keys_are_values: bool = (
-        False  # no v_proj: values are what k_proj gives, before k_norm and rotation
-    )
+    # no v_proj: values are what k_proj gives, before k_norm and rotation
+    keys_are_values: bool = False
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """None: it has keys and values instead."""
+        return ()
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """q, k, v as far as there are; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
         names = tuple(f"self_attn.{name}_proj" for name in own)
-        sizes: tuple[int, ...] = (queries, keys, keys)[: len(own)]
+        sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)[: len(own)]
         if self.fused:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup(("self_attn.o_proj",), (hidden_size,), queries, "row"),
         )
+
+    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
+        """norm: before it. A gate on what heads give changes nothing here, a norm of values does."""
+        qkv, out = self.groups(1)
+        heads = Fold("heads", qkv.modules[-1], out.modules)
+        has_values = self.kv_source is None and not self.keys_are_values and not self.v_norm
+        before = () if norm is None else (Fold("norm", norm, qkv.modules),)
+        return (*before, heads) if has_values else before
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,55 +250,6 @@ NORMS_AFTER = Norms(
 
 
 @dataclass(frozen=True, slots=True)
-class LinearGroup:
-    """Linears that read the same input: computed together, quantized alike. Their outputs stand side by side."""
-
-    KIND: ClassVar = "linear_group"
-    modules: tuple[str, ...]  # names within the layer; "*" where there are num_experts of each
-    out_features: tuple[int, ...]  # of each
-    in_features: int
-    parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
-    num_experts: int | None = None  # so many of every weight [out, in], one an expert; None: one
-
-    def members(self) -> "tuple[LinearGroup, ...]":
-        """One group for each expert, each with names of its own; of a group without experts, itself."""
-        if self.num_experts is None:
-            return (self,)
-        return tuple(
-            replace(
-                self,
-                modules=tuple(name.replace("*", str(expert)) for name in self.modules),
-                num_experts=None,
-            )
-            for expert in range(self.num_experts)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """`source` may be divided by a factor per output channel if the columns of `consumers` are multiplied by it:
-
-    norm   y = norm(x) * w       w / s, columns * s (w + 1 where the norm stores an offset)
-    rows   up_proj -> down_proj  rows / s, columns * s: what lies between is elementwise and linear in the source
-    heads  v_proj -> o_proj      as rows; every query head that reads a kv channel shares its factor, so it is exact
-                                 under grouped-query attention too (softmax weights mix positions, never channels)
-
-    q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact. A source that holds
-    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up.
-    """
-
-    kind: Literal["norm", "rows", "heads"]
-    source: str
-    consumers: tuple[str, ...]
-    dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers
-
-    @property
-    def reads(self) -> str:
-        """A module whose inputs are the source's outputs, of every token. (An expert sees some of them.)"""
-        return (self.dense or self.consumers)[0]
-
-
-@dataclass(frozen=True, slots=True)
 class PerLayerInputs:
     """What every layer is told of the token once more, behind its feed-forward (Gemma 3n and 4):
 
@@ -297,20 +268,15 @@ class LayerSpec:
     """One decoder layer."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention
+    mixer: Attention | GatedDeltaNet
     mlp: FeedForward
     norms: Norms = Norms()
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        qkv, out = self.mixer.groups(hidden_size)
-        found = []
-        if self.norms.before_mixer is not None:
-            found.append(Fold("norm", self.norms.before_mixer, qkv.modules))
-        if qkv.modules[-1].endswith(("v_proj", "qkv_proj")) and not self.mixer.v_norm:
-            found.append(Fold("heads", qkv.modules[-1], out.modules))
-        return (*found, *self.mlp.folds(self.norms.before_mlp))
+        mixer = self.mixer.folds(self.norms.before_mixer)
+        return (*mixer, *self.mlp.folds(self.norms.before_mlp))
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,13 +303,18 @@ class ModelSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def attention(self) -> dict[int, Attention]:
+        """The mixers of the layers that attend."""
+        return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, Attention)}
+
     def layer_name(self, index: int) -> str:
         """Of a layer's module in the checkpoint."""
         return f"{self.prefix}layers.{index}"
 
     @property
     def routers(self) -> tuple[str, ...]:
-        """Modules of all layers that stay dense when all else is quantized."""
+        """Modules of all layers that decide how much of which expert is added."""
         return tuple(
             f"{self.layer_name(index)}.{name}"
             for index, layer in enumerate(self.layers)
@@ -358,6 +329,17 @@ class ModelSpec:
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.layers[index].folds(self.hidden_size)
+
+    def dense_modules(self) -> tuple[str, ...]:
+        """Full names of the layers' modules that are never quantized."""
+        linears = tuple(
+            f"{self.layer_name(index)}.{name}"
+            for index in range(self.num_layers)
+            for group in self.groups(index)
+            if group.dense
+            for name in group.modules
+        )
+        return (*linears, *self.routers)
 
 
 def features(part: Any) -> frozenset[str]:

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, UnsupportedError
 from .base import Attention, FeedForward, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
 from .limits import MAX_SIZE, SIZES
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -125,8 +125,10 @@ class Config:
         if value := self.get(name):
             raise UnsupportedError(f"config.json: {name} {value!r} is not supported ({why})")
 
-    def layer_types(self, default: list[str]) -> list[str]:
-        """FULL or SLIDING, one a layer; `default` where the file has none."""
+    def layer_types(
+        self, default: list[str], known: tuple[str, ...] = (FULL, SLIDING)
+    ) -> list[str]:
+        """One of `known` a layer; `default` where the file has none."""
         found = self.get("layer_types", default)
         if not isinstance(found, list) or len(found) != self.size("num_hidden_layers"):
             raise CheckpointError(
@@ -134,9 +136,9 @@ class Config:
                 f"entries for {self.size('num_hidden_layers')} layers"
             )
         for value in found:
-            if value not in (FULL, SLIDING):
+            if value not in known:
                 raise UnsupportedError(
-                    f"config.json: layer type {value!r} is not supported ({FULL}, {SLIDING} are)"
+                    f"config.json: layer type {value!r} is not supported ({', '.join(known)} are)"
                 )
         return found
 

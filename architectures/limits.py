@@ -19,6 +19,11 @@ SIZES = {
     "num_key_value_heads": 2**12,
     "head_dim": 2**14,
     "vocab_size": 2**22,
+    "linear_num_key_heads": 2**12,
+    "linear_num_value_heads": 2**12,
+    "linear_key_head_dim": 2**12,
+    "linear_value_head_dim": 2**12,
+    "linear_conv_kernel_dim": 2**6,
 }
 MAX_SIZE = 2**31 - 1  # of any other: context, window, token id
 

@@ -22,6 +22,7 @@ from . import (
     olmo,
     phi,
     qwen,
+    qwen3_5,
     seed_oss,
     smollm3,
 )
@@ -51,6 +52,7 @@ ARCHITECTURES = (
     Architecture("Qwen3ForCausalLM", "qwen3", qwen.qwen3, ("qwen3", qwen.QWEN3_GGUF)),
     Architecture("Qwen2MoeForCausalLM", "qwen2_moe", qwen.qwen2_moe),
     Architecture("Qwen3MoeForCausalLM", "qwen3_moe", qwen.qwen3_moe),
+    Architecture("Qwen3_5ForCausalLM", "qwen3_5_text", qwen3_5.qwen3_5),
     Architecture("SeedOssForCausalLM", "seed_oss", seed_oss.spec),
     Architecture("SmolLM3ForCausalLM", "smollm3", smollm3.spec),
     Architecture("Phi3ForCausalLM", "phi3", phi.phi3),

@@ -40,6 +40,7 @@ class RunnerProtocol(Protocol):
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
+    num_states: int  # slots for recurrent states; 0: the model has none
 
     @property
     def kv_groups(self) -> Sequence[KVGroup]: ...
@@ -65,7 +66,10 @@ class EngineCore:
         self.runner = _load_runner(config, progress) if runner is None else runner
         self.scheduler = Scheduler(
             KVCacheManager(
-                self.runner.kv_groups, self.runner.block_size, config.enable_prefix_caching
+                self.runner.kv_groups,
+                self.runner.block_size,
+                config.enable_prefix_caching,
+                self.runner.num_states,
             ),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

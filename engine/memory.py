@@ -1,6 +1,6 @@
 """The memory budget: planned from headers, then checked against what loading really took, then degraded, never guessed.
 
-    available = weights + activations + KV cache + what is left to the machine
+    available = weights + activations + KV cache + recurrent states + what is left to the machine
 
 The ladder, when it does not fit: a smaller KV cache, then a shorter context (both only where the user did not fix
 them), then one error that says what is missing.
@@ -8,6 +8,7 @@ them), then one error that says what is missing.
 
 import logging
 from dataclasses import dataclass, fields, is_dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _CPU_SHARE = 0.4  # of the memory left after loading: the machine has other things to do
 _GPU_SHARE = 0.9
+_SNAPSHOTS = 32  # of recurrent states, kept for prompts that begin as one before them
+_STATE_SHARE = 0.5  # of the cache's memory that states may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class MemoryPlan:
     max_model_len: int
     kv_cache: int
     activations: int
+    num_states: int = 0  # slots for recurrent states, of requests and snapshots
+    states: int = 0
 
 
 def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
@@ -39,8 +44,14 @@ def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = 
     def vector(head_dim: int) -> int:
         return head_dim * dtype.itemsize if cache_dtype == "auto" else head_dim + 4
 
-    mixers = (layer.mixer for layer in model.layers if layer.mixer.kv_source is None)
-    return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in mixers)
+    own = (mixer for mixer in model.attention.values() if mixer.kv_source is None)
+    return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in own)
+
+
+def state_bytes(model: ModelSpec) -> int:
+    """The recurrent states of all layers, in float32: what one request carries, or one snapshot."""
+    shapes = (shape for layer in model.layers for shape in layer.mixer.state_shapes)
+    return sum(4 * prod(shape) for shape in shapes)
 
 
 def activation_bytes(
@@ -50,11 +61,12 @@ def activation_bytes(
     widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
     inner = max(width for layer in model.layers for width in layer.mlp.widths)
     between = max(layer.mlp.numbers_per_token(model.hidden_size) for layer in model.layers)
-    heads = max(
-        (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_dim
+    mixed = max(
+        sum(group.out_features)
         for layer in model.layers
+        for group in layer.mixer.groups(model.hidden_size)
     )
-    per_token = 4 * model.hidden_size + between + 2 * heads
+    per_token = 4 * model.hidden_size + between + 2 * mixed
     matrix = 2 * inner * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
     logits = 2 * 4 * config.max_num_seqs * model.vocab_size
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix
@@ -102,15 +114,20 @@ def check_weights_fit(weight_bytes: int, model: ModelSpec, device: torch.device)
 def plan(
     config: EngineConfig, model: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> MemoryPlan:
-    """Size the KV cache, after the weights are loaded. Raises UserError if not one useful request fits."""
+    """Size the KV cache and the slots of states, after the weights are loaded. Raises UserError if not one useful
+    request fits."""
     activations = activation_bytes(config, model, dtype, device)
     block = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * config.block_size
+    state = state_bytes(model)
+    snapshots = _SNAPSHOTS if config.enable_prefix_caching else 0
+    num_states = config.max_num_seqs + snapshots if state else 0
     wanted_len = config.max_model_len or model.max_position_embeddings
     if wanted_len > model.max_position_embeddings:
         raise UserError(
             f"--max-model-len {wanted_len} is more than the {model.max_position_embeddings} positions "
             "the model was trained for"
         )
+    enough = config.max_num_seqs * -(-wanted_len // config.block_size)
     budget = config.kv_cache_memory
     if budget is None:
         share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
@@ -123,17 +140,39 @@ def plan(
                 f"may be taken of {gib(room.free)} that are free of {room.limit}; lower --max-num-batched-tokens or "
                 "--max-num-seqs, or raise the limit"
             )
-        enough = config.max_num_seqs * -(-wanted_len // config.block_size) * block
-        budget = min(free, enough)
-    num_blocks = budget // block
+        budget = min(free, enough * block + num_states * state)
+    if state:
+        num_states = _fitting_states(num_states, state, budget)
+    left = budget - num_states * state
+    num_blocks = left // block if block else enough
     capacity = num_blocks * config.block_size
     if capacity < min(wanted_len, config.max_model_len or config.block_size):
         raise UserError(
-            f"the KV cache holds {max(0, capacity)} tokens in {gib(budget)}; a context of {wanted_len} "
+            f"the KV cache holds {max(0, capacity)} tokens in {gib(left)}; a context of {wanted_len} "
             f"needs {gib(-(-wanted_len // config.block_size) * block)}: lower --max-model-len, or "
             "raise --kv-cache-memory"
         )
-    return MemoryPlan(num_blocks, min(wanted_len, capacity), num_blocks * block, activations)
+    return MemoryPlan(
+        num_blocks,
+        min(wanted_len, capacity),
+        num_blocks * block,
+        activations,
+        num_states,
+        num_states * state,
+    )
+
+
+def _fitting_states(wanted: int, state: int, budget: int) -> int:
+    """Slots of `state` bytes within their share of the budget: one to compute in and one to go on from, at least."""
+    count = min(wanted, int(budget * _STATE_SHARE) // state)
+    if count < 2:
+        raise UserError(
+            f"the recurrent state of one request takes {gib(state)}, and two do not fit in half of the {gib(budget)} "
+            "that caches may take: raise --kv-cache-memory"
+        )
+    if count < wanted:
+        logger.info("%d recurrent states of %s fit, %d were wished", count, gib(state), wanted)
+    return count
 
 
 def available_bytes(device: torch.device) -> int:

@@ -91,7 +91,7 @@ class Ready(msgspec.Struct, tag="ready"):
     device: str
     quantization: str  # "awq int4 g64", "none", ...
     kernels: dict[str, int]  # kernel name -> layers that use it
-    ledger: dict[str, int]  # bytes: weights, kv_cache, activations
+    ledger: dict[str, int]  # bytes: weights, kv_cache, activations, recurrent_states
     load_seconds: float = 0.0
 
 

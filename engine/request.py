@@ -147,6 +147,11 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     # One for each KV group while it holds blocks; kv_cache_manager.RELEASED stands where a window has passed.
     block_tables: list[list[int]] = field(default_factory=list)
+    # Where its recurrent state lies while it holds blocks, of a model whose layers have one.
+    state_slot: int | None = None
+    state_from: int | None = None  # a snapshot that its next step goes on from, not its own slot
+    fork: int = 0  # tokens whose keys and values were found when it was admitted, state or not
+    passing_snapshot: bytes | None = None  # name of its newest within a prompt or an answer
     block_hashes: list[bytes] = field(default_factory=list)  # names of the blocks its tokens fill
     status: Status = Status.WAITING
     num_preemptions: int = 0

@@ -53,9 +53,10 @@ class Runner:
         self._load(checkpoint, progress or (lambda line: None))
         self.plan = memory.plan(config, self.spec, self.dtype, self.device)
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
+        self.num_states = self.plan.num_states
         self.max_model_len, self.vocab_size = self.plan.max_model_len, self.spec.vocab_size
         self.eos_token_ids = _eos_token_ids(checkpoint)
-        self.cache = self.model.new_cache(self.num_blocks)
+        self.cache = self.model.new_cache(self.num_blocks, self.num_states)
         self._check_sanity()
         self._check_canary(checkpoint)
         with torch.inference_mode():
@@ -64,8 +65,8 @@ class Runner:
 
     def _load(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> None:
         config = self.config
-        kind, save = config.quantize, config.save_quantized
-        with quantized_at_load(checkpoint, kind, save, self.spec.routers) as reading:
+        kind, save, dense = config.quantize, config.save_quantized, self.spec.dense_modules()
+        with quantized_at_load(checkpoint, kind, save, dense) as reading:
             memory.check_weights_fit(reading.nbytes, self.spec, self.device)
             ModelWeights(reading, self.spec).check_depth()
             with torch.inference_mode():
@@ -89,6 +90,8 @@ class Runner:
             "kv_cache": self.plan.kv_cache,
             "activations": self.plan.activations,
         }
+        if self.plan.states:
+            ledger["recurrent_states"] = self.plan.states
         return Ready(
             max_model_len=self.max_model_len,
             vocab_size=self.vocab_size,
@@ -142,9 +145,10 @@ class Runner:
         return not bool(torch.isfinite(hidden).all())
 
     def _fail(self, item: ScheduledRequest, result: StepResult) -> None:
-        """Clear this step's blocks: those before may be shared, and are whole."""
+        """Clear this step's blocks (those before may be shared, and are whole), and the state."""
         result.errors[item.request.request_id] = NOT_FINITE
-        self.cache.clear(item.request.block_tables[0][item.start // self.block_size :])
+        blocks = item.request.block_tables[0][item.start // self.block_size :]
+        self.cache.clear(blocks, item.request.state_slot)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:

@@ -47,7 +47,7 @@ def quantized_at_load(
 ) -> Iterator[Checkpoint]:
     """The checkpoint, its block weights quantized as they are read; itself where `quantize` is None.
 
-    quantize: a key of LAYERS. save: a folder to make of what was read. dense: modules that stay as they are. Raises
+    quantize: a key of LAYERS. save: a folder to make of what was read. dense: modules that are left alone. Raises
     UnsupportedError for a checkpoint that is quantized already, CheckpointError where the folder cannot be used.
     """
     if quantize is None:
@@ -79,6 +79,7 @@ class QuantizedAtLoad(Checkpoint):
     """A dense checkpoint whose linears in the blocks are quantized when they are read."""
 
     def __init__(self, checkpoint: Checkpoint, layer: LayerScheme, dense: Sequence[str] = ()):
+        """dense: modules that stay so."""
         self.inner, self.layer = checkpoint, layer
         self._stay_dense = dict.fromkeys(dense)
         self.path, self.config = checkpoint.path, checkpoint.config
@@ -88,7 +89,7 @@ class QuantizedAtLoad(Checkpoint):
             set()
         )  # tensors of the checkpoint that the writer has, in some form
         self._layers: dict[str, LayerScheme] = {}  # of what was read
-        self._dense: list[str] = []
+        self._dense = list(dense)
 
     @property
     def scheme(self) -> QuantScheme:  # type: ignore[override]
@@ -170,10 +171,12 @@ class QuantizedAtLoad(Checkpoint):
         return self._is_block_matrix(f"{module}.weight") or self.inner.is_quantized(module)
 
     def _is_block_matrix(self, name: str) -> bool:
-        in_block = re.search(r"(^|\.)layers\.\d+\.", name) is not None
-        if name.removesuffix(".weight") in self._stay_dense:
-            return False
-        return in_block and self.inner.has(name) and len(self.inner.shape(name)) == 2
+        return (
+            re.search(r"^(?!mtp\.)(.+\.)?layers\.\d+\.", name) is not None
+            and name.removesuffix(".weight") not in self._stay_dense
+            and self.inner.has(name)
+            and len(self.inner.shape(name)) == 2
+        )
 
     @property
     def nbytes(self) -> int:

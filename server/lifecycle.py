@@ -52,6 +52,7 @@ _LEDGER = {  # parts of Ready.ledger, as printed: what is used is one thing, wha
     "weights": "weights",
     "kv_cache": "KV cache, reserved",
     "activations": "activations, at most",
+    "recurrent_states": "states, reserved",
 }
 
 StartEngine = Callable[[EngineConfig], Awaitable[AsyncEngine]]

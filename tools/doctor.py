@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nibble.architectures.base import Attention, ModelSpec
 from nibble.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,8 +129,7 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
             Finding(
                 "architecture",
                 "ok",
-                f"{spec.num_layers} layers of {spec.hidden_size}, {spec.layers[0].mixer.num_heads} heads, "
-                f"{spec.layers[0].mixer.num_kv_heads} of them with keys and values",
+                _architecture(spec),
             )
         )
         device = resolve_device(device_name)
@@ -139,6 +139,17 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
     except UserError as error:
         found.append(Finding("model", "no", str(error)))
     return found
+
+
+def _architecture(spec: ModelSpec) -> str:
+    said = f"{spec.num_layers} layers of {spec.hidden_size}"
+    mixers = [layer.mixer for layer in spec.layers]
+    attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+    if attention:
+        said += f", {attention[0].num_heads} heads, {attention[0].num_kv_heads} of them with keys and values"
+    if len(attention) < len(mixers):
+        said += f"; {len(mixers) - len(attention)} layers carry a state instead"
+    return said
 
 
 def _kernels(

@@ -30,10 +30,10 @@ Progress = Callable[[int], None]  # told the index of each layer that was loaded
 
 
 class Cache(Protocol):
-    """Keys and values of a decoder's layers, in blocks."""
+    """Keys and values of a decoder's layers, in blocks, and recurrent states, in slots."""
 
-    def clear(self, blocks: list[int]) -> None:
-        """Zero blocks that a failed request may have left NaN in."""
+    def clear(self, blocks: list[int], state_slot: int | None) -> None:
+        """Zero what a failed request may have left NaN in."""
         ...
 
 
@@ -68,12 +68,12 @@ class Decoder(Protocol):
         """Of weights in memory, mapped ones included."""
         ...
 
-    def new_cache(self, num_blocks: int) -> Any:
-        """A Cache of its own kind."""
+    def new_cache(self, num_blocks: int, num_states: int = 1) -> Any:
+        """A Cache of its own kind; num_states: of requests and snapshots, where layers have recurrent states."""
         ...
 
     def forward(self, batch: Batch, cache: Any, hidden: Tensor | None = None) -> Tensor:
-        """Compute the batch's tokens, writing their keys and values to `cache`, which this decoder made. hidden
+        """Compute the batch's tokens, writing their keys, values and states to `cache`, which this decoder made. hidden
         [T, hidden_size]: what the layers before gave; the first decoder embeds the tokens instead. Returns [T,
         hidden_size]; of the last decoder, normed."""
         ...

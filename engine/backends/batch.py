@@ -6,6 +6,9 @@ Decodes (one token a request) lie first, then the chunks:
     query_start_loc                      [S+1]   where each request's tokens begin
     seq_lens                             [S]     tokens it has then, these included
     block_tables                         [S][*]  its KV blocks, of the one KV group that backends know
+    states                               [S][4]  slots that its recurrent state is read from (-1: zeros) and written to;
+                                                 its first of snapshots, and how many there are
+    snapshots                            [*][2]  tokens of the request's in this step, and the slot for the state then
 """
 
 import itertools
@@ -31,10 +34,17 @@ class Batch:
     def of_one(
         cls, token_ids: list[int], block_size: int, start: int = 0, num_tokens: int | None = None
     ) -> "Batch":
-        """Tokens start .. start + num_tokens (None: to the end) of a sequence that has the first blocks of a cache."""
+        """Tokens start .. start + num_tokens (None: to the end) of a sequence that has the first blocks of a cache, and
+        its first state slot."""
         blocks = list(range(-(-len(token_ids) // block_size)))
         request = Request(
-            "scratch", token_ids, SamplingParams(), frozenset(), seed=0, block_tables=[blocks]
+            "scratch",
+            token_ids,
+            SamplingParams(),
+            frozenset(),
+            seed=0,
+            block_tables=[blocks],
+            state_slot=0,
         )
         count = len(token_ids) - start if num_tokens is None else num_tokens
         return cls([ScheduledRequest(request, start, count)], block_size)
@@ -67,6 +77,22 @@ class Batch:
     @cached_property
     def seq_lens(self) -> list[int]:
         return [item.end for item in self.items]
+
+    @cached_property
+    def states(self) -> list[tuple[int, int, int, int]]:
+        found, first = [], 0
+        for item in self.items:
+            own, source = item.request.state_slot, item.state_from
+            if own is None:
+                raise ValueError(f"request {item.request.request_id} has no slot for its state")
+            read = -1 if item.start == 0 else own if source is None else source
+            found.append((read, own, first, len(item.snapshots)))
+            first += len(item.snapshots)
+        return found
+
+    @cached_property
+    def snapshots(self) -> list[tuple[int, int]]:
+        return [(at - item.start, slot) for item in self.items for at, slot in item.snapshots]
 
     @cached_property
     def block_tables(self) -> list[list[int]]:

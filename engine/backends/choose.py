@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...architectures.base import LayerSpec, ModelSpec
+from ...architectures.base import ModelSpec
 from ...errors import UnsupportedError, UserError
 from ...kernels.cpu import library
 from ...quant.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ def assign(target: Target, model: ModelSpec) -> Assignment:
                 + "; ".join(f"{b.name} {why}" for b, why in zip(backends, reasons, strict=True))
             )
         chosen.append(backends[[reason is None for reason in reasons].index(True)])
-    if any(map(needs_all_layers, model.layers)) or model.per_layer_inputs is not None:
+    if _layers_need_each_other(model):
         chosen = [max(chosen, key=backends.index)] * len(chosen)
     runs = []
     for _, indices in itertools.groupby(range(len(chosen)), key=lambda i: id(chosen[i])):
@@ -69,9 +69,10 @@ def assign(target: Target, model: ModelSpec) -> Assignment:
     return Assignment(runs, refused)
 
 
-def needs_all_layers(layer: LayerSpec) -> bool:
-    """Whether a layer reads what another one has made, so that both must be of one decoder."""
-    return layer.mixer.kv_source is not None
+def _layers_need_each_other(model: ModelSpec) -> bool:
+    """Whether a layer reads what is made elsewhere than in the layer before, so that all must be of one decoder."""
+    shared = any(mixer.kv_source is not None for mixer in model.attention.values())
+    return shared or model.per_layer_inputs is not None
 
 
 def load_decoder(

@@ -10,13 +10,13 @@ from .batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class ChainedCache:
-    """Each decoder's own, over the same blocks."""
+    """Each decoder's own, over the same blocks and slots."""
 
     caches: list[Cache]
 
-    def clear(self, blocks: list[int]) -> None:
+    def clear(self, blocks: list[int], state_slot: int | None) -> None:
         for cache in self.caches:
-            cache.clear(blocks)
+            cache.clear(blocks, state_slot)
 
 
 class ChainedDecoder(HostSampling):
@@ -33,8 +33,8 @@ class ChainedDecoder(HostSampling):
     def weight_bytes(self) -> int:
         return sum(decoder.weight_bytes for decoder in self.decoders)
 
-    def new_cache(self, num_blocks: int) -> ChainedCache:
-        return ChainedCache([decoder.new_cache(num_blocks) for decoder in self.decoders])
+    def new_cache(self, num_blocks: int, num_states: int = 1) -> ChainedCache:
+        return ChainedCache([each.new_cache(num_blocks, num_states) for each in self.decoders])
 
     def forward(self, batch: Batch, cache: ChainedCache, hidden: Tensor | None = None) -> Tensor:
         for decoder, own in zip(self.decoders, cache.caches, strict=True):

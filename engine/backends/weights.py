@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...architectures.base import LinearGroup, ModelSpec
+from ...architectures.base import Attention, GatedDeltaNet, LinearGroup, ModelSpec
 from ...errors import CheckpointError
 from ...quant.checkpoint import Checkpoint
 from ...quant.weight import QuantizedWeight, part, scaled_by_row
@@ -39,6 +39,16 @@ class Linear:
             Linear(part(weight, rows), None if self.bias is None else self.bias[rows])
             for rows in cuts
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNetWeights:
+    """In float32."""
+
+    taps: Tensor  # [conv_kernel, channels], oldest first
+    rate: Tensor  # [num_value_heads]: -exp(A_log)
+    dt_bias: Tensor  # [num_value_heads]
+    norm: Tensor  # [value_dim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +129,9 @@ class ModelWeights:
         self._check_shape(name, (width,))
         return self.checkpoint.tensor(name).float()
 
-    def head_norms(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    def head_norms(self, layer: int, mixer: Attention) -> tuple[Tensor | None, Tensor | None]:
         """Of query and key heads, float32: [head_dim], or of all heads at once [heads * head_dim]."""
-        mixer, prefix = self.model.layers[layer].mixer, self.model.layer_name(layer)
+        prefix = self.model.layer_name(layer)
 
         def norm(name: str, heads: int) -> Tensor:
             width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
@@ -132,6 +142,18 @@ class ModelWeights:
         has_keys = mixer.kv_source is None
         return norm("q_norm", mixer.num_heads), (
             norm("k_norm", mixer.num_kv_heads) if has_keys else None
+        )
+
+    def gated_delta_net(self, layer: int, mixer: GatedDeltaNet) -> "DeltaNetWeights":
+        """What is no linear of such a mixer. Its norm stores the factor itself, whatever the model's others do."""
+        prefix, heads = f"{self.model.layer_name(layer)}.linear_attn", mixer.num_value_heads
+        self._check_shape(f"{prefix}.conv1d.weight", (mixer.channels, 1, mixer.conv_kernel))
+        filters = self.checkpoint.tensor(f"{prefix}.conv1d.weight").float()
+        return DeltaNetWeights(
+            filters[:, 0].t().contiguous(),
+            -self.vector(f"{prefix}.A_log", heads).exp(),
+            self.vector(f"{prefix}.dt_bias", heads),
+            self.vector(f"{prefix}.norm.weight", mixer.value_dim),
         )
 
     def final_norm(self) -> Tensor:

@@ -1,8 +1,9 @@
 """ScheduledBatch: what one step computes, as the scheduler hands it to the runner, and what the runner hands back.
 
 Each ScheduledRequest says: compute tokens [start, start + num_tokens) of `request`, whose KV blocks are already in
-`request.block_tables`, one for each KV group. If that reaches the end of its tokens, sample what comes next. A prompt
-chunk, a whole prompt, a single decode token and a recomputation after preemption are all this same thing.
+`request.block_tables`, one for each KV group, and whose recurrent state, if the model has one, in `request.state_slot`
+(it is zero before token 0, whatever lies in the slot). If that reaches the end of its tokens, sample what comes next. A
+prompt chunk, a whole prompt, a single decode token and a recomputation after preemption are all this same thing.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ class ScheduledRequest:
     request: Request
     start: int  # = request.num_computed_tokens when scheduled
     num_tokens: int
+    state_from: int | None = None  # a snapshot that its state is read from; None: its own slot
+    # (position, slot), in order: the state that the tokens before a position leave is written to that slot, too
+    snapshots: list[tuple[int, int]] = field(default_factory=list)
     end: int = field(init=False)
     samples: bool = field(init=False)  # whether this step produces new tokens for the request
 

@@ -74,6 +74,11 @@ class BlockPool:
             self._names[block] = name
             self._cached.setdefault(name, block)
 
+    def demote(self, block: int) -> None:
+        """Its content is worth less than any other's: where it is free, it is taken next."""
+        if self._refs[block] == 0:
+            self._free.move_to_end(block, last=False)
+
     def check_integrity(self, block_tables: Iterable[Sequence[int]] = ()) -> None:
         """Verify every invariant above, given all block tables in use (none: the pool must be wholly free).
 

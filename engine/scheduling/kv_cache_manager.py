@@ -7,7 +7,8 @@ Layers of one kind share a group: its own blocks (a BlockPool) and, for each req
                                            what has been passed is RELEASED, and its place in the table stays
 
 The next token, at position c = num_computed_tokens, sees the keys of the last W positions, its own included: a block is
-passed when it ends before c - W + 1. A prefix is found if every group has what the token behind it sees.
+passed when it ends before c - W + 1. A prefix is found if every group has what the token behind it sees. Layers with a
+recurrent state have no blocks but a slot for each request (state_slots.py): a prefix is found up to a snapshot only.
 
 A full block is named by a hash that covers it and everything before it, in all groups the same:
 
@@ -23,7 +24,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from ..request import Request
+from .batch import ScheduledRequest
 from .block_pool import BlockPool
+from .state_slots import StateSlots
 
 RELEASED = -1  # in a block table: behind the window
 
@@ -40,12 +43,18 @@ class KVCacheManager:
     """The pools of all groups. Not thread-safe: the engine loop owns it."""
 
     def __init__(
-        self, groups: Sequence[KVGroup], block_size: int, enable_prefix_caching: bool = True
+        self,
+        groups: Sequence[KVGroup],
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        num_states: int = 0,
     ):
+        """num_states: slots for the states of requests and snapshots; 0: no layer has one."""
         self.groups = tuple(groups)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.pools = [BlockPool(group.num_blocks) for group in groups]
+        self.states = StateSlots(num_states, block_size) if num_states else None
 
     @property
     def num_blocks(self) -> int:
@@ -61,18 +70,18 @@ class KVCacheManager:
         return min(self._max_tokens(group, limit, chunk) for group in self.groups)
 
     def find_prefix(self, request: Request) -> int:
-        """How many of its tokens every group still has, in full blocks. Never all: the last one's logits are wanted."""
+        """How many of its tokens every group still has, in full blocks, and the states of. Never all: the last one's
+        logits are wanted."""
         if not self.enable_prefix_caching:
             return 0
         names = self._names(request)[: (request.num_tokens - 1) // self.block_size]
-        while True:
-            count = min(
-                self._num_cached(group, pool, names)
-                for group, pool in zip(self.groups, self.pools, strict=True)
-            )
-            if count == len(names):
-                return count * self.block_size
-            names = names[:count]
+        count = self._num_shared(names)
+        if self.states is None:
+            return count * self.block_size
+        request.fork = count * self.block_size
+        while (with_state := self.states.longest(names[:count])) < count:
+            count = self._num_shared(names[:with_state])
+        return count * self.block_size
 
     def admit(self, request: Request, num_cached: int, end: int) -> bool:
         """Give a request that holds nothing its prefix of `num_cached` tokens and blocks for a first step up to `end`.
@@ -83,6 +92,10 @@ class KVCacheManager:
             [pool.cached(name) for name in request.block_hashes[first:count]]
             for pool, first in zip(self.pools, firsts, strict=True)
         ]
+        with_state = self.states is not None and count > 0
+        snapshot = request.block_hashes[count - 1] if with_state else None
+        if self.states is not None and not self.states.can_admit(snapshot):
+            return False
         missing = [self._blocks_for(group, request, end) - count for group in self.groups]
         for pool, blocks, number in zip(self.pools, shared, missing, strict=True):
             if number + pool.num_idle(blocks) > pool.num_free:
@@ -91,6 +104,8 @@ class KVCacheManager:
         for pool, first, blocks, number in zip(self.pools, firsts, shared, missing, strict=True):
             pool.share(blocks)
             request.block_tables.append([RELEASED] * first + blocks + pool.allocate(number))
+        if self.states is not None:
+            self.states.admit(request, snapshot)
         return True
 
     def grow(self, request: Request, end: int) -> bool:
@@ -108,6 +123,23 @@ class KVCacheManager:
             table += pool.allocate(number)
         return True
 
+    def begin_step(self) -> None:
+        """Another step is scheduled from here on."""
+        if self.states is not None:
+            self.states.begin_step()
+
+    def place_states(self, items: Sequence[ScheduledRequest]) -> None:
+        """Say where the states of a step's items are read, and where snapshots of them are written."""
+        if self.states is not None:
+            for item in items:
+                names = self._names(item.request) if self.enable_prefix_caching else []
+                self.states.place(item, names, self.enable_prefix_caching)
+
+    def settle_states(self, item: ScheduledRequest, whole: bool) -> None:
+        """A step is over, its tokens are known: keep an item's snapshots if it was computed as a whole."""
+        if self.states is not None and item.snapshots:
+            self.states.settle(item, self._names(item.request) if whole else None)
+
     def commit(self, request: Request, start: int, end: int) -> None:
         """Its tokens [start, end) are known and computed: blocks that are full now may be shared."""
         full = range(start // self.block_size, end // self.block_size)
@@ -124,12 +156,28 @@ class KVCacheManager:
         for pool, table in zip(self.pools, request.block_tables, strict=False):
             pool.free(_held(table))
         request.block_tables = []
+        if self.states is not None:
+            self.states.free(request)
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        """RuntimeError if a pool's books and these requests' block tables disagree."""
+        """RuntimeError if a pool's books and these requests' block tables and slots disagree."""
+        requests = list(requests)
+        if self.states is not None:
+            self.states.check_integrity(requests)
         tables = [request.block_tables for request in requests if request.block_tables]
         for index, pool in enumerate(self.pools):
             pool.check_integrity([_held(of_all[index]) for of_all in tables])
+
+    def _num_shared(self, names: Sequence[bytes]) -> int:
+        """The longest prefix, in blocks, of which every group has what the token behind it sees."""
+        while True:
+            count = min(
+                self._num_cached(group, pool, names)
+                for group, pool in zip(self.groups, self.pools, strict=True)
+            )
+            if count == len(names):
+                return count
+            names = names[:count]
 
     def _blocks_for(self, group: KVGroup, request: Request, end: int) -> int:
         tokens = request.num_tokens if group.window is None else end

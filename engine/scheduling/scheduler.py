@@ -76,9 +76,11 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """What to compute next, its blocks allocated. None: nothing to do."""
+        self.kv_cache.begin_step()
         items, budget, preempted = self._schedule_running(self.max_num_batched_tokens)
         if not preempted:
             items += self._admit_waiting(budget)
+        self.kv_cache.place_states(items)
         self._stats.step_tokens = sum(item.num_tokens for item in items)
         return ScheduledBatch(items) if items else None
 
@@ -94,9 +96,11 @@ class Scheduler:
         outputs = []
         for item in batch.items:
             request = item.request
+            error = result.errors.get(request.request_id)
+            if request.is_finished or error is not None:
+                self.kv_cache.settle_states(item, whole=False)
             if request.is_finished:
                 continue
-            error = result.errors.get(request.request_id)
             if error is not None:
                 self._finish(request, FinishReason.ERROR)
                 outputs.append(
@@ -110,6 +114,7 @@ class Scheduler:
                 request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
             if request.status is Status.RUNNING:
                 self._commit(item, len(tokens))
+            self.kv_cache.settle_states(item, whole=request.status is Status.RUNNING)
             if item.end + len(tokens) > known:
                 outputs.append(self._output(item, known, result))
         return outputs

@@ -9,6 +9,7 @@
 // 16 outputs and a broadcast of 4 (2) activations meets it; k_padded is a whole number of groups, padded with zeros:
 //
 //   U4    [n/16][k/8][64 bytes]     byte 4*output + j: column j in the low nibble, column 4 + j in the high one
+//   T4    as U4; code c is the number table[c] - midpoint
 //   U8    [n/16][k/4][64 bytes]     byte 4*output + j: column j
 //   FP8   [n/16][k/2][2][16 bytes]  even columns, then odd ones
 //   DENSE [n/16][k/2][16][2]
@@ -17,11 +18,11 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 7
+#define NB_ABI_VERSION 10
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
-enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3 };
+enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3, NB_T4 = 4 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
 enum NbScoring { NB_SOFTMAX = 0, NB_SIGMOID = 1 };
 enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1 };
@@ -41,6 +42,7 @@ struct NbLinear {
   const void* scales;
   const void* offsets;
   const float* bias;   // [n] or null
+  const uint8_t* table;  // [16] of T4, at most 127 each
 };
 
 struct NbInput {
@@ -73,6 +75,7 @@ struct NbAttention {
   float scale;                       // of queries times keys
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
+  int32_t output_gate;               // qkv gives [query, gate] of each head; what it gives is times sigmoid(gate)
   int32_t reads_only;                // keys and values are another layer's: there are only queries
   int32_t keys_are_values;           // values are the keys before norm and rotation: there are only queries and keys
   int64_t cache_offset;              // of its keys and values (or those it reads): bytes of a block in what lies before
@@ -80,6 +83,17 @@ struct NbAttention {
   const float* k_norm;
   const float* v_norm;               // [head_dim] or null
   NbLinearGroup qkv, o;
+};
+
+// See delta_net.h.
+struct NbDeltaNet {
+  int32_t key_heads, value_heads, key_dim, value_dim;
+  int32_t taps;                      // of the convolution, the token's own included
+  const float* filters;              // [taps, channels], oldest first
+  const float* rate;                 // [value_heads] log of the decay of a step of length 1
+  const float* dt_bias;              // [value_heads]
+  const float* norm;                 // [value_dim]
+  NbLinearGroup in, out;             // q, k and v; z; b; a: side by side
 };
 
 struct NbGatedMlp {
@@ -118,15 +132,16 @@ struct NbExperts {
   const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
 };
 
-// Norms are [hidden] or null. The feed-forward is one of two.
+// Norms are [hidden] or null, and so is one of the mixers, one of the feed-forwards.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
   const float* before_mlp;
   const float* after_mlp;
   const NbAttention* attention;
-  const NbGatedMlp* mlp;             // or null
-  const NbExperts* experts;          // or null
+  const NbDeltaNet* delta_net;
+  const NbGatedMlp* mlp;
+  const NbExperts* experts;
   const NbPerLayerInput* per_layer_input;  // or null
   float scalar;                      // what leaves the layer is multiplied by it
 };
@@ -150,6 +165,11 @@ struct NbItem {
   int32_t count, start, table;
 };
 
+// Where an item's recurrent state is read (-1: it is zero) and written, and which pairs of snapshots are its own.
+struct NbItemState {
+  int32_t read, write, snapshot, num_snapshots;
+};
+
 struct NbBatch {
   int32_t num_tokens, num_items;
   const int32_t* tokens;             // [num_tokens]
@@ -158,6 +178,10 @@ struct NbBatch {
   uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h
   int64_t num_blocks;
   int32_t cache_int8;                // else bfloat16
+  float* states;                     // of each layer that has one [slots][inputs, matrices], see delta_net.h
+  int64_t num_slots;
+  const NbItemState* item_states;
+  const int32_t* snapshots;          // pairs: after how many of an item's tokens its state goes to which slot, too
 };
 
 struct NbPool;

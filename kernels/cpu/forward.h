@@ -1,11 +1,13 @@
 // The decoder, from token ids (or hidden states) to hidden states, as one program of phases for the whole team:
 //
-//   x -> input norm -> qkv -> (q, k norm) -> RoPE, cache -> attention -> o -> (norm) -> + x
+//   x -> input norm -> qkv -> (q, k norm) -> RoPE, cache -> attention (-> gate) -> o -> (norm) -> + x
+//   or                 q k v, z, b, a -> convolution -> gated delta rule -> norm, gate -> out
 //     -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x      or experts.h
 //
 // Activations between the products are float32; a product's inputs are int8 codes or bfloat16.
 #pragma once
 #include "attention.h"
+#include "delta_net.h"
 #include "experts.h"
 #include "isa.h"
 
@@ -94,35 +96,30 @@ struct Step {
     return a.scale * (1.0f + a.query_beta * log1pf((float)(position / a.query_length)));
   }
 
-  static int qkv_width(const NbAttention& a) {
-    int stored = a.reads_only ? 0 : a.keys_are_values ? 1 : 2;
-    return (a.num_heads + stored * a.num_kv_heads) * a.head_dim;
-  }
-
   // Norm, rotate and store a row's queries (bfloat16, [kv_heads][tokens][heads of one][head_dim], scaled), keys and
   // values.
   void rotate_and_store(Worker& worker, int row, const NbAttention& a, const Cache& to) const {
     int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads, all = a.num_heads * dim;
-    float* qkv = b.qkv + (int64_t)row * qkv_width(a);
+    int of_head = a.output_gate ? 2 * dim : dim;
+    float *qkv = b.qkv + (int64_t)row * nibble::qkv_width(a), *keys = qkv + a.num_heads * of_head;
     int turned = m.ropes[a.rope].dim;
     const float *cosines = b.angles[a.rope] + (int64_t)row * turned, *sines = cosines + turned / 2;
     int position = position_of(row), block = batch.tables[batch.items[item_of(row)].table + position / m.block_size];
     bool norm_heads = a.q_norm && !a.qk_norm_all;
     if (a.q_norm && a.qk_norm_all) {
-      float* keys = qkv + all;
       rms_norm(qkv, a.q_norm, all, m.eps, qkv);
       rms_norm(keys, a.k_norm, a.num_kv_heads * dim, m.eps, keys);
     }
     F32 scale = f_set(query_scale(a, position));
     for (int h = 0; h < a.num_heads; h++) {
-      float* q = qkv + h * dim;
+      float* q = qkv + h * of_head;
       if (norm_heads) rms_norm(q, a.q_norm, dim, m.eps, q);
       rotate(q, turned, cosines, sines);
       uint16_t* out = b.queries + (((int64_t)(h / shared) * batch.num_tokens + row) * shared + h % shared) * dim;
       for (int d = 0; d < dim; d += 16) f_store_bf16(out + d, f_mul(f_load(q + d), scale));
     }
     for (int h = 0; h < (a.reads_only ? 0 : a.num_kv_heads); h++) {
-      float *k = qkv + (a.num_heads + h) * dim, *v = k + a.num_kv_heads * dim;
+      float *k = keys + h * dim, *v = k + a.num_kv_heads * dim;
       if (a.keys_are_values) v = (float*)memcpy(worker.scratch, k, sizeof(float) * dim);
       if (a.v_norm) rms_norm(v, a.v_norm, dim, m.eps, v);
       if (norm_heads) rms_norm(k, a.k_norm, dim, m.eps, k);
@@ -179,16 +176,97 @@ struct Step {
   }
 
   void attention(Worker& worker, const NbAttention& a, const Cache& kv, const float* after) const {
-    int all = a.num_heads * a.head_dim;
-    products(worker, a.qkv, b.qkv, qkv_width(a), false);
+    products(worker, a.qkv, b.qkv, nibble::qkv_width(a), false);
     for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(worker, row, a, kv); });
     const nibble::Units& units = b.units[nibble::unit_tokens(a)];
     nibble::parallel(worker, units.count * a.num_kv_heads, [&](int chunk) {
       int unit = units.count - 1 - chunk / a.num_kv_heads;  // long ones first
       attend_unit(worker, units.at[unit], chunk % a.num_kv_heads, a, kv);
     });
-    prepare_rows(worker, a.o, b.attended, all);
+    int all = a.num_heads * a.head_dim;
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float* mixed = b.attended + (int64_t)row * all;
+      if (a.output_gate) gate_heads(a, b.qkv + (int64_t)row * nibble::qkv_width(a), mixed);
+      prepare_all(a.o, inputs, row, mixed, (float*)worker.scratch);
+    });
     add_product(worker, a.o, after);
+  }
+
+  // What the heads of a row give, times sigmoid of the gates beside the queries.
+  static void gate_heads(const NbAttention& a, const float* qkv, float* mixed) {
+    for (int h = 0; h < a.num_heads; h++)
+      for (int d = 0; d < a.head_dim; d += 16) {
+        float* place = mixed + h * a.head_dim + d;
+        f_store(place, f_mul(f_load(place), sigmoid(f_load(qkv + (2 * h + 1) * a.head_dim + d))));
+      }
+  }
+
+  // The first row of an item in what a delta net's linears gave, and the inputs in the state that it goes on from.
+  const float* first_row(const DeltaNet& net, int item) const { return b.qkv + (int64_t)b.item_rows[item] * net.width(); }
+  const float* inputs_before(const DeltaNet& net, int item) const {
+    int slot = batch.item_states[item].read;
+    return slot < 0 ? nullptr : net.inputs(slot);
+  }
+
+  // Some columns of one head's matrix through all tokens of an item, to its slot, and to snapshots on the way.
+  void carry(const DeltaNet& net, int item, int head, int column) const {
+    const NbDeltaNet& d = net.d;
+    const NbItemState& where = batch.item_states[item];
+    int columns = min_int(kColumns, d.value_dim - column), row = b.item_rows[item];
+    auto copy = [&](int from, int to) {
+      for (int i = 0; i < d.key_dim; i++) {
+        float* place = net.matrix(to, head) + (int64_t)i * d.value_dim + column;
+        if (from < 0) memset(place, 0, sizeof(float) * columns);
+        else memcpy(place, net.matrix(from, head) + (int64_t)i * d.value_dim + column, sizeof(float) * columns);
+      }
+    };
+    if (where.read != where.write) copy(where.read, where.write);
+    float* state = net.matrix(where.write, head) + column;
+    const int32_t *snapshot = batch.snapshots + 2 * where.snapshot, *last = snapshot + 2 * where.num_snapshots;
+    int key = head / (d.value_heads / d.key_heads) * d.key_dim;
+    for (int t = 0; t < batch.items[item].count; t++, row++) {
+      const float *qkv = b.convolved + (int64_t)row * net.channels(), *q = qkv + key, *k = q + net.keys();
+      const float* v = qkv + 2 * net.keys() + head * d.value_dim + column;
+      const float* gate = b.qkv + (int64_t)row * net.width() + net.channels() + net.values() + head;
+      float beta = gate[0], decay = gate[d.value_heads];
+      float* out = b.attended + (int64_t)row * net.values() + head * d.value_dim + column;
+      if (columns == kColumns) delta_step<kColumns / 16>(d, state, q, k, v, decay, beta, out);
+      else
+        for (int c = 0; c < columns; c += 16) delta_step<1>(d, state + c, q, k, v + c, decay, beta, out + c);
+      for (; snapshot != last && snapshot[0] == t + 1; snapshot += 2) copy(where.write, snapshot[1]);
+    }
+  }
+
+  void leave_inputs_of(const DeltaNet& net, int item) const {
+    const NbItemState& where = batch.item_states[item];
+    const float *first = first_row(net, item), *before = inputs_before(net, item);
+    for (int i = 0; i < where.num_snapshots; i++) {
+      const int32_t* snapshot = batch.snapshots + 2 * (where.snapshot + i);
+      leave_inputs(net, first, snapshot[0], before, net.inputs(snapshot[1]));
+    }
+    leave_inputs(net, first, batch.items[item].count, before, net.inputs(where.write));
+  }
+
+  void delta_net(Worker& worker, const DeltaNet& net, const float* after) const {
+    products(worker, net.d.in, b.qkv, net.width(), false);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      int item = item_of(row);
+      convolve(net, first_row(net, item), row - b.item_rows[item], inputs_before(net, item),
+               b.convolved + (int64_t)row * net.channels());
+      gates(net, b.qkv + (int64_t)row * net.width());
+    });
+    int heads = net.d.value_heads * net.blocks();
+    nibble::parallel(worker, batch.num_items * heads, [&](int chunk) {
+      int item = batch.num_items - 1 - chunk / heads;  // long ones first
+      if (chunk % heads == 0) leave_inputs_of(net, item);
+      carry(net, item, chunk % heads / net.blocks(), chunk % net.blocks() * kColumns);
+    });
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float* mixed = b.attended + (int64_t)row * net.values();
+      gated_norm(net, mixed, b.qkv + (int64_t)row * net.width() + net.channels(), m.eps);
+      prepare_all(net.d.out, inputs, row, mixed, (float*)worker.scratch);
+    });
+    add_product(worker, net.d.out, after);
   }
 
   void gated_mlp(Worker& worker, const NbGatedMlp& mlp, const float* after) const {
@@ -247,10 +325,11 @@ struct Step {
   }
 
   void run(Worker& worker) const {
+    float* states = batch.states;
     if (m.per_layer_inputs) per_layer_inputs(worker, *m.per_layer_inputs);
     for (int l = 0; l < m.num_layers; l++) {
       const NbLayer& layer = m.layers[l];
-      const NbAttention& a = *layer.attention;
+      const NbLinearGroup& mixer_in = layer.attention ? layer.attention->qkv : layer.delta_net->in;
       for_rows(worker, batch.num_tokens, [&](int row) {
         if (l == 0) {
           if (m.embedding && !m.per_layer_inputs) embed(row);
@@ -258,11 +337,18 @@ struct Step {
         } else {
           leave(worker, row, m.layers[l - 1]);
         }
-        norm_and_prepare(worker, row, layer.before_mixer, a.qkv);
+        norm_and_prepare(worker, row, layer.before_mixer, mixer_in);
       });
-      Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
-               batch.cache_int8 != 0};
-      attention(worker, a, kv, layer.after_mixer);
+      if (layer.attention) {
+        const NbAttention& a = *layer.attention;
+        Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
+                 batch.cache_int8 != 0};
+        attention(worker, a, kv, layer.after_mixer);
+      } else {
+        DeltaNet net{*layer.delta_net, states};
+        states += batch.num_slots * net.state_size();
+        delta_net(worker, net, layer.after_mixer);
+      }
       for_rows(worker, batch.num_tokens, [&](int row) {
         add_normed(worker, row, layer.after_mixer);
         if (layer.mlp) norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);

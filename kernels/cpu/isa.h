@@ -45,7 +45,8 @@ struct StepBuffers {
   float* scales[NB_MAX_INPUTS];
   int32_t* sums[NB_MAX_INPUTS];
   // Of the layer at hand, as wide as the widest.
-  float* qkv;            // [tokens, heads + 2 kv_heads, head_dim]
+  float* qkv;            // [tokens, heads + 2 kv_heads, head_dim], or what a delta net's linears give
+  float* convolved;      // [tokens, channels]
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
   float* inner;          // [tokens or pairs, intermediate], and what a layer is told once more
@@ -84,6 +85,15 @@ struct LinearJob {
 struct Kernels {
   Program forward, logits, linear;
 };
+
+inline int qkv_width(const NbAttention& a) {
+  int stored = a.reads_only ? 0 : a.keys_are_values ? 1 : 2;
+  return ((a.output_gate ? 2 : 1) * a.num_heads + stored * a.num_kv_heads) * a.head_dim;
+}
+
+inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim; }
+
+inline int width_of(const NbDeltaNet& d) { return channels_of(d) + d.value_heads * d.value_dim + 2 * d.value_heads; }
 
 // Tokens of a unit, where so many query heads read one key-value head.
 inline int unit_tokens(const NbAttention& a) {

@@ -133,25 +133,32 @@ void place_experts(Arena& arena, ExpertBuffers& b, const ExpertSize& size, size_
 
 void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch) {
   size_t rows = batch.num_tokens;
-  size_t qkv = 0, queries = 0, inner = 0;
+  size_t qkv = 0, queries = 0, attended = 0, channels = 0, inner = 0;
   ExpertSize experts;
   bool wanted[kQueryTile + 1] = {};
   for (int l = 0; l < m.num_layers; l++) {
-    const NbAttention& a = *m.layers[l].attention;
-    qkv = std::max(qkv, size_t(a.num_heads + 2 * a.num_kv_heads) * a.head_dim);
-    queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
     if (const NbGatedMlp* mlp = m.layers[l].mlp) inner = std::max(inner, rows * mlp->intermediate);
     if (const NbExperts* e = m.layers[l].experts) {
       inner = std::max(inner, rows * paths(*e) * inner_width(*e));
       experts.widen(*e, batch.num_tokens);
     }
+    if (const NbDeltaNet* d = m.layers[l].delta_net) {
+      qkv = std::max(qkv, size_t(width_of(*d)));
+      channels = std::max(channels, size_t(channels_of(*d)));
+      attended = std::max(attended, size_t(d->value_heads) * d->value_dim);
+      continue;
+    }
+    const NbAttention& a = *m.layers[l].attention;
+    qkv = std::max(qkv, size_t(qkv_width(a)));
+    queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
     wanted[unit_tokens(a)] = true;
   }
   if (m.per_layer_inputs) inner = std::max(inner, rows * m.per_layer_inputs->width);
   place_inputs(arena, b, sizes, rows * std::max(size_t(1), experts.paths));
   b.qkv = arena.take<float>(rows * qkv);
   b.queries = arena.take<uint16_t>(rows * queries);
-  b.attended = arena.take<float>(rows * queries);
+  b.attended = arena.take<float>(rows * std::max(queries, attended));
+  b.convolved = arena.take<float>(rows * channels);
   b.inner = arena.take<float>(inner);
   b.y = arena.take<float>(rows * m.hidden);
   b.per_layer = arena.take<float>(m.per_layer_inputs ? rows * m.num_layers * m.per_layer_inputs->width : 0);
@@ -216,14 +223,16 @@ void nb_pool_free(NbPool* pool) {
 void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float* hidden) {
   InputSize sizes[NB_MAX_INPUTS];
   for (int l = 0; l < model->num_layers; l++) {
-    const NbAttention& attention = *model->layers[l].attention;
-    for (const NbLinearGroup* group : {&attention.qkv, &attention.o}) widen(sizes, *group);
-    if (const NbGatedMlp* mlp = model->layers[l].mlp) widen(sizes, *mlp);
-    if (const NbExperts* e = model->layers[l].experts) {
+    const NbLayer& layer = model->layers[l];
+    const NbAttention* a = layer.attention;
+    const NbDeltaNet* d = layer.delta_net;
+    for (const NbLinearGroup* group : {a ? &a->qkv : &d->in, a ? &a->o : &d->out}) widen(sizes, *group);
+    if (layer.mlp) widen(sizes, *layer.mlp);
+    if (const NbExperts* e = layer.experts) {
       for (int i = 0; i < e->num_experts; i++) widen(sizes, e->experts[i]);
       if (e->shared) widen(sizes, *e->shared);
     }
-    if (const NbPerLayerInput* input = model->layers[l].per_layer_input)
+    if (const NbPerLayerInput* input = layer.per_layer_input)
       for (const NbLinearGroup* group : {&input->gate, &input->projection}) widen(sizes, *group);
   }
   if (model->per_layer_inputs) widen(sizes, model->per_layer_inputs->projection);

@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 7
+_ABI_VERSION = 10
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -20,7 +20,7 @@ _NEEDED_CPU = {
     "aarch64": "the C++ kernels need a CPU with the dot product instructions (asimddp in /proc/cpuinfo)",
 }
 
-U4, U8, FP8, DENSE = range(4)  # NbFormat
+U4, U8, FP8, DENSE, T4 = range(5)  # NbFormat
 MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
 SCORINGS = {"softmax": 0, "sigmoid": 1}  # NbScoring
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # NbActivation
@@ -40,6 +40,7 @@ class NbLinear(ctypes.Structure):
         ("scales", c_void_p),
         ("offsets", c_void_p),
         ("bias", c_void_p),
+        ("table", c_void_p),
     ]
 
 
@@ -77,6 +78,7 @@ class NbAttention(ctypes.Structure):
         ("scale", c_float),
         ("query_beta", c_float),
         ("query_length", c_int32),
+        ("output_gate", c_int32),
         ("reads_only", c_int32),
         ("keys_are_values", c_int32),
         ("cache_offset", c_int64),
@@ -85,6 +87,22 @@ class NbAttention(ctypes.Structure):
         ("v_norm", c_void_p),
         ("qkv", NbLinearGroup),
         ("o", NbLinearGroup),
+    ]
+
+
+class NbDeltaNet(ctypes.Structure):
+    _fields_ = [
+        ("key_heads", c_int32),
+        ("value_heads", c_int32),
+        ("key_dim", c_int32),
+        ("value_dim", c_int32),
+        ("taps", c_int32),
+        ("filters", c_void_p),
+        ("rate", c_void_p),
+        ("dt_bias", c_void_p),
+        ("norm", c_void_p),
+        ("in", NbLinearGroup),
+        ("out", NbLinearGroup),
     ]
 
 
@@ -137,6 +155,7 @@ class NbLayer(ctypes.Structure):
         ("before_mlp", c_void_p),
         ("after_mlp", c_void_p),
         ("attention", POINTER(NbAttention)),
+        ("delta_net", POINTER(NbDeltaNet)),
         ("mlp", POINTER(NbGatedMlp)),
         ("experts", POINTER(NbExperts)),
         ("per_layer_input", POINTER(NbPerLayerInput)),
@@ -172,6 +191,10 @@ class NbBatch(ctypes.Structure):
         ("cache", c_void_p),
         ("num_blocks", c_int64),
         ("cache_int8", c_int32),
+        ("states", c_void_p),
+        ("num_slots", c_int64),
+        ("item_states", c_void_p),
+        ("snapshots", c_void_p),
     ]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...architectures.base import Attention
 from ..algorithms import awq, gptq
 from ..scheme import LayerScheme
 from ..weight import QuantizedWeight, split
@@ -130,7 +131,7 @@ def quantize_block(
         group[0]: group for group in source.groups(index) if full[group[0]] in plan.group_sizes
     }
     result = BlockResult()
-    cache = KeyValueRange()
+    cache = KeyValueRange(isinstance(source.spec.layers[index].mixer, Attention))
     if recipe.method == "fp8":
         _quantize_float(block, full, groups, activations, index, cache, recipe.fp8_layer, result)
         result.scales = _kv_scales(source, index, cache, recipe)
@@ -182,7 +183,8 @@ def quantize_block(
 def _kv_scales(
     source: BlockSource, index: int, cache: KeyValueRange, recipe: Recipe
 ) -> dict[str, Tensor]:
-    has_keys = source.spec.layers[index].mixer.kv_source is None
+    mixer = source.spec.attention.get(index)
+    has_keys = mixer is not None and mixer.kv_source is None
     return cache.scales() if recipe.kv_scales and has_keys else {}
 
 

@@ -28,8 +28,9 @@ class Carried:
     def __post_init__(self) -> None:
         self.width = self.model.hidden_size + (self.model.per_layer_inputs is not None)
         self._places = {}
-        mixers = [layer.mixer for layer in self.model.layers]
-        for source in sorted({m.kv_source for m in mixers if m.kv_source is not None}):
+        mixers = self.model.attention
+        sources = {m.kv_source for m in mixers.values() if m.kv_source is not None}
+        for source in sorted(sources):
             self._places[source] = self.width
             self.width += 2 * mixers[source].num_kv_heads * mixers[source].head_dim
 
@@ -51,7 +52,7 @@ class Carried:
         """Make block `index` take and give all columns. told: token ids -> its inputs of its own."""
         if self.width == self.model.hidden_size:
             return
-        source = self.model.layers[index].mixer.kv_source
+        source = self.model.attention[index].kv_source
         kind, hidden_size = block.get_submodule("self_attn").layer_type, self.model.hidden_size
         shared: dict[Any, tuple[Tensor, Tensor]] = {}
         columns: list[Tensor] = []
@@ -81,7 +82,7 @@ class Carried:
 
     def _keys_and_values(self, activations: Tensor, source: int) -> tuple[Tensor, Tensor]:
         """[n, kv heads, T, head_dim] each."""
-        mixer, first = self.model.layers[source].mixer, self._places[source]
+        mixer, first = self.model.attention[source], self._places[source]
         width = 2 * mixer.num_kv_heads * mixer.head_dim
         found = activations[..., first : first + width]
         n, length = found.shape[:2]

@@ -19,9 +19,11 @@ from . import calibration
 
 
 class KeyValueRange:
-    """Stands in for transformers' cache in one block: keeps no keys and values, only their largest magnitudes."""
+    """Stands in for transformers' cache in one block: keeps no keys and values, only their largest magnitudes. A block
+    that does not attend goes without."""
 
-    def __init__(self) -> None:
+    def __init__(self, attends: bool) -> None:
+        self.attends = attends
         self.absmax = {"k": torch.zeros(1), "v": torch.zeros(1)}
 
     def update(
@@ -36,10 +38,14 @@ class KeyValueRange:
 
     def put_into(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A block's arguments with this as its cache, by the name it has there (transformers 5.24 changed it)."""
+        if not self.attends:
+            return arguments
         return arguments | {"cache" if "cache" in arguments else "past_key_values": self}
 
     def scales(self) -> dict[str, Tensor]:
         """float32 [1] each, by the names that compressed-tensors gives them within a block."""
+        if not self.attends:
+            return {}
         return {
             f"self_attn.{name}_scale": fp8.to_scale(absmax) for name, absmax in self.absmax.items()
         }

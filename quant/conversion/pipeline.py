@@ -215,10 +215,11 @@ def _convert_blocks(
 def _block_tensors(
     source: BlockSource, index: int, block: nn.Module, result: BlockResult, plan: Plan
 ) -> dict[str, Tensor]:
-    """All tensors of a block by full name, quantized ones in the target format, others in the model's dtype."""
-    prefix = source.name(index)
+    """All tensors of a block by full name, quantized ones in the target format, others in the model's dtype, or in
+    their own where rounding them would be felt."""
+    prefix, as_stored = source.name(index), source.spec.layers[index].mixer.AS_STORED
     write = formats.by_method(plan.scheme.method).write
-    kept = {name for name, _ in block.named_buffers()}  # as exact as they were
+    kept = {*as_stored, *(name for name, _ in block.named_buffers())}  # as exact as they were
     tensors = {
         f"{prefix}.{name}": value.to(
             source.checkpoint.dtype(f"{prefix}.{name}") if name in kept else plan.dtype

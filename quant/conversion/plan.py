@@ -62,8 +62,11 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     if source.spec.per_layer_inputs is not None:
         small.append(f"{source.spec.prefix}per_layer_model_projection")
     dense = dict.fromkeys(small, "they are small, and what they say is felt")
+    kept = frozenset(source.spec.dense_modules())
     for group in groups:
-        size, why = _group_size([shapes[m] for m in group], recipe)
+        size, why = None, "their outputs gate a recurrence"
+        if group[0] not in kept:
+            size, why = _group_size([shapes[m] for m in group], recipe)
         if size is None:
             dense |= dict.fromkeys(group, why)
         else:

@@ -1,5 +1,6 @@
 """Fields of config.json that make no sense, for every architecture: an error that says so, whatever they are."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -62,6 +63,11 @@ FIELDS = [
     "routed_scaling_factor",
     "n_group",
     "topk_group",
+    "full_attention_interval",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_conv_kernel_dim",
 ]
 
 
@@ -82,6 +88,9 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                 assert 0 < spec.num_layers <= 1024, (field, value)
                 for layer in spec.layers:
                     mixer = layer.mixer
+                    if not isinstance(mixer, Attention):
+                        assert all(map(is_positive, dataclasses.astuple(mixer)))
+                        continue
                     theta = mixer.rope.theta if mixer.rope else 1.0
                     numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)
                     window = 1 if mixer.window is None else mixer.window

@@ -46,8 +46,11 @@ class FakeRunner:
         vocab_size: int = VOCAB_SIZE,
         max_new_tokens: int = 1,
         windows: Sequence[KVGroup] = (),
+        num_states: int = 0,
     ):
-        """One group of num_blocks blocks of full attention, and `windows` beside it."""
+        """One group of num_blocks blocks of full attention, and `windows` beside it; num_states slots, if any."""
+        self.num_states = num_states
+        self.states: list[list[int]] = [[] for _ in range(num_states)]  # tokens gone through
         self.kv_groups = [KVGroup(num_blocks), *windows]
         self.block_size, self.max_model_len = block_size, max_model_len
         self.vocab_size = vocab_size
@@ -91,6 +94,8 @@ class FakeRunner:
         for position in range(item.start, item.end):
             self._write(request, position, request.token_ids[position])
         self._look(request, item.start, request.token_ids[: item.end])
+        if self.num_states:
+            self._carry_state(item)
         if request.params.prompt_logprobs is not None:
             scored = request.prompt_token_ids[item.start + 1 : item.end + 1]
             result.prompt_logprobs[request.request_id] = [
@@ -105,6 +110,18 @@ class FakeRunner:
                 TokenLogprobs(t, -0.5, 1, [], []) for t in tokens
             ]
 
+    def _carry_state(self, item: ScheduledRequest) -> None:
+        """AssertionError unless the state that it goes on from is that of its tokens so far."""
+        request = item.request
+        source = request.state_slot if item.state_from is None else item.state_from
+        state = self.states[source] if item.start else []
+        if state != request.token_ids[: item.start]:
+            raise AssertionError(f"the state at {item.start} is that of {state}")
+        for position, slot in [*item.snapshots, (item.end, request.state_slot)]:
+            if not item.start < position <= item.end:
+                raise AssertionError(f"no state at {position} in {item.start} .. {item.end}")
+            self.states[slot] = request.token_ids[:position]
+
     def _sample(self, request: Request, start: int, end: int) -> list[int]:
         tokens = request.token_ids[:end]
         tokens.append(next_token(tokens, self.vocab_size))
@@ -113,6 +130,8 @@ class FakeRunner:
             self._write(request, position, tokens[-1])
             self._look(request, start, tokens)
             tokens.append(next_token(tokens, self.vocab_size))
+        if self.num_states:
+            self.states[request.state_slot] = tokens[:-1]
         return tokens[end:]
 
     def _write(self, request: Request, position: int, token: int) -> None:

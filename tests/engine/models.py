@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
@@ -145,6 +146,21 @@ CONFIGS = {
         sliding_window=24,
         max_window_layers=2,
     ),
+    "qwen3.5": Qwen3_5TextConfig(
+        **_SIZES,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [2, 1, 1],
+        },
+    ),
     "qwen2-upper-window": Qwen2Config(
         **_SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=2
     ),
@@ -201,9 +217,9 @@ def build(name: str, folder: Path, **changes) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.15))
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * 0.3)
             if name.endswith("layer_scalar"):
                 buffer.fill_(0.5 + torch.rand(()).item())
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
     model.save_pretrained(folder)
     return model

@@ -1,5 +1,7 @@
 """A request whose numbers break, with real decoders: nothing of it is left to those that come after."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,17 +18,22 @@ BAD = 7  # a token whose embedding is NaN
 NUM_BLOCKS, BLOCK_SIZE = 4, 16
 
 
-@pytest.fixture(scope="module", params=["torch", "cpp"])
+@pytest.fixture(
+    scope="module",
+    params=itertools.product(("torch", "cpp"), ("qwen3", "qwen3.5")),
+    ids="-".join,
+)
 def runner(request, tmp_path_factory) -> Runner:
-    if request.param == "cpp" and (why := library.why_missing()):
+    backend, name = request.param
+    if backend == "cpp" and (why := library.why_missing()):
         pytest.skip(why)
-    folder = tmp_path_factory.mktemp(request.param)
-    models.build("qwen3", folder)
+    folder = tmp_path_factory.mktemp(backend)
+    models.build(name, folder, tie_word_embeddings=False)
     config = EngineConfig(
         model=str(folder),
         dtype="bfloat16",
         block_size=BLOCK_SIZE,
-        cpu_isa="none" if request.param == "torch" else "auto",
+        cpu_isa="none" if backend == "torch" else "auto",
         kv_cache_memory=1 << 24,
     )
     runner = Runner(config)

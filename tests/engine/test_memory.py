@@ -137,3 +137,44 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(machine, monke
     memory.check_weights_fit(2**20, MODEL, CUDA)
     with pytest.raises(UserError, match="are free of cuda's memory"):
         memory.check_weights_fit(2**20 + 1, MODEL, CUDA)
+
+
+HYBRID = model_spec(
+    {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1000,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "max_position_embeddings": 512,
+    }
+)
+# three layers, in float32: 3 inputs of 2 * 2 heads of 8 and 4 of 16, and 4 heads of 8 by 16
+STATE = 3 * 4 * (3 * (2 * 2 * 8 + 4 * 16) + 4 * 8 * 16)
+HYBRID_BLOCK = 16 * 2 * 2 * 16 * 2  # one layer has keys and values
+
+
+def test_states_of_a_full_batch_and_snapshots_are_planned_beside_the_blocks(machine) -> None:
+    machine(1 << 30)
+    plan = memory.plan(config(), HYBRID, torch.bfloat16, CPU)
+    assert (plan.num_states, plan.states) == (8 + 32, 40 * STATE)
+    assert (plan.num_blocks, plan.kv_cache) == (8 * 32, 8 * 32 * HYBRID_BLOCK)
+    without = memory.plan(config(enable_prefix_caching=False), HYBRID, torch.bfloat16, CPU)
+    assert without.num_states == 8
+    assert memory.plan(config(), MODEL, torch.bfloat16, CPU).num_states == 0
+
+
+def test_states_take_half_of_the_caches_memory_at_most(machine) -> None:
+    machine(1 << 30)
+    plan = memory.plan(config(kv_cache_memory=10 * STATE + 5), HYBRID, torch.bfloat16, CPU)
+    assert plan.num_states == 5
+    assert plan.num_blocks == (5 * STATE + 5) // HYBRID_BLOCK
+    with pytest.raises(UserError, match="two do not fit.*--kv-cache-memory"):
+        memory.plan(config(kv_cache_memory=3 * STATE), HYBRID, torch.bfloat16, CPU)

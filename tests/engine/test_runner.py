@@ -34,6 +34,7 @@ def make_request(ids: list[int], blocks: list[int], **params) -> Request:
         frozenset(),
         seed=0,
         block_tables=[blocks],
+        state_slot=blocks[0] // 20,
     )
 
 

@@ -4,16 +4,21 @@ The weights, norms and tables are handed over once, as plain arrays (kernels/cpu
 what each request computes and its block table. The KV cache has the kernels' own layout (kernels/cpu/kv_cache.h):
 
     of each layer [num_blocks, num_kv_heads, bytes]   keys and values of block_size tokens; in int8, scales too
+
+Recurrent states lie beside it, float32 (kernels/cpu/delta_net.h):
+
+    of each layer that has one [num_states, numbers]
 """
 
 import ctypes
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ....architectures.base import ModelSpec
+from ....architectures.base import Attention, ModelSpec
 from ....kernels.cpu.library import NbBatch, NbLayer, NbLinearGroup, NbModel, Pool
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
@@ -24,22 +29,43 @@ from .layers import CppLayer, CppPerLayerInputs, CppRopes, as_bfloat16
 
 @dataclass(slots=True)
 class CppCache:
-    """Anonymous pages, so a block costs memory from its first use on."""
+    """Anonymous pages, so a block and a state cost memory from their first use on."""
 
     pages: Tensor  # uint8
     layers: list[Tensor]  # of these, each layer's [num_blocks, bytes of a block]
+    num_blocks: int
     int8: bool
+    states: Tensor  # float32
+    state_layers: list[Tensor]  # of these, [num_states, numbers] of each layer that has one
+    num_states: int
 
     @classmethod
-    def allocate(cls, num_blocks: int, block_bytes: list[int], int8: bool) -> "CppCache":
-        sizes = [num_blocks * each for each in block_bytes]
-        pages = torch.frombuffer(zero_pages(sum(sizes)), dtype=torch.uint8)
-        layers = [part.view(num_blocks, -1) for part in pages.split(sizes)]
-        return cls(pages, layers, int8)
+    def allocate(
+        cls,
+        num_blocks: int,
+        block_bytes: list[int],
+        int8: bool,
+        num_states: int,
+        state_sizes: list[int],
+    ) -> "CppCache":
+        """block_bytes, state_sizes (in numbers): of each layer that has them."""
+        pages = _zeros(num_blocks * sum(block_bytes), torch.uint8)
+        layers = [
+            part.view(num_blocks, -1) for part in pages.split([num_blocks * n for n in block_bytes])
+        ]
+        states = _zeros(num_states * sum(state_sizes), torch.float32)
+        state_layers = [
+            part.view(num_states, -1)
+            for part in states.split([num_states * n for n in state_sizes])
+        ]
+        return cls(pages, layers, num_blocks, int8, states, state_layers, num_states)
 
-    def clear(self, blocks: list[int]) -> None:
+    def clear(self, blocks: list[int], state_slot: int | None) -> None:
         for layer in self.layers:
             layer[torch.tensor(blocks)] = 0
+        for layer in self.state_layers:
+            if state_slot is not None:
+                layer[state_slot] = 0
 
 
 @dataclass(slots=True)
@@ -62,7 +88,8 @@ class CppDecoder(HostSampling):
 
     def __post_init__(self) -> None:
         model = self.model
-        self.ropes = CppRopes.of([layer.mixer.spec for layer in self.layers])
+        mixers = [layer.mixer.spec for layer in self.layers]
+        self.ropes = CppRopes.of([mixer for mixer in mixers if isinstance(mixer, Attention)])
         self.layer_structs = (NbLayer * len(self.layers))(
             *(
                 layer.struct(self.ropes, offset)
@@ -100,8 +127,15 @@ class CppDecoder(HostSampling):
         embeddings = sum(table.nbytes for table in tables if table is not None)
         return sum(group.nbytes for group in self.groups) + embeddings
 
-    def new_cache(self, num_blocks: int) -> CppCache:
-        return CppCache.allocate(num_blocks, self._block_bytes(), self.int8_cache)
+    def new_cache(self, num_blocks: int, num_states: int = 1) -> CppCache:
+        states = [sum(map(math.prod, layer.mixer.spec.state_shapes)) for layer in self.layers]
+        return CppCache.allocate(
+            num_blocks,
+            [size for size in self._block_bytes() if size],
+            self.int8_cache,
+            num_states,
+            [size for size in states if size],
+        )
 
     def _block_bytes(self) -> list[int]:
         """Of a block of tokens in each layer's cache."""
@@ -110,7 +144,8 @@ class CppDecoder(HostSampling):
     def _cache_offsets(self) -> list[int]:
         """Of each layer's cache or that which it reads: bytes of a block in the layers before."""
         before = list(itertools.accumulate(self._block_bytes(), initial=0))
-        sources = (layer.mixer.spec.kv_source for layer in self.layers)
+        specs = (layer.mixer.spec for layer in self.layers)
+        sources = (spec.kv_source if isinstance(spec, Attention) else None for spec in specs)
         return [before[i if source is None else source] for i, source in enumerate(sources)]
 
     def forward(self, batch: Batch, cache: CppCache, hidden: Tensor | None = None) -> Tensor:
@@ -139,9 +174,15 @@ class CppDecoder(HostSampling):
             ctypes.addressof(items),
             ctypes.addressof(blocks),
             cache.pages.data_ptr(),
-            len(cache.layers[0]),
+            cache.num_blocks,
             cache.int8,
         )
+        if cache.state_layers:
+            items_states = _int32([n for each in batch.states for n in each])
+            snapshots = _int32([n for each in batch.snapshots for n in each])
+            arguments.states, arguments.num_slots = cache.states.data_ptr(), cache.num_states
+            arguments.item_states = ctypes.addressof(items_states)
+            arguments.snapshots = ctypes.addressof(snapshots)
         self.pool.library.nb_forward(self.pool.handle, self._struct, arguments, out.data_ptr())
         return out
 
@@ -158,6 +199,12 @@ class CppDecoder(HostSampling):
         if (cap := self.model.final_soft_cap) is not None:
             logits.div_(cap).tanh_().mul_(cap)
         return logits
+
+
+def _zeros(count: int, dtype: torch.dtype) -> Tensor:
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(zero_pages(count * dtype.itemsize), dtype=dtype)
 
 
 def _int32(values: list[int]) -> ctypes.Array[ctypes.c_int32]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, Experts, PerLayerInputs, Rope
+from ....architectures.base import Attention, Experts, GatedDeltaNet, PerLayerInputs, Rope
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.library import (
     NbAttention,
+    NbDeltaNet,
     NbExperts,
     NbGatedMlp,
     NbLayer,
@@ -23,6 +24,7 @@ from ....kernels.cpu.library import (
 )
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..torch.layers import inverse_frequencies
+from ..weights import DeltaNetWeights
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ class CppAttention:
             spec.scale,
             beta,
             length,
+            spec.output_gate,
             spec.kv_source is not None,
             spec.keys_are_values,
             cache_offset,
@@ -95,6 +98,43 @@ class CppAttention:
             pointer(self.v_norm),
             self.qkv.struct(),
             self.o.struct(),
+        )
+        return self.struct
+
+
+@dataclass(slots=True)
+class CppDeltaNet:
+    """Groups q, k, v, z, b, a and out."""
+
+    spec: GatedDeltaNet
+    inputs: PreparedGroup
+    out: PreparedGroup
+    weights: DeltaNetWeights
+    struct: NbDeltaNet = field(init=False)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return [self.inputs, self.out]
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """None: it has no keys and values."""
+        return 0
+
+    def point(self, ropes: CppRopes, cache_offset: int) -> NbDeltaNet:
+        """Make the structure."""
+        spec, weights = self.spec, self.weights
+        self.struct = NbDeltaNet(
+            spec.num_key_heads,
+            spec.num_value_heads,
+            spec.key_dim,
+            spec.value_dim,
+            spec.conv_kernel,
+            pointer(weights.taps),
+            pointer(weights.rate),
+            pointer(weights.dt_bias),
+            pointer(weights.norm),
+            self.inputs.struct(),
+            self.out.struct(),
         )
         return self.struct
 
@@ -202,7 +242,7 @@ class CppPerLayerInputs:
 class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
-    mixer: CppAttention
+    mixer: CppAttention | CppDeltaNet
     mlp: CppGatedMlp | CppExperts
     before_mixer: Tensor | None
     after_mixer: Tensor | None
@@ -218,16 +258,14 @@ class CppLayer:
 
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
+        mixer = self.mixer.point(ropes, cache_offset)
         told, mlp = self.per_layer_input, self.mlp
-        dense, experts = (
-            ctypes.pointer(mlp.struct) if isinstance(mlp, kind) else None
-            for kind in (CppGatedMlp, CppExperts)
-        )
         return NbLayer(
             *map(pointer, norms),
-            ctypes.pointer(self.mixer.point(ropes, cache_offset)),
-            dense,
-            experts,
+            ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
+            ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
+            ctypes.pointer(mlp.struct) if isinstance(mlp, CppExperts) else None,
             None if told is None else ctypes.pointer(told.struct),
             self.scalar,
         )

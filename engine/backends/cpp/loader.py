@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ....architectures.base import Experts, LayerSpec, LinearGroup, ModelSpec
+from ....architectures.base import Attention, Experts, LayerSpec, LinearGroup, ModelSpec
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
 from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
@@ -20,6 +20,7 @@ from ..weights import Linear, ModelWeights
 from .decoder import CppDecoder
 from .layers import (
     CppAttention,
+    CppDeltaNet,
     CppExperts,
     CppGatedMlp,
     CppLayer,
@@ -60,6 +61,8 @@ class CppBackend:
             "attention.qk_norm=head",
             "attention.qk_norm=all",
             "attention.query_scaling",
+            "attention.output_gate",
+            "gated_delta_net",
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
@@ -114,21 +117,35 @@ class CppBackend:
         if reason := unknown_feature(self.features, layer, model):
             return reason
         mixer = layer.mixer
-        shared = mixer.num_heads // mixer.num_kv_heads
-        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
-            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
+        if isinstance(mixer, Attention):
+            if reason := self._why_not_attend(mixer):
+                return reason
+        elif mixer.key_dim % 16 or mixer.value_dim % 16:
+            return (
+                f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
+            )
+        *_, out = mixer.groups(model.hidden_size)
         sizes: tuple[int, ...] = (
             model.hidden_size,
             *layer.mlp.widths,
-            mixer.num_heads * mixer.head_dim,
+            out.in_features,
         )
         if (told := model.per_layer_inputs) is not None:
             sizes += (told.width,)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
-        ropes = {(each.mixer.rope, each.mixer.head_dim) for each in model.layers}
+        attention = [m for each in model.layers if isinstance(m := each.mixer, Attention)]
+        ropes = {(each.rope, each.head_dim) for each in attention}
         if len(ropes) > lib.MAX_ROPES:
             return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
+        return None
+
+    def _why_not_attend(self, mixer: Attention) -> str | None:
+        shared = mixer.num_heads // mixer.num_kv_heads
+        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
+            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
+        if mixer.output_gate and mixer.qk_norm == "all":
+            return "has no norm of all heads where gates lie between them"
         return None
 
     def load(
@@ -147,7 +164,7 @@ class CppBackend:
         """Of a 16-bit output head: 8 beside weights of at most 4 bits and int8 activations, whose own error is far
         larger."""
         weights = checkpoint.scheme.default if checkpoint.scheme else None
-        few = weights is not None and weights.kind == "int" and weights.bits <= 4
+        few = weights is not None and weights.kind in ("int", "fp4") and weights.bits <= 4
         return 8 if few and self.target.config.cpu_activations == "int8" else 16
 
 
@@ -195,7 +212,6 @@ class _Loader:
         model, weights = self.weights.model, self.weights
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
         norms = spec.norms
-        qkv, o = spec.mixer.groups(model.hidden_size)
 
         def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
@@ -203,13 +219,7 @@ class _Loader:
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
         return CppLayer(
-            CppAttention(
-                spec.mixer,
-                self._linears(index, qkv),
-                self._linears(index, o, 1.0 if norms.after_mixer else scale),
-                *weights.head_norms(index),
-                torch.ones(spec.mixer.head_dim) if spec.mixer.v_norm else None,
-            ),
+            self._mixer(index, 1.0 if norms.after_mixer else scale),
             self._feed_forward(index, 1.0 if norms.after_mlp else scale),
             norm(norms.before_mixer),
             norm(norms.after_mixer, scale),
@@ -229,6 +239,32 @@ class _Loader:
             self._lone(f"{prefix}per_layer_projection", hidden, spec.width),
             self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
+
+    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet:
+        """scale: of what it gives."""
+        mixer = self.weights.model.layers[index].mixer
+        *inputs, out = mixer.groups(self.weights.model.hidden_size)
+        groups = [self._layer_group(index, group) for group in inputs]
+        last = self._layer_group(index, out, scale)
+        if isinstance(mixer, Attention):
+            norms = self.weights.head_norms(index, mixer)
+            v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
+            return CppAttention(mixer, groups[0], last, *norms, v_norm)
+        together = PreparedGroup(
+            [linear for group in groups for linear in group.linears], groups[0].int8
+        )
+        return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
+
+    def _layer_group(
+        self, index: int, group: LinearGroup, scale: float = 1.0, parts: int = 1
+    ) -> PreparedGroup:
+        """One of a layer's, each linear in so many parts."""
+        shapes = [
+            (out // parts, group.in_features) for out in group.out_features for _ in range(parts)
+        ]
+        name = f"{self.weights.model.layer_name(index)}.{group.modules[0]}"
+        read = partial(self.weights.group, index, group, parts)
+        return self._prepared(name, shapes, read, scale)
 
     def _per_layer_inputs(self) -> CppPerLayerInputs | None:
         model = self.weights.model
@@ -272,19 +308,9 @@ class _Loader:
         parts = 2 // len(gate_up.modules)  # two products, however stored
         return CppGatedMlp(
             activation,
-            self._linears(index, gate_up, parts=parts),
-            self._linears(index, down, scale),
+            self._layer_group(index, gate_up, parts=parts),
+            self._layer_group(index, down, scale),
         )
-
-    def _linears(
-        self, index: int, group: LinearGroup, scale: float = 1.0, parts: int = 1
-    ) -> PreparedGroup:
-        shapes = [
-            (out // parts, group.in_features) for out in group.out_features for _ in range(parts)
-        ]
-        read = partial(self.weights.group, index, group, parts)
-        name = f"{self.weights.model.layer_name(index)}.{group.modules[0]}"
-        return self._prepared(name, shapes, read, scale)
 
     def _prepared(
         self,

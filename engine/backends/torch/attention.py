@@ -27,13 +27,13 @@ from .layers import soft_cap
 
 @dataclass(slots=True)
 class KVCache:
-    layers: list[Tensor]
+    layers: dict[int, Tensor]  # of those that attend
     block_size: int
 
     @classmethod
     def allocate(
         cls,
-        mixers: list[Attention],
+        mixers: dict[int, Attention],
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
@@ -54,14 +54,15 @@ class KVCache:
                 zero_pages(math.prod(shape) * dtype.itemsize), dtype=dtype
             ).view(shape)
 
-        layers: list[Tensor] = []
-        for mixer in mixers:
-            layers.append(zeros(mixer) if mixer.kv_source is None else layers[mixer.kv_source])
+        layers: dict[int, Tensor] = {}
+        for index, mixer in mixers.items():
+            source = mixer.kv_source
+            layers[index] = zeros(mixer) if source is None else layers[source]
         return cls(layers, block_size)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that a failed request may have left NaN in."""
-        for layer in self.layers:
+        for layer in self.layers.values():
             layer[:, :, torch.tensor(blocks, device=layer.device)] = 0
 
     def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import LayerSpec, ModelSpec, Rope
+from ....architectures.base import Attention, LayerSpec, ModelSpec, Rope
 from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
@@ -21,8 +21,9 @@ from .attention import AttentionMetadata, KVCache
 from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
 from .linear import FusedLinear
-from .mixers import Step, TorchAttention
+from .mixers import Step, TorchAttention, TorchGatedDeltaNet
 from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
+from .states import StateCache, StateStep
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class TorchLayer:
     """One layer's weights. A norm that the layer does not have is None."""
 
     spec: LayerSpec
-    mixer: TorchAttention
+    mixer: TorchAttention | TorchGatedDeltaNet
     mlp: TorchGatedMlp | TorchExperts
     before_mixer: RMSNorm | None
     after_mixer: RMSNorm | None
@@ -38,6 +39,19 @@ class TorchLayer:
     after_mlp: RMSNorm | None
     per_layer_input: TorchPerLayerInput | None
     scalar: Tensor | None  # [1]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchCache:
+    """Keys and values of the layers that attend, states of the others."""
+
+    kv: KVCache
+    states: StateCache
+
+    def clear(self, blocks: list[int], state_slot: int | None) -> None:
+        self.kv.clear(blocks)
+        if state_slot is not None:
+            self.states.clear(state_slot)
 
 
 @dataclass(slots=True)
@@ -60,11 +74,15 @@ class TorchDecoder(HostSampling):
     def weight_bytes(self) -> int:
         return tensor_bytes([self.layers, self.embedding, self.head, self.per_layer_inputs])
 
-    def new_cache(self, num_blocks: int) -> KVCache:
-        mixers = [layer.spec.mixer for layer in self.layers]
-        return KVCache.allocate(mixers, num_blocks, self.block_size, self.dtype, self.device)
+    def new_cache(self, num_blocks: int, num_states: int = 1) -> TorchCache:
+        specs = [layer.spec for layer in self.layers]
+        mixers = {i: s.mixer for i, s in enumerate(specs) if isinstance(s.mixer, Attention)}
+        return TorchCache(
+            KVCache.allocate(mixers, num_blocks, self.block_size, self.dtype, self.device),
+            StateCache.allocate(specs, num_states, self.device),
+        )
 
-    def forward(self, batch: Batch, cache: KVCache, hidden: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, cache: TorchCache, hidden: Tensor | None = None) -> Tensor:
         x = self._embed(batch) if hidden is None else hidden.to(self.device, self.dtype)
         step = self._step(batch, cache)
         given = None
@@ -88,11 +106,12 @@ class TorchDecoder(HostSampling):
         logits = scaled(self.head(hidden).float(), self.model.logits_scale)
         return soft_cap(logits, self.model.final_soft_cap)
 
-    def _step(self, batch: Batch, cache: KVCache) -> Step:
+    def _step(self, batch: Batch, cache: TorchCache) -> Step:
         positions = torch.tensor(batch.positions, device=self.device)
         angles = {kind: table.at(positions) for kind, table in self.ropes.items()}
         attention = AttentionMetadata.build(batch, self.dtype, self.device)
-        return Step(positions, angles, attention, cache)
+        states = StateStep.build(batch, self.device) if cache.states.layers else None
+        return Step(positions, angles, attention, cache.kv, states, cache.states)
 
     def _embed(self, batch: Batch) -> Tensor:
         if self.embedding is None:

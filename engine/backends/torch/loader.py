@@ -8,7 +8,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ....architectures.base import Experts, LayerSpec, LinearGroup, ModelSpec, Norms, Rope
+from ....architectures.base import (
+    Attention,
+    Experts,
+    GatedDeltaNet,
+    LayerSpec,
+    LinearGroup,
+    ModelSpec,
+    Norms,
+    Rope,
+)
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
@@ -16,7 +25,7 @@ from .decoder import TorchDecoder, TorchLayer
 from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
-from .mixers import TorchAttention
+from .mixers import TorchAttention, TorchGatedDeltaNet
 from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 
 
@@ -55,6 +64,8 @@ class TorchBackend:
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
+            "attention.output_gate",
+            "gated_delta_net",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
@@ -135,19 +146,39 @@ class _Loader:
             scalar = scalar.to(self.target.device, self.target.dtype)
         return TorchLayer(
             spec,
-            self._attention(index),
+            self._mixer(index, spec.mixer),
             self._feed_forward(index),
             per_layer_input=self._per_layer_input(index),
             scalar=scalar,
             **norms,
         )
 
-    def _attention(self, index: int) -> TorchAttention:
+    def _mixer(
+        self, index: int, mixer: Attention | GatedDeltaNet
+    ) -> TorchAttention | TorchGatedDeltaNet:
+        if isinstance(mixer, Attention):
+            return self._attention(index, mixer)
+        return self._gated_delta_net(index, mixer)
+
+    def _gated_delta_net(self, index: int, mixer: GatedDeltaNet) -> TorchGatedDeltaNet:
+        device, weights = self.target.device, self.weights.gated_delta_net(index, mixer)
+        qkv_z, b_a, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
+        return TorchGatedDeltaNet(
+            mixer,
+            qkv_z,
+            b_a,
+            out,
+            weights.taps.to(device),
+            weights.rate.to(device),
+            weights.dt_bias.to(device),
+            RMSNorm(weights.norm.to(device), self.weights.model.norm_eps),
+        )
+
+    def _attention(self, index: int, mixer: Attention) -> TorchAttention:
         model = self.weights.model
-        mixer = model.layers[index].mixer
         q_norm, k_norm = (
             None if weight is None else self._norm(weight)
-            for weight in self.weights.head_norms(index)
+            for weight in self.weights.head_norms(index, mixer)
         )
         v_norm = self._norm(torch.ones(mixer.head_dim)) if mixer.v_norm else None
         sinks = None
@@ -225,7 +256,7 @@ class _Loader:
 
     def _rope_tables(self, layers: range) -> dict[tuple[Rope | None, int], RopeTable]:
         model, target = self.weights.model, self.target
-        mixers = [model.layers[index].mixer for index in layers]
+        mixers = [m for index in layers if isinstance(m := model.layers[index].mixer, Attention)]
         length = model.max_position_embeddings
         return {
             (rope, dim): RopeTable.build(dim, rope, length, target.dtype, target.device)

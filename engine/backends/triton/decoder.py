@@ -76,7 +76,7 @@ class TritonCache:
 
         return cls([layer(mixer) for mixer in mixers], config.block_size)
 
-    def clear(self, blocks: list[int]) -> None:
+    def clear(self, blocks: list[int], state_slot: int | None) -> None:
         """Nothing: the attention kernel never reads behind a request's last token."""
 
 
@@ -108,8 +108,9 @@ class TritonDecoder:
     def weight_bytes(self) -> int:
         return self.weights.weight_bytes
 
-    def new_cache(self, num_blocks: int) -> TritonCache:
-        mixers = [layer.spec.mixer for layer in self.weights.layers]
+    def new_cache(self, num_blocks: int, num_states: int = 1) -> TritonCache:
+        specs = [layer.spec.mixer for layer in self.weights.layers]
+        mixers = [mixer for mixer in specs if isinstance(mixer, Attention)]
         return TritonCache.allocate(mixers, num_blocks, self.config, self.dtype, self.device)
 
     def warm_up(self, cache: TritonCache, max_model_len: int) -> None:
@@ -185,6 +186,8 @@ class TritonDecoder:
         h = rms_norm(residual.clone(), _needed(weights.layers[0].before_mixer), eps)
         following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
         for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
+            if not isinstance(layer.mixer, TorchAttention):
+                raise TypeError(f"{layer.mixer.spec.KIND} was refused, and is loaded")
             mixed = scaled(self._attention(layer.mixer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
             h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ....architectures.base import LayerSpec, ModelSpec
+from ....architectures.base import Attention, LayerSpec, ModelSpec
 from ....kernels.device import why_no_triton
 from ....quant.checkpoint import Checkpoint
 from ..base import Progress, Target, unknown_feature
@@ -61,12 +61,15 @@ class TritonBackend:
     def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
         if reason := unknown_feature(self.features, layer, model):
             return reason
-        if layer.mixer.query_scaling is not None and layer.mixer.qk_norm is not None:
+        mixer = layer.mixer
+        if not isinstance(mixer, Attention):
+            return f"does not compute {mixer.KIND}"
+        if mixer.query_scaling is not None and mixer.qk_norm is not None:
             return "does not scale queries that are normed"
         if model.residual_scale != 1.0 and (layer.norms.after_mixer or layer.norms.after_mlp):
             return "does not scale what was normed before it is added"
-        if not 16 <= layer.mixer.head_dim <= 256 or layer.mixer.head_dim % 2:
-            return f"has no attention for heads of {layer.mixer.head_dim} dimensions"
+        if not 16 <= mixer.head_dim <= 256 or mixer.head_dim % 2:
+            return f"has no attention for heads of {mixer.head_dim} dimensions"
         if model.hidden_size > _MAX_NORM_WIDTH:
             return f"has no norm for a hidden size of {model.hidden_size}"
         return None

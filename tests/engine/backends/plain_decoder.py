@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nibble.architectures.base import Attention, Experts, ModelSpec, Rope
+from nibble.architectures.base import Attention, Experts, GatedDeltaNet, ModelSpec, Rope
 from nibble.quant.checkpoint import Checkpoint
 
 
@@ -35,45 +35,19 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             return None if name is None else prefix + name
 
         h = norm(named(norms.before_mixer), x)
-        heads, widths = (
-            layer.mixer.num_heads,
-            [layer.mixer.num_heads, *[layer.mixer.num_kv_heads] * 2],
-        )
-        if layer.mixer.fused:
-            qkv = h @ weight(f"{prefix}self_attn.qkv_proj.weight").T
-            q, k, v = qkv.split([width * layer.mixer.head_dim for width in widths], 1)
+        if isinstance(layer.mixer, GatedDeltaNet):
+            mixed = gated_delta_net(h, layer.mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
         else:
-            q = h @ weight(f"{prefix}self_attn.q_proj.weight").T
-            if layer.mixer.kv_source is None:
-                k = h @ weight(f"{prefix}self_attn.k_proj.weight").T
-                v = k
-                if not layer.mixer.keys_are_values:
-                    v = h @ weight(f"{prefix}self_attn.v_proj.weight").T
-        if layer.mixer.qk_norm == "all":
-            q = norm(f"{prefix}self_attn.q_norm", q)
-            k = norm(f"{prefix}self_attn.k_norm", k)
-        sinks = weight(f"{prefix}self_attn.sinks") if layer.mixer.sinks else [None] * heads
-        dim, kv_heads = layer.mixer.head_dim, layer.mixer.num_kv_heads
-        queries = list(q.split(dim, 1))
-        if layer.mixer.qk_norm == "head":
-            queries = [norm(f"{prefix}self_attn.q_norm", each) for each in queries]
-        if layer.mixer.kv_source is None:
-            keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
-            if layer.mixer.qk_norm == "head":
-                keys = [norm(f"{prefix}self_attn.k_norm", each) for each in keys]
-            if layer.mixer.v_norm:
-                values = [
-                    each / (each.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
-                    for each in values
-                ]
-            kept[index] = [rotate(each, layer.mixer.rope) for each in keys], values
-        keys, values = kept[index if layer.mixer.kv_source is None else layer.mixer.kv_source]
-        outputs = [
-            attend(query, keys[at], values[at], layer.mixer, sinks[head])
-            for head, query in enumerate(queries)
-            for at in [head // (heads // kv_heads)]
-        ]
-        mixed = torch.cat(outputs, 1) @ weight(f"{prefix}self_attn.o_proj.weight").T
+            source = layer.mixer.kv_source
+            mixed, kept[index] = attention(
+                h,
+                layer.mixer,
+                weight,
+                norm,
+                f"{prefix}self_attn.",
+                None if source is None else kept[source],
+                spec.norm_eps,
+            )
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
         h = norm(named(norms.before_mlp), x)
         if isinstance(layer.mlp, Experts):
@@ -100,6 +74,19 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
     x = norm(f"{spec.prefix}norm", x)
     head = embedding if spec.tie_word_embeddings else weight(f"{spec.head}.weight")
     return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
+
+
+def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) -> Tensor | None:
+    """[T, layers, width], from what is embedded, and the token's own."""
+    if (told := spec.per_layer_inputs) is None:
+        return None
+    seen = x @ weight(f"{spec.prefix}per_layer_model_projection.weight").T / math.sqrt(x.shape[1])
+    seen = seen.view(len(ids), spec.num_layers, told.width)
+    seen = seen / (seen.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
+    factor = weight(f"{spec.prefix}per_layer_projection_norm.weight")
+    own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[torch.tensor(ids)]
+    own = own.view(seen.shape) * math.sqrt(told.width)
+    return (seen * (factor + (1.0 if spec.norm_offset else 0.0)) + own) / math.sqrt(2)
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
@@ -146,17 +133,79 @@ def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Ten
     return y
 
 
-def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) -> Tensor | None:
-    """[T, layers, width], from what is embedded, and the token's own."""
-    if (told := spec.per_layer_inputs) is None:
-        return None
-    seen = x @ weight(f"{spec.prefix}per_layer_model_projection.weight").T / math.sqrt(x.shape[1])
-    seen = seen.view(len(ids), spec.num_layers, told.width)
-    seen = seen / (seen.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
-    factor = weight(f"{spec.prefix}per_layer_projection_norm.weight")
-    own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[torch.tensor(ids)]
-    own = own.view(seen.shape) * math.sqrt(told.width)
-    return (seen * (factor + (1.0 if spec.norm_offset else 0.0)) + own) / math.sqrt(2)
+def attention(
+    h: Tensor,
+    spec: Attention,
+    weight: Any,
+    norm: Any,
+    prefix: str,
+    shared: tuple[list[Tensor], list[Tensor]] | None,
+    eps: float,
+) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+    """[T, hidden] -> [T, hidden], and the rotated keys and the values of each head; weight and norm: by name. shared:
+    those of another layer."""
+    heads, dim, gates = spec.num_heads, spec.head_dim, None
+    if spec.fused:
+        qkv = h @ weight(f"{prefix}qkv_proj.weight").T
+        q, k, v = qkv.split([count * dim for count in (heads, *[spec.num_kv_heads] * 2)], 1)
+    else:
+        q = h @ weight(f"{prefix}q_proj.weight").T
+        if shared is None:
+            k = v = h @ weight(f"{prefix}k_proj.weight").T
+            if not spec.keys_are_values:
+                v = h @ weight(f"{prefix}v_proj.weight").T
+    if spec.output_gate:
+        both = q.split(dim, 1)
+        q, gates = torch.cat(both[::2], 1), both[1::2]
+    if spec.qk_norm == "all":
+        q, k = norm(f"{prefix}q_norm", q), norm(f"{prefix}k_norm", k)
+    queries = list(q.split(dim, 1))
+    if spec.qk_norm == "head":
+        queries = [norm(f"{prefix}q_norm", each) for each in queries]
+    if shared is None:
+        keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
+        if spec.qk_norm == "head":
+            keys = [norm(f"{prefix}k_norm", each) for each in keys]
+        if spec.v_norm:
+            values = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in values]
+        shared = [rotate(each, spec.rope) for each in keys], values
+    sinks = weight(f"{prefix}sinks") if spec.sinks else [None] * heads
+    outputs = []
+    for head, query in enumerate(queries):
+        at = head // (heads // spec.num_kv_heads)
+        mixed = attend(query, shared[0][at], shared[1][at], spec, sinks[head])
+        outputs.append(mixed if gates is None else mixed / (1 + torch.exp(-gates[head])))
+    return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T, shared
+
+
+def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: str) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight: by name."""
+    qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
+    filters = weight(f"{prefix}conv1d.weight")[:, 0]
+    convolved = torch.zeros_like(qkv)
+    for t in range(len(h)):
+        for back in range(min(t + 1, spec.conv_kernel)):
+            convolved[t] += filters[:, spec.conv_kernel - 1 - back] * qkv[t - back]
+    qkv = activate(convolved, "silu")
+    rates, biases = weight(f"{prefix}A_log").exp(), weight(f"{prefix}dt_bias")
+    K, V, keys = spec.key_dim, spec.value_dim, spec.num_key_heads
+    outputs = []
+    for head in range(spec.num_value_heads):
+        shared = head // (spec.num_value_heads // keys)
+        q, k = (qkv[:, (first + shared) * K :][:, :K] for first in (0, keys))
+        q, k = (x / (x.square().sum(1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        v = qkv[:, 2 * keys * K + head * V :][:, :V]
+        state, rows = torch.zeros(K, V).double(), []
+        for t in range(len(h)):
+            decay = torch.exp(-rates[head] * torch.log1p(torch.exp(a[t, head] + biases[head])))
+            state = decay * state
+            missing = (v[t] - k[t] @ state) / (1 + torch.exp(-b[t, head]))
+            state = state + torch.outer(k[t], missing)
+            rows.append(q[t] / math.sqrt(K) @ state)
+        o = torch.stack(rows)
+        o = o / (o.square().mean(1, keepdim=True) + eps).sqrt() * weight(f"{prefix}norm.weight")
+        outputs.append(o * activate(z[:, head * V :][:, :V], "silu"))
+    return torch.cat(outputs, 1) @ weight(f"{prefix}out_proj.weight").T
 
 
 def cap(x: Tensor, limit: float | None) -> Tensor:

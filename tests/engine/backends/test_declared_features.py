@@ -19,6 +19,7 @@ from nibble.architectures.base import (
     Attention,
     ExpertNames,
     Experts,
+    GatedDeltaNet,
     GatedMlp,
     LayerSpec,
     ModelSpec,
@@ -60,10 +61,11 @@ YARN = (
     ("truncate", 1.0),
 )
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
+DELTA_NET = GatedDeltaNet(2, 4, 16, 32, 4)
 LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
-EXPERTS = Experts(8, 3, 48, "silu")
 READER = replace(ATTENTION, kv_source=0, num_heads=8)
 TOLD = PerLayerInputs(16, VOCAB, "gelu_tanh")
+EXPERTS = Experts(8, 3, 48, "silu")
 MODEL = ModelSpec(HIDDEN, VOCAB, 256, 1e-6, (LAYER,) * LAYERS, False)
 
 
@@ -79,6 +81,12 @@ def with_experts(**changes) -> ModelSpec:
     """In the middle layer of three."""
     experts = replace(LAYER, mlp=replace(EXPERTS, **changes))
     return replace(MODEL, layers=(LAYER, experts, LAYER))
+
+
+def with_delta_net(**changes) -> ModelSpec:
+    """In its first two layers."""
+    recurrent = replace(LAYER, mixer=replace(DELTA_NET, **changes))
+    return replace(MODEL, layers=(recurrent, recurrent, LAYER))
 
 
 # (class, field) -> models in which it has another value than in MODEL
@@ -126,6 +134,15 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
             layers=(LAYER, replace(LAYER, mixer=replace(READER, soft_cap=0.7, window=9)), LAYER),
         ),
     ],
+    ("Attention", "output_gate"): [
+        with_attention(output_gate=True),
+        with_attention(output_gate=True, qk_norm="head"),
+    ],
+    ("GatedDeltaNet", "num_key_heads"): [with_delta_net(num_key_heads=4)],
+    ("GatedDeltaNet", "num_value_heads"): [with_delta_net(num_value_heads=6)],
+    ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
+    ("GatedDeltaNet", "value_dim"): [with_delta_net(value_dim=16)],
+    ("GatedDeltaNet", "conv_kernel"): [with_delta_net(conv_kernel=2)],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
     ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
@@ -198,8 +215,8 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ],
     ("ModelSpec", "logits_scale"): [replace(MODEL, logits_scale=0.2, final_soft_cap=0.5)],
     ("ModelSpec", "final_soft_cap"): [replace(MODEL, final_soft_cap=0.5)],
-    ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
     ("ModelSpec", "head"): [replace(MODEL, head="language_model.lm_head")],
+    ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
     ("ModelSpec", "per_layer_inputs"): [replace(MODEL, per_layer_inputs=TOLD)],
     ("PerLayerInputs", "width"): [
         replace(with_layers(norms=SANDWICH), per_layer_inputs=replace(TOLD, width=32)),
@@ -225,8 +242,8 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 
 
 def test_every_field_has_a_case() -> None:
-    classes = [ModelSpec, LayerSpec, Norms, Attention, GatedMlp, Experts, SharedExpert, Rope]
-    classes.append(PerLayerInputs)
+    classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Experts]
+    classes += [SharedExpert, Rope, PerLayerInputs]
     described = [
         value
         for value in vars(base).values()
@@ -264,6 +281,12 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
         for each in dataclasses.fields(layer.norms):
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
+        if isinstance(mixer := layer.mixer, GatedDeltaNet):
+            heads, own = mixer.num_value_heads, f"{prefix}linear_attn."
+            tensors[f"{own}conv1d.weight"] = normal(mixer.channels, 1, mixer.conv_kernel, scale=0.5)
+            tensors |= {f"{own}{name}": normal(heads, scale=1.0) for name in ("A_log", "dt_bias")}
+            tensors[f"{own}norm.weight"] = 1 + normal(mixer.value_dim)
+            continue
         if layer.mixer.qk_norm:
             counts = {"q_norm": layer.mixer.num_heads}
             if layer.mixer.kv_source is None:

@@ -1,6 +1,7 @@
 """The scheduler with a runner that sees only the blocks it is given: however a request is batched, chunked, preempted
 or found in the prefix cache, its tokens are those of a plain loop over the whole history."""
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -29,6 +30,7 @@ class Bench:
         overlap: bool = False,
         max_new_tokens: int = 1,
         windows: Sequence[KVGroup] = (),
+        num_states: int = 0,
     ):
         self.runner = (OverlappingRunner if overlap else FakeRunner)(
             num_blocks,
@@ -36,9 +38,10 @@ class Bench:
             max_model_len,
             max_new_tokens=max_new_tokens,
             windows=windows,
+            num_states=num_states,
         )
         self.pending = None  # with overlap: the batch before, and its result
-        self.kv_cache = KVCacheManager(self.runner.kv_groups, block_size, caching)
+        self.kv_cache = KVCacheManager(self.runner.kv_groups, block_size, caching, num_states)
         self.scheduler = Scheduler(
             self.kv_cache,
             max_num_seqs=max_num_seqs,
@@ -197,6 +200,88 @@ def test_a_window_needs_blocks_for_itself_and_a_chunk_only(overlap: bool) -> Non
         assert bench.tokens(str(i)) == solo(prompt, 10)
 
 
+def turns(bench: Bench, count: int, ask: int, answer: int) -> list[Request]:
+    """A conversation: each prompt is the last one, its answer, and `ask` more tokens."""
+    history, requests = [], []
+    for turn in range(count):
+        prompt = history + [100 + turn] * ask
+        requests.append(bench.add(str(turn), prompt, max_tokens=answer))
+        bench.run()
+        assert bench.tokens(str(turn)) == solo(prompt, answer)
+        history = requests[-1].token_ids
+    return requests
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_turns_of_a_conversation_go_on_from_snapshots(overlap: bool) -> None:
+    bench = Bench(128, max_model_len=400, num_states=4, max_num_batched_tokens=64, overlap=overlap)
+    for before, turn in itertools.pairwise(turns(bench, 10, ask=5, answer=30)):
+        assert turn.num_cached_tokens == (before.num_tokens - 1) // 4 * 4
+
+
+def test_a_prompt_goes_on_where_another_parted_from_it_once_it_has_been_there() -> None:
+    """The state where they part is not kept by the first; the second computes all, and leaves it to the third."""
+    bench = Bench(num_states=8, max_num_batched_tokens=40)
+    for name in "abc":
+        prompt = list(range(18)) + [ord(name)] * 9
+        bench.add(name, prompt, max_tokens=1)
+        bench.run()
+        assert bench.tokens(name) == solo(prompt, 1)
+    assert [bench.requests[name].num_cached_tokens for name in "abc"] == [0, 0, 16]
+
+
+def test_a_prompt_that_is_repeated_computes_its_last_block_only() -> None:
+    bench = Bench(num_states=3, max_num_batched_tokens=40)
+    for name in "ab":
+        bench.add(name, list(range(20)), max_tokens=3)
+        bench.run()
+    assert bench.requests["b"].num_cached_tokens == 16
+
+
+def test_a_long_answer_does_not_push_out_the_snapshots_of_prompts() -> None:
+    bench = Bench(256, num_states=4, max_model_len=400, max_num_batched_tokens=40)
+    bench.add("first", list(range(20)), max_tokens=1)
+    bench.run()
+    bench.add("talks", list(range(100, 120)), max_tokens=300)
+    bench.run()
+    bench.add("again", list(range(20)), max_tokens=1)
+    bench.run()
+    assert bench.requests["again"].num_cached_tokens == 16
+
+
+def test_snapshots_go_least_recently_used_first() -> None:
+    bench = Bench(256, num_states=4, max_num_batched_tokens=40)  # one to compute in, three are kept
+    prompts = [[i] * 20 for i in range(4)]
+    for i in (0, 1, 2, 0, 3):
+        bench.add(f"{i}", prompts[i], max_tokens=1)
+        bench.run()
+    for i, found in ((1, 0), (3, 16), (0, 16)):
+        bench.add(f"again {i}", prompts[i], max_tokens=1)
+        bench.run()
+        assert bench.requests[f"again {i}"].num_cached_tokens == found
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_failed_leaves_no_snapshot(overlap: bool) -> None:
+    bench = Bench(num_states=4, max_num_batched_tokens=40, overlap=overlap)
+    bench.runner.nan_ids.add("bad")
+    for name in ("bad", "good"):
+        bench.add(name, list(range(20)), max_tokens=3)
+        bench.run()
+    assert bench.requests["good"].num_cached_tokens == 0
+    assert bench.tokens("good") == solo(list(range(20)), 3)
+
+
+def test_no_more_run_than_there_are_states() -> None:
+    bench = Bench(num_states=3)
+    for i in range(5):
+        bench.add(str(i), [i], max_tokens=4)
+    bench.step()
+    assert len(bench.scheduler.running) == 3
+    bench.run()
+    assert all(bench.tokens(str(i)) == solo([i], 4) for i in range(5))
+
+
 def test_what_can_never_fit_is_refused_at_once() -> None:
     bench = Bench(num_blocks=3, max_model_len=1000)
     with pytest.raises(ValueError, match="12 tokens has no room"):
@@ -320,7 +405,10 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]
         "overlap": draw(st.booleans()),
         "max_new_tokens": draw(st.sampled_from([1, 2, 5])),
         "windows": draw(st.lists(windowed, max_size=2)),
+        "num_states": draw(st.one_of(st.just(0), st.integers(2, 9))),
     }
+    if options["overlap"] and options["max_new_tokens"] > 1:
+        options["num_states"] = 0  # the step that is open would go through a token twice
     capacity = KVCacheManager(
         [KVGroup(options["num_blocks"]), *options["windows"]], options["block_size"]
     ).max_tokens(40, options["max_num_batched_tokens"])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
-from nibble.architectures.base import GatedMlp
+from nibble.architectures.base import Attention, GatedMlp
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -135,6 +135,9 @@ VARIANTS = {
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 32}, "qwen3_moe": MOE, "olmoe": MOE,
     "mixtral": MOE, "granitemoe": MOE | {"residual_multiplier": 0.5},
     "dots1": MOE | {"n_shared_experts": 2, "n_group": 2, "norm_topk_prob": True},
+    "qwen3_5_text": {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                     "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
+                     "rope_parameters": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
                "layer_types": ["sliding_attention", "full_attention"]},
@@ -175,17 +178,20 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
 
 def _check_folds(source, index, block, hidden, kwargs, want):
     """Folding leaves the block's function alone, and makes every rounded linear no worse."""
-    groups, folds, layer = source.groups(index), source.folds(index), source.spec.layers[index]
+    folds, layer = source.folds(index), source.spec.layers[index]
+    stages = [member for group in source.spec.groups(index) for member in group.members()]
+    groups = [group.modules for group in stages if not group.dense]
     inputs = calibration.input_statistics(block, hidden, kwargs, [fold.reads for fold in folds])
     grids = {name: (4, 32, False) for group in groups for name in group}
     before = {name: p.clone() for name, p in block.named_parameters()}
     gains = fold_block(
         block, folds, inputs, grids, torch.bfloat16, 1.0 if source.spec.norm_offset else 0.0
     )
-    kinds, mlp = Counter(fold.kind for fold in folds), layer.mlp
+    mlp, kinds = layer.mlp, Counter(fold.kind for fold in folds)
     rows = 1 if isinstance(mlp, GatedMlp) else mlp.num_experts + (mlp.shared is not None)
     assert kinds["norm"] == (layer.norms.before_mlp is not None) * 2 and kinds["rows"] == rows
-    assert kinds["heads"] == (not layer.mixer.v_norm) and len(gains) == len(folds)
+    has_values = isinstance(layer.mixer, Attention) and not layer.mixer.v_norm
+    assert kinds["heads"] == has_values and len(gains) == len(folds)
     assert all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
     assert any(not torch.equal(p, before[name]) for name, p in block.named_parameters())
     torch.testing.assert_close(run(block, hidden, kwargs), want, rtol=1e-3, atol=1e-3)

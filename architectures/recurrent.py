@@ -1,0 +1,57 @@
+"""Mixers that carry a state from token to token instead of keys and values, as data."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .linears import Fold, LinearGroup
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaNet:
+    """Linear attention whose state each token decays and corrects (gated delta rule, Yang et al. 2024), per value head:
+
+    [q k v] = silu(conv(qkv)), z, b, a: linears of x; conv: causal, one filter of conv_kernel taps for each channel
+    q = q / |q| / sqrt(key_dim), k = k / |k|, beta = sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias))
+    S = decay * S;  S = S + k (beta * (v - S^T k))^T;  o = S^T q     S [key_dim, value_dim], zeros before token 0
+    out(norm(o) * w * silu(z))
+
+    Each key head serves num_value_heads / num_key_heads consecutive value heads. What a request carries from token to
+    token: S, and the last conv_kernel - 1 inputs of the convolution.
+    """
+
+    KIND: ClassVar = "gated_delta_net"
+    AS_STORED: ClassVar = ("linear_attn.A_log", "linear_attn.dt_bias")  # exponents, never rounded
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    conv_kernel: int  # taps, the token's own included
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values side by side."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what a request carries, in float32: the convolution's last inputs, oldest first, and S of every value
+        head."""
+        return (
+            (self.conv_kernel - 1, self.channels),
+            (self.num_value_heads, self.key_dim, self.value_dim),
+        )
+
+    def groups(self, hidden_size: int) -> tuple[LinearGroup, LinearGroup, LinearGroup]:
+        """q, k, v and z; b, a; out."""
+        values = self.num_value_heads * self.value_dim
+        names = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
+        return (
+            LinearGroup(names[:2], (self.channels, values), hidden_size, "column"),
+            LinearGroup(names[2:], (self.num_value_heads,) * 2, hidden_size, "column", dense=True),
+            LinearGroup(("linear_attn.out_proj",), (hidden_size,), values, "row"),
+        )
+
+    def folds(self, norm: str | None) -> tuple[Fold, ...]:
+        """norm: before it."""
+        qkv_z, b_a, _ = self.groups(1)
+        return () if norm is None else (Fold("norm", norm, qkv_z.modules, b_a.modules),)

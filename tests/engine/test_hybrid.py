@@ -1,0 +1,90 @@
+"""Models whose layers carry a state, through the whole engine: what a request computes does not depend on who had its
+slot before, and a conversation goes on from snapshots with the answers that it would have without."""
+
+import pytest
+import torch
+
+from nibble.engine.backends.cpp.decoder import CppDecoder
+from nibble.engine.config import EngineConfig
+from nibble.engine.core import EngineCore
+from nibble.engine.messages import AddRequest, RequestOutput
+from nibble.engine.request import SamplingParams
+from nibble.engine.runner import Runner
+from nibble.kernels.cpu import library
+
+from . import models
+
+TURNS, ASKED, ANSWERED = 10, 9, 21
+
+
+@pytest.fixture(scope="module", params=["torch", "cpp"])
+def runner(request, tmp_path_factory) -> Runner:
+    native = request.param == "cpp"
+    if native and (why := library.why_missing()):
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp(request.param)
+    models.build("qwen3.5", folder, max_position_embeddings=1024)
+    runner = Runner(
+        EngineConfig(
+            model=str(folder),
+            dtype="bfloat16" if native else "float32",
+            cpu_isa="auto" if native else "none",
+            kv_cache_memory=1 << 24,
+            max_num_seqs=4,
+        )
+    )
+    assert isinstance(runner.model, CppDecoder) == native
+    return runner
+
+
+def engine(runner: Runner, **options) -> EngineCore:
+    return EngineCore(EngineConfig(model="", max_num_seqs=4, **options), runner)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def generate(core: EngineCore, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """All at once."""
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
+    outputs: list[list[RequestOutput]] = [[] for _ in prompts]
+    for index, ids in enumerate(prompts):
+        core.add(AddRequest(str(index), ids, params))
+    while core.has_work:
+        for output in core.step():
+            outputs[int(output.request_id)].append(output)
+    core.check_idle()
+    core.num_cached = [each[-1].num_cached_tokens for each in outputs]
+    return [[token for output in each for token in output.token_ids] for each in outputs]
+
+
+@pytest.mark.parametrize("chunk", [2048, 40])
+def test_turns_of_a_conversation_come_from_the_cache_and_change_no_answer(runner, chunk) -> None:
+    cached = engine(runner, max_num_batched_tokens=chunk)
+    plain = engine(runner, max_num_batched_tokens=chunk, enable_prefix_caching=False)
+    history = prompt(500, 0)
+    for turn in range(TURNS):
+        ids = history + prompt(ASKED, turn)
+        [answer] = generate(cached, [ids], ANSWERED)
+        assert [answer] == generate(plain, [ids], ANSWERED)
+        if turn:
+            assert cached.num_cached[0] >= 0.9 * len(ids)
+        history = ids + answer
+
+
+def test_nothing_of_a_state_reaches_who_has_its_slot_next(runner) -> None:
+    """A slot is taken again and again, by prompts of one token too."""
+    core = engine(runner)
+    prompts = [prompt(n, n) for n in (1, 40, 2, 1, 17, 90, 1, 3)]
+    alone = [generate(engine(runner), [ids], 8)[0] for ids in prompts]
+    for _ in range(2):
+        assert generate(core, prompts, 8) == alone
+
+
+def test_what_is_preempted_is_computed_again(runner, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "num_blocks", 9)
+    core = engine(runner, enable_prefix_caching=False)
+    prompts = [prompt(30, seed) for seed in range(3)]
+    assert generate(core, prompts, 40) == [generate(engine(runner), [p], 40)[0] for p in prompts]
+    assert core.stats().num_preemptions > 0
