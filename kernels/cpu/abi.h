@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 10
+#define NB_ABI_VERSION 11
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -73,6 +73,7 @@ struct NbAttention {
   int32_t window;                    // positions seen, the own included; 0: all
   int32_t qk_norm_all;               // q_norm and k_norm are of all heads side by side, else of each
   float scale;                       // of queries times keys
+  float soft_cap;                    // scores become cap * tanh(scores / cap); 0: they do not
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
   int32_t output_gate;               // qkv gives [query, gate] of each head; what it gives is times sigmoid(gate)
@@ -82,6 +83,7 @@ struct NbAttention {
   const float* q_norm;               // [head_dim] or [heads * head_dim], or null
   const float* k_norm;
   const float* v_norm;               // [head_dim] or null
+  const float* sinks;                // [num_heads] scores that take part in each softmax and add no value, or null
   NbLinearGroup qkv, o;
 };
 

@@ -147,13 +147,13 @@ struct Step {
       int position = item.start + unit.first + r / shared;
       s.last[r] = position;
       s.first[r] = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
-      s.top[r] = -1e30f;
-      s.mass[r] = 0.0f;
+      s.top[r] = a.sinks ? a.sinks[head * shared + r % shared] : -1e30f;
+      s.mass[r] = a.sinks ? 1.0f : 0.0f;
     }
     memset(s.out, 0, sizeof(float) * rows * dim);
     const uint16_t* q = b.queries + ((int64_t)head * batch.num_tokens + row) * shared * dim;
-    attend({q, rows, s.first, s.last, s.out, s.top, s.mass, s.scores, s.weights}, from, head,
-           batch.tables + item.table, s.unpacked);
+    attend({q, rows, s.first, s.last, s.out, s.top, s.mass, s.scores, s.weights, a.soft_cap}, from,
+           head, batch.tables + item.table, s.unpacked);
     for (int r = 0; r < rows; r++)
       memcpy(b.attended + (int64_t)(row + r / shared) * a.num_heads * dim + (head * shared + r % shared) * dim, s.out + r * dim,
              sizeof(float) * dim);

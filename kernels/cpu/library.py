@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -76,6 +76,7 @@ class NbAttention(ctypes.Structure):
         ("window", c_int32),
         ("qk_norm_all", c_int32),
         ("scale", c_float),
+        ("soft_cap", c_float),
         ("query_beta", c_float),
         ("query_length", c_int32),
         ("output_gate", c_int32),
@@ -85,6 +86,7 @@ class NbAttention(ctypes.Structure):
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
         ("v_norm", c_void_p),
+        ("sinks", c_void_p),
         ("qkv", NbLinearGroup),
         ("o", NbLinearGroup),
     ]

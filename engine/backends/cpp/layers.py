@@ -62,6 +62,7 @@ class CppAttention:
     q_norm: Tensor | None
     k_norm: Tensor | None
     v_norm: Tensor | None
+    sinks: Tensor | None  # [num_heads]
     struct: NbAttention = field(init=False)
 
     @property
@@ -87,6 +88,7 @@ class CppAttention:
             spec.window or 0,
             spec.qk_norm == "all",
             spec.scale,
+            spec.soft_cap or 0.0,
             beta,
             length,
             spec.output_gate,
@@ -96,6 +98,7 @@ class CppAttention:
             pointer(self.q_norm),
             pointer(self.k_norm),
             pointer(self.v_norm),
+            pointer(self.sinks),
             self.qkv.struct(),
             self.o.struct(),
         )

@@ -61,6 +61,8 @@ class CppBackend:
             "attention.qk_norm=head",
             "attention.qk_norm=all",
             "attention.query_scaling",
+            "attention.soft_cap",
+            "attention.sinks",
             "attention.output_gate",
             "gated_delta_net",
             "attention.v_norm",
@@ -249,7 +251,8 @@ class _Loader:
         if isinstance(mixer, Attention):
             norms = self.weights.head_norms(index, mixer)
             v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
-            return CppAttention(mixer, groups[0], last, *norms, v_norm)
+            sinks = self.weights.sinks(index, mixer)
+            return CppAttention(mixer, groups[0], last, *norms, v_norm, sinks)
         together = PreparedGroup(
             [linear for group in groups for linear in group.linears], groups[0].int8
         )

@@ -34,11 +34,7 @@ def make_runner(folder: Path, **more) -> Runner:
     )
 
 
-# soft caps: torch's operators serve them
-NOT_TAKEN = {"gemma2"}
-
-
-@pytest.fixture(scope="module", params=sorted(set(models.CONFIGS) - NOT_TAKEN))
+@pytest.fixture(scope="module", params=sorted(models.CONFIGS))
 def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     models.build(request.param, folder)
