@@ -134,7 +134,7 @@ struct NbExperts {
   const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
 };
 
-// Norms are [hidden] or null. One of two mixers is there, and one of two feed-forwards.
+// Norms are [hidden] or null, and so is one of the mixers, one of the feed-forwards.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;

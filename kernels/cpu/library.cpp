@@ -227,7 +227,7 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
     const NbAttention* a = layer.attention;
     const NbDeltaNet* d = layer.delta_net;
     for (const NbLinearGroup* group : {a ? &a->qkv : &d->in, a ? &a->o : &d->out}) widen(sizes, *group);
-    if (const NbGatedMlp* mlp = layer.mlp) widen(sizes, *mlp);
+    if (layer.mlp) widen(sizes, *layer.mlp);
     if (const NbExperts* e = layer.experts) {
       for (int i = 0; i < e->num_experts; i++) widen(sizes, e->experts[i]);
       if (e->shared) widen(sizes, *e->shared);

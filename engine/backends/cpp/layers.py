@@ -261,17 +261,14 @@ class CppLayer:
 
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
-        mixer, mlp, told = self.mixer.point(ropes, cache_offset), self.mlp, self.per_layer_input
-        dense, experts = (
-            ctypes.pointer(mlp.struct) if isinstance(mlp, kind) else None
-            for kind in (CppGatedMlp, CppExperts)
-        )
+        mixer = self.mixer.point(ropes, cache_offset)
+        told, mlp = self.per_layer_input, self.mlp
         return NbLayer(
             *map(pointer, norms),
             ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
-            dense,
-            experts,
+            ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
+            ctypes.pointer(mlp.struct) if isinstance(mlp, CppExperts) else None,
             None if told is None else ctypes.pointer(told.struct),
             self.scalar,
         )

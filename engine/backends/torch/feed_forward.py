@@ -24,6 +24,10 @@ class TorchGatedMlp:
         return self.down(activate(gate, self.activation) * up)
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
 @dataclass(slots=True)
 class TorchExperts:
     """One expert after the other, each on the tokens that chose it. Scores and weights are float32."""
@@ -66,7 +70,3 @@ def route(spec: Experts, logits: Tensor, correction_bias: Tensor | None) -> tupl
     if spec.norm_weights:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * spec.routed_scale, chosen
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")

@@ -34,10 +34,7 @@ def make_runner(folder: Path, **more) -> Runner:
     )
 
 
-NOT_TAKEN: set[str] = set()
-
-
-@pytest.fixture(scope="module", params=sorted(set(models.CONFIGS) - NOT_TAKEN))
+@pytest.fixture(scope="module", params=sorted(models.CONFIGS))
 def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     models.build(request.param, folder)
