@@ -53,6 +53,8 @@ ARCHITECTURES = (
     Architecture("Qwen2MoeForCausalLM", "qwen2_moe", qwen.qwen2_moe),
     Architecture("Qwen3MoeForCausalLM", "qwen3_moe", qwen.qwen3_moe),
     Architecture("Qwen3_5ForCausalLM", "qwen3_5_text", qwen3_5.qwen3_5),
+    Architecture("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", qwen3_5.qwen3_5_moe),
+    Architecture("Qwen3NextForCausalLM", "qwen3_next", qwen3_5.qwen3_next),
     Architecture("SeedOssForCausalLM", "seed_oss", seed_oss.spec),
     Architecture("SmolLM3ForCausalLM", "smollm3", smollm3.spec),
     Architecture("Phi3ForCausalLM", "phi3", phi.phi3),

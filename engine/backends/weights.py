@@ -4,6 +4,7 @@ Backends lay out what comes from here; none of them knows a tensor's name.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ...architectures.base import Attention, GatedDeltaNet, LinearGroup, ModelSpec
 from ...errors import CheckpointError
 from ...quant.checkpoint import Checkpoint
-from ...quant.weight import QuantizedWeight, part, scaled_by_row
+from ...quant.weight import QuantizedWeight, fuse, part, scaled_by_row
 
 Weight = QuantizedWeight | Tensor
 _FIX = "config.json and the weights are not of one model"
@@ -39,6 +40,18 @@ class Linear:
             Linear(part(weight, rows), None if self.bias is None else self.bias[rows])
             for rows in cuts
         ]
+
+    def in_order(self, spans: Sequence[tuple[int, int]]) -> "Linear":
+        """Rows from .. to, one span after the other; all as they are where there is none."""
+        if not spans:
+            return self
+        rows, weight = [slice(*span) for span in spans], self.weight
+        bias = None if self.bias is None else torch.cat([self.bias[each] for each in rows])
+        if isinstance(weight, Tensor):
+            return Linear(torch.cat([weight[each] for each in rows]), bias)
+        weight = scaled_by_row(weight)
+        cut = [part(weight, each) for each in rows]
+        return Linear(fuse([each for each in cut if isinstance(each, QuantizedWeight)]), bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +173,8 @@ class ModelWeights:
         for name, out in zip(group.modules, group.out_features, strict=True):
             module = f"{self.model.layer_name(layer)}.{name}"
             weight = self._linear(module, (out, group.in_features))
-            linears += Linear(weight, self.checkpoint.bias(module)).parts(parts)
+            linear = Linear(weight, self.checkpoint.bias(module)).in_order(group.order)
+            linears += linear.parts(parts)
         return linears
 
     def head(self, embedding: Tensor) -> Linear:

@@ -178,9 +178,25 @@ def attention(
     return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T, shared
 
 
+def by_key_head(h: Tensor, spec: GatedDeltaNet, weight, prefix: str) -> tuple[Tensor, ...]:
+    """q k v, z, b, a, of which each key head's lie together."""
+    K, V = spec.key_dim, spec.num_value_heads // spec.num_key_heads * spec.value_dim
+    parts: list[list[Tensor]] = [[] for _ in range(6)]
+    both = h @ weight(f"{prefix}in_proj_qkvz.weight").T, h @ weight(f"{prefix}in_proj_ba.weight").T
+    for qkvz, ba in zip(*(x.chunk(spec.num_key_heads, 1) for x in both), strict=True):
+        found = (*qkvz.split((K, K, V, V), 1), *ba.chunk(2, 1))
+        for part, x in zip(parts, found, strict=True):
+            part.append(x)
+    q, k, v, z, b, a = (torch.cat(part, 1) for part in parts)
+    return torch.cat((q, k, v), 1), z, b, a
+
+
 def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: str) -> Tensor:
     """[T, hidden] -> [T, hidden]; weight: by name."""
-    qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
+    if spec.fused:
+        qkv, z, b, a = by_key_head(h, spec, weight, prefix)
+    else:
+        qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
     filters = weight(f"{prefix}conv1d.weight")[:, 0]
     convolved = torch.zeros_like(qkv)
     for t in range(len(h)):

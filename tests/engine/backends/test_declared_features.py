@@ -143,6 +143,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
     ("GatedDeltaNet", "value_dim"): [with_delta_net(value_dim=16)],
     ("GatedDeltaNet", "conv_kernel"): [with_delta_net(conv_kernel=2)],
+    ("GatedDeltaNet", "fused"): [with_delta_net(fused=True)],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
     ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
