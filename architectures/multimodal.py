@@ -23,6 +23,8 @@ CLASSES = frozenset(
         "Qwen2VL",
         "Qwen2_5_VL",
         "Qwen3VL",
+        "Qwen3VLMoe",
+        "Qwen3_5",
         "SmolVLM",
     )
 )
@@ -39,7 +41,9 @@ _SAME_AS = {  # model_type of a text_config -> that of the language model which 
     "qwen2_5_vl": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
 }
+_IMPLIED = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}  # what goes without saying there
 _INHERITED = ("eos_token_id", "dtype", "torch_dtype")  # where text_config does not say
 
 
@@ -57,6 +61,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     found = config.get("text_config")
     text = dict(found) if isinstance(found, Mapping) else dict(config)
     kind = text.get("model_type")
+    text |= _IMPLIED.get(kind, {}) if isinstance(kind, str) else {}
     text["model_type"] = _SAME_AS.get(kind, kind) if isinstance(kind, str) else kind
     text["architectures"] = None
     for name in ("rope_parameters", "rope_scaling"):

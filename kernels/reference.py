@@ -84,12 +84,13 @@ class PackedWeight:
             "perm",
             "kind",
             "bits",
+            "table",
             "block",
             "input_scale",
             "act_quant",
         )
         fields = {name: getattr(weight, name) for name in names}
-        paired = weight.kind == "int" and weight.bits <= 4 and weight.in_features % 2 == 0
+        paired = weight.kind != "fp8" and weight.bits <= 4 and weight.in_features % 2 == 0
         codes = weight.codes[:, 0::2] | (weight.codes[:, 1::2] << 4) if paired else weight.codes
         return cls(fields, codes, paired)
 

@@ -22,7 +22,7 @@ _KV_FP8 = {
     "symmetric": True,
 }
 GROUP_MIN = 16  # columns a scale, at the least: fewer cost more in scales than they gain
-Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "hqq", "gguf"]
+Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "hqq", "modelopt", "gguf"]
 ActQuant = Literal["none", "token", "group", "tensor"]
 Strategy = Literal["tensor", "channel", "group", "block"]
 
@@ -31,7 +31,7 @@ Strategy = Literal["tensor", "channel", "group", "block"]
 class LayerScheme:
     """How one linear layer is quantized."""
 
-    kind: Literal["int", "fp8"]
+    kind: Literal["int", "fp8", "fp4"]
     bits: int
     group_size: int  # input columns per scale; -1: the whole row
     symmetric: bool
@@ -48,6 +48,8 @@ class LayerScheme:
                 if self.block
                 else f"fp8 {self.strategy}"
             )
+        elif self.kind == "fp4":
+            text = f"fp4 g{self.group_size}"
         else:
             group = "channel" if self.group_size == -1 else f"g{self.group_size}"
             text = f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}" + (
@@ -87,6 +89,7 @@ class QuantScheme:
             "compressed-tensors": _read_ct,
             "modelopt": _read_modelopt,
             "hqq": _read_hqq,
+            "auto-round": _read_auto_round,
         }
         if method not in readers:
             raise fields.unsupported("quant_method", method, f" ({', '.join(readers)} are)")
@@ -286,6 +289,51 @@ def _gptq_keys(layer: LayerScheme) -> dict[str, Any]:
     }
 
 
+# How AutoRound packs its tensors, and where: zero points less one as GPTQ's first version, or as they are
+_AUTO_ROUND = {
+    "auto_round:auto_gptq": ("gptq", "gptq"),
+    "auto_round:gptqmodel": ("gptq", "gptq_v2"),
+    "auto_round": ("gptq", "gptq_v2"),
+    "auto_round:auto_awq": ("awq", "gemm"),
+}
+
+
+def _read_auto_round(config: dict[str, Any]) -> dict[str, Any]:
+    """AutoRound's own: one LayerScheme, and in extra_config what differs, by a module's name or a regex."""
+    packing = fields.get(config, str, "auto_round:auto_gptq", "packing_format", "backend")
+    if packing not in _AUTO_ROUND:
+        raise fields.unsupported("packing_format", packing, f" ({', '.join(_AUTO_ROUND)} are)")
+    method, fmt = _AUTO_ROUND[packing]
+    overrides = []
+    for name, changes in fields.get(config, dict, {}, "extra_config").items():
+        layer = _auto_round_layer(config | (changes if isinstance(changes, dict) else {}))
+        known = re.fullmatch(r"[\w.]+", name) is not None
+        pattern = exactly(name) if known else fields.checked_regex(name, "extra_config")
+        overrides.append((pattern, layer))
+    lm_head = any(re.match(pattern, "lm_head") and layer for pattern, layer in overrides)
+    return {
+        "method": method,
+        "format": fmt,
+        "default": _auto_round_layer(config),
+        "overrides": tuple(overrides),
+        "lm_head": lm_head,
+    }
+
+
+def _auto_round_layer(config: dict[str, Any]) -> LayerScheme | None:
+    """None: 16 bits."""
+    if config.get("bits") in (16, 32):
+        return None
+    if (kind := fields.get(config, str, "int", "data_type")) != "int":
+        raise fields.unsupported("data_type", kind, " (int is)")
+    return LayerScheme(
+        "int",
+        fields.bits(config, (2, 3, 4, 8), "bits"),
+        fields.group_size(config, 128, "group_size"),
+        fields.get(config, bool, True, "sym"),
+    )
+
+
 def _read_fp8(config: dict[str, Any]) -> dict[str, Any]:
     block = fields.get(config, list, None, "weight_block_size")
     activations = fields.get(config, str, "dynamic", "activation_scheme")
@@ -320,24 +368,39 @@ def _read_modelopt(config: dict[str, Any]) -> dict[str, Any]:
     """hf_quant_config.json, whose keys lie under "quantization", or the same in config.json (TensorRT ModelOpt)."""
     keys = fields.get(config, dict, config, "quantization")
     algorithm = fields.get(keys, str, "", "quant_algo").upper()
-    layers: dict[str, tuple[Strategy, Any, ActQuant]] = {
-        "FP8": ("tensor", None, "tensor"),
-        "FP8_PER_CHANNEL_PER_TOKEN": ("channel", None, "token"),
-        "FP8_PB_WO": ("block", [128, 128], "none"),
-    }
-    if algorithm not in layers:
-        raise fields.unsupported("quant_algo", algorithm, f" ({', '.join(layers)} are)")
+    default, overrides = None, []
+    if algorithm == "MIXED_PRECISION":  # an algorithm for each module, 16 bits where none is named
+        for name, own in fields.get(keys, dict, {}, "quantized_layers").items():
+            each = fields.get(own, str, "", "quant_algo").upper() if isinstance(own, dict) else ""
+            overrides.append((exactly(name), _modelopt_layer(each)))
+    else:
+        default = _modelopt_layer(algorithm)
     skipped = fields.get(keys, list, [], "exclude_modules", "ignore")
     ignore = tuple(f"re:{fnmatch.translate(str(item))}" for item in skipped)
     cache = fields.get(keys, str, None, "kv_cache_quant_algo")
     fp8_cache = str(cache).upper() == "FP8" or _kv_cache(keys) == "fp8"
     return {
-        "method": "fp8",
+        "method": "modelopt",
         "format": "modelopt",
-        "default": _fp8_layer(*layers[algorithm]),
+        "default": default,
+        "overrides": tuple(overrides),
         "ignore": ignore,
         "kv_cache": "fp8" if fp8_cache else None,
     }
+
+
+def _modelopt_layer(algorithm: str) -> LayerScheme:
+    layers: dict[str, tuple[Strategy, Any, ActQuant]] = {
+        "FP8": ("tensor", None, "tensor"),
+        "FP8_PER_CHANNEL_PER_TOKEN": ("channel", None, "token"),
+        "FP8_PB_WO": ("block", [128, 128], "none"),
+    }
+    if algorithm in ("NVFP4", "W4A16_NVFP4"):
+        return LayerScheme("fp4", 4, 16, True)
+    if algorithm not in layers:
+        known = ", ".join(("MIXED_PRECISION", "NVFP4", *layers))
+        raise fields.unsupported("quant_algo", algorithm, f" ({known} are)")
+    return _fp8_layer(*layers[algorithm])
 
 
 def _kv_cache(config: dict[str, Any]) -> Literal["fp8"] | None:
@@ -386,12 +449,14 @@ def _read_ct(config: dict[str, Any]) -> dict[str, Any]:
 
 def _ct_layer(weights: dict[str, Any], inputs: dict[str, Any] | None) -> LayerScheme:
     strategy = fields.get(weights, str, "tensor", "strategy")
+    kind = fields.get(weights, str, "int", "type")
+    if kind == "float" and weights.get("num_bits") == 4:  # activations stay in 16 bits
+        return LayerScheme("fp4", 4, fields.group_size(weights, 16, "group_size"), True)
     if strategy not in ("tensor", "channel", "group", "block"):
         raise fields.unsupported("weights.strategy", strategy)
     act_quant: Any = "none" if inputs is None else fields.get(inputs, str, "tensor", "strategy")
     if act_quant not in ("none", "token", "group", "tensor"):
         raise fields.unsupported("input_activations.strategy", act_quant)
-    kind = fields.get(weights, str, "int", "type")
     if kind == "float" and fields.bits(weights, (8,), "num_bits"):
         block = fields.get(weights, list, None, "block_structure") if strategy == "block" else None
         return _fp8_layer(strategy, block, act_quant)
@@ -431,6 +496,8 @@ def _write_ct(scheme: QuantScheme) -> dict[str, Any]:
 
 
 def _ct_group(layer: LayerScheme, targets: list[str]) -> dict[str, Any]:
+    if layer.kind == "fp4":
+        raise ValueError("FP4 is read, not written")
     number_type = "float" if layer.kind == "fp8" else "int"
     weights = {
         "num_bits": layer.bits,

@@ -7,6 +7,7 @@ row o and canonical column j, with (r, c) = (o // block_rows, j // block_cols),
                                = (codes[o, j] - 2**(bits-1)) * scales[r, c]     neither given (symmetric)
                                = codes[o, j] * scales[r, c] + mins[r, c]        mins given    (GGUF Q4_1, Q4_K)
     kind "fp8":  w[o, perm[j]] = float(codes[o, j]) * scales[r, c]
+    kind "table": w[o, perm[j]] = table[codes[o, j]] * scales[r, c]             16 whole numbers  (MXFP4, NVFP4)
 
       in_features ->
     +-------+-------+---+      codes   uint8 [out, in], one code a byte (or float8_e4m3fn for kind "fp8")
@@ -24,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["int", "fp8"]
+Kind = Literal["int", "fp8", "table"]
 _PER_BLOCK = ("scales", "zeros", "mins")
 _ALL = slice(None)
 
@@ -38,6 +39,7 @@ class QuantizedWeight:
     perm: Tensor | None = None
     kind: Kind = "int"
     bits: int = 4
+    table: tuple[int, ...] | None = None  # of kind "table"
     block: tuple[int, int] = (1, 128)  # (rows, columns) that share one scale
     input_scale: Tensor | None = None  # float32 [1]: static activation scale (FP8)
     act_quant: Literal["none", "token", "group", "tensor"] = (
@@ -55,6 +57,8 @@ class QuantizedWeight:
                     f"{name} has shape {tuple(tensor.shape)}, want {want} for codes "
                     f"{tuple(self.codes.shape)} in blocks of {self.block}"
                 )
+        if (self.kind == "table") != (self.table is not None):
+            raise ValueError('a weight has a table if it is of kind "table"')
         if self.zeros is not None and self.mins is not None:
             raise ValueError("a weight has zeros or mins, not both")
         if self.perm is not None and tuple(self.perm.shape) != (in_features,):
@@ -100,6 +104,9 @@ class QuantizedWeight:
         scale = spread(self.scales)
         if self.kind == "fp8":
             dense = self.codes.float() * scale
+        elif self.table is not None:
+            values = torch.tensor(self.table, dtype=torch.float32, device=self.codes.device)
+            dense = values[self.codes.int()] * scale
         elif self.mins is not None:
             dense = self.codes.float() * scale + spread(self.mins)
         elif self.zeros is not None:
@@ -121,6 +128,12 @@ class QuantizedWeight:
         return replace(self, **move)
 
 
+def _alike(w: QuantizedWeight) -> tuple[object, ...]:
+    """What weights that are stacked have in common."""
+    grid = (w.kind, w.bits, w.block[1], w.table, w.mins is None, w.scales.dtype)
+    return *grid, w.in_features, w.act_quant
+
+
 def can_fuse(weights: list[QuantizedWeight]) -> bool:
     """Whether `fuse` can stack these along the output axis without changing a value."""
     first = weights[0]
@@ -131,19 +144,7 @@ def can_fuse(weights: list[QuantizedWeight]) -> bool:
             return all(t is None for t in tensors)
         return all(torch.equal(t, tensors[0]) for t in tensors)
 
-    uniform = all(
-        (w.kind, w.bits, w.block[1], w.in_features, w.act_quant, w.scales.dtype, w.mins is None)
-        == (
-            first.kind,
-            first.bits,
-            first.block[1],
-            first.in_features,
-            first.act_quant,
-            first.scales.dtype,
-            first.mins is None,
-        )
-        for w in weights
-    )
+    uniform = all(_alike(w) == _alike(first) for w in weights)
     whole_rows = all(
         w.block[0] == first.block[0] and w.out_features % w.block[0] == 0 for w in weights
     )

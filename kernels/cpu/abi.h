@@ -9,6 +9,7 @@
 // 16 outputs and a broadcast of 4 (2) activations meets it; k_padded is a whole number of groups, padded with zeros:
 //
 //   U4    [n/16][k/8][64 bytes]     byte 4*output + j: column j in the low nibble, column 4 + j in the high one
+//   T4    as U4; code c is the number table[c] - midpoint
 //   U8    [n/16][k/4][64 bytes]     byte 4*output + j: column j
 //   FP8   [n/16][k/2][2][16 bytes]  even columns, then odd ones
 //   DENSE [n/16][k/2][16][2]
@@ -17,11 +18,11 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 7
+#define NB_ABI_VERSION 9
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
-enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3 };
+enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3, NB_T4 = 4 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
 enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1 };
 
@@ -40,6 +41,7 @@ struct NbLinear {
   const void* scales;
   const void* offsets;
   const float* bias;   // [n] or null
+  const uint8_t* table;  // [16] of T4, at most 127 each
 };
 
 struct NbInput {

@@ -42,24 +42,39 @@ template <int Lines> inline void fetch(const uint8_t*& p) {
 inline int min_int(int a, int b) { return a < b ? a : b; }
 inline int columns_of(const NbLinear& w, int k_padded, int group) { return min_int(w.group, k_padded - group * w.group); }
 
-// Unpacked codes: 64 bytes hold 4 columns of 16 outputs.
+// Where the codes of 8 columns come from. Unpacked: 64 bytes hold 4 columns of 16 outputs.
 template <bool Wide_> struct FromBytes {
   static constexpr bool Wide = Wide_;
   static constexpr int kBytes = 16;  // a column of a tile
-  static void load(const uint8_t* p, Bytes& first, Bytes& second) { first = b_load(p); second = b_load(p + 64); }
+  explicit FromBytes(const NbLinear&) {}
+  void load(const uint8_t* p, Bytes& first, Bytes& second) const { first = b_load(p); second = b_load(p + 64); }
 };
 
 struct FromNibbles {
   static constexpr bool Wide = false;
   static constexpr int kBytes = 8;
-  static void load(const uint8_t* p, Bytes& first, Bytes& second) {
+  explicit FromNibbles(const NbLinear&) {}
+  void load(const uint8_t* p, Bytes& first, Bytes& second) const {
     Bytes both = b_load(p);
     first = b_low(both);
     second = b_high(both);
   }
 };
 
-inline int64_t column_bytes(int format) { return format == NB_U4 ? 8 : format == NB_DENSE ? 32 : 16; }
+struct FromTable {
+  static constexpr bool Wide = false;
+  static constexpr int kBytes = 8;
+  Bytes table;
+  explicit FromTable(const NbLinear& w) : table(b_repeat(w.table)) {}
+  void load(const uint8_t* p, Bytes& first, Bytes& second) const {
+    Bytes both = b_load(p);
+    first = b_lookup(table, b_low(both));
+    second = b_lookup(table, b_high(both));
+  }
+};
+
+inline bool is_nibbles(int format) { return format == NB_U4 || format == NB_T4; }
+inline int64_t column_bytes(int format) { return is_nibbles(format) ? 8 : format == NB_DENSE ? 32 : 16; }
 
 // One run of groups [first, last) for R rows and T tiles; codes points at column first * group of each tile.
 // out: [R][kWidth], added to.
@@ -67,6 +82,7 @@ template <int R, int T, class Source>
 inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile, int first, int last,
                      const uint8_t* const* codes, const uint8_t* const* ahead, float* out) {
   constexpr int kShift = Source::Wide ? kWideShift : 0;
+  const Source source(w);
   const int8_t* q[R];
   const uint8_t* next[T];
   for (int r = 0; r < R; r++) q[r] = (const int8_t*)x.data + (int64_t)(row + r) * x.k_padded + first * w.group;
@@ -93,7 +109,7 @@ inline void dot_int8(const NbLinear& w, const Activations& x, int row, int tile,
       Bytes a[T], b[T];
       if (ahead)
         for (int t = 0; t < T; t++) fetch<Source::Wide ? 2 : 1>(next[t]);
-      for (int t = 0; t < T; t++) Source::load(p[t] + k * Source::kBytes, a[t], b[t]);
+      for (int t = 0; t < T; t++) source.load(p[t] + k * Source::kBytes, a[t], b[t]);
       Codes eight[R];
       for (int r = 0; r < R; r++) eight[r] = c_load(q[r] + k);
       for (int r = 0; r < R; r++)
@@ -147,7 +163,7 @@ inline void dot_bf16(const NbLinear& w, const Activations& x, int row, int tile,
   for (int t = 0; t < T; t++) next[t] = ahead ? ahead[t] : nullptr;
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) total[r][t] = f_load(out + r * kWidth + t * 16);
-  bool has_offset = w.format == NB_U4 || w.format == NB_U8;
+  bool has_offset = is_nibbles(w.format) || w.format == NB_U8;
   for (int g = first; g < last; g++) {
     F32 acc[R][T];
     for (int r = 0; r < R; r++)
@@ -180,10 +196,10 @@ inline void dot_bf16(const NbLinear& w, const Activations& x, int row, int tile,
 }
 
 // Unpack `columns` columns of one tile: to bytes for int8 activations, to pairs of bfloat16 for others.
-inline void unpack_bytes(const uint8_t* codes, int columns, uint8_t* out) {
+template <class Source> inline void unpack_bytes(const Source& source, const uint8_t* codes, int columns, uint8_t* out) {
   for (int k = 0; k < columns; k += 8) {
     Bytes a, b;
-    FromNibbles::load(codes + k * 8, a, b);
+    source.load(codes + k * 8, a, b);
     b_store(out + k * 16, a);
     b_store(out + k * 16 + 64, b);
   }
@@ -196,20 +212,23 @@ inline void store_pairs(uint8_t* out, Bytes four_columns) {
   b_store(out + 64, second);
 }
 
-inline void unpack_pairs(int format, const uint8_t* codes, int columns, uint8_t* out) {
-  if (format == NB_U4) {
-    for (int k = 0; k < columns; k += 8) {
-      Bytes a, b;
-      FromNibbles::load(codes + k * 8, a, b);
-      store_pairs(out + k * 32, a);
-      store_pairs(out + k * 32 + 128, b);
-    }
-  } else if (format == NB_U8) {
+template <class Source> inline void unpack_nibbles(const Source& source, const uint8_t* codes, int columns, uint8_t* out) {
+  for (int k = 0; k < columns; k += 8) {
+    Bytes a, b;
+    source.load(codes + k * 8, a, b);
+    store_pairs(out + k * 32, a);
+    store_pairs(out + k * 32 + 128, b);
+  }
+}
+
+inline void unpack_pairs(const NbLinear& w, const uint8_t* codes, int columns, uint8_t* out) {
+  if (w.format == NB_U4) unpack_nibbles(FromNibbles(w), codes, columns, out);
+  else if (w.format == NB_T4) unpack_nibbles(FromTable(w), codes, columns, out);
+  else if (w.format == NB_U8)
     for (int k = 0; k < columns; k += 4) store_pairs(out + k * 32, b_load(codes + k * 16));
-  } else {
+  else
     for (int k = 0; k < columns; k += 2)
       b_store(out + k * 32, p_join(f_load_fp8(codes + k * 16), f_load_fp8(codes + k * 16 + 16)));
-  }
 }
 
 template <int R, int T>
@@ -224,6 +243,8 @@ inline void dot_rows(const NbLinear& w, const Activations& x, int row, int tile,
     dot_int8<R, T, FromBytes<true>>(w, x, row, tile, first, last, codes, ahead, out);
   else if (unpacked)
     dot_int8<R, T, FromBytes<false>>(w, x, row, tile, first, last, codes, ahead, out);
+  else if (w.format == NB_T4)
+    dot_int8<R, T, FromTable>(w, x, row, tile, first, last, codes, ahead, out);
   else
     dot_int8<R, T, FromNibbles>(w, x, row, tile, first, last, codes, ahead, out);
 }
@@ -250,7 +271,7 @@ inline void multiply(const NbLinear& w, const Activations& x, int row, int rows,
   alignas(64) uint8_t piece[T * kPiece * 32];
   int64_t width = column_bytes(w.format);
   bool pairs = !x.is_int8;
-  bool unpack = pairs ? w.format != NB_DENSE : w.format == NB_U4 && rows > kDirectRows;
+  bool unpack = pairs ? w.format != NB_DENSE : is_nibbles(w.format) && rows > kDirectRows;
   for (int i = 0; i < rows * kWidth; i += 16) f_store(out + i, f_zero());
   int step = unpack || rows > kRows ? kPiece / w.group : w.groups;
   if (step < 1) step = 1;
@@ -264,8 +285,9 @@ inline void multiply(const NbLinear& w, const Activations& x, int row, int rows,
       ahead[t] = packed + (unpack ? columns * width : kAhead);
       if (unpack) {
         uint8_t* place = piece + t * kPiece * 32;
-        if (pairs) unpack_pairs(w.format, packed, columns, place);
-        else unpack_bytes(packed, columns, place);
+        if (pairs) unpack_pairs(w, packed, columns, place);
+        else if (w.format == NB_T4) unpack_bytes(FromTable(w), packed, columns, place);
+        else unpack_bytes(FromNibbles(w), packed, columns, place);
         codes[t] = place;
       }
     }

@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 7
+_ABI_VERSION = 9
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -20,7 +20,7 @@ _NEEDED_CPU = {
     "aarch64": "the C++ kernels need a CPU with the dot product instructions (asimddp in /proc/cpuinfo)",
 }
 
-U4, U8, FP8, DENSE = range(4)  # NbFormat
+U4, U8, FP8, DENSE, T4 = range(5)  # NbFormat
 MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # NbActivation
 
@@ -39,6 +39,7 @@ class NbLinear(ctypes.Structure):
         ("scales", c_void_p),
         ("offsets", c_void_p),
         ("bias", c_void_p),
+        ("table", c_void_p),
     ]
 
 

@@ -18,11 +18,16 @@ from .arena import Arena
 from .library import NbInput, NbLinear, NbLinearGroup, Pool
 
 LAYOUT = (
-    2  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
+    3  # raised whenever the same weight is laid out otherwise: prepared weights are kept on disk
 )
 INT_GROUP, WIDE_GROUP = 128, 256  # the widest group of columns that the kernels take
 _HEAD_ROWS = 4096  # of it at a time
 _HEAD_GROUP = 32  # of an 8-bit output head: with 64, what rounding it costs is twice as much
+
+
+_NAMES = {lib.U4: "int4", lib.T4: "fp4", lib.U8: "int8", lib.FP8: "fp8", lib.DENSE: "bf16"}
+_INTEGERS = (lib.U4, lib.T4, lib.U8)  # what int8 activations are multiplied by
+_TABLE_MOST = 127  # of a table's numbers, made positive
 
 
 @dataclass(slots=True)
@@ -41,6 +46,7 @@ class Prepared:
     multiplier: float = 1.0
     bias: Tensor | None = None  # float32 [n]
     perm: Tensor | None = None  # int32 [k]
+    table: Tensor | None = None  # uint8 [16], of T4
 
     @property
     def k_padded(self) -> int:
@@ -64,14 +70,13 @@ class Prepared:
     def move(self, arena: Arena) -> "Prepared":
         """Into memory that is fast to read, and that no file lies behind."""
         self.data = arena.copy(self.data)
-        for name in ("scales", "offsets", "bias", "perm"):
+        for name in ("scales", "offsets", "bias", "perm", "table"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else arena.copy(tensor))
         return self
 
     def describe(self, int8: bool) -> str:
-        name = {lib.U4: "int4", lib.U8: "int8", lib.FP8: "fp8", lib.DENSE: "bf16"}[self.format]
-        return f"{name} x {'int8' if int8 and self.format in (lib.U4, lib.U8) else 'bf16'}"
+        return f"{_NAMES[self.format]} x {'int8' if int8 and self.format in _INTEGERS else 'bf16'}"
 
 
 def prepare(weight: QuantizedWeight | Tensor, bias: Tensor | None = None) -> Prepared:
@@ -116,6 +121,8 @@ def _kernel_group(weight: QuantizedWeight) -> int | None:
     rows, group = weight.block
     widest = WIDE_GROUP if weight.kind == "fp8" else INT_GROUP
     if (rows != 1 and weight.kind != "fp8") or weight.bits > 8:
+        return None
+    if weight.table is not None and max(weight.table) - min(weight.table) > _TABLE_MOST:
         return None
     if group >= weight.in_features:
         return min(widest, -(-weight.in_features // 8) * 8)
@@ -172,6 +179,10 @@ def _integer(weight: QuantizedWeight, group: int) -> Prepared:
         prepared.offsets = _by_group(weight.mins.float() * 2.0**exponent, weight, group).half()
     elif weight.zeros is not None:
         prepared.offset, prepared.offsets = lib.ZEROS, _by_group(weight.zeros, weight, group)
+    elif weight.table is not None:
+        prepared.format, prepared.midpoint = lib.T4, -min(weight.table)
+        values = [value + prepared.midpoint for value in weight.table]
+        prepared.table = torch.tensor(values, dtype=torch.uint8)
     return prepared
 
 
@@ -243,11 +254,12 @@ class PreparedGroup:
             pointer(w.scales),
             pointer(w.offsets),
             pointer(w.bias),
+            pointer(w.table),
         )
 
     def _input_groups(self, linear: Prepared) -> tuple[int, int]:
         """(group of int8 codes, group of sums for bfloat16)."""
-        if linear.format not in (lib.U4, lib.U8):
+        if linear.format not in _INTEGERS:
             return 0, 0
         return (linear.group, 0) if self.int8 else (0, linear.group)
 

@@ -24,6 +24,7 @@ def check(linear: Prepared, n: int, k: int) -> None:
     by_group = (tiles, linear.groups, _ROWS)
     shape, dtype = {
         lib.U4: ((tiles, columns // 8, _ROWS, 4), torch.uint8),
+        lib.T4: ((tiles, columns // 8, _ROWS, 4), torch.uint8),
         lib.U8: ((tiles, columns // 4, _ROWS, 4), torch.uint8),
         lib.FP8: ((tiles, columns // 2, 2, _ROWS), torch.uint8),
         lib.DENSE: ((tiles, columns // 2, _ROWS, 2), torch.int16),
@@ -35,6 +36,10 @@ def check(linear: Prepared, n: int, k: int) -> None:
     _check_tensor("offsets", linear.offsets, by_group, offsets)
     if linear.bias is not None:
         _check_tensor("bias", linear.bias, (n,), torch.float32)
+    table = torch.uint8 if linear.format == lib.T4 else None
+    _check_tensor("table", linear.table, (16,), table)
+    if linear.table is not None and int(linear.table.max()) > 127:
+        raise ValueError("table holds numbers above 127")
     if linear.perm is not None:
         _check_tensor("perm", linear.perm, (k,), torch.int32)
         smallest, largest = torch.aminmax(linear.perm)
@@ -43,11 +48,11 @@ def check(linear: Prepared, n: int, k: int) -> None:
 
 
 def _check_numbers(linear: Prepared) -> None:
-    integer = linear.format in (lib.U4, lib.U8)
+    integer = linear.format in (lib.U4, lib.T4, lib.U8)
     widest = INT_GROUP if integer else WIDE_GROUP
-    largest_midpoint = {lib.U4: 8, lib.U8: 128}.get(linear.format, 0)
+    largest_midpoint = {lib.U4: 8, lib.T4: 127, lib.U8: 128}.get(linear.format, 0)
     fine = {
-        "format": linear.format in (lib.U4, lib.U8, lib.FP8, lib.DENSE),
+        "format": linear.format in (lib.U4, lib.T4, lib.U8, lib.FP8, lib.DENSE),
         "offset": linear.offset in ((lib.MIDPOINT, lib.ZEROS, lib.MINS) if integer else (lib.MIDPOINT,)),
         "group": linear.group % 8 == 0 and 8 <= linear.group <= widest,
         "midpoint": 0 <= linear.midpoint <= largest_midpoint,

@@ -103,6 +103,13 @@ inline Bytes b_low(Bytes x) {
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 inline Bytes b_high(Bytes x) { return b_low({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+inline Bytes b_repeat(const uint8_t* p) {  // 16 bytes, four times
+  __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  return {twice, twice};
+}
+inline Bytes b_lookup(Bytes table, Bytes codes) {  // codes of at most 15 in a table of 16 bytes
+  return {_mm256_shuffle_epi8(table.a, codes.a), _mm256_shuffle_epi8(table.b, codes.b)};
+}
 template <int Byte> inline F32 f_from_byte(Bytes x) {
   __m256i mask = _mm256_set1_epi32(255);
   return f_from({_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * Byte), mask),

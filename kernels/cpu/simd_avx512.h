@@ -62,6 +62,12 @@ inline Bytes b_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline void b_store(uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x); }
 inline Bytes b_low(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes b_high(Bytes x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+inline Bytes b_repeat(const uint8_t* p) {  // 16 bytes, four times
+  return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+}
+inline Bytes b_lookup(Bytes table, Bytes codes) {  // codes of at most 15 in a table of 16 bytes
+  return _mm512_shuffle_epi8(table, codes);
+}
 template <int Byte> inline F32 f_from_byte(Bytes x) {
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, 8 * Byte), _mm512_set1_epi32(255)));
 }

@@ -120,6 +120,10 @@ inline void b_store(uint8_t* p, Bytes x) {
 }
 inline Bytes b_low(Bytes x) { return each([](auto a) { return vandq_u8(a, vdupq_n_u8(15)); }, x); }
 inline Bytes b_high(Bytes x) { return each([](auto a) { return vshrq_n_u8(a, 4); }, x); }
+inline Bytes b_repeat(const uint8_t* p) { return same(vld1q_u8(p)); }  // 16 bytes, four times
+inline Bytes b_lookup(Bytes table, Bytes codes) {  // codes of at most 15 in a table of 16 bytes
+  return each([](auto t, auto c) { return vqtbl1q_u8(t, c); }, table, codes);
+}
 template <int Byte> inline F32 f_from_byte(Bytes x) {
   auto byte = [](auto a) {
     uint32x4_t high = vshlq_n_u32(as_u(a), 24 - 8 * Byte);

@@ -109,7 +109,7 @@ class FolderCheckpoint(Checkpoint):
             if entry.part_of is not None:
                 whole, indices = entry.part_of
                 part: Tensor = self._open[file].get_slice(whole)[indices]
-                return part
+                return part.t().contiguous() if entry.transposed else part
             tensor: Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._error(name, f"cannot be read: {error}") from None

@@ -35,6 +35,7 @@ class TensorEntry:
     nbytes: int
     # where it is a part of another tensor: that one's name, and the indices along its first axes
     part_of: tuple[str, tuple[int | slice, ...]] | None = None
+    transposed: bool = False  # as it lies there
 
 
 def scan(folder: Path) -> dict[str, TensorEntry]:

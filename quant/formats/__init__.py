@@ -1,7 +1,7 @@
 """On-disk formats: pure functions between the tensors of one module and its QuantizedWeight.
 
 Each safetensors format is a module with `SUFFIXES` (the tensor names it may have under a module),
-`read(tensors, layer, fmt) -> QuantizedWeight` and, but for HQQ, `write(weight, fmt) -> tensors`; fmt is the scheme's
+`read(tensors, layer, fmt) -> QuantizedWeight` and mostly `write(weight, fmt) -> tensors`; fmt is the scheme's
 `format`.
 A tensor that does not fit raises base.BadTensor, which the checkpoint turns into an error that names the file; a weight
 that a format cannot hold exactly is a ValueError.
@@ -18,6 +18,7 @@ _BY_METHOD = {
     "fp8": "fp8",
     "compressed-tensors": "compressed_tensors",
     "hqq": "hqq",
+    "modelopt": "modelopt",
 }
 
 

@@ -70,7 +70,7 @@ def check_scales(suffix: str, weight: QuantizedWeight) -> None:
         return
     if int((scales == 0).sum()) * 2 > scales.numel():
         raise BadTensor(suffix, "is zero for most of its groups")
-    if low < 0 and (weight.kind == "fp8" or (high < 0 and scales.numel() > 8)):
+    if low < 0 and (weight.kind != "int" or (high < 0 and scales.numel() > 8)):
         raise BadTensor(suffix, f"is negative ({low:g})")
 
 

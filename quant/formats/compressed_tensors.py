@@ -1,5 +1,5 @@
-"""compressed-tensors layouts: pack-quantized, int-quantized and float-quantized. Source: the compressed-tensors
-package, `compressors/`.
+"""compressed-tensors layouts: pack-quantized, int-quantized, float-quantized, nvfp4- and mxfp4-pack-quantized. Source:
+the compressed-tensors package, `compressors/`.
 
     pack-quantized   weight_packed      int32 [out, ceil(in*bits/32)]    natural order, code = signed + 2**(bits-1)
                      weight_scale       [out, in/g] or [out, 1], in the model's dtype
@@ -8,8 +8,9 @@ package, `compressors/`.
                      weight_g_idx       int32 [in], from older versions' act-order
     int-quantized    weight             int8 [out, in] = signed codes;  weight_scale;  weight_zero_point int8, unpacked
     float-quantized  as in fp8.py
+    nvfp4, mxfp4     weight_packed uint8, weight_scale, weight_global_scale, as in fp4.py
 
-w = (signed - zero point) * scale. The tensors that are there say which of the three it is.
+w = (signed - zero point) * scale. The tensors that are there say which it is.
 """
 
 import torch
@@ -18,17 +19,19 @@ from torch import Tensor
 from ..packing import pack, unpack
 from ..scheme import LayerScheme
 from ..weight import QuantizedWeight
-from . import fp8
+from . import fp4, fp8
 from .base import FLOATS, BadTensor, check_shape, columns_per_group, need, order_of_groups, refuse
 
 SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
-            "input_scale")  # fmt: skip
+            "input_scale", "weight_global_scale", "input_global_scale")  # fmt: skip
 
 
 def read(
     tensors: dict[str, Tensor], layer: LayerScheme, fmt: str = "pack-quantized"
 ) -> QuantizedWeight:
     """Tensors by suffix -> QuantizedWeight [out, in]. Raises BadTensor."""
+    if "weight_packed" in tensors and tensors["weight_packed"].dtype == torch.uint8:
+        return fp4.read(tensors["weight_packed"], tensors, layer, "weight_packed")
     if "weight_packed" in tensors:
         return _read_packed(tensors, layer)
     if "weight" in tensors and tensors["weight"].dtype == torch.int8:

@@ -30,7 +30,9 @@ INTEGERS = [
     (8, "mid"),
     (8, "zeros"),
     (6, "mid"),
+    (4, "table"),
 ]
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 ROWS = (1, 3, 17, 33, 70)
 INT8_ERROR, BF16_ERROR = (
     3e-3,
@@ -54,6 +56,8 @@ def make_integer(
         mins=-torch.rand(grid) * 0.05 if zero == "mins" else None,
         perm=torch.randperm(k) if permuted else None,
         bits=bits,
+        kind="table" if zero == "table" else "int",
+        table=E2M1 if zero == "table" else None,
         block=(1, group),
     )
 
@@ -105,6 +109,7 @@ def test_a_row_gives_the_same_in_every_batch(pool: library.Pool) -> None:
     for weight in (
         make_integer(100, 576, 64, 4, "zeros"),
         make_integer(100, 576, 32, 8, "mins"),
+        make_integer(100, 576, 16, 4, "table"),
         torch.randn(100, 576).bfloat16(),
     ):
         for int8 in (True, False):
@@ -155,3 +160,13 @@ def test_many_threads_and_many_calls() -> None:
     group = PreparedGroup([prepare(weight)], True)
     first = group(pool, x)
     assert all(torch.equal(group(pool, x), first) for _ in range(300))
+
+
+def test_a_table_of_numbers_too_large_is_dequantized(pool: library.Pool) -> None:
+    """As GGUF's IQ4_NL, from -127 to 113: more than a byte holds beside seven bits of sums."""
+    weight = make_integer(48, 128, 32, 4, "table")
+    weight.table = (*range(-127, 113, 16), 113)
+    prepared = prepare(weight)
+    assert prepared.format == library.DENSE
+    x = torch.randn(3, 128).bfloat16()
+    assert error(PreparedGroup([prepared], True)(pool, x), x, weight.dequantize()) < INT8_ERROR

@@ -220,8 +220,8 @@ def test_our_configs_come_back(scheme):
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups"),
         (
-            ct_config({"num_bits": 4, "type": "float", "strategy": "group", "group_size": 16}),
-            "num_bits 4",
+            ct_config({"num_bits": 6, "type": "float", "strategy": "group", "group_size": 16}),
+            "num_bits 6",
         ),
         (
             ct_config(
@@ -240,3 +240,34 @@ def test_awq_cannot_say_two_schemes():
     scheme = QuantScheme("awq", "gemm", AWQ, overrides=((".*", LayerScheme("int", 4, 64, False)),))
     with pytest.raises(ValueError, match="one scheme"):
         scheme.to_config()
+
+
+def test_auto_round_names_its_packing_and_what_differs() -> None:
+    config = {
+        "quant_method": "auto-round",
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "data_type": "int",
+        "packing_format": "auto_round:auto_gptq",
+        "extra_config": {
+            "model.layers.0.mlp.up_proj": {"bits": 8},
+            ".*down_proj": {"group_size": 32, "sym": False},
+            "model.layers.1.mlp.up_proj": {"bits": 16, "data_type": "float"},
+        },
+    }
+    scheme = QuantScheme.from_config(config)
+    assert (scheme.method, scheme.format) == ("gptq", "gptq")
+    assert scheme.layer(LAYER) == LayerScheme("int", 4, 128, True)
+    assert scheme.layer("model.layers.0.mlp.up_proj").bits == 8
+    assert scheme.layer("model.layers.2.mlp.down_proj") == LayerScheme("int", 4, 32, False)
+    assert scheme.layer("model.layers.1.mlp.up_proj") is None
+    assert scheme.layer("lm_head") is None
+    packings = {"auto_round": ("gptq", "gptq_v2"), "auto_round:auto_awq": ("awq", "gemm")}
+    for packing, want in packings.items():
+        other = QuantScheme.from_config(config | {"packing_format": packing})
+        assert (other.method, other.format) == want
+    with pytest.raises(UnsupportedError, match="auto_round:llm_compressor"):
+        QuantScheme.from_config(config | {"packing_format": "auto_round:llm_compressor"})
+    with pytest.raises(UnsupportedError, match="data_type 'mx_fp'"):
+        QuantScheme.from_config(config | {"data_type": "mx_fp"})

@@ -152,7 +152,7 @@ class CppBackend:
         """Of a 16-bit output head: 8 beside weights of at most 4 bits and int8 activations, whose own error is far
         larger."""
         weights = checkpoint.scheme.default if checkpoint.scheme else None
-        few = weights is not None and weights.kind == "int" and weights.bits <= 4
+        few = weights is not None and weights.kind in ("int", "fp4") and weights.bits <= 4
         return 8 if few and self.target.config.cpu_activations == "int8" else 16
 
 

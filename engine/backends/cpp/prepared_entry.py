@@ -1,6 +1,6 @@
 """One file of the prepared cache: groups of linears in the C++ kernels' layout, and what tells that they are whole.
 
-    NAME.safetensors    tensors  <group>.<i>.<field>, of each linear what it has of data, scales, offsets, bias, perm
+    NAME.safetensors    tensors  <group>.<i>.<field>, of each linear what it has of _TENSORS
                         header   "nibble_prepared": a Manifest in JSON; "crc32": of that text
 
 Invariant: `read` gives what `write` was given, or raises. Every byte that it hands on is under a CRC-32, that of a
@@ -23,7 +23,7 @@ from ....quant.checkpoint.headers import read_metadata
 from ....quant.checkpoint.writer import save_tensors
 
 _MARK, _CRC = "nibble_prepared", "crc32"
-_TENSORS = ("data", "scales", "offsets", "bias", "perm")
+_TENSORS = ("data", "scales", "offsets", "bias", "perm", "table")
 
 _Int32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Groups = dict[str, list[Prepared]]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from safetensors.torch import load_file, save_file
 
 from nibble.engine.config import EngineConfig
@@ -31,6 +32,14 @@ def fp8(strategy: str, **more) -> LayerScheme:
     return LayerScheme("fp8", 8, -1, True, strategy=strategy, **more)
 
 
+def fp4(strategy: str, group_size: int) -> QuantScheme:
+    weights = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": group_size}
+    group = {"targets": ["Linear"], "weights": weights}
+    return QuantScheme.from_config(
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    )
+
+
 SCHEMES = {
     "awq": QuantScheme("awq", "gemm", integer(4, 32, False)),
     "gptq-4-sym": QuantScheme("gptq", "gptq", integer(4, 32, True)),
@@ -48,6 +57,8 @@ SCHEMES = {
     "ct-int4-sym": QuantScheme("compressed-tensors", "pack-quantized", integer(4, 32, True)),
     "ct-int4-asym": QuantScheme("compressed-tensors", "pack-quantized", integer(4, 32, False)),
     "ct-int8": QuantScheme("compressed-tensors", "pack-quantized", integer(8, 32, True)),
+    "ct-nvfp4": fp4("tensor_group", 16),
+    "ct-mxfp4": fp4("group", 32),
 }
 
 
@@ -83,6 +94,23 @@ def quantize(weight: torch.Tensor, layer: LayerScheme, seed: int) -> QuantizedWe
     )
 
 
+def fp4_tensors(weight: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+    """As compressed-tensors writes NVFP4 (groups of 16) and MXFP4 (of 32)."""
+    groups = weight.reshape(len(weight), -1, group_size)
+    scales = groups.abs().amax(-1) / 6
+    if group_size == 16:
+        stored = (scales * 100).to(torch.float8_e4m3fn)
+        more, scales = {"weight_global_scale": torch.tensor([100.0])}, stored.float() / 100
+    else:
+        exponents = scales.log2().ceil()
+        stored, more, scales = (exponents + 127).to(torch.uint8), {}, exponents.exp2()
+    values = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = groups / scales[..., None]
+    nearest = values[(scaled.abs()[..., None] - values).abs().argmin(-1)] * scaled.sign()
+    packed = pack_fp4_to_uint8(nearest.reshape(weight.shape))
+    return {"weight_packed": packed, "weight_scale": stored} | more
+
+
 def write_checkpoint(folder: Path, scheme: QuantScheme, name: str) -> torch.nn.Module:
     """A tiny model with every projection quantized, in `folder`; returned: the same model, dequantized."""
     models.CONFIGS["wide"] = type(models.CONFIGS[name])(
@@ -97,16 +125,19 @@ def write_checkpoint(folder: Path, scheme: QuantScheme, name: str) -> torch.nn.M
         # act-order shards that are fused must share one order; seeds by layer give them that for q, k, v
         layer = scheme.default
         seed = int(module.split(".")[0]) if layer.desc_act else index
-        weight = quantize(linear.weight.detach(), layer, seed)
+        if layer.kind == "fp4":
+            written = fp4_tensors(linear.weight.detach(), layer.group_size)
+            weight = writer.read(written, layer)
+        else:
+            weight = quantize(linear.weight.detach(), layer, seed)
+            written = writer.write(weight, scheme.format)
         prefix = f"model.layers.{module}"
         del tensors[f"{prefix}.weight"]
-        tensors |= {
-            f"{prefix}.{s}": t.contiguous() for s, t in writer.write(weight, scheme.format).items()
-        }
+        tensors |= {f"{prefix}.{s}": t.contiguous() for s, t in written.items()}
         linear.weight.data = weight.dequantize()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = replace(scheme, ignore=("lm_head",)).to_config()
+    config["quantization_config"] = scheme.raw or replace(scheme, ignore=("lm_head",)).to_config()
     (folder / "config.json").write_text(json.dumps(config))
     return reference
 

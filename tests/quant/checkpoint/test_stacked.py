@@ -59,3 +59,17 @@ def test_an_unknown_model_is_left_as_it_is(stacked: tuple[Path, Path]) -> None:
     named = {"architectures": ["NewForCausalLM"], "model_type": "new"}
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
     assert f"{LAYER}gate_up_proj" in open_checkpoint(stacked[1]).names()
+
+
+def test_a_stack_that_lies_the_other_way_round(stacked: tuple[Path, Path]) -> None:
+    """As Qwen 3-VL's authors store it: [experts, hidden, 2 * inner] and [experts, inner, hidden]."""
+    single, folder = stacked
+    tensors = load_file(folder / "model.safetensors")
+    turned = {
+        name: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for name, t in tensors.items()
+    }
+    save_file(turned, folder / "model.safetensors")
+    plain, other = open_checkpoint(single), open_checkpoint(folder)
+    assert other.names() == plain.names()
+    for name in other.names():
+        assert torch.equal(other.tensor(name), plain.tensor(name)), name

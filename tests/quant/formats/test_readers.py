@@ -138,9 +138,9 @@ def test_modelopt_fp8(dense, tmp_path, algorithm):
     )
 
 
-def test_modelopt_that_is_not_fp8_is_named():
-    with pytest.raises(UnsupportedError, match="NVFP4"):
-        QuantScheme.from_config({"quant_method": "modelopt", "quant_algo": "NVFP4"})
+def test_modelopt_that_is_not_read_is_named():
+    with pytest.raises(UnsupportedError, match="W4A8_AWQ"):
+        QuantScheme.from_config({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"})
 
 
 def test_fp8_block_scales_of_another_shape_are_refused():
