@@ -77,3 +77,33 @@ class GatedDeltaNet:
         """norm: before it."""
         qkv_z, b_a, _ = self.groups(1)
         return () if norm is None else (Fold("norm", norm, qkv_z.modules, b_a.modules),)
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A causal convolution of a few taps, one filter a channel, gated before and after: B, C, x = parts of in(h);
+    out(C * conv(B * x)). What a request carries: the last conv_kernel - 1 of B * x."""
+
+    KIND: ClassVar = "short_conv"
+    AS_STORED: ClassVar = ()
+    channels: int  # the hidden size
+    conv_kernel: int  # taps, the token's own included
+    bias: bool = False  # of the convolution
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of what a request carries, in float32: the convolution's last inputs, oldest first."""
+        return ((self.conv_kernel - 1, self.channels),)
+
+    def groups(self, hidden_size: int) -> tuple[LinearGroup, LinearGroup]:
+        """B, C, x; out."""
+        return (
+            LinearGroup(("conv.in_proj",), (3 * self.channels,), hidden_size, "column"),
+            LinearGroup(("conv.out_proj",), (hidden_size,), self.channels, "row"),
+        )
+
+    def folds(self, norm: str | None) -> tuple[Fold, ...]:
+        """norm: before it. x, the last third of in's rows, goes through the convolution channel by channel."""
+        inputs, out = self.groups(1)
+        found = () if norm is None else (Fold("norm", norm, inputs.modules),)
+        return found if self.bias else (*found, Fold("rows", inputs.modules[0], out.modules))

@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     GraniteMoeConfig,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -163,6 +164,19 @@ CONFIGS = {
         tie_word_embeddings=True,
         rope_parameters=_QUARTER | {"mrope_section": [2, 1, 1]},
     ),
+    "lfm2": Lfm2Config(
+        **_SIZES | {"intermediate_size": 120},
+        block_multiple_of=16,
+        layer_types=["conv", "full_attention", "conv", "conv"],
+    ),
+    "lfm2-biased": Lfm2Config(
+        **_SIZES,
+        block_auto_adjust_ff_dim=False,
+        conv_L_cache=4,
+        conv_bias=True,
+        tie_word_embeddings=False,
+        layer_types=["conv", "conv", "full_attention", "conv"],
+    ),
     "qwen3.5-moe": Qwen3_5MoeTextConfig(
         **{k: v for k, v in _SIZES.items() if k != "intermediate_size"},
         **_DELTA_NET,
@@ -228,6 +242,7 @@ CONFIGS = {
 
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
 MOE |= {"qwen3.5-moe", "qwen3-next"}
+RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased"}
 
 
 def build(name: str, folder: Path, **changes) -> PreTrainedModel:

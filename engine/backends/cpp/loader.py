@@ -10,7 +10,14 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedMlp, LayerSpec, LinearGroup, ModelSpec
+from ....architectures.base import (
+    Attention,
+    GatedDeltaNet,
+    GatedMlp,
+    LayerSpec,
+    LinearGroup,
+    ModelSpec,
+)
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
 from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
@@ -108,6 +115,8 @@ class CppBackend:
         if isinstance(mixer, Attention):
             if reason := self._why_not_attend(mixer):
                 return reason
+        elif not isinstance(mixer, GatedDeltaNet):
+            return f"does not compute {mixer.KIND}"
         elif mixer.key_dim % 16 or mixer.value_dim % 16:
             return (
                 f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
@@ -249,6 +258,8 @@ class _Loader:
         together = PreparedGroup(
             [linear for group in groups for linear in group.linears], groups[0].int8
         )
+        if not isinstance(mixer, GatedDeltaNet):
+            raise TypeError("a layer that why_not refuses")
         return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
 
     def _layer_group(

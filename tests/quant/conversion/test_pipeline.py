@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
-from nibble.architectures.base import Attention, GatedMlp
+from nibble.architectures.base import Attention, GatedMlp, ShortConv
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -140,6 +140,7 @@ VARIANTS = {
     "dots1": MOE | {"n_shared_experts": 2, "n_group": 2, "norm_topk_prob": True},
     "qwen3_5_text": DELTA_NET, "qwen3_5_moe_text": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
     "qwen3_next": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "rope_parameters": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
                "layer_types": ["sliding_attention", "full_attention"]},
@@ -191,6 +192,7 @@ def _check_folds(source, index, block, hidden, kwargs, want):
     )
     mlp, kinds = layer.mlp, Counter(fold.kind for fold in folds)
     rows = 1 if isinstance(mlp, GatedMlp) else mlp.num_experts + (mlp.shared is not None)
+    rows += isinstance(layer.mixer, ShortConv)
     assert kinds["norm"] == (layer.norms.before_mlp is not None) * 2 and kinds["rows"] == rows
     has_values = isinstance(layer.mixer, Attention) and not layer.mixer.v_norm
     assert kinds["heads"] == has_values and len(gains) == len(folds)
