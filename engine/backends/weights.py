@@ -153,6 +153,12 @@ class ModelWeights:
             norm(k_norm, mixer.num_kv_heads) if has_keys else None
         )
 
+    def sinks(self, layer: int, mixer: Attention) -> Tensor | None:
+        """float32 [num_heads], where the mixer has them."""
+        if not mixer.sinks:
+            return None
+        return self.vector(f"{self.model.layer_name(layer)}.self_attn.sinks", mixer.num_heads)
+
     def gated_delta_net(self, layer: int, mixer: GatedDeltaNet) -> "DeltaNetWeights":
         """What is no linear of such a mixer. Its norm stores the factor itself, whatever the model's others do."""
         prefix, heads = f"{self.model.layer_name(layer)}.linear_attn", mixer.num_value_heads

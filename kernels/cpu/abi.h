@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 9
+#define NB_ABI_VERSION 11
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -72,6 +72,7 @@ struct NbAttention {
   int32_t window;                    // positions seen, the own included; 0: all
   int32_t qk_norm_all;               // q_norm and k_norm are of all heads side by side, else of each
   float scale;                       // of queries times keys
+  float soft_cap;                    // scores become cap * tanh(scores / cap); 0: they do not
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
   int32_t output_gate;               // qkv gives [query, gate] of each head; what it gives is times sigmoid(gate)
@@ -81,6 +82,7 @@ struct NbAttention {
   const float* q_norm;               // [head_dim] or [heads * head_dim], or null
   const float* k_norm;
   const float* v_norm;               // [head_dim] or null
+  const float* sinks;                // [num_heads] scores that take part in each softmax and add no value, or null
   NbLinearGroup qkv, o;
 };
 
@@ -93,6 +95,15 @@ struct NbDeltaNet {
   const float* dt_bias;              // [value_heads]
   const float* norm;                 // [value_dim]
   NbLinearGroup in, out;             // q, k and v; z; b; a: side by side
+};
+
+// B, C and x from one product: out(C * conv(B * x)).
+struct NbShortConv {
+  int32_t channels;
+  int32_t taps;                      // of the convolution, the token's own included
+  const float* filters;              // [taps, channels], oldest first
+  const float* bias;                 // [channels] or null
+  NbLinearGroup in, out;
 };
 
 struct NbGatedMlp {
@@ -117,7 +128,7 @@ struct NbPerLayerInputs {
   NbLinearGroup projection;
 };
 
-// Norms are [hidden] or null, and so is one of the mixers.
+// Norms are [hidden] or null, and so are the mixers but one.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
@@ -125,6 +136,7 @@ struct NbLayer {
   const float* after_mlp;
   const NbAttention* attention;
   const NbDeltaNet* delta_net;
+  const NbShortConv* short_conv;
   const NbGatedMlp* mlp;
   const NbPerLayerInput* per_layer_input;  // or null
   float scalar;                      // what leaves the layer is multiplied by it
@@ -162,7 +174,7 @@ struct NbBatch {
   uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h
   int64_t num_blocks;
   int32_t cache_int8;                // else bfloat16
-  float* states;                     // of each layer that has one [slots][inputs, matrices], see delta_net.h
+  float* states;                     // of each layer that has one [slots][numbers]: inputs of its convolution, matrices
   int64_t num_slots;
   const NbItemState* item_states;
   const int32_t* snapshots;          // pairs: after how many of an item's tokens its state goes to which slot, too

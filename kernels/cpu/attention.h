@@ -18,11 +18,18 @@ struct QueryTile {
   const int* first;      // [rows] the first position each sees
   const int* last;       // [rows] the last one: its own
   float* out;            // [rows, head_dim], zeros at first
-  float* top;            // [rows] running maximum
-  float* mass;           // [rows] running sum
+  float* top;            // [rows] running maximum: at first a sink's score, if there is one
+  float* mass;           // [rows] running sum: at first that of the sink
   float* scores;         // [rows, kKeys]
   uint16_t* weights;     // [rows, kKeys] bfloat16
+  float soft_cap;        // scores become cap * tanh(scores / cap); 0: they do not
 };
+
+// cap * tanh(x / cap)
+inline F32 capped(F32 x, float cap) {
+  F32 tanh = f_fma(sigmoid(f_mul(x, f_set(2.0f / cap))), f_set(2.0f), f_set(-1.0f));
+  return f_mul(tanh, f_set(cap));
+}
 
 // scores[r][0 .. 16 * L) = q K^T for L times 16 positions.
 template <int R, int L>
@@ -91,6 +98,7 @@ inline void soften(const QueryTile& tile, int row, const KeyTile& seen, int posi
   for (int i = 0; i < keys; i += 16) {
     F32 s = f_load(scores + i);
     if (seen.scaled) s = f_mul(s, f_load(seen.key_scales + i));
+    if (tile.soft_cap) s = capped(s, tile.soft_cap);
     s = f_first(s, end - i, kNone);
     if (from > i) s = f_add(f_first(f_set(kNone), from - i, 0.0f), s);
     f_store(scores + i, s);

@@ -107,6 +107,10 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
   bool wanted[kQueryTile + 1] = {};
   for (int l = 0; l < m.num_layers; l++) {
     inner = std::max(inner, size_t(m.layers[l].mlp->intermediate));
+    if (const NbShortConv* conv = m.layers[l].short_conv) {
+      qkv = std::max(qkv, 3 * size_t(conv->channels));
+      continue;
+    }
     if (const NbDeltaNet* d = m.layers[l].delta_net) {
       qkv = std::max(qkv, size_t(width_of(*d)));
       channels = std::max(channels, size_t(channels_of(*d)));
@@ -187,9 +191,7 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   InputSize sizes[NB_MAX_INPUTS];
   for (int l = 0; l < model->num_layers; l++) {
     const NbLayer& layer = model->layers[l];
-    const NbAttention* a = layer.attention;
-    const NbDeltaNet* d = layer.delta_net;
-    for (const NbLinearGroup* group : {a ? &a->qkv : &d->in, a ? &a->o : &d->out, &layer.mlp->gate_up, &layer.mlp->down})
+    for (const NbLinearGroup* group : {&mixer_in(layer), &mixer_out(layer), &layer.mlp->gate_up, &layer.mlp->down})
       widen(sizes, *group);
     if (const NbPerLayerInput* input = layer.per_layer_input)
       for (const NbLinearGroup* group : {&input->gate, &input->projection}) widen(sizes, *group);

@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 9
+_ABI_VERSION = 11
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -75,6 +75,7 @@ class NbAttention(ctypes.Structure):
         ("window", c_int32),
         ("qk_norm_all", c_int32),
         ("scale", c_float),
+        ("soft_cap", c_float),
         ("query_beta", c_float),
         ("query_length", c_int32),
         ("output_gate", c_int32),
@@ -84,6 +85,7 @@ class NbAttention(ctypes.Structure):
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
         ("v_norm", c_void_p),
+        ("sinks", c_void_p),
         ("qkv", NbLinearGroup),
         ("o", NbLinearGroup),
     ]
@@ -100,6 +102,17 @@ class NbDeltaNet(ctypes.Structure):
         ("rate", c_void_p),
         ("dt_bias", c_void_p),
         ("norm", c_void_p),
+        ("in", NbLinearGroup),
+        ("out", NbLinearGroup),
+    ]
+
+
+class NbShortConv(ctypes.Structure):
+    _fields_ = [
+        ("channels", c_int32),
+        ("taps", c_int32),
+        ("filters", c_void_p),
+        ("bias", c_void_p),
         ("in", NbLinearGroup),
         ("out", NbLinearGroup),
     ]
@@ -138,6 +151,7 @@ class NbLayer(ctypes.Structure):
         ("after_mlp", c_void_p),
         ("attention", POINTER(NbAttention)),
         ("delta_net", POINTER(NbDeltaNet)),
+        ("short_conv", POINTER(NbShortConv)),
         ("mlp", POINTER(NbGatedMlp)),
         ("per_layer_input", POINTER(NbPerLayerInput)),
         ("scalar", c_float),

@@ -24,8 +24,8 @@ struct Relocation { int64_t at, to; };
 
 struct Call { int64_t kind, object, input, rows, output; };
 
-constexpr int64_t kSizes[12] = {sizeof(NbLinear),    sizeof(NbInput),    sizeof(NbLinearGroup),
-                               sizeof(NbRope),      sizeof(NbAttention), sizeof(NbDeltaNet), sizeof(NbGatedMlp),
+constexpr int64_t kSizes[13] = {sizeof(NbLinear),    sizeof(NbInput),    sizeof(NbLinearGroup),
+                               sizeof(NbRope),      sizeof(NbAttention), sizeof(NbDeltaNet), sizeof(NbShortConv), sizeof(NbGatedMlp),
                                sizeof(NbPerLayerInput), sizeof(NbPerLayerInputs),
                                sizeof(NbLayer),     sizeof(NbModel),    sizeof(NbBatch)};
 

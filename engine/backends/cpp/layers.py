@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedDeltaNet, GatedMlp, PerLayerInputs, Rope
+from ....architectures.base import (
+    Attention,
+    GatedDeltaNet,
+    GatedMlp,
+    PerLayerInputs,
+    Rope,
+    ShortConv,
+)
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.library import (
     NbAttention,
@@ -20,6 +27,7 @@ from ....kernels.cpu.library import (
     NbPerLayerInput,
     NbPerLayerInputs,
     NbRope,
+    NbShortConv,
 )
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..torch.layers import inverse_frequencies
@@ -61,6 +69,7 @@ class CppAttention:
     q_norm: Tensor | None
     k_norm: Tensor | None
     v_norm: Tensor | None
+    sinks: Tensor | None  # [num_heads]
     struct: NbAttention = field(init=False)
 
     @property
@@ -86,6 +95,7 @@ class CppAttention:
             spec.window or 0,
             spec.qk_norm == "all",
             spec.scale,
+            spec.soft_cap or 0.0,
             beta,
             length,
             spec.output_gate,
@@ -95,6 +105,7 @@ class CppAttention:
             pointer(self.q_norm),
             pointer(self.k_norm),
             pointer(self.v_norm),
+            pointer(self.sinks),
             self.qkv.struct(),
             self.o.struct(),
         )
@@ -132,6 +143,38 @@ class CppDeltaNet:
             pointer(weights.rate),
             pointer(weights.dt_bias),
             pointer(weights.norm),
+            self.inputs.struct(),
+            self.out.struct(),
+        )
+        return self.struct
+
+
+@dataclass(slots=True)
+class CppShortConv:
+    """Groups B, C, x and out; filters float32 [taps, channels], their bias [channels] or None."""
+
+    spec: ShortConv
+    inputs: PreparedGroup
+    out: PreparedGroup
+    filters: Tensor
+    bias: Tensor | None
+    struct: NbShortConv = field(init=False)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return [self.inputs, self.out]
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """None: it has no keys and values."""
+        return 0
+
+    def point(self, ropes: CppRopes, cache_offset: int) -> NbShortConv:
+        """Make the structure."""
+        self.struct = NbShortConv(
+            self.spec.channels,
+            self.spec.conv_kernel,
+            pointer(self.filters),
+            pointer(self.bias),
             self.inputs.struct(),
             self.out.struct(),
         )
@@ -205,7 +248,7 @@ class CppPerLayerInputs:
 class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
-    mixer: CppAttention | CppDeltaNet
+    mixer: CppAttention | CppDeltaNet | CppShortConv
     mlp: CppGatedMlp
     before_mixer: Tensor | None
     after_mixer: Tensor | None
@@ -227,6 +270,7 @@ class CppLayer:
             *map(pointer, norms),
             ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbShortConv) else None,
             ctypes.pointer(self.mlp.struct),
             None if told is None else ctypes.pointer(told.struct),
             self.scalar,

@@ -17,6 +17,7 @@ from ....architectures.base import (
     LayerSpec,
     LinearGroup,
     ModelSpec,
+    ShortConv,
 )
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
@@ -32,6 +33,7 @@ from .layers import (
     CppLayer,
     CppPerLayerInput,
     CppPerLayerInputs,
+    CppShortConv,
 )
 from .prepared_cache import PreparedCache
 
@@ -67,8 +69,12 @@ class CppBackend:
             "attention.qk_norm=head",
             "attention.qk_norm=all",
             "attention.query_scaling",
+            "attention.soft_cap",
+            "attention.sinks",
             "attention.output_gate",
             "gated_delta_net",
+            "short_conv",
+            "short_conv.bias",
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
@@ -115,9 +121,7 @@ class CppBackend:
         if isinstance(mixer, Attention):
             if reason := self._why_not_attend(mixer):
                 return reason
-        elif not isinstance(mixer, GatedDeltaNet):
-            return f"does not compute {mixer.KIND}"
-        elif mixer.key_dim % 16 or mixer.value_dim % 16:
+        elif isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
             return (
                 f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
             )
@@ -245,7 +249,7 @@ class _Loader:
             self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
 
-    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet:
+    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet | CppShortConv:
         """scale: of what it gives."""
         mixer = self.weights.model.layers[index].mixer
         *inputs, out = mixer.groups(self.weights.model.hidden_size)
@@ -254,12 +258,13 @@ class _Loader:
         if isinstance(mixer, Attention):
             norms = self.weights.head_norms(index, mixer)
             v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
-            return CppAttention(mixer, groups[0], last, *norms, v_norm)
+            sinks = self.weights.sinks(index, mixer)
+            return CppAttention(mixer, groups[0], last, *norms, v_norm, sinks)
+        if isinstance(mixer, ShortConv):
+            return CppShortConv(mixer, groups[0], last, *self.weights.short_conv(index, mixer))
         together = PreparedGroup(
             [linear for group in groups for linear in group.linears], groups[0].int8
         )
-        if not isinstance(mixer, GatedDeltaNet):
-            raise TypeError("a layer that why_not refuses")
         return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
 
     def _layer_group(

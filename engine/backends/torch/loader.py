@@ -191,10 +191,8 @@ class _Loader:
             for weight in self.weights.head_norms(index, mixer)
         )
         v_norm = self._norm(torch.ones(mixer.head_dim)) if mixer.v_norm else None
-        sinks = None
-        if mixer.sinks:
-            name = f"{model.layer_name(index)}.self_attn.sinks"
-            sinks = self.weights.vector(name, mixer.num_heads).to(self.target.device)
+        sinks = self.weights.sinks(index, mixer)
+        sinks = None if sinks is None else sinks.to(self.target.device)
         qkv, o = self._groups(index, mixer.groups(model.hidden_size))
         return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
 

@@ -34,8 +34,7 @@ def make_runner(folder: Path, **more) -> Runner:
     )
 
 
-# soft caps, experts: torch's operators serve them
-NOT_TAKEN = {"gemma2", "lfm2", "lfm2-biased"} | models.MOE
+NOT_TAKEN = models.MOE
 
 
 @pytest.fixture(scope="module", params=sorted(set(models.CONFIGS) - NOT_TAKEN))

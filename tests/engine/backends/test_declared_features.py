@@ -417,12 +417,12 @@ def test_triton_computes_what_it_does_not_refuse(spec: ModelSpec, tmp_path: Path
 
 def test_runs_of_layers_are_computed_where_they_can_be(tmp_path: Path) -> None:
     """C++ takes the first and the last layer, torch the one between: the dtype and the values of the stream agree."""
-    capped = replace(LAYER, mixer=replace(ATTENTION, soft_cap=0.7))
-    spec = replace(MODEL, layers=(LAYER, capped, LAYER))
+    narrow = replace(LAYER, mixer=replace(ATTENTION, head_dim=8))
+    spec = replace(MODEL, layers=(LAYER, narrow, LAYER))
     assignment = assign(target(tmp_path, torch.bfloat16), spec)
     names = [(run.backend.name, run.layers) for run in assignment.runs]
     assert names == [("cpp", range(1)), ("torch", range(1, 2)), ("cpp", range(2, 3))]
-    assert assignment.refused == "does not compute attention.soft_cap"
+    assert assignment.refused is not None and "heads of 8 dimensions" in assignment.refused
 
 
 def test_a_chain_samples_on_the_host_whatever_its_parts_do() -> None:
@@ -452,6 +452,7 @@ def test_what_architectures_ask_for_is_computed_by_the_plain_backend() -> None:
         "intermediate_size": 96,
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
     }
     sizes |= {"vocab_size": 199, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
     sizes |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}

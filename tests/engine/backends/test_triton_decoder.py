@@ -30,7 +30,7 @@ from nibble.kernels import device as machine
 
 from .. import models
 
-# Norms over all query and key heads, none before a mixer, experts, recurrent states: torch computes these.
+# Norms of all query and key heads or of values, none before a mixer, experts, recurrent states: torch computes these.
 NOT_TAKEN = {"olmo2", "olmo3", "gemma4", "gemma4-shared"} | models.MOE | models.RECURRENT
 
 
