@@ -19,7 +19,7 @@ QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:
 
 BIN := $(VENV)/bin
 
-.PHONY: help install demo serve test test-slow test-robust test-server coverage mutants matrix sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help install demo serve test test-slow test-robust test-server test-models coverage mutants matrix sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -27,6 +27,7 @@ help:
 	@echo '  make test-slow  the tests that take minutes (real models)'
 	@echo '  make test-robust  conversions killed, interrupted, out of disk, of a 1B model'
 	@echo '  make test-server  the whole attack on the server; QUICK=1 takes a quarter of an hour'
+	@echo '  make test-models  every architecture against transformers; ARGS=--write writes docs/MODELS.md'
 	@echo '  make coverage   which lines of the product the tests run'
 	@echo '  make matrix     the tests under Python 3.11, 3.12 and 3.13'
 	@echo '  make mutants    change the numbers of the product one by one: do the tests notice?'
@@ -42,7 +43,7 @@ help:
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
 
 # Tests start many processes: OpenMP threads that wait must not spin while others need the cores.
-test test-slow test-robust test-server check coverage mutants: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-robust test-server test-models check coverage mutants: export OMP_WAIT_POLICY ?= PASSIVE
 
 # What the tests may not skip: a machine without a compiler or Triton says NIBBLE_TESTS_REQUIRE= (nothing) or names one.
 comma := ,
@@ -84,6 +85,10 @@ SOAK_MINUTES ?= $(if $(QUICK),0.5,$(if $(CI),3,30))
 test-server: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/attack -m attack --soak-minutes $(SOAK_MINUTES) \
 	  $(if $(QUICK),--quick,$(if $(ARGS),,--write-table)) $(ARGS)
+
+# Every registered architecture, tiny and seeded, against transformers: docs/MODELS.md says what. ARGS='qwen3 llava-see'
+test-models: $(VENV)/.installed-dev
+	$(BIN)/python -m nibble.tests.architectures.sweep $(ARGS)
 
 # The C++ kernels' tests under AddressSanitizer and ThreadSanitizer (needs their runtimes, which come with g++).
 sanitize: $(VENV)/.installed-dev

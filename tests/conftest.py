@@ -79,11 +79,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if weight.dim() == 2:  # wide enough that the likeliest token depends on the context
                 weight.copy_(torch.randn_like(weight) * (1.0 if "embed" in name else 0.2))
     model.save_pretrained(folder)
-    _write_byte_tokenizer(folder)
+    write_byte_tokenizer(folder)
     return folder
 
 
-def _write_byte_tokenizer(folder: Path) -> None:
+def write_byte_tokenizer(folder: Path) -> None:
+    """Of tiny_llama, beside any checkpoint."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -34,18 +34,19 @@ def table(results: dict[str, list[Result]], run: str) -> str:
     for family, rows in results.items():
         for result in rows:
             cells = (family, result.attack, result.figure, result.limit, result.verdict)
-            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+            lines.append(row(*cells))
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def row(*cells: str) -> str:
+    """Of a table in Markdown."""
+    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
 
 
-def write(page: Path, text: str) -> None:
+def write(page: Path, text: str, first: str = BEGIN, last: str = END) -> None:
     """Replace what stands between the page's markers. ValueError without them."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{page} has no table between {BEGIN!r} and {END!r}")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        raise ValueError(f"{page} has no table between {first!r} and {last!r}")
+    page.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}")

@@ -9,6 +9,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GemmaConfig,
     GraniteConfig,
     GraniteMoeConfig,
@@ -229,6 +230,15 @@ CONFIGS = {
         num_kv_shared_layers=3,
         use_double_wide_mlp=True,
         layer_types=["sliding_attention", "full_attention"] * 3,
+    ),
+    "gemma4-unified": Gemma4UnifiedTextConfig(
+        **_SIZES,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "gemma3": Gemma3TextConfig(
         **_SIZES,

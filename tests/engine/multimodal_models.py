@@ -49,7 +49,8 @@ def _mrope(sections: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_parameters": rope}
 
 
-def _config(name: str) -> Any:
+def config(name: str) -> Any:
+    """The transformers config of one of NAMES."""
     t = transformers
     match name:
         case "gemma3":
@@ -143,7 +144,7 @@ NAMES = (
 def build(name: str, folder: Path) -> PreTrainedModel:
     """A float32 model with weights large enough that mistakes show, saved into `folder`."""
     torch.manual_seed(7)
-    model = AutoModelForImageTextToText.from_config(_config(name), dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_config(config(name), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.15))

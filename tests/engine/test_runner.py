@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from nibble.engine.config import EngineConfig
-from nibble.engine.request import Request, SamplingParams
 from nibble.engine.runner import Runner
 from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest
 from nibble.errors import UserError
 
 from . import models
+from .driving import make_request, prompt, run
 
 
 @pytest.fixture(scope="module", params=list(models.CONFIGS))
@@ -20,38 +20,6 @@ def pair(request, tmp_path_factory):
         EngineConfig(model=str(folder), dtype="float32", kv_cache_memory=1 << 24, block_size=4)
     )
     return reference, runner
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def make_request(ids: list[int], blocks: list[int], **params) -> Request:
-    return Request(
-        f"r{blocks[0]}",
-        ids,
-        SamplingParams(temperature=0, max_tokens=64, **params),
-        frozenset(),
-        seed=0,
-        block_tables=[blocks],
-        state_slot=blocks[0] // 20,
-    )
-
-
-def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None:
-    """Drive the runner as a scheduler would: at most `chunk` tokens of each request a step."""
-    for _ in range(steps):
-        items = [
-            ScheduledRequest(
-                r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens)
-            )
-            for r in requests
-        ]
-        result = runner.execute(ScheduledBatch(items))
-        for item in items:
-            item.request.num_computed_tokens = item.end
-            if item.samples:
-                item.request.token_ids += result.tokens[item.request.request_id]
 
 
 @torch.inference_mode()

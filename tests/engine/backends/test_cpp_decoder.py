@@ -20,6 +20,7 @@ from nibble.errors import UserError
 from nibble.kernels.cpu import library
 
 from .. import models
+from ..driving import make_request, prompt, run
 
 convert = partial(nibble.convert, evaluate=False)
 
@@ -46,38 +47,6 @@ def runner(request, folder: Path) -> Runner:
     runner = make_runner(folder, num_threads=2, kv_cache_dtype=request.param)
     assert isinstance(runner.model, CppDecoder)
     return runner
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 199, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def make_request(ids: list[int], blocks: list[int]) -> Request:
-    return Request(
-        f"r{blocks[0]}",
-        ids,
-        SamplingParams(temperature=0, max_tokens=64),
-        frozenset(),
-        seed=0,
-        block_tables=[blocks],
-        state_slot=blocks[-1] // 20,
-    )
-
-
-def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None:
-    """Drive the runner as a scheduler would: at most `chunk` tokens of each request a step."""
-    for _ in range(steps):
-        items = [
-            ScheduledRequest(
-                r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens)
-            )
-            for r in requests
-        ]
-        result = runner.execute(ScheduledBatch(items))
-        for item in items:
-            item.request.num_computed_tokens = item.end
-            if item.samples:
-                item.request.token_ids += result.tokens[item.request.request_id]
 
 
 @pytest.mark.parametrize("isa", library.instruction_sets())
