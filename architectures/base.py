@@ -1,8 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet) and a feed-forward (GatedMlp, Experts),
-                 with norms around
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet, ShortConv) and a feed-forward
+                 (GatedMlp, Experts), with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from .linears import Fold as Fold
 from .linears import LinearGroup as LinearGroup
 from .recurrent import GatedDeltaNet as GatedDeltaNet
+from .recurrent import ShortConv as ShortConv
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
 _MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
@@ -62,6 +63,10 @@ class Attention:
     keys_are_values: bool = False
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
+    out: str = field(default="self_attn.o_proj", metadata=_DETAIL)
+    head_norms: tuple[str, str] = field(
+        default=("self_attn.q_norm", "self_attn.k_norm"), metadata=_DETAIL
+    )
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -78,7 +83,7 @@ class Attention:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
-            LinearGroup(("self_attn.o_proj",), (hidden_size,), queries, "row"),
+            LinearGroup((self.out,), (hidden_size,), queries, "row"),
         )
 
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
@@ -98,17 +103,20 @@ class GatedMlp:
     intermediate_size: int
     activation: Literal["silu", "gelu_tanh"]
     fused: bool = field(default=False, metadata=_DETAIL)  # gate and up are rows of one gate_up_proj
+    names: tuple[str, str, str] = field(  # gate, up, down
+        default=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), metadata=_DETAIL
+    )
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """gate, up; down."""
         inner = self.intermediate_size
-        names: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+        names: tuple[str, ...] = self.names[:2]
         sizes: tuple[int, ...] = (inner, inner)
         if self.fused:
             names, sizes = ("mlp.gate_up_proj",), (2 * inner,)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
-            LinearGroup(("mlp.down_proj",), (hidden_size,), inner, "row"),
+            LinearGroup(self.names[2:], (hidden_size,), inner, "row"),
         )
 
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
@@ -268,7 +276,7 @@ class LayerSpec:
     """One decoder layer."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention | GatedDeltaNet
+    mixer: Attention | GatedDeltaNet | ShortConv
     mlp: FeedForward
     norms: Norms = Norms()
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
@@ -297,6 +305,7 @@ class ModelSpec:
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     per_layer_inputs: PerLayerInputs | None = None
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
+    final_norm: str = field(default="norm", metadata=_DETAIL)
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
 
     @property

@@ -15,6 +15,8 @@ class LinearGroup:
     parallel: Literal["column", "row"]  # over several devices: outputs are divided, or inputs
     num_experts: int | None = None  # so many of every weight [out, in], one an expert; None: one
     dense: bool = False  # too small and too sensitive to be quantized
+    # rows of the (one) weight from .. to, in the order in which its outputs are meant; (): in that in which they lie
+    order: tuple[tuple[int, int], ...] = ()
 
     def members(self) -> "tuple[LinearGroup, ...]":
         """One group for each expert, each with names of its own; of a group without experts, itself."""

@@ -1,24 +1,59 @@
-"""Qwen 3.5, 3.6 and 3.8, dense: in three layers of four a gated delta rule, in the fourth attention whose output is
-gated, with norms of query and key heads of which a quarter turns. Norms store w and multiply by 1 + w."""
+"""Qwen 3.5, 3.6 and 3.8, dense and with experts, and Qwen3-Next: a gated delta rule in three layers of four, in the
+fourth attention whose output is gated, with norms of query and key heads of which a quarter turns. Norms store w and
+multiply by 1 + w."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import CheckpointError
-from .base import GatedDeltaNet, ModelSpec
+from .base import Experts, FeedForward, GatedDeltaNet, ModelSpec, SharedExpert
 from .config import FULL, LINEAR, Config, llama_like
+from .experts import experts, in_layers, sparse_layers
 
-_DEFAULTS = {
-    "hidden_size": 4096,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 32768,
-    "partial_rotary_factor": 0.25,
-}
+_DEFAULTS = {"head_dim": 256, "max_position_embeddings": 32768, "partial_rotary_factor": 0.25}
 
 
 def qwen3_5(config: Config) -> ModelSpec:
     """The text model. Its rope's sections are those of images: of text, all three positions are the same."""
-    config = Config(_DEFAULTS | {k: v for k, v in config.values.items() if v is not None})
+    return _hybrid(_with(config, hidden_size=4096, num_key_value_heads=4))
+
+
+def qwen3_5_moe(config: Config) -> ModelSpec:
+    """Experts in every layer."""
+    config = _with(config, hidden_size=2048, num_key_value_heads=2, num_experts=256)
+    config = _with(config, num_experts_per_tok=8, intermediate_size=1)  # there is no dense MLP
+    return _hybrid(config, in_layers(config, lambda layer: True, _experts(config, True), 1))
+
+
+def qwen3_next(config: Config) -> ModelSpec:
+    """As 3.5 with experts, with the linears of a layer's input stored head by head in one."""
+    config = _with(config, hidden_size=2048, num_key_value_heads=2, num_experts=512)
+    config = _with(config, num_experts_per_tok=10, intermediate_size=5632)
+    found = _experts(config, config.flag("norm_topk_prob", True))
+    return _hybrid(config, in_layers(config, sparse_layers(config), found, 5632), fused=True)
+
+
+def _with(config: Config, **defaults: int) -> Config:
+    said = {name: value for name, value in config.values.items() if value is not None}
+    return Config(_DEFAULTS | defaults | said)
+
+
+def _experts(config: Config, norm_weights: bool) -> Experts:
+    shared = SharedExpert(config.size("shared_expert_intermediate_size", 512), gated=True)
+    return experts(
+        config,
+        "moe_intermediate_size",
+        count=None,
+        top_k=None,
+        width=512,
+        norm_weights=norm_weights,
+        shared=shared,
+    )
+
+
+def _hybrid(
+    config: Config, mlps: Sequence[FeedForward] | None = None, fused: bool = False
+) -> ModelSpec:
     every = config.size("full_attention_interval", 4)
     layers = range(config.size("num_hidden_layers"))
     types = config.layer_types(
@@ -27,9 +62,10 @@ def qwen3_5(config: Config) -> ModelSpec:
     model = llama_like(
         config,
         attention={"qk_norm": "head", "output_gate": True},
+        mlps=mlps,
         norm_offset=True,
     )
-    delta = gated_delta_net(config)
+    delta = _gated_delta_net(config, fused)
     return replace(
         model,
         layers=tuple(
@@ -39,7 +75,7 @@ def qwen3_5(config: Config) -> ModelSpec:
     )
 
 
-def gated_delta_net(config: Config) -> GatedDeltaNet:
+def _gated_delta_net(config: Config, fused: bool) -> GatedDeltaNet:
     """The linear_* fields, with Qwen's defaults."""
     mixer = GatedDeltaNet(
         num_key_heads=config.size("linear_num_key_heads", 16),
@@ -47,6 +83,7 @@ def gated_delta_net(config: Config) -> GatedDeltaNet:
         key_dim=config.size("linear_key_head_dim", 128),
         value_dim=config.size("linear_value_head_dim", 128),
         conv_kernel=config.size("linear_conv_kernel_dim", 4),
+        fused=fused,
     )
     if mixer.num_value_heads % mixer.num_key_heads:
         raise CheckpointError(

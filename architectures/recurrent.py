@@ -1,6 +1,6 @@
 """Mixers that carry a state from token to token instead of keys and values, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .linears import Fold, LinearGroup
@@ -26,6 +26,8 @@ class GatedDeltaNet:
     key_dim: int  # of a head
     value_dim: int
     conv_kernel: int  # taps, the token's own included
+    # the linears of x are two, their rows those of one key head and its value heads after the other: q, k, v, z; b, a
+    fused: bool = field(default=False, metadata={"role": "detail"})
 
     @property
     def channels(self) -> int:
@@ -44,14 +46,64 @@ class GatedDeltaNet:
     def groups(self, hidden_size: int) -> tuple[LinearGroup, LinearGroup, LinearGroup]:
         """q, k, v and z; b, a; out."""
         values = self.num_value_heads * self.value_dim
+        out = LinearGroup(("linear_attn.out_proj",), (hidden_size,), values, "row")
+        if self.fused:
+            return (*self._fused_groups(hidden_size), out)
         names = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
         return (
             LinearGroup(names[:2], (self.channels, values), hidden_size, "column"),
             LinearGroup(names[2:], (self.num_value_heads,) * 2, hidden_size, "column", dense=True),
-            LinearGroup(("linear_attn.out_proj",), (hidden_size,), values, "row"),
+            out,
         )
+
+    def _fused_groups(self, hidden_size: int) -> tuple[LinearGroup, LinearGroup]:
+        shared = self.num_value_heads // self.num_key_heads
+        found = []
+        for name, sizes, dense in (
+            ("qkvz", (self.key_dim, self.key_dim, *[shared * self.value_dim] * 2), False),
+            ("ba", (shared, shared), True),
+        ):
+            of_head = sum(sizes)
+            order = tuple(
+                (head * of_head + sum(sizes[:i]), head * of_head + sum(sizes[: i + 1]))
+                for i in range(len(sizes))
+                for head in range(self.num_key_heads)
+            )
+            module, rows = f"linear_attn.in_proj_{name}", (self.num_key_heads * of_head,)
+            found.append(LinearGroup((module,), rows, hidden_size, "column", None, dense, order))
+        return found[0], found[1]
 
     def folds(self, norm: str | None) -> tuple[Fold, ...]:
         """norm: before it."""
         qkv_z, b_a, _ = self.groups(1)
         return () if norm is None else (Fold("norm", norm, qkv_z.modules, b_a.modules),)
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A causal convolution of a few taps, one filter a channel, gated before and after: B, C, x = parts of in(h);
+    out(C * conv(B * x)). What a request carries: the last conv_kernel - 1 of B * x."""
+
+    KIND: ClassVar = "short_conv"
+    AS_STORED: ClassVar = ()
+    channels: int  # the hidden size
+    conv_kernel: int  # taps, the token's own included
+    bias: bool = False  # of the convolution
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of what a request carries, in float32: the convolution's last inputs, oldest first."""
+        return ((self.conv_kernel - 1, self.channels),)
+
+    def groups(self, hidden_size: int) -> tuple[LinearGroup, LinearGroup]:
+        """B, C, x; out."""
+        return (
+            LinearGroup(("conv.in_proj",), (3 * self.channels,), hidden_size, "column"),
+            LinearGroup(("conv.out_proj",), (hidden_size,), self.channels, "row"),
+        )
+
+    def folds(self, norm: str | None) -> tuple[Fold, ...]:
+        """norm: before it. x, the last third of in's rows, goes through the convolution channel by channel."""
+        inputs, out = self.groups(1)
+        found = () if norm is None else (Fold("norm", norm, inputs.modules),)
+        return found if self.bias else (*found, Fold("rows", inputs.modules[0], out.modules))

@@ -190,7 +190,7 @@ def _memory(
     from nibble.engine.host_memory import gib
 
     free, weights = memory.available_bytes(device), opened.nbytes
-    token = memory.kv_bytes_per_token(spec, dtype)
+    token, state = memory.kv_bytes_per_token(spec, dtype), memory.state_bytes(spec)
     context = spec.max_position_embeddings
     if weights > free:
         return [
@@ -201,9 +201,12 @@ def _memory(
                 "a smaller or a quantized checkpoint (nibble convert), or serve --quantize int4",
             )
         ]
-    tokens = (free - weights) // token
+    left = free - weights
     text = f"weights {gib(weights)} of {gib(free)} free; {token / 1024:.0f} KiB a token of context"
-    if tokens < context:
+    if state:
+        text += f" and {state / 2**20:.0f} MiB for the state of a sequence"
+    if left < (request := context * token + state):
+        tokens = max(0, left - state) // max(1, token)
         return [
             Finding(
                 "fits",
@@ -213,7 +216,7 @@ def _memory(
             )
         ]
     return [
-        Finding("fits", "ok", f"{text}: room for {tokens // context} requests of {context} tokens")
+        Finding("fits", "ok", f"{text}: room for {left // request} requests of {context} tokens")
     ]
 
 

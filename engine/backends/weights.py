@@ -4,15 +4,16 @@ Backends lay out what comes from here; none of them knows a tensor's name.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...architectures.base import Attention, GatedDeltaNet, LinearGroup, ModelSpec
+from ...architectures.base import Attention, GatedDeltaNet, LinearGroup, ModelSpec, ShortConv
 from ...errors import CheckpointError
 from ...quant.checkpoint import Checkpoint
-from ...quant.weight import QuantizedWeight, part, scaled_by_row
+from ...quant.weight import QuantizedWeight, fuse, part, scaled_by_row
 
 Weight = QuantizedWeight | Tensor
 _FIX = "config.json and the weights are not of one model"
@@ -40,6 +41,18 @@ class Linear:
             for rows in cuts
         ]
 
+    def in_order(self, spans: Sequence[tuple[int, int]]) -> "Linear":
+        """Rows from .. to, one span after the other; all as they are where there is none."""
+        if not spans:
+            return self
+        rows, weight = [slice(*span) for span in spans], self.weight
+        bias = None if self.bias is None else torch.cat([self.bias[each] for each in rows])
+        if isinstance(weight, Tensor):
+            return Linear(torch.cat([weight[each] for each in rows]), bias)
+        weight = scaled_by_row(weight)
+        cut = [part(weight, each) for each in rows]
+        return Linear(fuse([each for each in cut if isinstance(each, QuantizedWeight)]), bias)
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetWeights:
@@ -61,7 +74,7 @@ class ModelWeights:
     def check(self) -> None:
         """The tensors outside the layers, from headers alone: a wrong file is refused in no time. CheckpointError."""
         model = self.model
-        self._check_shape(f"{model.prefix}norm.weight", (model.hidden_size,))
+        self._check_shape(f"{model.prefix}{model.final_norm}.weight", (model.hidden_size,))
         if not self.checkpoint.is_quantized(f"{model.prefix}embed_tokens"):
             self._check_shape(
                 f"{model.prefix}embed_tokens.weight", (model.vocab_size, model.hidden_size)
@@ -135,13 +148,14 @@ class ModelWeights:
 
         def norm(name: str, heads: int) -> Tensor:
             width = mixer.head_dim * (heads if mixer.qk_norm == "all" else 1)
-            return self.norm(f"{prefix}.self_attn.{name}", width)
+            return self.norm(f"{prefix}.{name}", width)
 
         if mixer.qk_norm is None:
             return None, None
         has_keys = mixer.kv_source is None
-        return norm("q_norm", mixer.num_heads), (
-            norm("k_norm", mixer.num_kv_heads) if has_keys else None
+        q_norm, k_norm = mixer.head_norms
+        return norm(q_norm, mixer.num_heads), (
+            norm(k_norm, mixer.num_kv_heads) if has_keys else None
         )
 
     def sinks(self, layer: int, mixer: Attention) -> Tensor | None:
@@ -162,8 +176,16 @@ class ModelWeights:
             self.vector(f"{prefix}.norm.weight", mixer.value_dim),
         )
 
+    def short_conv(self, layer: int, mixer: ShortConv) -> tuple[Tensor, Tensor | None]:
+        """Its filters, float32 [conv_kernel, channels], oldest first, and their bias [channels]."""
+        name = f"{self.model.layer_name(layer)}.conv.conv"
+        self._check_shape(f"{name}.weight", (mixer.channels, 1, mixer.conv_kernel))
+        filters = self.checkpoint.tensor(f"{name}.weight").float()
+        bias = self.vector(f"{name}.bias", mixer.channels) if mixer.bias else None
+        return filters[:, 0].t().contiguous(), bias
+
     def final_norm(self) -> Tensor:
-        return self.norm(f"{self.model.prefix}norm", self.model.hidden_size)
+        return self.norm(f"{self.model.prefix}{self.model.final_norm}", self.model.hidden_size)
 
     def group(self, layer: int, group: LinearGroup, parts: int = 1) -> list[Linear]:
         """The linears of a group of one layer, each cut into so many equal `parts` by rows."""
@@ -171,7 +193,8 @@ class ModelWeights:
         for name, out in zip(group.modules, group.out_features, strict=True):
             module = f"{self.model.layer_name(layer)}.{name}"
             weight = self._linear(module, (out, group.in_features))
-            linears += Linear(weight, self.checkpoint.bias(module)).parts(parts)
+            linear = Linear(weight, self.checkpoint.bias(module)).in_order(group.order)
+            linears += linear.parts(parts)
         return linears
 
     def head(self, embedding: Tensor) -> Linear:

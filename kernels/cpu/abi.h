@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 11
+#define NB_ABI_VERSION 12
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -98,6 +98,15 @@ struct NbDeltaNet {
   NbLinearGroup in, out;             // q, k and v; z; b; a: side by side
 };
 
+// B, C and x from one product: out(C * conv(B * x)).
+struct NbShortConv {
+  int32_t channels;
+  int32_t taps;                      // of the convolution, the token's own included
+  const float* filters;              // [taps, channels], oldest first
+  const float* bias;                 // [channels] or null
+  NbLinearGroup in, out;
+};
+
 struct NbGatedMlp {
   int32_t intermediate;
   int32_t activation;                // NbActivation
@@ -134,7 +143,7 @@ struct NbExperts {
   const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
 };
 
-// Norms are [hidden] or null, and so is one of the mixers, one of the feed-forwards.
+// Norms are [hidden] or null, and so are the mixers but one and one of the feed-forwards.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
@@ -142,6 +151,7 @@ struct NbLayer {
   const float* after_mlp;
   const NbAttention* attention;
   const NbDeltaNet* delta_net;
+  const NbShortConv* short_conv;
   const NbGatedMlp* mlp;
   const NbExperts* experts;
   const NbPerLayerInput* per_layer_input;  // or null
@@ -180,7 +190,7 @@ struct NbBatch {
   uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h
   int64_t num_blocks;
   int32_t cache_int8;                // else bfloat16
-  float* states;                     // of each layer that has one [slots][inputs, matrices], see delta_net.h
+  float* states;                     // of each layer that has one [slots][numbers]: inputs of its convolution, matrices
   int64_t num_slots;
   const NbItemState* item_states;
   const int32_t* snapshots;          // pairs: after how many of an item's tokens its state goes to which slot, too

@@ -6,7 +6,7 @@
 //
 //   S = decay S;  S = S + k (beta (v - S^T k))^T;  o = S^T q       columns of S know nothing of one another
 #pragma once
-#include "glue.h"
+#include "convolution.h"
 #include "isa.h"
 
 namespace NB_ISA {
@@ -22,21 +22,13 @@ struct DeltaNet {
   int values() const { return d.value_heads * d.value_dim; }
   int channels() const { return nibble::channels_of(d); }
   int width() const { return nibble::width_of(d); }
-  int64_t inputs_size() const { return (int64_t)(d.taps - 1) * channels(); }
-  int64_t state_size() const { return inputs_size() + (int64_t)values() * d.key_dim; }
-  float* inputs(int slot) const { return states + slot * state_size(); }
+  Convolution convolution() const { return {d.taps, channels(), width(), d.filters}; }
+  int64_t state_size() const { return convolution().state_size() + (int64_t)values() * d.key_dim; }
   float* matrix(int slot, int head) const {
-    return inputs(slot) + inputs_size() + (int64_t)head * d.key_dim * d.value_dim;
+    return states + slot * state_size() + convolution().state_size() + (int64_t)head * d.key_dim * d.value_dim;
   }
   int blocks() const { return (d.value_dim + kColumns - 1) / kColumns; }
 };
-
-// Where the input of the convolution is that stood `back` tokens before the row `since` of an item; null: before token
-// 0. before: the inputs in the item's state, or null.
-inline const float* input_at(const DeltaNet& net, const float* first, int since, int back, const float* before) {
-  if (back <= since) return first + (int64_t)(since - back) * net.width();
-  return before ? before + (int64_t)(net.d.taps - 1 + since - back) * net.channels() : nullptr;
-}
 
 inline void scale_to(float* x, int n, float length) {
   F32 squares = f_zero();
@@ -48,15 +40,9 @@ inline void scale_to(float* x, int n, float length) {
 // Row `since` of an item whose rows begin at `first`: out [channels].
 inline void convolve(const DeltaNet& net, const float* first, int since, const float* before, float* out) {
   const NbDeltaNet& d = net.d;
-  int channels = net.channels();
-  for (int c = 0; c < channels; c += 16) {
-    F32 sum = f_zero();
-    for (int t = 0; t < d.taps; t++) {
-      const float* x = input_at(net, first, since, d.taps - 1 - t, before);
-      if (x) sum = f_fma(f_load(x + c), f_load(d.filters + (int64_t)t * channels + c), sum);
-    }
-    f_store(out + c, activate(sum, NB_SILU));
-  }
+  Convolution convolution = net.convolution();
+  for (int c = 0; c < convolution.channels; c += 16)
+    f_store(out + c, activate(convolution.at(first, since, before, c), NB_SILU));
   for (int h = 0; h < d.key_heads; h++) {
     scale_to(out + h * d.key_dim, d.key_dim, 1.0f / sqrtf((float)d.key_dim));
     scale_to(out + net.keys() + h * d.key_dim, d.key_dim, 1.0f);
@@ -70,17 +56,6 @@ inline void gates(const DeltaNet& net, float* row) {
     b[h] = 1.0f / (1.0f + expf(-b[h]));
     float x = a[h] + net.d.dt_bias[h];
     a[h] = expf(net.d.rate[h] * (x > 20.0f ? x : log1pf(expf(x))));
-  }
-}
-
-// The inputs that the first `count` rows of an item leave, to `to`, which may be `before`.
-inline void leave_inputs(const DeltaNet& net, const float* first, int count, const float* before, float* to) {
-  int channels = net.channels();
-  for (int t = 0; t < net.d.taps - 1; t++) {
-    const float* x = input_at(net, first, count, net.d.taps - 1 - t, before);
-    float* place = to + (int64_t)t * channels;
-    if (x) memmove(place, x, sizeof(float) * channels);
-    else memset(place, 0, sizeof(float) * channels);
   }
 }
 

@@ -2,6 +2,7 @@
 //
 //   x -> input norm -> qkv -> (q, k norm) -> RoPE, cache -> attention (-> gate) -> o -> (norm) -> + x
 //   or                 q k v, z, b, a -> convolution -> gated delta rule -> norm, gate -> out
+//   or                 B, C, x -> C * convolution of B * x -> out
 //     -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x      or experts.h
 //
 // Activations between the products are float32; a product's inputs are int8 codes or bfloat16.
@@ -201,11 +202,13 @@ struct Step {
       }
   }
 
-  // The first row of an item in what a delta net's linears gave, and the inputs in the state that it goes on from.
-  const float* first_row(const DeltaNet& net, int item) const { return b.qkv + (int64_t)b.item_rows[item] * net.width(); }
-  const float* inputs_before(const DeltaNet& net, int item) const {
+  // The first row of an item in b.qkv, and what its slot has of a layer's states, whose size is that of one of them.
+  const float* first_row(const Convolution& conv, int item) const {
+    return b.qkv + (int64_t)b.item_rows[item] * conv.width;
+  }
+  const float* state_before(const float* states, int64_t size, int item) const {
     int slot = batch.item_states[item].read;
-    return slot < 0 ? nullptr : net.inputs(slot);
+    return slot < 0 ? nullptr : states + slot * size;
   }
 
   // Some columns of one head's matrix through all tokens of an item, to its slot, and to snapshots on the way.
@@ -237,28 +240,30 @@ struct Step {
     }
   }
 
-  void leave_inputs_of(const DeltaNet& net, int item) const {
+  // The inputs that an item leaves to its slot, and to snapshots. first: its first row.
+  void leave_inputs(const Convolution& conv, const float* first, float* states, int64_t size, int item) const {
     const NbItemState& where = batch.item_states[item];
-    const float *first = first_row(net, item), *before = inputs_before(net, item);
+    const float* before = state_before(states, size, item);
     for (int i = 0; i < where.num_snapshots; i++) {
       const int32_t* snapshot = batch.snapshots + 2 * (where.snapshot + i);
-      leave_inputs(net, first, snapshot[0], before, net.inputs(snapshot[1]));
+      conv.leave(first, snapshot[0], before, states + snapshot[1] * size);
     }
-    leave_inputs(net, first, batch.items[item].count, before, net.inputs(where.write));
+    conv.leave(first, batch.items[item].count, before, states + where.write * size);
   }
 
   void delta_net(Worker& worker, const DeltaNet& net, const float* after) const {
+    Convolution conv = net.convolution();
     products(worker, net.d.in, b.qkv, net.width(), false);
     for_rows(worker, batch.num_tokens, [&](int row) {
       int item = item_of(row);
-      convolve(net, first_row(net, item), row - b.item_rows[item], inputs_before(net, item),
+      convolve(net, first_row(conv, item), row - b.item_rows[item], state_before(net.states, net.state_size(), item),
                b.convolved + (int64_t)row * net.channels());
       gates(net, b.qkv + (int64_t)row * net.width());
     });
     int heads = net.d.value_heads * net.blocks();
     nibble::parallel(worker, batch.num_items * heads, [&](int chunk) {
       int item = batch.num_items - 1 - chunk / heads;  // long ones first
-      if (chunk % heads == 0) leave_inputs_of(net, item);
+      if (chunk % heads == 0) leave_inputs(conv, first_row(conv, item), net.states, net.state_size(), item);
       carry(net, item, chunk % heads / net.blocks(), chunk % net.blocks() * kColumns);
     });
     for_rows(worker, batch.num_tokens, [&](int row) {
@@ -267,6 +272,32 @@ struct Step {
       prepare_all(net.d.out, inputs, row, mixed, (float*)worker.scratch);
     });
     add_product(worker, net.d.out, after);
+  }
+
+  void short_conv(Worker& worker, const NbShortConv& c, float* states, const float* after) const {
+    int n = c.channels;
+    Convolution conv{c.taps, n, 3 * n, c.filters};
+    products(worker, c.in, b.qkv, 3 * n, false);
+    for_rows(worker, batch.num_tokens, [&](int row) {  // x becomes B * x
+      float *before = b.qkv + (int64_t)row * 3 * n, *x = before + 2 * n;
+      for (int i = 0; i < n; i += 16) f_store(x + i, f_mul(f_load(before + i), f_load(x + i)));
+    });
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      int item = item_of(row);
+      const float *first = first_row(conv, item) + 2 * n, *state = state_before(states, conv.state_size(), item);
+      const float* gate = b.qkv + (int64_t)row * 3 * n + n;
+      float* mixed = (float*)worker.scratch;
+      for (int i = 0; i < n; i += 16) {
+        F32 y = conv.at(first, row - b.item_rows[item], state, i);
+        if (c.bias) y = f_add(y, f_load(c.bias + i));
+        f_store(mixed + i, f_mul(f_load(gate + i), y));
+      }
+      prepare_all(c.out, inputs, row, mixed, mixed + n);
+    });
+    nibble::parallel(worker, batch.num_items, [&](int item) {
+      leave_inputs(conv, first_row(conv, item) + 2 * n, states, conv.state_size(), item);
+    });
+    add_product(worker, c.out, after);
   }
 
   void gated_mlp(Worker& worker, const NbGatedMlp& mlp, const float* after) const {
@@ -329,7 +360,6 @@ struct Step {
     if (m.per_layer_inputs) per_layer_inputs(worker, *m.per_layer_inputs);
     for (int l = 0; l < m.num_layers; l++) {
       const NbLayer& layer = m.layers[l];
-      const NbLinearGroup& mixer_in = layer.attention ? layer.attention->qkv : layer.delta_net->in;
       for_rows(worker, batch.num_tokens, [&](int row) {
         if (l == 0) {
           if (m.embedding && !m.per_layer_inputs) embed(row);
@@ -337,17 +367,21 @@ struct Step {
         } else {
           leave(worker, row, m.layers[l - 1]);
         }
-        norm_and_prepare(worker, row, layer.before_mixer, mixer_in);
+        norm_and_prepare(worker, row, layer.before_mixer, nibble::mixer_in(layer));
       });
       if (layer.attention) {
         const NbAttention& a = *layer.attention;
         Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
                  batch.cache_int8 != 0};
         attention(worker, a, kv, layer.after_mixer);
-      } else {
+      } else if (layer.delta_net) {
         DeltaNet net{*layer.delta_net, states};
         states += batch.num_slots * net.state_size();
         delta_net(worker, net, layer.after_mixer);
+      } else {
+        const NbShortConv& conv = *layer.short_conv;
+        short_conv(worker, conv, states, layer.after_mixer);
+        states += batch.num_slots * (conv.taps - 1) * conv.channels;
       }
       for_rows(worker, batch.num_tokens, [&](int row) {
         add_normed(worker, row, layer.after_mixer);

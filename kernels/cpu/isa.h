@@ -45,7 +45,7 @@ struct StepBuffers {
   float* scales[NB_MAX_INPUTS];
   int32_t* sums[NB_MAX_INPUTS];
   // Of the layer at hand, as wide as the widest.
-  float* qkv;            // [tokens, heads + 2 kv_heads, head_dim], or what a delta net's linears give
+  float* qkv;            // [tokens, heads + 2 kv_heads, head_dim], or what the linears of another mixer give
   float* convolved;      // [tokens, channels]
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
@@ -94,6 +94,14 @@ inline int qkv_width(const NbAttention& a) {
 inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim; }
 
 inline int width_of(const NbDeltaNet& d) { return channels_of(d) + d.value_heads * d.value_dim + 2 * d.value_heads; }
+
+// What a layer's mixer reads and what it ends with.
+inline const NbLinearGroup& mixer_in(const NbLayer& l) {
+  return l.attention ? l.attention->qkv : l.delta_net ? l.delta_net->in : l.short_conv->in;
+}
+inline const NbLinearGroup& mixer_out(const NbLayer& l) {
+  return l.attention ? l.attention->o : l.delta_net ? l.delta_net->out : l.short_conv->out;
+}
 
 // Tokens of a unit, where so many query heads read one key-value head.
 inline int unit_tokens(const NbAttention& a) {

@@ -142,6 +142,10 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
       inner = std::max(inner, rows * paths(*e) * inner_width(*e));
       experts.widen(*e, batch.num_tokens);
     }
+    if (const NbShortConv* conv = m.layers[l].short_conv) {
+      qkv = std::max(qkv, 3 * size_t(conv->channels));
+      continue;
+    }
     if (const NbDeltaNet* d = m.layers[l].delta_net) {
       qkv = std::max(qkv, size_t(width_of(*d)));
       channels = std::max(channels, size_t(channels_of(*d)));
@@ -224,9 +228,7 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   InputSize sizes[NB_MAX_INPUTS];
   for (int l = 0; l < model->num_layers; l++) {
     const NbLayer& layer = model->layers[l];
-    const NbAttention* a = layer.attention;
-    const NbDeltaNet* d = layer.delta_net;
-    for (const NbLinearGroup* group : {a ? &a->qkv : &d->in, a ? &a->o : &d->out}) widen(sizes, *group);
+    for (const NbLinearGroup* group : {&mixer_in(layer), &mixer_out(layer)}) widen(sizes, *group);
     if (layer.mlp) widen(sizes, *layer.mlp);
     if (const NbExperts* e = layer.experts) {
       for (int i = 0; i < e->num_experts; i++) widen(sizes, e->experts[i]);

@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 11
+_ABI_VERSION = 12
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -108,6 +108,17 @@ class NbDeltaNet(ctypes.Structure):
     ]
 
 
+class NbShortConv(ctypes.Structure):
+    _fields_ = [
+        ("channels", c_int32),
+        ("taps", c_int32),
+        ("filters", c_void_p),
+        ("bias", c_void_p),
+        ("in", NbLinearGroup),
+        ("out", NbLinearGroup),
+    ]
+
+
 class NbGatedMlp(ctypes.Structure):
     _fields_ = [
         ("intermediate", c_int32),
@@ -158,6 +169,7 @@ class NbLayer(ctypes.Structure):
         ("after_mlp", c_void_p),
         ("attention", POINTER(NbAttention)),
         ("delta_net", POINTER(NbDeltaNet)),
+        ("short_conv", POINTER(NbShortConv)),
         ("mlp", POINTER(NbGatedMlp)),
         ("experts", POINTER(NbExperts)),
         ("per_layer_input", POINTER(NbPerLayerInput)),

@@ -153,7 +153,7 @@ class BlockSource:
         """What transformers passes to each block, besides the hidden states, for a batch shaped as activations are."""
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.layers = nn.ModuleList(recorders)
-        self._model.norm = nn.Identity()
+        setattr(self._model, self.spec.final_norm, nn.Identity())
         self._model.rotary_emb = type(self._model.rotary_emb)(config=self.config).to(self.device)
         # Gemma 4: blocks are told when they run (carried.py), and no tokens are left out on the way.
         self._model.hidden_size_per_layer_input = 0

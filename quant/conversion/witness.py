@@ -51,7 +51,9 @@ def _logits(source: BlockSource, token_ids: Tensor) -> Tensor:
         out = source.load(index)(hidden, **arguments[index])
         hidden = out[0] if isinstance(out, tuple) else out
         checkpoint.release()
-    weight = checkpoint.tensor(f"{spec.prefix}norm.weight", torch.float32).to(source.device)
+    weight = checkpoint.tensor(f"{spec.prefix}{spec.final_norm}.weight", torch.float32).to(
+        source.device
+    )
     weight = weight + 1.0 if spec.norm_offset else weight
     hidden = source.carried.hidden(hidden)[0]
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + spec.norm_eps) * weight

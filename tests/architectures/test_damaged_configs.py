@@ -89,7 +89,7 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                 for layer in spec.layers:
                     mixer = layer.mixer
                     if not isinstance(mixer, Attention):
-                        assert all(map(is_positive, dataclasses.astuple(mixer)))
+                        assert all(map(is_positive, dataclasses.astuple(mixer)[:5]))
                         continue
                     theta = mixer.rope.theta if mixer.rope else 1.0
                     numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)

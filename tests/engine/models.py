@@ -12,6 +12,7 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     GraniteMoeConfig,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -24,9 +25,11 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -58,6 +61,15 @@ _YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+_DELTA_NET = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
+_QUARTER = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True),
@@ -148,18 +160,41 @@ CONFIGS = {
     ),
     "qwen3.5": Qwen3_5TextConfig(
         **_SIZES,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=32,
+        **_DELTA_NET,
         tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [2, 1, 1],
-        },
+        rope_parameters=_QUARTER | {"mrope_section": [2, 1, 1]},
+    ),
+    "lfm2": Lfm2Config(
+        **_SIZES | {"intermediate_size": 120},
+        block_multiple_of=16,
+        layer_types=["conv", "full_attention", "conv", "conv"],
+    ),
+    "lfm2-biased": Lfm2Config(
+        **_SIZES,
+        block_auto_adjust_ff_dim=False,
+        conv_L_cache=4,
+        conv_bias=True,
+        tie_word_embeddings=False,
+        layer_types=["conv", "conv", "full_attention", "conv"],
+    ),
+    "qwen3.5-moe": Qwen3_5MoeTextConfig(
+        **{k: v for k, v in _SIZES.items() if k != "intermediate_size"},
+        **_DELTA_NET,
+        rope_parameters=_QUARTER,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=80,
+        num_experts=8,
+        num_experts_per_tok=3,
+    ),
+    "qwen3-next": Qwen3NextConfig(
+        **_SIZES,
+        **_DELTA_NET,
+        rope_parameters=_QUARTER,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=80,
+        num_experts=8,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
     ),
     "qwen2-upper-window": Qwen2Config(
         **_SIZES, use_sliding_window=True, sliding_window=24, max_window_layers=2
@@ -206,6 +241,8 @@ CONFIGS = {
 
 
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
+MOE |= {"qwen3.5-moe", "qwen3-next"}
+RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased"}
 
 
 def build(name: str, folder: Path, **changes) -> PreTrainedModel:

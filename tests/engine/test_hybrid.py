@@ -1,6 +1,8 @@
 """Models whose layers carry a state, through the whole engine: what a request computes does not depend on who had its
 slot before, and a conversation goes on from snapshots with the answers that it would have without."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -17,13 +19,18 @@ from . import models
 TURNS, ASKED, ANSWERED = 10, 9, 21
 
 
-@pytest.fixture(scope="module", params=["torch", "cpp"])
+@pytest.fixture(
+    scope="module",
+    params=itertools.product(("torch", "cpp"), ("qwen3.5", "lfm2")),
+    ids="-".join,
+)
 def runner(request, tmp_path_factory) -> Runner:
-    native = request.param == "cpp"
+    backend, name = request.param
+    native = backend == "cpp"
     if native and (why := library.why_missing()):
         pytest.skip(why)
-    folder = tmp_path_factory.mktemp(request.param)
-    models.build("qwen3.5", folder, max_position_embeddings=1024)
+    folder = tmp_path_factory.mktemp(name)
+    models.build(name, folder, max_position_embeddings=1024)
     runner = Runner(
         EngineConfig(
             model=str(folder),

@@ -25,6 +25,7 @@ _STRUCTURES = (
     lib.NbRope,
     lib.NbAttention,
     lib.NbDeltaNet,
+    lib.NbShortConv,
     lib.NbGatedMlp,
     lib.NbExperts,
     lib.NbPerLayerInput,

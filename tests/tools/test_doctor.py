@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nibble.cli import main
 from nibble.kernels.dequant_gemm import tiles
@@ -65,3 +66,21 @@ def test_tiles_that_were_not_measured_name_the_remedy(tmp_path, monkeypatch):
     finding = doctor.tiles("A Card", 90)
     tiles.table.cache_clear()
     assert finding.text.endswith("nibble tune, today") and not finding.fix
+
+
+def test_the_state_of_a_sequence_is_counted(capsys, tmp_path):
+    config = AutoConfig.for_model(
+        "qwen3_5_text",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        vocab_size=199,
+        max_position_embeddings=512,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    _, found = findings(capsys, str(tmp_path))
+    # three layers, in float32: 3 inputs of 2 * 16 + 32 heads of 128, and 32 heads of 128 by 128
+    size = 3 * 4 * (3 * 64 * 128 + 32 * 128 * 128)
+    assert f"and {size / 2**20:.0f} MiB for the state" in found["fits"][0]["text"]
+    assert "3 layers carry a state" in found["architecture"][0]["text"]

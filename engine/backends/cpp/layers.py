@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, Experts, GatedDeltaNet, PerLayerInputs, Rope
+from ....architectures.base import (
+    Attention,
+    Experts,
+    GatedDeltaNet,
+    PerLayerInputs,
+    Rope,
+    ShortConv,
+)
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.library import (
     NbAttention,
@@ -21,6 +28,7 @@ from ....kernels.cpu.library import (
     NbPerLayerInput,
     NbPerLayerInputs,
     NbRope,
+    NbShortConv,
 )
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..torch.layers import inverse_frequencies
@@ -143,6 +151,38 @@ class CppDeltaNet:
 
 
 @dataclass(slots=True)
+class CppShortConv:
+    """Groups B, C, x and out; filters float32 [taps, channels], their bias [channels] or None."""
+
+    spec: ShortConv
+    inputs: PreparedGroup
+    out: PreparedGroup
+    filters: Tensor
+    bias: Tensor | None
+    struct: NbShortConv = field(init=False)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return [self.inputs, self.out]
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """None: it has no keys and values."""
+        return 0
+
+    def point(self, ropes: CppRopes, cache_offset: int) -> NbShortConv:
+        """Make the structure."""
+        self.struct = NbShortConv(
+            self.spec.channels,
+            self.spec.conv_kernel,
+            pointer(self.filters),
+            pointer(self.bias),
+            self.inputs.struct(),
+            self.out.struct(),
+        )
+        return self.struct
+
+
+@dataclass(slots=True)
 class CppGatedMlp:
     """Groups gate, up and down."""
 
@@ -245,7 +285,7 @@ class CppPerLayerInputs:
 class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
-    mixer: CppAttention | CppDeltaNet
+    mixer: CppAttention | CppDeltaNet | CppShortConv
     mlp: CppGatedMlp | CppExperts
     before_mixer: Tensor | None
     after_mixer: Tensor | None
@@ -267,6 +307,7 @@ class CppLayer:
             *map(pointer, norms),
             ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbShortConv) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppExperts) else None,
             None if told is None else ctypes.pointer(told.struct),

@@ -10,7 +10,15 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, Experts, LayerSpec, LinearGroup, ModelSpec
+from ....architectures.base import (
+    Attention,
+    Experts,
+    GatedDeltaNet,
+    LayerSpec,
+    LinearGroup,
+    ModelSpec,
+    ShortConv,
+)
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.arena import Arena
 from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_head
@@ -26,6 +34,7 @@ from .layers import (
     CppLayer,
     CppPerLayerInput,
     CppPerLayerInputs,
+    CppShortConv,
 )
 from .prepared_cache import PreparedCache
 
@@ -65,6 +74,8 @@ class CppBackend:
             "attention.sinks",
             "attention.output_gate",
             "gated_delta_net",
+            "short_conv",
+            "short_conv.bias",
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
@@ -122,7 +133,7 @@ class CppBackend:
         if isinstance(mixer, Attention):
             if reason := self._why_not_attend(mixer):
                 return reason
-        elif mixer.key_dim % 16 or mixer.value_dim % 16:
+        elif isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
             return (
                 f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
             )
@@ -242,7 +253,7 @@ class _Loader:
             self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
 
-    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet:
+    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet | CppShortConv:
         """scale: of what it gives."""
         mixer = self.weights.model.layers[index].mixer
         *inputs, out = mixer.groups(self.weights.model.hidden_size)
@@ -253,6 +264,8 @@ class _Loader:
             v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
             sinks = self.weights.sinks(index, mixer)
             return CppAttention(mixer, groups[0], last, *norms, v_norm, sinks)
+        if isinstance(mixer, ShortConv):
+            return CppShortConv(mixer, groups[0], last, *self.weights.short_conv(index, mixer))
         together = PreparedGroup(
             [linear for group in groups for linear in group.linears], groups[0].int8
         )

@@ -21,7 +21,7 @@ from .attention import AttentionMetadata, KVCache
 from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
 from .linear import FusedLinear
-from .mixers import Step, TorchAttention, TorchGatedDeltaNet
+from .mixers import Step, TorchAttention, TorchGatedDeltaNet, TorchShortConv
 from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 from .states import StateCache, StateStep
 
@@ -31,7 +31,7 @@ class TorchLayer:
     """One layer's weights. A norm that the layer does not have is None."""
 
     spec: LayerSpec
-    mixer: TorchAttention | TorchGatedDeltaNet
+    mixer: TorchAttention | TorchGatedDeltaNet | TorchShortConv
     mlp: TorchGatedMlp | TorchExperts
     before_mixer: RMSNorm | None
     after_mixer: RMSNorm | None

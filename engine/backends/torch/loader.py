@@ -17,6 +17,7 @@ from ....architectures.base import (
     ModelSpec,
     Norms,
     Rope,
+    ShortConv,
 )
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
@@ -25,7 +26,7 @@ from .decoder import TorchDecoder, TorchLayer
 from .feed_forward import TorchExperts, TorchGatedMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
-from .mixers import TorchAttention, TorchGatedDeltaNet
+from .mixers import TorchAttention, TorchGatedDeltaNet, TorchShortConv
 from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 
 
@@ -66,6 +67,8 @@ class TorchBackend:
             "attention.kv_source",
             "attention.output_gate",
             "gated_delta_net",
+            "short_conv",
+            "short_conv.bias",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
@@ -154,11 +157,18 @@ class _Loader:
         )
 
     def _mixer(
-        self, index: int, mixer: Attention | GatedDeltaNet
-    ) -> TorchAttention | TorchGatedDeltaNet:
+        self, index: int, mixer: Attention | GatedDeltaNet | ShortConv
+    ) -> TorchAttention | TorchGatedDeltaNet | TorchShortConv:
         if isinstance(mixer, Attention):
             return self._attention(index, mixer)
-        return self._gated_delta_net(index, mixer)
+        if isinstance(mixer, GatedDeltaNet):
+            return self._gated_delta_net(index, mixer)
+        inputs, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
+        taps, bias = self.weights.short_conv(index, mixer)
+        device = self.target.device
+        return TorchShortConv(
+            mixer, inputs, out, taps.to(device), None if bias is None else bias.to(device)
+        )
 
     def _gated_delta_net(self, index: int, mixer: GatedDeltaNet) -> TorchGatedDeltaNet:
         device, weights = self.target.device, self.weights.gated_delta_net(index, mixer)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedDeltaNet, Rope
+from ....architectures.base import Attention, GatedDeltaNet, Rope, ShortConv
 from .attention import AttentionMetadata, KVCache, paged_attention
 from .delta_rule import chunked, recurrent_step
 from .layers import RMSNorm, apply_rope, position_factors
 from .linear import FusedLinear
-from .states import StateCache, StateStep
+from .states import StateCache, StateStep, convolve, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,52 +97,10 @@ class TorchGatedDeltaNet:
         decay, beta = self.rate * F.softplus(a + self.dt_bias), b.sigmoid()
         if step.states is None:
             raise ValueError("a step without the states of a layer that has one")
-        mixed = self._mix(qkv.float(), decay, beta, step.states, step.state_cache.layers[layer])
-        mixed = self.norm(mixed).flatten(1) * F.silu(z.float())
-        return self.out(mixed.to(h.dtype))
-
-    def _mix(
-        self,
-        qkv: Tensor,
-        decay: Tensor,
-        beta: Tensor,
-        step: StateStep,
-        states: tuple[Tensor, ...],
-    ) -> Tensor:
-        """[T, num_value_heads, value_dim]; the states go on."""
-        inputs, matrices = states
-        outputs, count = [], step.num_decodes
-        if count:
-            fresh = step.fresh.view(-1, 1, 1)
-            before = inputs[step.reads].masked_fill_(fresh, 0)
-            seen = torch.cat((before, qkv[:count, None]), 1)
-            state = matrices[step.reads].masked_fill_(fresh[..., None], 0)
-            q, k, v = self._heads(self._convolve(seen)[:, 0])
-            output, state = recurrent_step(q, k, v, decay[:count], beta[:count], state)
-            inputs[step.writes], matrices[step.writes] = seen[step.written, 1:], state[step.written]
-            outputs.append(output)
-        for piece in step.pieces:
-            rows = piece.rows
-            before = (
-                inputs.new_zeros(inputs.shape[1:]) if piece.read is None else inputs[piece.read]
-            )
-            seen = torch.cat((before, qkv[rows]))
-            state = (
-                matrices.new_zeros(matrices.shape[1:])
-                if piece.read is None
-                else matrices[piece.read]
-            )
-            q, k, v = self._heads(self._convolve(seen))
-            output, state = chunked(q, k, v, decay[rows], beta[rows], state)
-            for slot in piece.writes:
-                inputs[slot], matrices[slot] = seen[len(seen) - len(before) :], state
-            outputs.append(output)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _convolve(self, seen: Tensor) -> Tensor:
-        """[..., conv_kernel - 1 + T, channels] -> [..., T, channels]"""
-        count = seen.shape[-2] - len(self.taps) + 1
-        return F.silu(sum(seen[..., i : i + count, :] * tap for i, tap in enumerate(self.taps)))
+        inputs, matrices = step.state_cache.layers[layer]
+        q, k, v = self._heads(F.silu(convolve(qkv.float(), self.taps, step.states, inputs)))
+        mixed = self.norm(_delta_rule(q, k, v, decay, beta, step.states, matrices))
+        return self.out((mixed.flatten(1) * F.silu(z.float())).to(h.dtype))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, channels] -> q, k [N, num_value_heads, key_dim], v [N, num_value_heads, value_dim]"""
@@ -154,6 +112,48 @@ class TorchGatedDeltaNet:
             _unit(x.view(len(x), -1, spec.key_dim)).repeat_interleave(shared, 1) for x in (q, k)
         )
         return q * spec.key_dim**-0.5, k, v.view(len(v), -1, spec.value_dim)
+
+
+def _delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, step: StateStep, states: Tensor
+) -> Tensor:
+    """[T, heads, ...] each -> [T, heads, value_dim]; the slots go on."""
+    outputs, count = [], step.num_decodes
+    if count:
+        state = states[step.reads].masked_fill_(step.fresh.view(-1, 1, 1, 1), 0)
+        output, state = recurrent_step(
+            q[:count], k[:count], v[:count], g[:count], beta[:count], state
+        )
+        states[step.writes] = state[step.written]
+        outputs.append(output)
+    for piece in step.pieces:
+        rows, before = piece.rows, read(states, piece)
+        output, state = chunked(q[rows], k[rows], v[rows], g[rows], beta[rows], before)
+        for slot in piece.writes:
+            states[slot] = state
+        outputs.append(output)
+    return torch.cat(outputs)
+
+
+@dataclass(slots=True)
+class TorchShortConv:
+    """B, C, x -> C * conv(B * x) -> out; in float32 between linears"""
+
+    spec: ShortConv
+    inputs: FusedLinear
+    out: FusedLinear
+    taps: Tensor  # float32 [conv_kernel, channels], oldest first
+    bias: Tensor | None  # float32 [channels]
+
+    def __call__(self, h: Tensor, layer: int, step: Step) -> Tensor:
+        """h [T, hidden], normed; layer: whose states."""
+        if step.states is None:
+            raise ValueError("a step without the states of a layer that has one")
+        before, after, x = self.inputs(h).float().chunk(3, dim=1)
+        mixed = convolve(before * x, self.taps, step.states, step.state_cache.layers[layer][0])
+        if self.bias is not None:
+            mixed = mixed + self.bias
+        return self.out((after * mixed).to(h.dtype))
 
 
 def _unit(x: Tensor) -> Tensor:

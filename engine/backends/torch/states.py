@@ -104,3 +104,26 @@ def _pieces(batch: Batch, index: int, row: int) -> list[Piece]:
         if slot != own:
             pieces[-1].writes.append(slot)
     return pieces
+
+
+def convolve(x: Tensor, taps: Tensor, step: StateStep, states: Tensor) -> Tensor:
+    """x [T, channels] through filters [taps, channels], oldest first, each request from the inputs [taps - 1, channels]
+    in its slot of `states` on. Returns [T, channels]; the slots go on."""
+    outputs, count, before = [], step.num_decodes, len(taps) - 1
+    if count:
+        earlier = states[step.reads].masked_fill_(step.fresh.view(-1, 1, 1), 0)
+        seen = torch.cat((earlier, x[:count, None]), 1)
+        outputs.append((seen * taps).sum(1))
+        states[step.writes] = seen[step.written, 1:]
+    for piece in step.pieces:
+        seen = torch.cat((read(states, piece), x[piece.rows]))
+        length = len(seen) - before
+        outputs.append(sum(seen[i : i + length] * tap for i, tap in enumerate(taps)))
+        for slot in piece.writes:
+            states[slot] = seen[length:]
+    return torch.cat(outputs)
+
+
+def read(states: Tensor, piece: Piece) -> Tensor:
+    """The state that a piece goes on from."""
+    return states.new_zeros(states.shape[1:]) if piece.read is None else states[piece.read]

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nibble.architectures.base import Attention, Experts, GatedDeltaNet, ModelSpec, Rope
+from nibble.architectures.base import (
+    Attention,
+    Experts,
+    GatedDeltaNet,
+    ModelSpec,
+    Rope,
+    ShortConv,
+)
 from nibble.quant.checkpoint import Checkpoint
 
 
@@ -35,7 +42,9 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             return None if name is None else prefix + name
 
         h = norm(named(norms.before_mixer), x)
-        if isinstance(layer.mixer, GatedDeltaNet):
+        if isinstance(layer.mixer, ShortConv):
+            mixed = short_conv(h, layer.mixer, weight, f"{prefix}conv.")
+        elif isinstance(layer.mixer, GatedDeltaNet):
             mixed = gated_delta_net(h, layer.mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
         else:
             source = layer.mixer.kv_source
@@ -58,8 +67,8 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             if layer.mlp.fused:
                 gate, up = weight(f"{prefix}mlp.gate_up_proj.weight").chunk(2)
             else:
-                gate, up = (weight(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up"))
-            down = weight(f"{prefix}mlp.down_proj.weight")
+                gate, up = (weight(f"{prefix}{name}.weight") for name in layer.mlp.names[:2])
+            down = weight(f"{prefix}{layer.mlp.names[2]}.weight")
             added = gated_mlp(h, gate, up, down, layer.mlp.activation)
         x = x + spec.residual_scale * norm(named(norms.after_mlp), added)
         if spec.per_layer_inputs is not None:
@@ -71,7 +80,7 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             x = x + norm(f"{prefix}post_per_layer_input_norm", back)
         if layer.scalar:
             x = x * weight(f"{prefix}layer_scalar")
-    x = norm(f"{spec.prefix}norm", x)
+    x = norm(f"{spec.prefix}{spec.final_norm}", x)
     head = embedding if spec.tie_word_embeddings else weight(f"{spec.head}.weight")
     return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
 
@@ -145,6 +154,8 @@ def attention(
     """[T, hidden] -> [T, hidden], and the rotated keys and the values of each head; weight and norm: by name. shared:
     those of another layer."""
     heads, dim, gates = spec.num_heads, spec.head_dim, None
+    layer = prefix.removesuffix("self_attn.")
+    q_norm, k_norm = (layer + name for name in spec.head_norms)
     if spec.fused:
         qkv = h @ weight(f"{prefix}qkv_proj.weight").T
         q, k, v = qkv.split([count * dim for count in (heads, *[spec.num_kv_heads] * 2)], 1)
@@ -158,14 +169,14 @@ def attention(
         both = q.split(dim, 1)
         q, gates = torch.cat(both[::2], 1), both[1::2]
     if spec.qk_norm == "all":
-        q, k = norm(f"{prefix}q_norm", q), norm(f"{prefix}k_norm", k)
+        q, k = norm(q_norm, q), norm(k_norm, k)
     queries = list(q.split(dim, 1))
     if spec.qk_norm == "head":
-        queries = [norm(f"{prefix}q_norm", each) for each in queries]
+        queries = [norm(q_norm, each) for each in queries]
     if shared is None:
         keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
         if spec.qk_norm == "head":
-            keys = [norm(f"{prefix}k_norm", each) for each in keys]
+            keys = [norm(k_norm, each) for each in keys]
         if spec.v_norm:
             values = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in values]
         shared = [rotate(each, spec.rope) for each in keys], values
@@ -175,12 +186,41 @@ def attention(
         at = head // (heads // spec.num_kv_heads)
         mixed = attend(query, shared[0][at], shared[1][at], spec, sinks[head])
         outputs.append(mixed if gates is None else mixed / (1 + torch.exp(-gates[head])))
-    return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T, shared
+    return torch.cat(outputs, 1) @ weight(f"{layer}{spec.out}.weight").T, shared
+
+
+def short_conv(h: Tensor, spec: ShortConv, weight: Any, prefix: str) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight: by name."""
+    before, after, x = (h @ weight(f"{prefix}in_proj.weight").T).chunk(3, 1)
+    gated, filters = before * x, weight(f"{prefix}conv.weight")[:, 0]
+    mixed = torch.zeros_like(gated)
+    for t in range(len(h)):
+        for back in range(min(t + 1, spec.conv_kernel)):
+            mixed[t] += filters[:, spec.conv_kernel - 1 - back] * gated[t - back]
+    if spec.bias:
+        mixed += weight(f"{prefix}conv.bias")
+    return (after * mixed) @ weight(f"{prefix}out_proj.weight").T
+
+
+def by_key_head(h: Tensor, spec: GatedDeltaNet, weight, prefix: str) -> tuple[Tensor, ...]:
+    """q k v, z, b, a, of which each key head's lie together."""
+    K, V = spec.key_dim, spec.num_value_heads // spec.num_key_heads * spec.value_dim
+    parts: list[list[Tensor]] = [[] for _ in range(6)]
+    both = h @ weight(f"{prefix}in_proj_qkvz.weight").T, h @ weight(f"{prefix}in_proj_ba.weight").T
+    for qkvz, ba in zip(*(x.chunk(spec.num_key_heads, 1) for x in both), strict=True):
+        found = (*qkvz.split((K, K, V, V), 1), *ba.chunk(2, 1))
+        for part, x in zip(parts, found, strict=True):
+            part.append(x)
+    q, k, v, z, b, a = (torch.cat(part, 1) for part in parts)
+    return torch.cat((q, k, v), 1), z, b, a
 
 
 def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: str) -> Tensor:
     """[T, hidden] -> [T, hidden]; weight: by name."""
-    qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
+    if spec.fused:
+        qkv, z, b, a = by_key_head(h, spec, weight, prefix)
+    else:
+        qkv, z, b, a = (h @ weight(f"{prefix}in_proj_{x}.weight").T for x in ("qkv", "z", "b", "a"))
     filters = weight(f"{prefix}conv1d.weight")[:, 0]
     convolved = torch.zeros_like(qkv)
     for t in range(len(h)):

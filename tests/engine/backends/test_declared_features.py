@@ -27,6 +27,7 @@ from nibble.architectures.base import (
     PerLayerInputs,
     Rope,
     SharedExpert,
+    ShortConv,
     features,
 )
 from nibble.architectures.registry import ARCHITECTURES
@@ -89,6 +90,12 @@ def with_delta_net(**changes) -> ModelSpec:
     return replace(MODEL, layers=(recurrent, recurrent, LAYER))
 
 
+def with_short_conv(**changes) -> ModelSpec:
+    """In its first two layers."""
+    recurrent = replace(LAYER, mixer=replace(ShortConv(HIDDEN, 3), **changes))
+    return replace(MODEL, layers=(recurrent, recurrent, LAYER))
+
+
 # (class, field) -> models in which it has another value than in MODEL
 CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Rope", "theta"): [with_attention(rope=Rope(500.0))],
@@ -143,6 +150,14 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
     ("GatedDeltaNet", "value_dim"): [with_delta_net(value_dim=16)],
     ("GatedDeltaNet", "conv_kernel"): [with_delta_net(conv_kernel=2)],
+    ("GatedDeltaNet", "fused"): [with_delta_net(fused=True)],
+    ("ShortConv", "channels"): [replace(with_short_conv(channels=80), hidden_size=80)],
+    ("ShortConv", "conv_kernel"): [with_short_conv(conv_kernel=2), with_short_conv(conv_kernel=5)],
+    ("ShortConv", "bias"): [with_short_conv(bias=True)],
+    ("Attention", "out"): [with_attention(out="self_attn.out_proj")],
+    ("Attention", "head_norms"): [with_attention(qk_norm="head", head_norms=("qn", "kn"))],
+    ("GatedMlp", "names"): [with_layers(mlp=GatedMlp(INNER, "silu", names=("w1", "w3", "w2")))],
+    ("ModelSpec", "final_norm"): [replace(MODEL, final_norm="embedding_norm")],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
     ("GatedMlp", "fused"): [with_layers(mlp=GatedMlp(INNER, "silu", fused=True))],
     ("GatedMlp", "activation"): [
@@ -243,7 +258,7 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 
 def test_every_field_has_a_case() -> None:
     classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Experts]
-    classes += [SharedExpert, Rope, PerLayerInputs]
+    classes += [ShortConv, SharedExpert, Rope, PerLayerInputs]
     described = [
         value
         for value in vars(base).values()
@@ -262,7 +277,7 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
 
     tensors = {
         f"{spec.prefix}embed_tokens.weight": normal(spec.vocab_size, spec.hidden_size, scale=1.0),
-        f"{spec.prefix}norm.weight": 1 + normal(spec.hidden_size),
+        f"{spec.prefix}{spec.final_norm}.weight": 1 + normal(spec.hidden_size),
     }
     if not spec.tie_word_embeddings:
         tensors[f"{spec.head}.weight"] = normal(spec.vocab_size, spec.hidden_size)
@@ -281,6 +296,12 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
         for each in dataclasses.fields(layer.norms):
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
+        if isinstance(mixer := layer.mixer, ShortConv):
+            filters = normal(mixer.channels, 1, mixer.conv_kernel, scale=0.5)
+            tensors[f"{prefix}conv.conv.weight"] = filters
+            if mixer.bias:
+                tensors[f"{prefix}conv.conv.bias"] = normal(mixer.channels)
+            continue
         if isinstance(mixer := layer.mixer, GatedDeltaNet):
             heads, own = mixer.num_value_heads, f"{prefix}linear_attn."
             tensors[f"{own}conv1d.weight"] = normal(mixer.channels, 1, mixer.conv_kernel, scale=0.5)
@@ -288,12 +309,13 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             tensors[f"{own}norm.weight"] = 1 + normal(mixer.value_dim)
             continue
         if layer.mixer.qk_norm:
-            counts = {"q_norm": layer.mixer.num_heads}
+            q_norm, k_norm = layer.mixer.head_norms
+            counts = {q_norm: layer.mixer.num_heads}
             if layer.mixer.kv_source is None:
-                counts["k_norm"] = layer.mixer.num_kv_heads
+                counts[k_norm] = layer.mixer.num_kv_heads
             for name, count in counts.items():
                 width = layer.mixer.head_dim * (count if layer.mixer.qk_norm == "all" else 1)
-                tensors[f"{prefix}self_attn.{name}.weight"] = 1 + normal(width)
+                tensors[f"{prefix}{name}.weight"] = 1 + normal(width)
         if layer.mixer.sinks:
             tensors[f"{prefix}self_attn.sinks"] = normal(layer.mixer.num_heads, scale=1.0)
         if layer.scalar:
@@ -430,6 +452,7 @@ def test_what_architectures_ask_for_is_computed_by_the_plain_backend() -> None:
         "intermediate_size": 96,
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
     }
     sizes |= {"vocab_size": 199, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
     sizes |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}

@@ -31,7 +31,7 @@ from nibble.kernels import device as machine
 from .. import models
 
 # Norms of all query and key heads or of values, none before a mixer, experts, recurrent states: torch computes these.
-NOT_TAKEN = {"olmo2", "olmo3", "qwen3.5", "gemma4", "gemma4-shared"} | models.MOE
+NOT_TAKEN = {"olmo2", "olmo3", "gemma4", "gemma4-shared"} | models.MOE | models.RECURRENT
 
 
 @pytest.fixture(scope="module")

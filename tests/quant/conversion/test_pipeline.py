@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
-from nibble.architectures.base import Attention, GatedMlp
+from nibble.architectures.base import Attention, GatedMlp, ShortConv
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -122,6 +122,9 @@ def test_width_that_no_group_divides_stays_dense(make_checkpoint, tmp_path):
 
 MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
        "moe_intermediate_size": 32}  # fmt: skip
+DELTA_NET = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+             "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
+             "rope_parameters": None}  # fmt: skip
 VARIANTS = {
     "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {},
     "seed_oss": {"head_dim": 32, "attention_bias": True},
@@ -135,9 +138,9 @@ VARIANTS = {
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 32}, "qwen3_moe": MOE, "olmoe": MOE,
     "mixtral": MOE, "granitemoe": MOE | {"residual_multiplier": 0.5},
     "dots1": MOE | {"n_shared_experts": 2, "n_group": 2, "norm_topk_prob": True},
-    "qwen3_5_text": {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
-                     "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
-                     "rope_parameters": None},
+    "qwen3_5_text": DELTA_NET, "qwen3_5_moe_text": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
+    "qwen3_next": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "rope_parameters": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
                "layer_types": ["sliding_attention", "full_attention"]},
@@ -189,6 +192,7 @@ def _check_folds(source, index, block, hidden, kwargs, want):
     )
     mlp, kinds = layer.mlp, Counter(fold.kind for fold in folds)
     rows = 1 if isinstance(mlp, GatedMlp) else mlp.num_experts + (mlp.shared is not None)
+    rows += isinstance(layer.mixer, ShortConv)
     assert kinds["norm"] == (layer.norms.before_mlp is not None) * 2 and kinds["rows"] == rows
     has_values = isinstance(layer.mixer, Attention) and not layer.mixer.v_norm
     assert kinds["heads"] == has_values and len(gains) == len(folds)
