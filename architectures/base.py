@@ -126,9 +126,13 @@ class GatedMlp:
         return (rows,) if norm is None else (Fold("norm", norm, gate_up.modules), rows)
 
     @property
-    def inner_width(self) -> int:
-        """Numbers a token has between its products, at most."""
-        return self.intermediate_size
+    def widths(self) -> tuple[int, ...]:
+        """Of what lies between up and down, in each kind of MLP that there is."""
+        return (self.intermediate_size,)
+
+    def numbers_per_token(self, hidden_size: int) -> int:
+        """What a token has between norm and sum, at most: beside 4 * hidden_size."""
+        return 3 * self.intermediate_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +219,15 @@ class Experts:
         return (Fold("norm", norm, read, self.routers), *rows)
 
     @property
-    def inner_width(self) -> int:
-        """Numbers a token has between its products, at most."""
-        shared = 0 if self.shared is None else self.shared.intermediate_size
-        return self.top_k * self.intermediate_size + shared
+    def widths(self) -> tuple[int, ...]:
+        """Of what lies between up and down, in each kind of MLP that there is."""
+        shared = () if self.shared is None else (self.shared.intermediate_size,)
+        return (self.intermediate_size, *shared)
+
+    def numbers_per_token(self, hidden_size: int) -> int:
+        """What a token has between norm and sum, at most: beside 4 * hidden_size. Each expert has its own copy."""
+        paths = self.top_k + (self.shared is not None)
+        return paths * (3 * max(self.widths) + hidden_size) + 2 * self.num_experts
 
 
 FeedForward = GatedMlp | Experts

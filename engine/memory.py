@@ -59,13 +59,14 @@ def activation_bytes(
 ) -> int:
     """An upper bound for one step: the widest intermediate of a full batch, float32 logits twice over, and on a GPU the
     widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
-    inner = max(layer.mlp.inner_width for layer in model.layers)
+    inner = max(width for layer in model.layers for width in layer.mlp.widths)
+    between = max(layer.mlp.numbers_per_token(model.hidden_size) for layer in model.layers)
     mixed = max(
         sum(group.out_features)
         for layer in model.layers
         for group in layer.mixer.groups(model.hidden_size)
     )
-    per_token = 4 * model.hidden_size + 3 * inner + 2 * mixed
+    per_token = 4 * model.hidden_size + between + 2 * mixed
     matrix = 2 * inner * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
     logits = 2 * 4 * config.max_num_seqs * model.vocab_size
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix

@@ -18,12 +18,13 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 11
+#define NB_ABI_VERSION 12
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
 enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3, NB_T4 = 4 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
+enum NbScoring { NB_SOFTMAX = 0, NB_SIGMOID = 1 };
 enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1 };
 
 extern "C" {
@@ -128,7 +129,21 @@ struct NbPerLayerInputs {
   NbLinearGroup projection;
 };
 
-// Norms are [hidden] or null, and so are the mixers but one.
+// A token goes through the top_k of num_experts that score highest; what they give is added, weighted.
+struct NbExperts {
+  int32_t num_experts, top_k;
+  int32_t scoring;                   // NbScoring
+  int32_t norm_weights;              // the scores of the chosen are divided by their sum
+  int32_t groups, best_groups;       // only experts of the best groups are chosen; 0: of all
+  float routed_scale;                // of the weights
+  const float* router;               // [num_experts, hidden]
+  const float* correction_bias;      // [num_experts] what is added to the scores to choose by, or null
+  const NbGatedMlp* experts;         // [num_experts]
+  const NbGatedMlp* shared;          // which every token goes through, or null
+  const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
+};
+
+// Norms are [hidden] or null, and so are the mixers and feed-forwards but one of each.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
@@ -138,6 +153,7 @@ struct NbLayer {
   const NbDeltaNet* delta_net;
   const NbShortConv* short_conv;
   const NbGatedMlp* mlp;
+  const NbExperts* experts;
   const NbPerLayerInput* per_layer_input;  // or null
   float scalar;                      // what leaves the layer is multiplied by it
 };

@@ -3,12 +3,13 @@
 //   x -> input norm -> qkv -> (q, k norm) -> RoPE, cache -> attention (-> gate) -> o -> (norm) -> + x
 //   or                 q k v, z, b, a -> convolution -> gated delta rule -> norm, gate -> out
 //   or                 B, C, x -> C * convolution of B * x -> out
-//     -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x
+//     -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x      or experts.h
 //
 // Activations between the products are float32; a product's inputs are int8 codes or bfloat16.
 #pragma once
 #include "attention.h"
 #include "delta_net.h"
+#include "experts.h"
 #include "isa.h"
 
 namespace NB_ISA {
@@ -17,15 +18,6 @@ using nibble::LinearJob;
 using nibble::LogitsJob;
 using nibble::StepBuffers;
 using nibble::StepJob;
-
-// Calls f(row) for every row, some rows a chunk.
-template <class F> inline void for_rows(Worker& worker, int rows, F f) {
-  int size = rows / (4 * worker.threads);
-  size = size < 1 ? 1 : size > 16 ? 16 : size;
-  nibble::parallel(worker, (rows + size - 1) / size, [&](int chunk) {
-    for (int row = chunk * size; row < min_int(rows, (chunk + 1) * size); row++) f(row);
-  });
-}
 
 struct Step {
   const NbModel& m;
@@ -59,6 +51,13 @@ struct Step {
     float* normed = (float*)worker.scratch;
     if (weight) rms_norm(from, weight, m.hidden, m.eps, normed);
     prepare_all(group, inputs, row, weight ? normed : from, normed + m.hidden);
+  }
+
+  void norm_for_experts(int row, const float* weight) const {
+    const float* from = x + (int64_t)row * m.hidden;
+    float* to = b.experts.h + (int64_t)row * m.hidden;
+    if (weight) rms_norm(from, weight, m.hidden, m.eps, to);
+    else memcpy(to, from, sizeof(float) * m.hidden);
   }
 
   void prepare_rows(Worker& worker, const NbLinearGroup& group, const float* from, int width) const {
@@ -162,24 +161,13 @@ struct Step {
   }
 
   void gate_up(Worker& worker, const NbGatedMlp& mlp) const {
-    const NbLinearGroup& group = mlp.gate_up;
-    const NbLinear &gate = group.linears[0], &up = group.linears[1];
-    Activations from_gate = view(group.inputs[gate.input], inputs[gate.input]);
-    Activations from_up = view(group.inputs[up.input], inputs[up.input]);
-    Grid grid(batch.num_tokens, tiles_of(gate), worker.threads);
+    int tiles = tiles_of(mlp.gate_up.linears[0]);
+    Grid grid(batch.num_tokens, tiles, worker.threads);
     nibble::parallel(worker, grid.chunks(), [&](int chunk) {
       int row = chunk / grid.tile_blocks * kMaxRows, tile = chunk % grid.tile_blocks * grid.tiles;
-      int rows = min_int(kMaxRows, batch.num_tokens - row), end = min_int(tile + grid.tiles, tiles_of(gate));
-      int columns = (end - tile) * 16;
-      float *gates = (float*)worker.scratch, *ups = gates + kMaxRows * 256;
-      product<false>(gate, from_gate, row, rows, tile, end, gates, columns);
-      product<false>(up, from_up, row, rows, tile, end, ups, columns);
-      int outputs = min_int(columns, gate.n - tile * 16);
-      for (int r = 0; r < rows; r++)
-        for (int i = 0; i < outputs; i += 16) {
-          F32 y = f_mul(activate(f_load(gates + r * columns + i), mlp.activation), f_load(ups + r * columns + i));
-          f_store(b.inner + (int64_t)(row + r) * mlp.intermediate + tile * 16 + i, y);
-        }
+      gated_product(worker, mlp, inputs, row, min_int(kMaxRows, batch.num_tokens - row), tile,
+                    min_int(tile + grid.tiles, tiles), b.inner + (int64_t)row * mlp.intermediate + tile * 16,
+                    mlp.intermediate);
     });
   }
 
@@ -318,6 +306,10 @@ struct Step {
     add_product(worker, mlp.down, after);
   }
 
+  void experts(Worker& worker, const NbExperts& e, const float* after) const {
+    ExpertStep{e, b, batch.num_tokens, m.hidden}.run(worker, after ? b.y : x, after != nullptr);
+  }
+
   // What all layers are told of the tokens once more, into b.per_layer. Embeds the tokens.
   void per_layer_inputs(Worker& worker, const NbPerLayerInputs& p) const {
     int width = p.width, all = m.num_layers * width;
@@ -393,9 +385,11 @@ struct Step {
       }
       for_rows(worker, batch.num_tokens, [&](int row) {
         add_normed(worker, row, layer.after_mixer);
-        norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);
+        if (layer.mlp) norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);
+        else norm_for_experts(row, layer.before_mlp);
       });
-      gated_mlp(worker, *layer.mlp, layer.after_mlp);
+      if (layer.mlp) gated_mlp(worker, *layer.mlp, layer.after_mlp);
+      else experts(worker, *layer.experts, layer.after_mlp);
       if (layer.per_layer_input) per_layer_input(worker, l, *layer.per_layer_input);
     }
     for_rows(worker, batch.num_tokens, [&](int row) {

@@ -117,6 +117,31 @@ inline void prepare(const NbInput& input, const InputBuffer& buffer, int row, co
   }
 }
 
+// Calls f(row) for every row, some rows a chunk.
+template <class F> inline void for_rows(Worker& worker, int rows, F f) {
+  int size = rows / (4 * worker.threads);
+  size = size < 1 ? 1 : size > 16 ? 16 : size;
+  nibble::parallel(worker, (rows + size - 1) / size, [&](int chunk) {
+    for (int row = chunk * size; row < min_int(rows, (chunk + 1) * size); row++) f(row);
+  });
+}
+
+// act(gate) * up of some rows, tiles [tile, end): out is where the first row's first output goes.
+inline void gated_product(Worker& worker, const NbGatedMlp& mlp, const InputBuffer* inputs, int row, int rows, int tile,
+                          int end, float* out, int64_t stride) {
+  const NbLinearGroup& group = mlp.gate_up;
+  const NbLinear &gate = group.linears[0], &up = group.linears[1];
+  int columns = (end - tile) * 16, outputs = min_int(columns, gate.n - tile * 16);
+  float *gates = (float*)worker.scratch, *ups = gates + kMaxRows * 256;
+  product<false>(gate, view(group.inputs[gate.input], inputs[gate.input]), row, rows, tile, end, gates, columns);
+  product<false>(up, view(group.inputs[up.input], inputs[up.input]), row, rows, tile, end, ups, columns);
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < outputs; i += 16) {
+      F32 y = f_mul(activate(f_load(gates + r * columns + i), mlp.activation), f_load(ups + r * columns + i));
+      f_store(out + r * stride + i, y);
+    }
+}
+
 inline void prepare_all(const NbLinearGroup& group, const InputBuffer* buffers, int row, const float* x, float* padded) {
   for (int i = 0; i < group.num_inputs; i++) prepare(group.inputs[i], buffers[i], row, x, padded);
 }

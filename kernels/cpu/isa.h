@@ -10,6 +10,7 @@ struct Unit {
   int32_t item, first, count;
 };
 
+constexpr int kExpertRows = 64;  // pairs of a unit of experts
 constexpr int kQueryTile = 32;  // query rows (token, head) of a unit
 
 // How the tokens of a step are cut up for attention.
@@ -18,7 +19,28 @@ struct Units {
   int32_t count;
 };
 
+// Some tokens of one expert: pairs first .. first + rows of those that chose it.
+struct ExpertUnit {
+  int32_t expert, first, rows;
+};
+
+// What the tokens of a step choose. A pair is a token and an expert; the shared expert comes after all others.
+struct ExpertBuffers {
+  float* h;               // [tokens, hidden] normed
+  float* scores;          // [tokens, num_experts]
+  int32_t* chosen;        // [tokens, top_k]
+  float* weights;         // [tokens, top_k + 1], the shared expert's last
+  int32_t* firsts;        // [num_experts + 2] the first pair of each expert
+  int32_t* pair_tokens;   // [pairs] by expert, then by token
+  int32_t* pair_experts;
+  float* pair_weights;
+  ExpertUnit* units;
+  int32_t* num_units;
+};
+
 struct StepBuffers {
+  // Bytes and groups of a row of each input.
+  size_t row_bytes[NB_MAX_INPUTS], row_groups[NB_MAX_INPUTS];
   char* inputs[NB_MAX_INPUTS];  // prepared activations, see InputBuffer
   float* scales[NB_MAX_INPUTS];
   int32_t* sums[NB_MAX_INPUTS];
@@ -27,12 +49,13 @@ struct StepBuffers {
   float* convolved;      // [tokens, channels]
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
-  float* inner;          // [tokens, intermediate], and what a layer is told once more
+  float* inner;          // [tokens or pairs, intermediate], and what a layer is told once more
   float* y;              // [tokens, hidden]: a product whose norm comes before the sum
   float* per_layer;      // [tokens, layers, width of their inputs]
   float* angles[NB_MAX_ROPES];  // [tokens, 2, rope dim / 2]: cosines, sines
   int32_t* row_items;    // [tokens] which item a row belongs to
   int32_t* item_rows;    // [items] its first row
+  ExpertBuffers experts;
   Units units[kQueryTile + 1];  // by the most tokens that one has; those that some layer needs
 };
 
@@ -84,6 +107,20 @@ inline const NbLinearGroup& mixer_out(const NbLayer& l) {
 inline int unit_tokens(const NbAttention& a) {
   int tokens = kQueryTile / (a.num_heads / a.num_kv_heads);
   return tokens < 1 ? 1 : tokens;
+}
+
+// Experts that a token goes through.
+inline int paths(const NbExperts& e) { return e.top_k + (e.shared ? 1 : 0); }
+
+inline int most_units(int tokens, const NbExperts& e) {
+  int pairs = tokens * paths(e), all = e.num_experts + (e.shared ? 1 : 0);
+  return (pairs < all ? pairs : all) + pairs / kExpertRows;
+}
+
+// Numbers a pair has between its products.
+inline int inner_width(const NbExperts& e) {
+  int width = e.experts[0].intermediate;
+  return e.shared && e.shared->intermediate > width ? e.shared->intermediate : width;
 }
 
 }  // namespace nibble

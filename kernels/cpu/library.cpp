@@ -92,21 +92,56 @@ void widen(InputSize* sizes, const NbLinearGroup& group) {
   }
 }
 
+void widen(InputSize* sizes, const NbGatedMlp& mlp) {
+  widen(sizes, mlp.gate_up);
+  widen(sizes, mlp.down);
+}
+
 void place_inputs(Arena& arena, StepBuffers& b, const InputSize* sizes, size_t rows) {
   for (int i = 0; i < NB_MAX_INPUTS; i++) {
+    b.row_bytes[i] = sizes[i].data;
+    b.row_groups[i] = sizes[i].groups;
     b.inputs[i] = arena.take<char>(rows * sizes[i].data);
     b.scales[i] = arena.take<float>(rows * sizes[i].groups);
     b.sums[i] = arena.take<int32_t>(rows * sizes[i].groups);
   }
 }
 
+// The most that any layer has.
+struct ExpertSize {
+  size_t count = 0, paths = 0, units = 0;
+  void widen(const NbExperts& e, int tokens) {
+    units = std::max(units, size_t(most_units(tokens, e)));
+    count = std::max(count, size_t(e.num_experts));
+    paths = std::max(paths, size_t(nibble::paths(e)));
+  }
+};
+
+void place_experts(Arena& arena, ExpertBuffers& b, const ExpertSize& size, size_t rows, size_t hidden) {
+  size_t pairs = rows * size.paths;
+  b.h = arena.take<float>(rows * hidden);
+  b.scores = arena.take<float>(rows * size.count);
+  b.chosen = arena.take<int32_t>(pairs);
+  b.weights = arena.take<float>(rows * (size.paths + 1));
+  b.firsts = arena.take<int32_t>(size.count + 2);
+  b.pair_tokens = arena.take<int32_t>(pairs);
+  b.pair_experts = arena.take<int32_t>(pairs);
+  b.pair_weights = arena.take<float>(pairs);
+  b.units = arena.take<ExpertUnit>(size.units);
+  b.num_units = arena.take<int32_t>(1);
+}
+
 void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch) {
   size_t rows = batch.num_tokens;
-  place_inputs(arena, b, sizes, rows);
   size_t qkv = 0, queries = 0, attended = 0, channels = 0, inner = 0;
+  ExpertSize experts;
   bool wanted[kQueryTile + 1] = {};
   for (int l = 0; l < m.num_layers; l++) {
-    inner = std::max(inner, size_t(m.layers[l].mlp->intermediate));
+    if (const NbGatedMlp* mlp = m.layers[l].mlp) inner = std::max(inner, rows * mlp->intermediate);
+    if (const NbExperts* e = m.layers[l].experts) {
+      inner = std::max(inner, rows * paths(*e) * inner_width(*e));
+      experts.widen(*e, batch.num_tokens);
+    }
     if (const NbShortConv* conv = m.layers[l].short_conv) {
       qkv = std::max(qkv, 3 * size_t(conv->channels));
       continue;
@@ -122,14 +157,16 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
     queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
     wanted[unit_tokens(a)] = true;
   }
-  if (m.per_layer_inputs) inner = std::max(inner, size_t(m.per_layer_inputs->width));
+  if (m.per_layer_inputs) inner = std::max(inner, rows * m.per_layer_inputs->width);
+  place_inputs(arena, b, sizes, rows * std::max(size_t(1), experts.paths));
   b.qkv = arena.take<float>(rows * qkv);
   b.queries = arena.take<uint16_t>(rows * queries);
   b.attended = arena.take<float>(rows * std::max(queries, attended));
   b.convolved = arena.take<float>(rows * channels);
-  b.inner = arena.take<float>(rows * inner);
+  b.inner = arena.take<float>(inner);
   b.y = arena.take<float>(rows * m.hidden);
   b.per_layer = arena.take<float>(m.per_layer_inputs ? rows * m.num_layers * m.per_layer_inputs->width : 0);
+  if (experts.count) place_experts(arena, b.experts, experts, rows, m.hidden);
   for (int i = 0; i < m.num_ropes; i++) b.angles[i] = arena.take<float>(rows * m.ropes[i].dim);
   b.row_items = arena.take<int32_t>(rows);
   b.item_rows = arena.take<int32_t>(batch.num_items);
@@ -191,8 +228,12 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   InputSize sizes[NB_MAX_INPUTS];
   for (int l = 0; l < model->num_layers; l++) {
     const NbLayer& layer = model->layers[l];
-    for (const NbLinearGroup* group : {&mixer_in(layer), &mixer_out(layer), &layer.mlp->gate_up, &layer.mlp->down})
-      widen(sizes, *group);
+    for (const NbLinearGroup* group : {&mixer_in(layer), &mixer_out(layer)}) widen(sizes, *group);
+    if (layer.mlp) widen(sizes, *layer.mlp);
+    if (const NbExperts* e = layer.experts) {
+      for (int i = 0; i < e->num_experts; i++) widen(sizes, e->experts[i]);
+      if (e->shared) widen(sizes, *e->shared);
+    }
     if (const NbPerLayerInput* input = layer.per_layer_input)
       for (const NbLinearGroup* group : {&input->gate, &input->projection}) widen(sizes, *group);
   }
@@ -204,7 +245,7 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   place_step(arena, buffers, sizes, *model, *batch);
   lay_out(buffers, *batch);
   StepJob job{model, batch, &buffers, hidden};
-  team_run(pool->team, pool->kernels->forward, &job, 16 * model->num_layers + 8);
+  team_run(pool->team, pool->kernels->forward, &job, 20 * model->num_layers + 8);
 }
 
 static void place_rows(NbPool* pool, const NbLinearGroup& group, int rows, StepBuffers& buffers) {

@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 11
+_ABI_VERSION = 12
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -22,6 +22,7 @@ _NEEDED_CPU = {
 
 U4, U8, FP8, DENSE, T4 = range(5)  # NbFormat
 MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
+SCORINGS = {"softmax": 0, "sigmoid": 1}  # NbScoring
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # NbActivation
 
 
@@ -143,6 +144,23 @@ class NbPerLayerInputs(ctypes.Structure):
     ]
 
 
+class NbExperts(ctypes.Structure):
+    _fields_ = [
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("scoring", c_int32),
+        ("norm_weights", c_int32),
+        ("groups", c_int32),
+        ("best_groups", c_int32),
+        ("routed_scale", c_float),
+        ("router", c_void_p),
+        ("correction_bias", c_void_p),
+        ("experts", POINTER(NbGatedMlp)),
+        ("shared", POINTER(NbGatedMlp)),
+        ("shared_gate", c_void_p),
+    ]
+
+
 class NbLayer(ctypes.Structure):
     _fields_ = [
         ("before_mixer", c_void_p),
@@ -153,6 +171,7 @@ class NbLayer(ctypes.Structure):
         ("delta_net", POINTER(NbDeltaNet)),
         ("short_conv", POINTER(NbShortConv)),
         ("mlp", POINTER(NbGatedMlp)),
+        ("experts", POINTER(NbExperts)),
         ("per_layer_input", POINTER(NbPerLayerInput)),
         ("scalar", c_float),
     ]

@@ -58,7 +58,7 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     ]
     sizes: dict[str, int] = {}
     grouped = {module for group in groups for module in group}
-    small = sorted(shapes.keys() - grouped)
+    small = sorted(shapes.keys() - grouped - set(source.spec.routers))
     if source.spec.per_layer_inputs is not None:
         small.append(f"{source.spec.prefix}per_layer_model_projection")
     dense = dict.fromkeys(small, "they are small, and what they say is felt")

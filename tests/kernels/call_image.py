@@ -27,6 +27,7 @@ _STRUCTURES = (
     lib.NbDeltaNet,
     lib.NbShortConv,
     lib.NbGatedMlp,
+    lib.NbExperts,
     lib.NbPerLayerInput,
     lib.NbPerLayerInputs,
     lib.NbLayer,

@@ -25,6 +25,7 @@ import transformers
 from call_image import Image, Result
 from torch import Tensor
 
+from nibble.engine.backends.cpp.layers import CppExperts
 from nibble.engine.config import EngineConfig
 from nibble.engine.runner import Runner
 from nibble.kernels.cpu import library
@@ -52,6 +53,7 @@ DECODERS = [
     ("mistral-window", "int4", "int8"),
     ("qwen3", "int4", "auto"),
     ("qwen2", "fp8", "auto"),
+    ("qwen2-moe", "int4", "auto"),
 ]
 LIMIT = 2e-3
 CORE, OLD_CORE = "neoverse-n1", "cortex-a53"  # with and without the dot product instructions
@@ -162,6 +164,10 @@ def add_decoder(
         image.arrays(linears)
     for layer in decoder.layers:
         image.structure(layer.mixer.struct)
+        if isinstance(layer.mlp, CppExperts):
+            image.structure(layer.mlp.array)
+            if layer.mlp.shared is not None:
+                image.structure(layer.mlp.shared.struct)
         image.structure(layer.mlp.struct)
     for pointed_to in (decoder.ropes.struct, decoder.layer_structs):
         image.structure(pointed_to)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ....architectures.base import (
     Attention,
+    Experts,
     GatedDeltaNet,
-    GatedMlp,
     PerLayerInputs,
     Rope,
     ShortConv,
@@ -22,6 +22,7 @@ from ....kernels.cpu import library as lib
 from ....kernels.cpu.library import (
     NbAttention,
     NbDeltaNet,
+    NbExperts,
     NbGatedMlp,
     NbLayer,
     NbPerLayerInput,
@@ -185,15 +186,15 @@ class CppShortConv:
 class CppGatedMlp:
     """Groups gate, up and down."""
 
-    spec: GatedMlp
+    activation: str
     gate_up: PreparedGroup
     down: PreparedGroup
     struct: NbGatedMlp = field(init=False)
 
     def __post_init__(self) -> None:
         self.struct = NbGatedMlp(
-            self.spec.intermediate_size,
-            lib.ACTIVATIONS[self.spec.activation],
+            self.down.linears[0].k,
+            lib.ACTIVATIONS[self.activation],
             self.gate_up.struct(),
             self.down.struct(),
         )
@@ -201,6 +202,42 @@ class CppGatedMlp:
     @property
     def groups(self) -> list[PreparedGroup]:
         return [self.gate_up, self.down]
+
+
+@dataclass(slots=True)
+class CppExperts:
+    """A router, gated MLPs, and one that every token goes through, where there is one."""
+
+    spec: Experts
+    router: Tensor  # float32 [num_experts, hidden]
+    correction_bias: Tensor | None  # float32 [num_experts]
+    experts: list[CppGatedMlp]
+    shared: CppGatedMlp | None
+    shared_gate: Tensor | None  # float32 [1, hidden]
+    array: ctypes.Array[NbGatedMlp] = field(init=False)
+    struct: NbExperts = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        self.array = (NbGatedMlp * len(self.experts))(*(each.struct for each in self.experts))
+        self.struct = NbExperts(
+            spec.num_experts,
+            spec.top_k,
+            lib.SCORINGS[spec.scoring],
+            spec.norm_weights,
+            *(spec.limited_groups or (0, 0)),
+            spec.routed_scale,
+            pointer(self.router),
+            pointer(self.correction_bias),
+            self.array,
+            None if self.shared is None else ctypes.pointer(self.shared.struct),
+            pointer(self.shared_gate),
+        )
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        each = self.experts if self.shared is None else [*self.experts, self.shared]
+        return [group for mlp in each for group in mlp.groups]
 
 
 @dataclass(slots=True)
@@ -249,7 +286,7 @@ class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
     mixer: CppAttention | CppDeltaNet | CppShortConv
-    mlp: CppGatedMlp
+    mlp: CppGatedMlp | CppExperts
     before_mixer: Tensor | None
     after_mixer: Tensor | None
     before_mlp: Tensor | None
@@ -265,13 +302,14 @@ class CppLayer:
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
         mixer = self.mixer.point(ropes, cache_offset)
-        told = self.per_layer_input
+        told, mlp = self.per_layer_input, self.mlp
         return NbLayer(
             *map(pointer, norms),
             ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbShortConv) else None,
-            ctypes.pointer(self.mlp.struct),
+            ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
+            ctypes.pointer(mlp.struct) if isinstance(mlp, CppExperts) else None,
             None if told is None else ctypes.pointer(told.struct),
             self.scalar,
         )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ....architectures.base import (
     Attention,
+    Experts,
     GatedDeltaNet,
-    GatedMlp,
     LayerSpec,
     LinearGroup,
     ModelSpec,
@@ -29,6 +29,7 @@ from .decoder import CppDecoder
 from .layers import (
     CppAttention,
     CppDeltaNet,
+    CppExperts,
     CppGatedMlp,
     CppLayer,
     CppPerLayerInput,
@@ -89,6 +90,17 @@ class CppBackend:
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
+            "experts",
+            "experts.activation=silu",
+            "experts.activation=gelu_tanh",
+            "experts.scoring=softmax",
+            "experts.scoring=sigmoid",
+            "experts.norm_weights",
+            "experts.routed_scale",
+            "experts.correction_bias",
+            "experts.limited_groups",
+            "shared_expert",
+            "shared_expert.gated",
         }
     )
 
@@ -128,7 +140,7 @@ class CppBackend:
         *_, out = mixer.groups(model.hidden_size)
         sizes: tuple[int, ...] = (
             model.hidden_size,
-            layer.mlp.intermediate_size,
+            *layer.mlp.widths,
             out.in_features,
         )
         if (told := model.per_layer_inputs) is not None:
@@ -213,23 +225,15 @@ class _Loader:
         model, weights = self.weights.model, self.weights
         spec, prefix = model.layers[index], f"{model.layer_name(index)}."
         norms = spec.norms
-        gate_up, down = spec.mlp.groups(model.hidden_size)
 
         def norm(name: str | None, scale: float = 1.0) -> Tensor | None:
             return None if name is None else weights.norm(prefix + name, model.hidden_size) * scale
 
-        if not isinstance(spec.mlp, GatedMlp):
-            raise TypeError("a layer that why_not refuses")
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
         return CppLayer(
             self._mixer(index, 1.0 if norms.after_mixer else scale),
-            CppGatedMlp(
-                spec.mlp,
-                # two products, however stored
-                self._layer_group(index, gate_up, parts=2 // len(gate_up.modules)),
-                self._layer_group(index, down, 1.0 if norms.after_mlp else scale),
-            ),
+            self._feed_forward(index, 1.0 if norms.after_mlp else scale),
             norm(norms.before_mixer),
             norm(norms.after_mixer, scale),
             norm(norms.before_mlp),
@@ -294,6 +298,35 @@ class _Loader:
         """A linear that is of no group."""
         shape = (out_features, in_features)
         return self._prepared(module, [shape], lambda: [self.weights.linear(module, *shape)])
+
+    def _feed_forward(self, index: int, scale: float) -> CppGatedMlp | CppExperts:
+        model, weights = self.weights.model, self.weights
+        spec = model.layers[index].mlp
+        if not isinstance(spec, Experts):
+            return self._gated_mlp(index, spec.activation, spec.groups(model.hidden_size), scale)
+        names, bias, gate = spec.names, None, None
+        if spec.correction_bias:
+            bias = weights.correction_bias(index, names.router, spec.num_experts)
+        if spec.shared is not None and spec.shared.gated:
+            gate = weights.router(index, names.shared_gate, 1)
+        experts = [
+            self._gated_mlp(index, spec.activation, pair, scale)
+            for pair in spec.members(model.hidden_size)
+        ]
+        shared = experts.pop() if spec.shared is not None else None
+        router = weights.router(index, names.router, spec.num_experts)
+        return CppExperts(spec, router, bias, experts, shared, gate)
+
+    def _gated_mlp(
+        self, index: int, activation: str, pair: tuple[LinearGroup, LinearGroup], scale: float
+    ) -> CppGatedMlp:
+        gate_up, down = pair
+        parts = 2 // len(gate_up.modules)  # two products, however stored
+        return CppGatedMlp(
+            activation,
+            self._layer_group(index, gate_up, parts=parts),
+            self._layer_group(index, down, scale),
+        )
 
     def _prepared(
         self,

@@ -208,8 +208,7 @@ class _Loader:
         router = self.weights.router(index, names.router, mlp.num_experts).to(device)
         bias = gate = None
         if mlp.correction_bias:
-            name = f"{self.weights.model.layer_name(index)}.{names.router}.e_score_correction_bias"
-            bias = self.weights.vector(name, mlp.num_experts).to(device)
+            bias = self.weights.correction_bias(index, names.router, mlp.num_experts).to(device)
         if mlp.shared is not None and mlp.shared.gated:
             gate = self.weights.router(index, names.shared_gate, 1).to(device)
         each = [

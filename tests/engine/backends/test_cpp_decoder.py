@@ -34,10 +34,7 @@ def make_runner(folder: Path, **more) -> Runner:
     )
 
 
-NOT_TAKEN = models.MOE
-
-
-@pytest.fixture(scope="module", params=sorted(set(models.CONFIGS) - NOT_TAKEN))
+@pytest.fixture(scope="module", params=sorted(models.CONFIGS))
 def folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     models.build(request.param, folder)
@@ -88,9 +85,12 @@ def test_logits_err_no_more_than_torch_in_bfloat16(folder: Path, isa: str) -> No
     """Against float32, past the sliding window (24) and over several blocks and key steps."""
     ids = prompt(150)
     exact = make_runner(folder, dtype="float32").logits(ids)
-    torchs = (make_runner(folder, cpu_isa="none").logits(ids) - exact).norm()
-    ours = (make_runner(folder, cpu_isa=isa).logits(ids) - exact).norm()
-    assert ours <= torchs
+    torchs = make_runner(folder, cpu_isa="none").logits(ids) - exact
+    ours = make_runner(folder, cpu_isa=isa).logits(ids) - exact
+    if any(name in folder.name for name in models.MOE):  # some tokens choose another expert
+        assert ours.norm(dim=1).median() <= torchs.norm(dim=1).median()
+    else:
+        assert ours.norm() <= torchs.norm()
 
 
 @pytest.mark.parametrize("chunk", [256, 7, 1])
