@@ -143,7 +143,7 @@ struct NbExperts {
   const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
 };
 
-// Norms are [hidden] or null, and so are the mixers and feed-forwards but one of each.
+// Norms are [hidden] or null, and so are the mixers but one and one of the feed-forwards.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;

@@ -16,7 +16,7 @@ namespace {
 enum Kind { kLinear = 0, kForward = 1, kLogits = 2 };
 
 struct Header {
-  int64_t sizes[13];  // of the structures, as Python knows them
+  int64_t sizes[14];  // of the structures, as Python knows them
   int64_t relocations, num_relocations, calls, num_calls;
 };
 
@@ -26,8 +26,8 @@ struct Call { int64_t kind, object, input, rows, output; };
 
 constexpr int64_t kSizes[14] = {sizeof(NbLinear),    sizeof(NbInput),    sizeof(NbLinearGroup),
                                sizeof(NbRope),      sizeof(NbAttention), sizeof(NbDeltaNet), sizeof(NbShortConv),
-                               sizeof(NbGatedMlp),  sizeof(NbExperts),
-                               sizeof(NbPerLayerInput), sizeof(NbPerLayerInputs),
+                               sizeof(NbGatedMlp),  sizeof(NbExperts),   sizeof(NbPerLayerInput),
+                               sizeof(NbPerLayerInputs),
                                sizeof(NbLayer),     sizeof(NbModel),    sizeof(NbBatch)};
 
 [[noreturn]] void fail(const char* why) {
