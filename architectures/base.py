@@ -153,6 +153,7 @@ class ExpertNames:
     up: str = "mlp.experts.*.up_proj"
     down: str = "mlp.experts.*.down_proj"
     router: str = "mlp.gate"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
     # tensors [num_experts, 2 * inner, hidden] (gate above up) and [num_experts, hidden, inner], where they are stacked
     stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     interleaved: bool = False  # there gate and up take turns, row by row
@@ -177,7 +178,7 @@ class Experts:
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_weights: bool = False  # the chosen scores are divided by their sum
     routed_scale: float = 1.0
-    # added to the scores to choose by, and to them only: float32 [num_experts], the router's e_score_correction_bias
+    # added to the scores to choose by, and to them only: float32 [num_experts]
     correction_bias: bool = False
     # (groups, best): consecutive experts form groups; only those in the groups whose two best sum highest are chosen
     limited_groups: tuple[int, int] | None = None

@@ -58,6 +58,7 @@ ARCHITECTURES = (
     Architecture("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", qwen3_5.qwen3_5_moe),
     Architecture("Qwen3NextForCausalLM", "qwen3_next", qwen3_5.qwen3_next),
     Architecture("Lfm2ForCausalLM", "lfm2", lfm2.lfm2),
+    Architecture("Lfm2MoeForCausalLM", "lfm2_moe", lfm2.lfm2_moe),
     Architecture("SeedOssForCausalLM", "seed_oss", seed_oss.spec),
     Architecture("SmolLM3ForCausalLM", "smollm3", smollm3.spec),
     Architecture("Phi3ForCausalLM", "phi3", phi.phi3),

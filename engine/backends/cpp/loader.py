@@ -307,7 +307,7 @@ class _Loader:
             return self._gated_mlp(index, spec.activation, spec.groups(model.hidden_size), scale)
         names, bias, gate = spec.names, None, None
         if spec.correction_bias:
-            bias = weights.correction_bias(index, names.router, spec.num_experts)
+            bias = weights.correction_bias(index, names.correction_bias, spec.num_experts)
         if spec.shared is not None and spec.shared.gated:
             gate = weights.router(index, names.shared_gate, 1)
         experts = [

@@ -209,7 +209,8 @@ class _Loader:
         router = self.weights.router(index, names.router, mlp.num_experts).to(device)
         bias = gate = None
         if mlp.correction_bias:
-            bias = self.weights.correction_bias(index, names.router, mlp.num_experts).to(device)
+            bias = self.weights.correction_bias(index, names.correction_bias, mlp.num_experts)
+            bias = bias.to(device)
         if mlp.shared is not None and mlp.shared.gated:
             gate = self.weights.router(index, names.shared_gate, 1).to(device)
         pairs = (self._groups(index, pair) for pair in mlp.members(self.weights.model.hidden_size))

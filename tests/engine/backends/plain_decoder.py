@@ -113,7 +113,7 @@ def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Ten
         raise NotImplementedError(spec.scoring)
     bias = [0.0] * len(scores)
     if spec.correction_bias:
-        bias = weight(f"{spec.names.router}.e_score_correction_bias").tolist()
+        bias = weight(spec.names.correction_bias).tolist()
     ranks = [score + more for score, more in zip(scores, bias, strict=True)]
     allowed = list(range(len(ranks)))
     if spec.limited_groups is not None:

@@ -293,7 +293,8 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             tensors[f"{router}.weight"] = normal(layer.mlp.num_experts, spec.hidden_size)
             tensors |= {f"{name}.weight": normal(1, spec.hidden_size) for name in gate}
             if layer.mlp.correction_bias:
-                tensors[f"{router}.e_score_correction_bias"] = normal(layer.mlp.num_experts)
+                bias = normal(layer.mlp.num_experts)
+                tensors[f"{prefix}{layer.mlp.names.correction_bias}"] = bias
         for each in dataclasses.fields(layer.norms):
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)

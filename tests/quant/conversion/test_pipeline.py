@@ -141,6 +141,7 @@ VARIANTS = {
     "dots1": MOE | {"n_shared_experts": 2, "n_group": 2, "norm_topk_prob": True},
     "qwen3_5_text": DELTA_NET, "qwen3_5_moe_text": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
     "qwen3_next": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
+    "lfm2_moe": MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0, "rope_parameters": None},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "rope_parameters": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
