@@ -168,17 +168,26 @@ def dequantized(out: Path, original: Path) -> Path:
 def _stack(
     tensors: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str, experts: Experts
 ) -> None:
-    """One tensor for the matrices of all experts, where that is what is wanted."""
+    """One tensor for the matrices of all experts, and one for their biases, where that is what is wanted."""
     names = experts.names
+    transposed = False  # gate and up say it for down, which may be square
     for stack, parts in zip(names.stacked, ((names.gate, names.up), (names.down,)), strict=True):
-        if (name := prefix + stack) in wanted:
-            each = [
-                [tensors.pop(f"{prefix}{part}.weight".replace("*", str(i))) for part in parts]
-                for i in range(experts.num_experts)
-            ]
-            stacked = torch.stack([torch.cat(matrices) for matrices in each])
-            usual = stacked.shape == wanted[name].shape
-            tensors[name] = stacked if usual else stacked.mT.contiguous()
+        for wanted_name, kind in ((stack, "weight"), (f"{stack}_bias", "bias")):
+            if (name := prefix + wanted_name) in wanted:
+                each = [
+                    [tensors.pop(f"{prefix}{part}.{kind}".replace("*", str(i))) for part in parts]
+                    for i in range(experts.num_experts)
+                ]
+                join = _interleave if names.interleaved else torch.cat
+                stacked = torch.stack([join(matrices) for matrices in each])
+                if kind == "weight":
+                    transposed |= stacked.shape != wanted[name].shape
+                    stacked = stacked.mT.contiguous() if transposed else stacked
+                tensors[name] = stacked
+
+
+def _interleave(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows, 1).flatten(0, 1)
 
 
 def divergence(got: Tensor, want: Tensor) -> float:
