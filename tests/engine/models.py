@@ -10,6 +10,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     Lfm2Config,
@@ -135,6 +136,15 @@ CONFIGS = {
         norm_topk_prob=True,
         decoder_sparse_step=2,
     ),
+    "gpt-oss": GptOssConfig(
+        **_SIZES | {"intermediate_size": 64},
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        sliding_window=24,
+        swiglu_limit=0.7,
+        rope_parameters=_YARN | {"truncate": False},
+    ),
     "olmoe": OlmoeConfig(**_SIZES, num_experts=8, num_experts_per_tok=3),
     "mixtral": MixtralConfig(**_SIZES, num_local_experts=4, sliding_window=24),
     "granitemoe": GraniteMoeConfig(
@@ -251,7 +261,7 @@ CONFIGS = {
 
 
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
-MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe"}
+MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss"}
 RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased", "lfm2-moe"}
 
 

@@ -177,6 +177,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_experts(norm_weights=True, scoring="sigmoid"),
     ],
     ("Experts", "routed_scale"): [with_experts(routed_scale=2.5)],
+    ("Experts", "clamp"): [with_experts(clamp=(1.7, 0.4))],
     ("Experts", "correction_bias"): [
         with_experts(correction_bias=True),
         with_experts(correction_bias=True, scoring="sigmoid", norm_weights=True),
