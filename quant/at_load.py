@@ -89,7 +89,7 @@ class QuantizedAtLoad(Checkpoint):
             set()
         )  # tensors of the checkpoint that the writer has, in some form
         self._layers: dict[str, LayerScheme] = {}  # of what was read
-        self._dense = list(dense)
+        self._dense: list[str] = []
 
     @property
     def scheme(self) -> QuantScheme:  # type: ignore[override]

@@ -134,10 +134,8 @@ class ModelWeights:
 
     def router_bias(self, layer: int, name: str, rows: int) -> Tensor | None:
         """float32 [rows], where a router has one."""
-        module = f"{self.model.layer_name(layer)}.{name}"
-        return (
-            self.vector(f"{module}.bias", rows) if self.checkpoint.has(f"{module}.bias") else None
-        )
+        bias = f"{self.model.layer_name(layer)}.{name}.bias"
+        return self.vector(bias, rows) if self.checkpoint.has(bias) else None
 
     def correction_bias(self, layer: int, name: str, count: int) -> Tensor:
         """What is added to a router's scores to choose by, float32 [count]."""

@@ -1,8 +1,11 @@
 """The memory plan against bytes counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from nibble.architectures.base import Experts, SharedExpert
 from nibble.architectures.registry import model_spec
 from nibble.engine import memory
 from nibble.engine.config import EngineConfig
@@ -114,6 +117,15 @@ def test_a_quantized_cache_is_planned_with_its_scales() -> None:
     assert memory.kv_bytes_per_token(MODEL, torch.bfloat16) == TOKEN
     assert memory.kv_bytes_per_token(MODEL, torch.float32) == 2 * TOKEN
     assert memory.kv_bytes_per_token(MODEL, torch.bfloat16, "int8") == 2 * 3 * 2 * (16 + 4)
+
+
+def test_experts_need_room_for_every_path_of_a_token() -> None:
+    """A token's inputs and what lies between, once for each expert it goes to; the widest kind counts."""
+    experts = Experts(16, 3, 96, "silu", shared=SharedExpert(128))
+    layers = (MODEL.layers[0], replace(MODEL.layers[1], mlp=experts), *MODEL.layers[2:])
+    more = memory.activation_bytes(config(), replace(MODEL, layers=layers), torch.bfloat16, CPU)
+    per_token = 4 * (3 * 128 + 64) + 2 * 16 - 3 * 96
+    assert more - ACTIVATIONS == config().max_num_batched_tokens * per_token * 2
 
 
 def test_a_gpu_needs_room_for_the_widest_matrix_in_16_bits(monkeypatch) -> None:
