@@ -153,8 +153,10 @@ class ExpertNames:
     up: str = "mlp.experts.*.up_proj"
     down: str = "mlp.experts.*.down_proj"
     router: str = "mlp.gate"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
     # tensors [num_experts, 2 * inner, hidden] (gate above up) and [num_experts, hidden, inner], where they are stacked
     stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    interleaved: bool = False  # there gate and up take turns, row by row
     shared: str = "mlp.shared_expert"  # of its gate_proj, up_proj, down_proj
     shared_gate: str = "mlp.shared_expert_gate"
 
@@ -176,11 +178,14 @@ class Experts:
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_weights: bool = False  # the chosen scores are divided by their sum
     routed_scale: float = 1.0
-    # added to the scores to choose by, and to them only: float32 [num_experts], the router's e_score_correction_bias
+    # added to the scores to choose by, and to them only: float32 [num_experts]
     correction_bias: bool = False
     # (groups, best): consecutive experts form groups; only those in the groups whose two best sum highest are chosen
     limited_groups: tuple[int, int] | None = None
     shared: SharedExpert | None = None
+    # (alpha, limit): instead of activation(gate) * up, (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit) and
+    # u = up within +-limit
+    clamp: tuple[float, float] | None = None
     names: ExpertNames = field(default=ExpertNames(), metadata=_DETAIL)
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
@@ -213,6 +218,8 @@ class Experts:
         """norm: before it. One for the inputs of all, one for each between up and down."""
         each = self.members(1)
         rows = tuple(Fold("rows", gate_up.modules[-1], down.modules) for gate_up, down in each)
+        if self.clamp is not None:  # what is added to up is not scaled with it
+            rows = ()
         if norm is None:
             return rows
         read = tuple(module for gate_up, _ in each for module in gate_up.modules)

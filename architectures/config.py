@@ -65,8 +65,10 @@ class Config:
         value = self.get(name, default)
         return 0 if value == 0 and not isinstance(value, bool) else self.size(name, default)
 
-    def optional_size(self, name: str) -> int | None:
-        """None where the file says null or nothing."""
+    def optional_size(self, name: str, default: int | None = None) -> int | None:
+        """None where the file says null; the default where it says nothing."""
+        if name not in self.values:
+            return default
         return None if self.get(name) is None else self.size(name)
 
     def number(self, name: str, default: float) -> float:

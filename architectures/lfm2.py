@@ -1,18 +1,19 @@
-"""LFM2: short convolutions, gated on both sides, and attention with norms of query and key heads; names of its own."""
+"""LFM2: short convolutions, gated on both sides, and attention with norms of query and key heads; names of its own. Its
+mixtures have experts in all layers but the first ones."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import CheckpointError
-from .base import GatedMlp, ModelSpec, Norms, ShortConv
+from .base import ExpertNames, FeedForward, GatedMlp, ModelSpec, Norms, ShortConv
 from .config import FULL, Config, llama_like
+from .experts import experts
 
 CONV = "conv"
 _DEFAULTS = {
-    "hidden_size": 2560,
     "num_key_value_heads": 8,
     "max_position_embeddings": 128000,
     "vocab_size": 65536,
-    "intermediate_size": 12288,
 }
 _ATTENTION = {
     "qk_norm": "head",
@@ -23,9 +24,50 @@ _NORMS = Norms(before_mixer="operator_norm", before_mlp="ffn_norm")
 _MLP = ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 
 
+_EXPERTS = ExpertNames(
+    gate="feed_forward.experts.*.w1",
+    up="feed_forward.experts.*.w3",
+    down="feed_forward.experts.*.w2",
+    router="feed_forward.gate",
+    correction_bias="feed_forward.expert_bias",
+    stacked=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+)
+
+
 def lfm2(config: Config) -> ModelSpec:
+    config = _with(config, hidden_size=2560, intermediate_size=12288)
+    mlp = GatedMlp(_width(config), "silu", names=_MLP)
+    return _hybrid(config, [mlp] * config.size("num_hidden_layers"))
+
+
+def lfm2_moe(config: Config) -> ModelSpec:
+    config = _with(config, hidden_size=2048, intermediate_size=7168)
+    config = _with(config, num_experts=32, num_experts_per_tok=4, num_dense_layers=2)
+    found = experts(
+        config,
+        "moe_intermediate_size",
+        count=None,
+        top_k=None,
+        width=1792,
+        scoring="sigmoid",
+        norm_weights=config.flag("norm_topk_prob", True),
+        routed_scale=config.positive("routed_scaling_factor", 1.0),
+        correction_bias=config.flag("use_expert_bias", True),
+        names=_EXPERTS,
+    )
+    layers, dense = config.size("num_hidden_layers"), config.values["num_dense_layers"]
+    if isinstance(dense, bool) or not isinstance(dense, int) or not 0 <= dense <= layers:
+        raise CheckpointError(f"config.json: num_dense_layers is {dense!r}, of {layers} layers")
+    mlp = GatedMlp(config.size("intermediate_size"), "silu", names=_MLP)
+    return _hybrid(config, [mlp] * dense + [found] * (layers - dense))
+
+
+def _with(config: Config, **defaults: int) -> Config:
     said = {name: value for name, value in config.values.items() if value is not None}
-    config = Config(_DEFAULTS | said)
+    return Config(_DEFAULTS | defaults | said)
+
+
+def _hybrid(config: Config, mlps: Sequence[FeedForward]) -> ModelSpec:
     layers = range(config.size("num_hidden_layers"))
     attending = config.get("full_attn_idxs", list(layers))
     if not isinstance(attending, list):
@@ -35,7 +77,7 @@ def lfm2(config: Config) -> ModelSpec:
         config,
         ropes=[config.rope(theta=1e6)] * len(layers),
         attention=_ATTENTION,
-        mlps=[GatedMlp(_width(config), "silu", names=_MLP)] * len(layers),
+        mlps=mlps,
         norms=_NORMS,
         norm_eps=config.epsilon("norm_eps", 1e-5),
         tie_word_embeddings=config.flag("tie_embedding", config.flag("tie_word_embeddings", True)),

@@ -90,6 +90,7 @@ class QuantScheme:
             "modelopt": _read_modelopt,
             "hqq": _read_hqq,
             "auto-round": _read_auto_round,
+            "mxfp4": _read_mxfp4,
         }
         if method not in readers:
             raise fields.unsupported("quant_method", method, f" ({', '.join(readers)} are)")
@@ -332,6 +333,16 @@ def _auto_round_layer(config: dict[str, Any]) -> LayerScheme | None:
         fields.group_size(config, 128, "group_size"),
         fields.get(config, bool, True, "sym"),
     )
+
+
+def _read_mxfp4(config: dict[str, Any]) -> dict[str, Any]:
+    """GPT-OSS's: experts in MXFP4, all else in 16 bits."""
+    return {
+        "method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "default": LayerScheme("fp4", 4, 32, True),
+        "ignore": fields.strings(config, "modules_to_not_convert"),
+    }
 
 
 def _read_fp8(config: dict[str, Any]) -> dict[str, Any]:

@@ -132,10 +132,14 @@ class ModelWeights:
             raise self._error(f"{module}.weight", found, want)
         return weight
 
-    def correction_bias(self, layer: int, router: str, count: int) -> Tensor:
+    def router_bias(self, layer: int, name: str, rows: int) -> Tensor | None:
+        """float32 [rows], where a router has one."""
+        bias = f"{self.model.layer_name(layer)}.{name}.bias"
+        return self.vector(bias, rows) if self.checkpoint.has(bias) else None
+
+    def correction_bias(self, layer: int, name: str, count: int) -> Tensor:
         """What is added to a router's scores to choose by, float32 [count]."""
-        name = f"{self.model.layer_name(layer)}.{router}.e_score_correction_bias"
-        return self.vector(name, count)
+        return self.vector(f"{self.model.layer_name(layer)}.{name}", count)
 
     def vector(self, name: str, width: int) -> Tensor:
         """A tensor that is no module's, float32 [width]."""

@@ -114,7 +114,7 @@ class Scheduler:
                 request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
             if request.status is Status.RUNNING:
                 self._commit(item, len(tokens))
-            self.kv_cache.settle_states(item, whole=request.status is Status.RUNNING)
+            self.kv_cache.settle_states(item, whole=True)
             if item.end + len(tokens) > known:
                 outputs.append(self._output(item, known, result))
         return outputs

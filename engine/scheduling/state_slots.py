@@ -87,7 +87,7 @@ class StateSlots:
         """Take its slot back."""
         if request.state_slot is not None:
             self.pool.free([request.state_slot])
-        request.state_slot = request.state_from = None
+        request.state_slot = None
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """RuntimeError if the pool's books and these requests' slots disagree."""

@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 12
+#define NB_ABI_VERSION 13
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -110,6 +110,7 @@ struct NbShortConv {
 struct NbGatedMlp {
   int32_t intermediate;
   int32_t activation;                // NbActivation
+  float alpha, limit;                // (u + 1) g sigmoid(alpha g), g = min(gate, limit), u = up in +-limit; 0: not so
   NbLinearGroup gate_up, down;
 };
 
@@ -137,6 +138,7 @@ struct NbExperts {
   int32_t groups, best_groups;       // only experts of the best groups are chosen; 0: of all
   float routed_scale;                // of the weights
   const float* router;               // [num_experts, hidden]
+  const float* router_bias;          // [num_experts] or null
   const float* correction_bias;      // [num_experts] what is added to the scores to choose by, or null
   const NbGatedMlp* experts;         // [num_experts]
   const NbGatedMlp* shared;          // which every token goes through, or null

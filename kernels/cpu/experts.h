@@ -109,6 +109,7 @@ struct ExpertStep {
       if (first + kRouted <= e.num_experts) score<kRouted>(row(token), weights, hidden, out);
       else
         for (int i = 0; first + i < e.num_experts; i++) score<1>(row(token), weights + (int64_t)i * hidden, hidden, out + i);
+      for (int i = first; e.router_bias && i < min_int(first + kRouted, e.num_experts); i++) out[i - first] += e.router_bias[i];
     });
   }
 

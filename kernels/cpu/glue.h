@@ -31,6 +31,13 @@ inline F32 activate(F32 x, int activation) {
   return f_mul(x, sigmoid(u));
 }
 
+// (u + 1) g sigmoid(alpha g), g = min(gate, limit), u = up within +-limit
+inline F32 clamped(F32 gate, F32 up, float alpha, float limit) {
+  F32 most = f_set(limit), least = f_set(-limit);
+  F32 g = f_min(most, gate), u = f_max(least, f_min(most, up));  // what is no number stays so
+  return f_mul(f_add(u, f_set(1.0f)), f_mul(g, sigmoid(f_mul(g, f_set(alpha)))));
+}
+
 // out = x / rms(x) * weight; n a multiple of 16. x may be out.
 inline void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
   F32 squares = f_zero();
@@ -137,7 +144,8 @@ inline void gated_product(Worker& worker, const NbGatedMlp& mlp, const InputBuff
   product<false>(up, view(group.inputs[up.input], inputs[up.input]), row, rows, tile, end, ups, columns);
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < outputs; i += 16) {
-      F32 y = f_mul(activate(f_load(gates + r * columns + i), mlp.activation), f_load(ups + r * columns + i));
+      F32 gate = f_load(gates + r * columns + i), up = f_load(ups + r * columns + i);
+      F32 y = mlp.limit ? clamped(gate, up, mlp.alpha, mlp.limit) : f_mul(activate(gate, mlp.activation), up);
       f_store(out + r * stride + i, y);
     }
 }

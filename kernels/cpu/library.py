@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 12
+_ABI_VERSION = 13
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -123,6 +123,8 @@ class NbGatedMlp(ctypes.Structure):
     _fields_ = [
         ("intermediate", c_int32),
         ("activation", c_int32),
+        ("alpha", c_float),
+        ("limit", c_float),
         ("gate_up", NbLinearGroup),
         ("down", NbLinearGroup),
     ]
@@ -154,6 +156,7 @@ class NbExperts(ctypes.Structure):
         ("best_groups", c_int32),
         ("routed_scale", c_float),
         ("router", c_void_p),
+        ("router_bias", c_void_p),
         ("correction_bias", c_void_p),
         ("experts", POINTER(NbGatedMlp)),
         ("shared", POINTER(NbGatedMlp)),

@@ -108,8 +108,11 @@ class FolderCheckpoint(Checkpoint):
                 self._open[file] = safe_open(file, framework="pt", device="cpu")
             if entry.part_of is not None:
                 whole, indices = entry.part_of
-                part: Tensor = self._open[file].get_slice(whole)[indices]
-                return part.t().contiguous() if entry.transposed else part
+                # safetensors cuts whole stretches only: what skips rows is cut here
+                expert: Tensor = self._open[file].get_slice(whole)[indices[0]]
+                part = expert[indices[1:]]
+                part = part.t() if entry.transposed else part
+                return part.reshape(entry.shape).contiguous()
             tensor: Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._error(name, f"cannot be read: {error}") from None

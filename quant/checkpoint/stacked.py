@@ -4,7 +4,12 @@
                                                              mlp.experts.3.up_proj.weight   [inner, hidden]
     mlp.experts.down_proj    [experts, hidden, inner]     -> mlp.experts.3.down_proj.weight [hidden, inner]
 
-or with the last two axes the other way round (Qwen 3-VL), which is seen by their lengths.
+or with the last two axes the other way round (Qwen 3-VL, GPT-OSS), which is seen by their lengths; gates and ups may
+take turns, row by row, and biases be stacked too (GPT-OSS):
+
+    mlp.experts.gate_up_proj_bias   [experts, 2 * inner]             -> mlp.experts.3.gate_proj.bias [inner], ...
+    mlp.experts.gate_up_proj_blocks [experts, 2 * inner, groups, 16] -> mlp.experts.3.gate_proj.weight_packed (fp4.py)
+    mlp.experts.gate_up_proj_scales [experts, 2 * inner, groups]     -> mlp.experts.3.gate_proj.weight_scale
 
 So whoever reads a checkpoint knows one layout. Only the rows of the expert that is asked for are read.
 """
@@ -23,7 +28,7 @@ from .headers import TensorEntry
 def unstacked(entries: dict[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, TensorEntry]:
     """The tensors of a checkpoint, those of stacked experts cut up. The rest is as it was, and so is all of a model
     that is not known: whoever needs its architecture says so."""
-    if all(len(entry.shape) != 3 for entry in entries.values()):
+    if all(len(entry.shape) not in (3, 4) for entry in entries.values()):
         return entries
     try:
         model = model_spec(config, entries)
@@ -33,17 +38,31 @@ def unstacked(entries: dict[str, TensorEntry], config: Mapping[str, Any]) -> dic
     for prefix, experts in _layers_of_experts(model):
         names, inner = experts.names, experts.intermediate_size
         gate_up, down = (f"{prefix}.{name}" for name in names.stacked)
-        if gate_up in entries and len(entries[gate_up].shape) == 3:
-            del found[gate_up]
-            stack = _Stack(gate_up, entries[gate_up], model.hidden_size, 2 * inner)
-            half = stack.rows // 2
-            found |= stack.experts(f"{prefix}.{names.gate}.weight", slice(0, half))
-            found |= stack.experts(f"{prefix}.{names.up}.weight", slice(half, 2 * half))
-        if down in entries and len(entries[down].shape) == 3:
-            del found[down]
-            stack = _Stack(down, entries[down], inner, model.hidden_size)
-            found |= stack.experts(f"{prefix}.{names.down}.weight", slice(0, stack.rows))
+        for ending, suffix in _PARTS.items():
+            if entry := found.pop(f"{gate_up}{ending}", None):
+                stack = _Stack(
+                    f"{gate_up}{ending}", entry, model.hidden_size, 2 * inner, names.interleaved
+                )
+                gate, up = _halves(stack.rows, names.interleaved)
+                found |= stack.experts(f"{prefix}.{names.gate}.{suffix}", gate)
+                found |= stack.experts(f"{prefix}.{names.up}.{suffix}", up)
+            if entry := found.pop(f"{down}{ending}", None):
+                stack = _Stack(
+                    f"{down}{ending}", entry, inner, model.hidden_size, names.interleaved
+                )
+                found |= stack.experts(f"{prefix}.{names.down}.{suffix}", slice(0, stack.rows))
     return found
+
+
+# What a stack's name ends in -> what a module calls it
+_PARTS = {"": "weight", "_bias": "bias", "_blocks": "weight_packed", "_scales": "weight_scale"}
+
+
+def _halves(rows: int, interleaved: bool) -> tuple[slice, slice]:
+    """The rows of gates and of ups."""
+    if interleaved:
+        return slice(0, rows, 2), slice(1, rows, 2)
+    return slice(0, rows // 2), slice(rows // 2, rows)
 
 
 def _layers_of_experts(model: ModelSpec) -> Iterator[tuple[str, Experts]]:
@@ -60,11 +79,14 @@ class _Stack:
     entry: TensorEntry
     in_features: int
     out_features: int
+    family_transposes: bool  # which decides where the lengths do not: GPT-OSS's are all 2880
 
     @property
     def transposed(self) -> bool:
+        if len(self.entry.shape) != 3 or self.name.endswith("_scales"):
+            return False
         usual, other = (self.out_features, self.in_features), (self.in_features, self.out_features)
-        return self.entry.shape[1:] == other != usual
+        return self.entry.shape[1:] == other and (other != usual or self.family_transposes)
 
     @property
     def rows(self) -> int:
@@ -73,8 +95,9 @@ class _Stack:
 
     def experts(self, name: str, rows: slice) -> dict[str, TensorEntry]:
         """Some rows of each expert. name: of its tensor, "*" for the expert."""
-        width = self.entry.shape[1 if self.transposed else 2]
-        shape = (rows.stop - rows.start, width)
+        others = self.entry.shape[1:2] if self.transposed else self.entry.shape[2:]
+        width = (prod(others),) if others else ()  # blocks of codes lie in one row
+        shape = (len(range(self.rows)[rows]), *width)
         nbytes = prod(shape) * self.entry.dtype.itemsize
         part = (slice(None), rows) if self.transposed else (rows,)
         return {

@@ -154,7 +154,9 @@ class BlockSource:
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.layers = nn.ModuleList(recorders)
         setattr(self._model, self.spec.final_norm, nn.Identity())
-        self._model.rotary_emb = type(self._model.rotary_emb)(config=self.config).to(self.device)
+        rotary = "pos_emb" if hasattr(self._model, "pos_emb") else "rotary_emb"
+        on_meta = getattr(self._model, rotary)
+        setattr(self._model, rotary, type(on_meta)(config=self.config).to(self.device))
         # Gemma 4: blocks are told when they run (carried.py), and no tokens are left out on the way.
         self._model.hidden_size_per_layer_input = 0
         self._model.first_kv_shared_layer_idx = -1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...architectures.base import ExpertNames, Experts
+from ...architectures.base import Experts
 
 LEAST_TOKENS = 512  # that each expert is calibrated on
 
@@ -27,11 +27,15 @@ class UnrolledExperts(nn.Module):
     def __init__(self, experts: Any, spec: Experts):
         super().__init__()
         count, hidden, inner = experts.down_proj.shape
+        if (
+            spec.names.interleaved
+        ):  # GPT-OSS, whose matrices lie the other way round and have biases
+            hidden, inner = inner, hidden
         self.least = 0
         # that chose each, since `forget_tokens`
         self.tokens = torch.zeros(count, dtype=torch.int64, device="cpu")
         for number in range(count):
-            mlp = _GatedMlp(hidden, inner, spec.names, experts.act_fn)
+            mlp = _GatedMlp(hidden, inner, spec, getattr(experts, "act_fn", None))
             self.add_module(str(number), mlp)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -60,20 +64,29 @@ class UnrolledExperts(nn.Module):
 
 class _GatedMlp(nn.Module):
     def __init__(
-        self, hidden: int, inner: int, names: ExpertNames, act_fn: Callable[[Tensor], Tensor]
+        self, hidden: int, inner: int, spec: Experts, act_fn: Callable[[Tensor], Tensor] | None
     ):
         super().__init__()
-        self.act_fn = act_fn
+        self.act_fn, self.clamp, names = act_fn, spec.clamp, spec.names
         self.names = tuple(_after_number(name) for name in (names.gate, names.up, names.down))
         for name, width, out in zip(
             self.names, (hidden, hidden, inner), (inner, inner, hidden), strict=True
         ):
-            self.add_module(name, nn.Linear(width, out, bias=False))
+            self.add_module(name, nn.Linear(width, out, bias=names.interleaved))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in self.names)
-        y: Tensor = down(self.act_fn(gate(x)) * up(x))
+        y: Tensor = down(self._gated(gate(x), up(x)))
         return y
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.clamp is not None:
+            alpha, limit = self.clamp
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            return (up + 1) * gate * torch.sigmoid(alpha * gate)
+        if self.act_fn is None:
+            raise ValueError("experts without an activation")
+        return self.act_fn(gate) * up
 
 
 def unroll(layer: nn.Module, spec: Experts) -> None:

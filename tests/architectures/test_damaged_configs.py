@@ -64,6 +64,8 @@ FIELDS = [
     "n_group",
     "topk_group",
     "full_attention_interval",
+    "swiglu_alpha",
+    "swiglu_limit",
     "linear_num_key_heads",
     "linear_num_value_heads",
     "linear_key_head_dim",

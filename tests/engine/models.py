@@ -10,9 +10,11 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -134,6 +136,15 @@ CONFIGS = {
         norm_topk_prob=True,
         decoder_sparse_step=2,
     ),
+    "gpt-oss": GptOssConfig(
+        **_SIZES | {"intermediate_size": 64},
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        sliding_window=24,
+        swiglu_limit=0.7,
+        rope_parameters=_YARN | {"truncate": False},
+    ),
     "olmoe": OlmoeConfig(**_SIZES, num_experts=8, num_experts_per_tok=3),
     "mixtral": MixtralConfig(**_SIZES, num_local_experts=4, sliding_window=24),
     "granitemoe": GraniteMoeConfig(
@@ -175,6 +186,15 @@ CONFIGS = {
         conv_L_cache=4,
         conv_bias=True,
         tie_word_embeddings=False,
+        layer_types=["conv", "conv", "full_attention", "conv"],
+    ),
+    "lfm2-moe": Lfm2MoeConfig(
+        **_SIZES,
+        moe_intermediate_size=48,
+        num_experts=8,
+        num_experts_per_tok=3,
+        num_dense_layers=1,
+        routed_scaling_factor=1.7,
         layer_types=["conv", "conv", "full_attention", "conv"],
     ),
     "qwen3.5-moe": Qwen3_5MoeTextConfig(
@@ -241,8 +261,8 @@ CONFIGS = {
 
 
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
-MOE |= {"qwen3.5-moe", "qwen3-next"}
-RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased"}
+MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss"}
+RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased", "lfm2-moe"}
 
 
 def build(name: str, folder: Path, **changes) -> PreTrainedModel:
@@ -256,7 +276,7 @@ def build(name: str, folder: Path, **changes) -> PreTrainedModel:
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.fill_(0.5 + torch.rand(()).item())
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(torch.randn_like(buffer) * 0.3)
     model.save_pretrained(folder)
     return model

@@ -189,12 +189,14 @@ class CppGatedMlp:
     activation: str
     gate_up: PreparedGroup
     down: PreparedGroup
+    clamp: tuple[float, float] | None = None  # of Experts
     struct: NbGatedMlp = field(init=False)
 
     def __post_init__(self) -> None:
         self.struct = NbGatedMlp(
             self.down.linears[0].k,
             lib.ACTIVATIONS[self.activation],
+            *(self.clamp or (0.0, 0.0)),
             self.gate_up.struct(),
             self.down.struct(),
         )
@@ -210,6 +212,7 @@ class CppExperts:
 
     spec: Experts
     router: Tensor  # float32 [num_experts, hidden]
+    router_bias: Tensor | None  # float32 [num_experts]
     correction_bias: Tensor | None  # float32 [num_experts]
     experts: list[CppGatedMlp]
     shared: CppGatedMlp | None
@@ -228,6 +231,7 @@ class CppExperts:
             *(spec.limited_groups or (0, 0)),
             spec.routed_scale,
             pointer(self.router),
+            pointer(self.router_bias),
             pointer(self.correction_bias),
             self.array,
             None if self.shared is None else ctypes.pointer(self.shared.struct),

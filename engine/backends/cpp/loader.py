@@ -98,6 +98,7 @@ class CppBackend:
             "experts.norm_weights",
             "experts.routed_scale",
             "experts.correction_bias",
+            "experts.clamp",
             "experts.limited_groups",
             "shared_expert",
             "shared_expert.gated",
@@ -306,19 +307,25 @@ class _Loader:
             return self._gated_mlp(index, spec.activation, spec.groups(model.hidden_size), scale)
         names, bias, gate = spec.names, None, None
         if spec.correction_bias:
-            bias = weights.correction_bias(index, names.router, spec.num_experts)
+            bias = weights.correction_bias(index, names.correction_bias, spec.num_experts)
         if spec.shared is not None and spec.shared.gated:
             gate = weights.router(index, names.shared_gate, 1)
         experts = [
-            self._gated_mlp(index, spec.activation, pair, scale)
+            self._gated_mlp(index, spec.activation, pair, scale, spec.clamp)
             for pair in spec.members(model.hidden_size)
         ]
         shared = experts.pop() if spec.shared is not None else None
         router = weights.router(index, names.router, spec.num_experts)
-        return CppExperts(spec, router, bias, experts, shared, gate)
+        own = weights.router_bias(index, names.router, spec.num_experts)
+        return CppExperts(spec, router, own, bias, experts, shared, gate)
 
     def _gated_mlp(
-        self, index: int, activation: str, pair: tuple[LinearGroup, LinearGroup], scale: float
+        self,
+        index: int,
+        activation: str,
+        pair: tuple[LinearGroup, LinearGroup],
+        scale: float,
+        clamp: tuple[float, float] | None = None,
     ) -> CppGatedMlp:
         gate_up, down = pair
         parts = 2 // len(gate_up.modules)  # two products, however stored
@@ -326,6 +333,7 @@ class _Loader:
             activation,
             self._layer_group(index, gate_up, parts=parts),
             self._layer_group(index, down, scale),
+            clamp,
         )
 
     def _prepared(

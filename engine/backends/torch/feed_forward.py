@@ -17,15 +17,24 @@ class TorchGatedMlp:
     activation: str
     gate_up: FusedLinear
     down: FusedLinear
+    clamp: tuple[float, float] | None = None  # of Experts
 
     def __call__(self, h: Tensor) -> Tensor:
         """h [T, hidden], normed."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
+        if self.clamp is not None:
+            return self.down(clamped(gate, up, *self.clamp))
         return self.down(activate(gate, self.activation) * up)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+def clamped(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    """GPT-OSS's gating, see Experts.clamp."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
 @dataclass(slots=True)
@@ -34,6 +43,7 @@ class TorchExperts:
 
     spec: Experts
     router: Tensor  # float32 [num_experts, hidden]
+    router_bias: Tensor | None  # float32 [num_experts]
     correction_bias: Tensor | None  # float32 [num_experts]
     experts: list[TorchGatedMlp]
     shared: TorchGatedMlp | None
@@ -41,7 +51,8 @@ class TorchExperts:
 
     def __call__(self, h: Tensor) -> Tensor:
         """h [T, hidden], normed."""
-        weights, chosen = route(self.spec, F.linear(h.float(), self.router), self.correction_bias)
+        logits = F.linear(h.float(), self.router, self.router_bias)
+        weights, chosen = route(self.spec, logits, self.correction_bias)
         out = torch.zeros_like(h)
         for expert in chosen.unique().tolist():
             tokens, places = torch.where(chosen == expert)

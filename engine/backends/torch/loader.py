@@ -88,6 +88,7 @@ class TorchBackend:
             "experts.norm_weights",
             "experts.routed_scale",
             "experts.correction_bias",
+            "experts.clamp",
             "experts.limited_groups",
             "shared_expert",
             "shared_expert.gated",
@@ -200,23 +201,24 @@ class _Loader:
         mlp = self.weights.model.layers[index].mlp
         if isinstance(mlp, Experts):
             return self._experts(index, mlp)
-        groups = mlp.groups(self.weights.model.hidden_size)
-        return TorchGatedMlp(mlp.activation, *self._groups(index, groups))
+        gate_up, down = self._groups(index, mlp.groups(self.weights.model.hidden_size))
+        return TorchGatedMlp(mlp.activation, gate_up, down)
 
     def _experts(self, index: int, mlp: Experts) -> TorchExperts:
         device, names = self.target.device, mlp.names
         router = self.weights.router(index, names.router, mlp.num_experts).to(device)
         bias = gate = None
         if mlp.correction_bias:
-            bias = self.weights.correction_bias(index, names.router, mlp.num_experts).to(device)
+            bias = self.weights.correction_bias(index, names.correction_bias, mlp.num_experts)
+            bias = bias.to(device)
         if mlp.shared is not None and mlp.shared.gated:
             gate = self.weights.router(index, names.shared_gate, 1).to(device)
-        each = [
-            TorchGatedMlp(mlp.activation, *self._groups(index, pair))
-            for pair in mlp.members(self.weights.model.hidden_size)
-        ]
+        pairs = (self._groups(index, pair) for pair in mlp.members(self.weights.model.hidden_size))
+        each = [TorchGatedMlp(mlp.activation, up, down, mlp.clamp) for up, down in pairs]
         shared = each.pop() if mlp.shared is not None else None
-        return TorchExperts(mlp, router, bias, each, shared, gate)
+        own = self.weights.router_bias(index, names.router, mlp.num_experts)
+        own = None if own is None else own.to(device)
+        return TorchExperts(mlp, router, own, bias, each, shared, gate)
 
     def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
         model, prefix = self.weights.model, self.weights.model.layer_name(index)

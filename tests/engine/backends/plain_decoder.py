@@ -113,7 +113,7 @@ def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Ten
         raise NotImplementedError(spec.scoring)
     bias = [0.0] * len(scores)
     if spec.correction_bias:
-        bias = weight(f"{spec.names.router}.e_score_correction_bias").tolist()
+        bias = weight(spec.names.correction_bias).tolist()
     ranks = [score + more for score, more in zip(scores, bias, strict=True)]
     allowed = list(range(len(ranks)))
     if spec.limited_groups is not None:
@@ -126,8 +126,12 @@ def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Ten
     total = sum(scores[expert] for expert in chosen) if spec.norm_weights else 1.0
 
     def mlp(gate: str, up: str, down: str) -> Tensor:
-        matrices = (weight(f"{name}.weight") for name in (gate, up, down))
-        return gated_mlp(x, *matrices, spec.activation)
+        gate, up, down = (weight(f"{name}.weight") for name in (gate, up, down))
+        if spec.clamp is None:
+            return gated_mlp(x, gate, up, down, spec.activation)
+        alpha, limit = spec.clamp
+        g, u = (x @ gate.T).clamp(max=limit), (x @ up.T).clamp(-limit, limit)
+        return ((u + 1) * g / (1 + torch.exp(-alpha * g))) @ down.T
 
     y = torch.zeros_like(x)
     for e in chosen:

@@ -177,6 +177,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_experts(norm_weights=True, scoring="sigmoid"),
     ],
     ("Experts", "routed_scale"): [with_experts(routed_scale=2.5)],
+    ("Experts", "clamp"): [with_experts(clamp=(1.7, 0.4))],
     ("Experts", "correction_bias"): [
         with_experts(correction_bias=True),
         with_experts(correction_bias=True, scoring="sigmoid", norm_weights=True),
@@ -292,7 +293,8 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             tensors[f"{router}.weight"] = normal(layer.mlp.num_experts, spec.hidden_size)
             tensors |= {f"{name}.weight": normal(1, spec.hidden_size) for name in gate}
             if layer.mlp.correction_bias:
-                tensors[f"{router}.e_score_correction_bias"] = normal(layer.mlp.num_experts)
+                bias = normal(layer.mlp.num_experts)
+                tensors[f"{prefix}{layer.mlp.names.correction_bias}"] = bias
         for each in dataclasses.fields(layer.norms):
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)

@@ -224,3 +224,25 @@ def _served(
                 kept[block] = tokens
         found.append(kept)
     return found
+
+
+@pytest.mark.parametrize(("states", "found"), [([4], 0), ([3, 4], 12), ([1, 10], 40), ([], 0)])
+def test_a_prefix_ends_where_blocks_and_a_state_are(states: list[int], found: int) -> None:
+    """Blocks of a window at 1, 2, 8 and 9 are whole for 3 blocks and for 10, not for 4, whose last is gone."""
+    kv_cache = KVCacheManager([KVGroup(64), KVGroup(64, window=6)], 4, num_states=8)
+    first = request(list(range(40)))
+    assert kv_cache.find_prefix(first) == 0 and kv_cache.admit(first, 0, 40)
+    full, windowed = first.block_tables
+    names = kv_cache._names(first)
+    for index, name in enumerate(names):
+        kv_cache.pools[0].commit(full[index], name)
+        if index in (1, 2, 8, 9):
+            kv_cache.pools[1].commit(windowed[index], name)
+    for count in states:
+        [slot] = kv_cache.states.pool.allocate(1)
+        kv_cache.states.pool.commit(slot, names[count - 1])
+        kv_cache.states.pool.free([slot])
+    again = request([*range(40), 99])
+    assert kv_cache.find_prefix(again) == found
+    assert kv_cache.admit(again, found, 41)
+    kv_cache.check_integrity([first, again])

@@ -233,9 +233,24 @@ def test_a_prompt_goes_on_where_another_parted_from_it_once_it_has_been_there() 
 def test_a_prompt_that_is_repeated_computes_its_last_block_only() -> None:
     bench = Bench(num_states=3, max_num_batched_tokens=40)
     for name in "ab":
-        bench.add(name, list(range(20)), max_tokens=3)
+        bench.add(name, list(range(20)), max_tokens=9)  # an answer of more than a block
         bench.run()
     assert bench.requests["b"].num_cached_tokens == 16
+
+
+@pytest.mark.parametrize(("again", "new", "found"), [("x", "", "y"), ("y", "z", "y")])
+def test_what_is_computed_again_has_one_snapshot_and_it_is_new(
+    again: str, new: str, found: str
+) -> None:
+    """Prompts that are scored are computed whole."""
+    bench = Bench(256, num_states=3, max_num_batched_tokens=40)  # one to compute in, two are kept
+    for name in ("y", "x", again + again, *new):
+        scored = {"prompt_logprobs": 0} if name == again + again else {}
+        bench.add(name, [ord(name[0])] * 20, max_tokens=1, **scored)
+        bench.run()
+    bench.add("probe", [ord(found)] * 20, max_tokens=1)
+    bench.run()
+    assert bench.requests["probe"].num_cached_tokens == 16
 
 
 def test_a_long_answer_does_not_push_out_the_snapshots_of_prompts() -> None:

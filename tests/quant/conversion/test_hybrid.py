@@ -79,14 +79,16 @@ def test_the_result_is_served_as_transformers_computes_its_weights(hybrid, tmp_p
 
 
 @pytest.mark.parametrize("options", [{"desc_act": True}, {"bits": 8, "group_size": -1}])
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
-def test_with_experts_and_with_linears_stored_head_by_head(
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text", "lfm2_moe", "lfm2"])
+def test_with_experts_other_names_and_linears_stored_head_by_head(
     make_checkpoint, tmp_path, family, options
 ):
     """Rows of codes, scales and zeros are put in order; act-order's permutation stays."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     experts |= {"shared_expert_intermediate_size": 32}
-    folder = make_checkpoint(family, family, **(FIELDS | experts))
+    convolutions = {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
+    fields = convolutions if family.startswith("lfm2") else FIELDS
+    folder = make_checkpoint(family, family, **(fields | experts))
     out = convert(folder, tmp_path / "out", "gptq", **({"group_size": 32} | options))
     dequantize_checkpoint(open_checkpoint(out), tmp_path / "plain", torch.float32)
     want = transformers_logits(tmp_path / "plain")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
-from nibble.architectures.base import Attention, GatedMlp, ShortConv
+from nibble.architectures.base import Attention, Experts, GatedMlp, ShortConv
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -136,10 +136,12 @@ VARIANTS = {
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5},
     "qwen3": {"head_dim": 32},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 32}, "qwen3_moe": MOE, "olmoe": MOE,
+    "gpt_oss": MOE | {"head_dim": 16, "sliding_window": 16},
     "mixtral": MOE, "granitemoe": MOE | {"residual_multiplier": 0.5},
     "dots1": MOE | {"n_shared_experts": 2, "n_group": 2, "norm_topk_prob": True},
     "qwen3_5_text": DELTA_NET, "qwen3_5_moe_text": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
     "qwen3_next": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
+    "lfm2_moe": MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0, "rope_parameters": None},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "rope_parameters": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
@@ -192,6 +194,7 @@ def _check_folds(source, index, block, hidden, kwargs, want):
     )
     mlp, kinds = layer.mlp, Counter(fold.kind for fold in folds)
     rows = 1 if isinstance(mlp, GatedMlp) else mlp.num_experts + (mlp.shared is not None)
+    rows = 0 if isinstance(mlp, Experts) and mlp.clamp is not None else rows
     rows += isinstance(layer.mixer, ShortConv)
     assert kinds["norm"] == (layer.norms.before_mlp is not None) * 2 and kinds["rows"] == rows
     has_values = isinstance(layer.mixer, Attention) and not layer.mixer.v_norm
