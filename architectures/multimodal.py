@@ -25,6 +25,7 @@ CLASSES = frozenset(
         "Qwen3VL",
         "Qwen3VLMoe",
         "Qwen3_5",
+        "Qwen3_5Moe",
         "SmolVLM",
     )
 )

@@ -106,7 +106,15 @@ def find(config: Mapping[str, Any]) -> Architecture:
         if entry.name in names or (not names and entry.model_type == config.get("model_type")):
             return entry
     what = ", ".join(map(str, names)) or f"of model_type {config.get('model_type')!r}"
-    known = ", ".join([*(entry.name for entry in ARCHITECTURES), *sorted(CLASSES)])
+    inside = "ForConditionalGeneration"
+    causal, others = (
+        ", ".join(name.removesuffix(kind) for name in known)
+        for kind, known in (
+            ("ForCausalLM", [entry.name for entry in ARCHITECTURES]),
+            (inside, sorted(CLASSES)),
+        )
+    )
     raise UnsupportedError(
-        f"config.json: architecture {what} is not supported; Nibble serves and converts {known}"
+        f"config.json: architecture {what} is not supported; Nibble serves and converts what is called ForCausalLM of "
+        f"{causal}, and {inside} of {others}"
     )

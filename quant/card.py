@@ -171,6 +171,8 @@ def _uses(report: Report) -> list[str]:
 
 def _in_transformers(report: Report) -> str:
     recipe, scheme = report.recipe, report.plan.scheme
+    if report.plan.routers and (why := _why_no_experts(report)):
+        return f"not transformers, which {why}"
     if recipe.target == "fp8" and recipe.fp8_scheme == "tensor":
         return "not transformers, which reads FP8 in blocks alone under this `quant_method`"
     if recipe.target in ("gptq", "gptq_v2") and (scheme.overrides or report.plan.dense):
@@ -188,6 +190,18 @@ def _in_transformers(report: Report) -> str:
     return (
         f'transformers: `pip install {packages}`, then `AutoModelForCausalLM.from_pretrained(".")`'
     )
+
+
+def _why_no_experts(report: Report) -> str | None:
+    """What keeps transformers from reading quantized experts; None: nothing does."""
+    recipe = report.recipe
+    if recipe.target in ("awq", "gptq", "gptq_v2"):
+        return f"keeps experts in tensors that {recipe.method.upper()} has no names for (--to compressed-tensors has)"
+    if not report.plan.single_experts:
+        return "does not read experts of this architecture one by one"
+    if recipe.method != "fp8" and not recipe.symmetric:
+        return "reads experts in integers only without zero points (--sym)"
+    return None
 
 
 def _quality_table(rows: list[dict[str, Any]]) -> list[str]:

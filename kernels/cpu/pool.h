@@ -39,7 +39,8 @@ int team_threads(const Team*);
 void phase_done(Worker&, int chunks, int total);
 void phase_wait(Worker&, int total);
 
-// Calls f(chunk) for the chunks that this thread gets of 0 .. total; returns when all of them are done.
+// Calls f(chunk) for the chunks that this thread gets of 0 .. total; returns when all of them are done. A thread may ask
+// when the others are phases ahead: total must not depend on what a phase computes, or it waits for what never comes.
 template <class F> static inline void parallel(Worker& worker, int total, F f) {
   int mine = 0;
   for (;;) {

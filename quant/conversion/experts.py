@@ -123,6 +123,14 @@ def _after_number(name: str) -> str:
     return name.partition(".*.")[2]
 
 
+def read_by_transformers(model_type: str) -> bool:
+    """Whether transformers takes experts of an architecture one by one from a checkpoint."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    renamed = get_checkpoint_conversion_mapping(model_type) or []
+    return any("experts.*." in name for each in renamed for name in each.source_patterns)
+
+
 @contextmanager
 def shown_at_least(block: nn.Module, share: float) -> Iterator[None]:
     """Inside, each expert of a block is shown `share` of LEAST_TOKENS at least."""

@@ -18,6 +18,7 @@ from ...errors import UnsupportedError
 from ..checkpoint import Checkpoint
 from ..scheme import LayerScheme, QuantScheme, exactly, fitting_group, modules_of
 from .blocks import BlockSource
+from .experts import read_by_transformers
 from .recipe import Recipe
 
 UNIFORM_LEAST = 32  # GPTQ has one group size for all layers down to this, below it exceptions
@@ -37,6 +38,7 @@ class Plan:
         default_factory=dict
     )  # quantized module -> bits, where not all have the recipe's
     routers: tuple[str, ...] = ()  # modules that choose experts: dense whatever the recipe
+    single_experts: bool = True  # transformers reads experts one by one, as they are written
     others: tuple[str, ...] = ()  # what a multimodal model has beside its language model
 
     def grid(self, module: str, recipe: Recipe) -> tuple[int, int, bool]:
@@ -89,7 +91,17 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     others = tuple(other_parts(checkpoint.config, checkpoint.names()))
     routers = source.spec.routers
     scheme = _scheme(recipe, sizes, {}, (*routers, *dense), others)
-    return Plan(scheme, source.dtype, sizes, dense, notes, warnings, routers=routers, others=others)
+    return Plan(
+        scheme,
+        source.dtype,
+        sizes,
+        dense,
+        notes,
+        warnings,
+        routers=routers,
+        single_experts=not routers or read_by_transformers(source.config.model_type),
+        others=others,
+    )
 
 
 def with_bits(plan: Plan, recipe: Recipe, bits: dict[str, int]) -> Plan:

@@ -96,12 +96,16 @@ def config(name: str) -> Any:
             text = _TEXT | _mrope([4, 2, 2], mrope_interleaved=True)
             text |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
             return t.Qwen3VLMoeConfig(text_config=text, vision_config=eye, **_QWEN_IDS)
-        case "qwen3_5":
+        case "qwen3_5" | "qwen3_5_moe":
             text = _TEXT | _mrope([2, 1, 1], partial_rotary_factor=0.5) | {"head_dim": 32}
             text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
             text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
             eye = _QWEN_EYE | {"num_position_embeddings": 64}
-            return t.Qwen3_5Config(text_config=text, vision_config=eye, **_QWEN_IDS)
+            if name == "qwen3_5":
+                return t.Qwen3_5Config(text_config=text, vision_config=eye, **_QWEN_IDS)
+            text |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            text |= {"shared_expert_intermediate_size": 80}
+            return t.Qwen3_5MoeConfig(text_config=text, vision_config=eye, **_QWEN_IDS)
         case "llava":
             text = t.LlamaConfig(**_TEXT)
             eye = t.CLIPVisionConfig(**_CLIP)
@@ -134,6 +138,7 @@ NAMES = (
     "qwen3_vl",
     "qwen3_vl_moe",
     "qwen3_5",
+    "qwen3_5_moe",
     "llava",
     "smolvlm",
     "idefics3",

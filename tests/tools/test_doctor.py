@@ -9,6 +9,8 @@ from nibble.cli import main
 from nibble.kernels.dequant_gemm import tiles
 from nibble.tools import doctor
 
+from ..engine import models
+
 
 def findings(capsys, *arguments: str) -> tuple[int, dict[str, list[dict]]]:
     code = main(["doctor", *arguments, "--json"])
@@ -84,3 +86,11 @@ def test_the_state_of_a_sequence_is_counted(capsys, tmp_path):
     size = 3 * 4 * (3 * 64 * 128 + 32 * 128 * 128)
     assert f"and {size / 2**20:.0f} MiB for the state" in found["fits"][0]["text"]
     assert "3 layers carry a state" in found["architecture"][0]["text"]
+
+
+def test_a_model_whose_layers_share_a_table(capsys, tmp_path):
+    """Gemma 4 E2B: one layer is loaded to see its kernels, which is not one layer's share of the table."""
+    models.build("gemma4-shared", tmp_path)
+    code, found = findings(capsys, str(tmp_path))
+    assert code == 0 and "6 layers of 64" in found["architecture"][0]["text"]
+    assert "model" not in found

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nibble.engine.config import EngineConfig
 from nibble.engine.runner import Runner
+from nibble.quant import card
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.writer import dequantize_checkpoint
 from nibble.quant.conversion import calibration, experts, pipeline
@@ -235,6 +236,42 @@ def test_interrupted_and_resumed_it_ends_in_the_same_bytes(make_moe, tmp_path, m
         (tmp_path / "out" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes() for f in files
     )
     assert report.notes  # those of the part that was done before, too
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gptq", {"group_size": 16, "target": "compressed-tensors"}),
+        ("awq", {"group_size": 16, "target": "compressed-tensors", "symmetric": True}),
+        ("fp8", {"fp8_scheme": "block"}),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_transformers_reads_what_the_card_says_it_reads(
+    make_moe, tmp_path, family, method, options
+):
+    out, ids = tmp_path / "out", list(range(3, 40))
+    report = quantize_checkpoint(make_moe(family), out, Recipe.of(method, **options), **FAST)
+    assert "transformers: `pip install" in "".join(card._uses(report))
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.inference_mode():
+        got = model(torch.tensor([ids])).logits[0].float()
+    want = logits(out, ids)
+    assert (got - want).norm() < 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "said"),
+    [
+        ("qwen3_moe", Recipe.of("awq", group_size=16), "has no names for"),
+        ("qwen3_moe", Recipe.of("awq", None, 16, target="compressed-tensors"), "zero points"),
+        ("granitemoe", Recipe.of("fp8"), "one by one"),
+    ],
+)
+def test_the_card_says_what_transformers_does_not_read(make_moe, tmp_path, family, recipe, said):
+    report = quantize_checkpoint(make_moe(family), tmp_path / "out", recipe, **FAST)
+    uses = "".join(card._uses(report))
+    assert "not transformers" in uses and said in uses and "pip install" not in uses
 
 
 def test_experts_of_a_layer_have_the_same_bits(make_moe, tmp_path):
