@@ -67,7 +67,7 @@ def test_what_the_language_model_inherits() -> None:
     text = text_config(config)
     assert (text["eos_token_id"], text["dtype"]) == ([1, 106], "float32")
     assert text_config({"model_type": "llama"}) == {"model_type": "llama"}
-    with pytest.raises(UnsupportedError, match="Gemma3ForConditionalGeneration"):
+    with pytest.raises(UnsupportedError, match="ForConditionalGeneration of Gemma3"):
         nibble.architectures.registry.find({"architectures": ["PaliGemmaForConditionalGeneration"]})
 
 
