@@ -44,8 +44,8 @@ def spec(config: Config) -> ModelSpec:
 
 def unified(config: Config) -> ModelSpec:
     """The text of Gemma 4 12B: no inputs for every layer, a wider window."""
-    said = {name: value for name, value in config.values.items() if value is not None}
-    return spec(Config({"sliding_window": 1024, **said, "hidden_size_per_layer_input": 0}))
+    said = config.with_defaults(sliding_window=1024)
+    return spec(Config({**said.values, "hidden_size_per_layer_input": 0}))
 
 
 def _types(config: Config) -> list[str]:

@@ -34,8 +34,7 @@ def qwen3_next(config: Config) -> ModelSpec:
 
 
 def _with(config: Config, **defaults: int) -> Config:
-    said = {name: value for name, value in config.values.items() if value is not None}
-    return Config(_DEFAULTS | defaults | said)
+    return config.with_defaults(**_DEFAULTS | defaults)
 
 
 def _experts(config: Config, norm_weights: bool) -> Experts:
