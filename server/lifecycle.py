@@ -93,6 +93,7 @@ def _has_uvloop() -> bool:
 async def _serve(config: EngineConfig, options: ServeOptions, start_engine: StartEngine) -> int:
     connection_limit(options.max_connections)  # bad input is found before anything is started
     sock = _bind(options)
+    _on_signals(asyncio.current_task().cancel)  # type: ignore[union-attr]
     # The child is running before anything heavy is imported here.
     engine = asyncio.ensure_future(start_engine(config))
     await asyncio.sleep(0)
@@ -102,6 +103,9 @@ async def _serve(config: EngineConfig, options: ServeOptions, start_engine: Star
         await asyncio.to_thread(import_module, ".app", __package__)
         lifecycle = Lifecycle(config, options, sock)
         return await lifecycle.run(engine, tokenizer)
+    except asyncio.CancelledError:  # told to stop before there was a lifecycle
+        _on_signals(None)
+        return 0
     finally:
         await _end(engine, tokenizer, told=lifecycle.failure if lifecycle else None)
         sock.close()
@@ -153,9 +157,7 @@ class Lifecycle:
         self, engine: "asyncio.Future[AsyncEngine]", tokenizer: "asyncio.Future[Tokenizer]"
     ) -> int:
         """Serve until told to stop or until the engine is lost."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
+        _on_signals(self._on_signal)
         watch = self._keep(asyncio.create_task(self._watch(engine, tokenizer)))
         try:
             await self.http.serve(sockets=[self.sock])
@@ -187,6 +189,8 @@ class Lifecycle:
             self._exit(1)
             return
         self.serving.ready(loaded, ready_tokenizer, renderer)
+        if self.http.should_exit:  # told to stop at this very moment: the socket may be closed
+            return
         print(_ledger(loaded.ready, self.options, self.sock), file=sys.stderr, flush=True)
         gc.collect()
         gc.freeze()  # what loading left behind never dies: the collector need not walk it between tokens
@@ -296,6 +300,16 @@ def _http_server(app: Any, table: Connections) -> Any:
             backlog=BACKLOG if _has_uvloop() else ACCEPTED_AT_ONCE,
         )
     )
+
+
+def _on_signals(told: Callable[[signal.Signals], object] | None) -> None:
+    """From now on `told` hears of the signals that ask a server to stop; None: they end the process."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if told is None:
+            loop.remove_signal_handler(number)
+        else:
+            loop.add_signal_handler(number, told, number)
 
 
 def _bind(options: ServeOptions) -> Listener:

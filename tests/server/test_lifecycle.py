@@ -181,17 +181,48 @@ def test_the_engine_does_not_outlive_the_server(
     wait_for(lambda: is_gone(engine))
 
 
-def test_signal_while_loading(start_server: StartServer, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.5, 1.5])
+def test_signal_while_loading(start_server: StartServer, tiny_llama: Path, seconds: float) -> None:
     server = start_server(tiny_llama, *SMALL)
-    wait_for(
-        lambda: (
-            Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text() != ""
-        ),
-        30,
-    )
-    time.sleep(1.5)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    wait_for(lambda: children.read_text() != "", 30)
+    time.sleep(seconds)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+# The engine is up in the moment between the closing of the socket and the end of loading.
+STOPPED_WHEN_READY = """
+import asyncio, os, signal, sys
+from nibble import cli
+from nibble.engine.client import AsyncEngine
+from nibble.server import lifecycle
+
+sockets, bind, start = [], lifecycle._bind, AsyncEngine.start
+
+def recorded(options):
+    sockets.append(bind(options))
+    return sockets[0]
+
+async def started(config):
+    engine = await start(config)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while sockets[0].fileno() != -1:
+        await asyncio.sleep(0)
+    return engine
+
+lifecycle._bind = recorded
+lifecycle.serve.__defaults__ = (started,)
+sys.exit(cli.main())
+"""
+
+
+def test_signal_when_ready(start_server: StartServer, tiny_llama: Path) -> None:
+    server = start_server(tiny_llama, *SMALL, code=STOPPED_WHEN_READY)
+    assert server.process.wait(60) == 0
+    log = server.log.read_text()
+    assert "Traceback" not in log and "failed" not in log
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
