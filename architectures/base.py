@@ -2,7 +2,7 @@
 reads its groups and folds.
 
     ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet, ShortConv) and a feed-forward
-                 (GatedMlp, Experts), with norms around
+                 (GatedMlp, Experts, MlpBesideExperts), with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -14,6 +14,13 @@ does not list (engine/backends). So what is added here is refused everywhere unt
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+from .feed_forward import ExpertNames as ExpertNames
+from .feed_forward import Experts as Experts
+from .feed_forward import FeedForward as FeedForward
+from .feed_forward import GatedMlp as GatedMlp
+from .feed_forward import MlpBesideExperts as MlpBesideExperts
+from .feed_forward import SharedExpert as SharedExpert
+from .feed_forward import experts_of as experts_of
 from .linears import Fold as Fold
 from .linears import LinearGroup as LinearGroup
 from .recurrent import GatedDeltaNet as GatedDeltaNet
@@ -54,8 +61,9 @@ class Attention:
     qk_norm: Literal["head", "all"] | None = None
     soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
     sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
-    # q_proj gives [query | gate] of each head; what a head gives is multiplied by sigmoid(gate)
-    output_gate: bool = False
+    # what the heads give is multiplied by sigmoid(gate): q_proj gives [query | gate] of each head, or gate_proj, which
+    # reads what q_proj reads, those of all
+    output_gate: Literal["q_proj", "gate_proj"] | None = None
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
     v_norm: bool = False  # RMSNorm of every value head, without a weight
@@ -64,7 +72,7 @@ class Attention:
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
     out: str = field(default="self_attn.o_proj", metadata=_DETAIL)
-    head_norms: tuple[str, str] = field(
+    head_norms: tuple[str, str] | None = field(  # None: without weights
         default=("self_attn.q_norm", "self_attn.k_norm"), metadata=_DETAIL
     )
 
@@ -74,13 +82,16 @@ class Attention:
         return ()
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """q, k, v as far as there are; o."""
+        """q, k, v as far as there are, gate; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
         names = tuple(f"self_attn.{name}_proj" for name in own)
-        sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)[: len(own)]
+        doubled = 2 if self.output_gate == "q_proj" else 1
+        sizes: tuple[int, ...] = (queries * doubled, keys, keys)[: len(own)]
         if self.fused:
             names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
+        if self.output_gate == "gate_proj":
+            names, sizes = (*names, "self_attn.gate_proj"), (*sizes, queries)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup((self.out,), (hidden_size,), queries, "row"),
@@ -89,155 +100,11 @@ class Attention:
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
         """norm: before it. A gate on what heads give changes nothing here, a norm of values does."""
         qkv, out = self.groups(1)
-        heads = Fold("heads", qkv.modules[-1], out.modules)
+        gated = self.output_gate == "gate_proj"
+        heads = Fold("heads", qkv.modules[-2 if gated else -1], out.modules)
         has_values = self.kv_source is None and not self.keys_are_values and not self.v_norm
         before = () if norm is None else (Fold("norm", norm, qkv.modules),)
         return (*before, heads) if has_values else before
-
-
-@dataclass(frozen=True, slots=True)
-class GatedMlp:
-    """down(activation(gate(x)) * up(x))."""
-
-    KIND: ClassVar = "gated_mlp"
-    intermediate_size: int
-    activation: Literal["silu", "gelu_tanh"]
-    fused: bool = field(default=False, metadata=_DETAIL)  # gate and up are rows of one gate_up_proj
-    names: tuple[str, str, str] = field(  # gate, up, down
-        default=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), metadata=_DETAIL
-    )
-
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """gate, up; down."""
-        inner = self.intermediate_size
-        names: tuple[str, ...] = self.names[:2]
-        sizes: tuple[int, ...] = (inner, inner)
-        if self.fused:
-            names, sizes = ("mlp.gate_up_proj",), (2 * inner,)
-        return (
-            LinearGroup(names, sizes, hidden_size, "column"),
-            LinearGroup(self.names[2:], (hidden_size,), inner, "row"),
-        )
-
-    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
-        """norm: before it."""
-        gate_up, down = self.groups(1)
-        rows = Fold("rows", gate_up.modules[-1], down.modules)
-        return (rows,) if norm is None else (Fold("norm", norm, gate_up.modules), rows)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of what lies between up and down, in each kind of MLP that there is."""
-        return (self.intermediate_size,)
-
-    def numbers_per_token(self, hidden_size: int) -> int:
-        """What a token has between norm and sum, at most: beside 4 * hidden_size."""
-        return 3 * self.intermediate_size
-
-
-@dataclass(frozen=True, slots=True)
-class SharedExpert:
-    """A gated MLP beside the experts, which every token goes through."""
-
-    KIND: ClassVar = "shared_expert"
-    intermediate_size: int
-    # what it adds is multiplied by sigmoid(x . w), w the weight [1, hidden] of Experts.shared_gate
-    gated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertNames:
-    """What checkpoints call an expert's modules, within the layer; "*" is its number."""
-
-    gate: str = "mlp.experts.*.gate_proj"
-    up: str = "mlp.experts.*.up_proj"
-    down: str = "mlp.experts.*.down_proj"
-    router: str = "mlp.gate"
-    correction_bias: str = "mlp.gate.e_score_correction_bias"
-    # tensors [num_experts, 2 * inner, hidden] (gate above up) and [num_experts, hidden, inner], where they are stacked
-    stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-    interleaved: bool = False  # there gate and up take turns, row by row
-    shared: str = "mlp.shared_expert"  # of its gate_proj, up_proj, down_proj
-    shared_gate: str = "mlp.shared_expert_gate"
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """Many gated MLPs, of which each token goes through a few: a router scores them all, the top_k are added weighted.
-
-    scores = softmax or sigmoid of router(x)
-    chosen = the top_k of scores (+ correction bias), within the best of the groups
-    y = sum over chosen of weight * expert(x) (+ shared expert(x)), weight = routed_scale * score (/ their sum)
-    """
-
-    KIND: ClassVar = "experts"
-    num_experts: int
-    top_k: int
-    intermediate_size: int  # of each expert
-    activation: Literal["silu", "gelu_tanh"]
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
-    norm_weights: bool = False  # the chosen scores are divided by their sum
-    routed_scale: float = 1.0
-    # added to the scores to choose by, and to them only: float32 [num_experts]
-    correction_bias: bool = False
-    # (groups, best): consecutive experts form groups; only those in the groups whose two best sum highest are chosen
-    limited_groups: tuple[int, int] | None = None
-    shared: SharedExpert | None = None
-    # (alpha, limit): instead of activation(gate) * up, (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit) and
-    # u = up within +-limit
-    clamp: tuple[float, float] | None = None
-    names: ExpertNames = field(default=ExpertNames(), metadata=_DETAIL)
-
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
-        """gate, up of every expert; gate, up of the shared one; down of every expert; of the shared one."""
-        inner, count, names = self.intermediate_size, self.num_experts, self.names
-        gate_up = (names.gate, names.up), (inner, inner), hidden_size
-        found = [LinearGroup(*gate_up, "column", count)]
-        down = [LinearGroup((names.down,), (hidden_size,), inner, "row", count)]
-        if self.shared is not None:
-            inner = self.shared.intermediate_size
-            modules = tuple(f"{names.shared}.{name}_proj" for name in ("gate", "up"))
-            found.append(LinearGroup(modules, (inner, inner), hidden_size, "column"))
-            modules = (f"{names.shared}.down_proj",)
-            down.append(LinearGroup(modules, (hidden_size,), inner, "row"))
-        return (*found, *down)
-
-    @property
-    def routers(self) -> tuple[str, ...]:
-        """Modules that decide how much of what is added: they stay in 16 bits when all else is quantized."""
-        gated = self.shared is not None and self.shared.gated
-        return (self.names.router, self.names.shared_gate) if gated else (self.names.router,)
-
-    def members(self, hidden_size: int) -> "list[tuple[LinearGroup, LinearGroup]]":
-        """gate, up and down of each expert, the shared one last."""
-        each = [member for group in self.groups(hidden_size) for member in group.members()]
-        half = len(each) // 2
-        return list(zip(each[:half], each[half:], strict=True))
-
-    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
-        """norm: before it. One for the inputs of all, one for each between up and down."""
-        each = self.members(1)
-        rows = tuple(Fold("rows", gate_up.modules[-1], down.modules) for gate_up, down in each)
-        if self.clamp is not None:  # what is added to up is not scaled with it
-            rows = ()
-        if norm is None:
-            return rows
-        read = tuple(module for gate_up, _ in each for module in gate_up.modules)
-        return (Fold("norm", norm, read, self.routers), *rows)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of what lies between up and down, in each kind of MLP that there is."""
-        shared = () if self.shared is None else (self.shared.intermediate_size,)
-        return (self.intermediate_size, *shared)
-
-    def numbers_per_token(self, hidden_size: int) -> int:
-        """What a token has between norm and sum, at most: beside 4 * hidden_size. Each expert has its own copy."""
-        paths = self.top_k + (self.shared is not None)
-        return paths * (3 * max(self.widths) + hidden_size) + 2 * self.num_experts
-
-
-FeedForward = GatedMlp | Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +173,9 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     tie_word_embeddings: bool  # the output head is the embedding
     norm_offset: bool = False  # the stored norm weight is w, the factor 1 + w
+    final_norm_offset: bool | None = None  # the same of the final norm; None: as the others
+    after_norm_eps: float | None = None  # of norms after mixers and feed-forwards; None: norm_eps
+    embedding_norm: bool = False  # what is embedded is normed, without a weight
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what mixers and feed-forwards add
     logits_scale: float = 1.0  # before the soft cap
@@ -334,8 +204,8 @@ class ModelSpec:
         return tuple(
             f"{self.layer_name(index)}.{name}"
             for index, layer in enumerate(self.layers)
-            if isinstance(layer.mlp, Experts)
-            for name in layer.mlp.routers
+            if (experts := experts_of(layer.mlp)) is not None
+            for name in experts.routers
         )
 
     def groups(self, index: int) -> tuple[LinearGroup, ...]:

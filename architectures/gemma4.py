@@ -1,15 +1,33 @@
-"""Gemma 4 (text, dense): windows in five layers of six, with heads and a rotation of their own; norms of queries, keys
+"""Gemma 4 (text): windows in five layers of six, with heads and a rotation of their own; norms of queries, keys
 and values; a scalar a layer. The small ones (E2B, E4B) tell every layer of the token once more, and their upper layers
-read the keys and values of the last layer of their kind below."""
+read the keys and values of the last layer of their kind below. 26B-A4B has experts beside each MLP."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .base import SANDWICH, Attention, GatedMlp, LayerSpec, ModelSpec, PerLayerInputs, Rope
+from .base import (
+    SANDWICH,
+    Attention,
+    ExpertNames,
+    Experts,
+    GatedMlp,
+    LayerSpec,
+    MlpBesideExperts,
+    ModelSpec,
+    PerLayerInputs,
+    Rope,
+)
 from .config import FULL, SLIDING, Config, llama_like
 
+_EXPERTS = ExpertNames(
+    "experts.*.gate_proj",
+    "experts.*.up_proj",
+    "experts.*.down_proj",
+    "router.proj",
+    stacked=("experts.gate_up_proj", "experts.down_proj"),
+)
 _ROPES: dict[str, dict[str, Any]] = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     SLIDING: {"rope_type": "default", "rope_theta": 1e4},
@@ -19,18 +37,21 @@ _ROPES: dict[str, dict[str, Any]] = {
 def spec(config: Config) -> ModelSpec:
     if config.get("use_bidirectional_attention") == "all":
         raise UnsupportedError("config.json: use_bidirectional_attention 'all' is not supported")
-    config.refuse("enable_moe_block", "only the dense models are")
     layers, types = config.size("num_hidden_layers"), _types(config)
     activation = config.activation("hidden_activation", "gelu_pytorch_tanh")
     dense = llama_like(config, attention={"head_dim": 256, "scale": 1.0}, activation=activation)
     first_reader = layers - config.count("num_kv_shared_layers", 0)
     wide = 2 if config.flag("use_double_wide_mlp", False) else 1
-    inner = config.size("intermediate_size")
+    inner, experts = config.size("intermediate_size"), _experts(config, activation)
 
     def layer(index: int) -> LayerSpec:
         source = _source(types, index, first_reader)
         mlp = GatedMlp(inner * (1 if source is None else wide), activation)
-        return LayerSpec(_attention(config, types, index, source), mlp, SANDWICH, scalar=True)
+        mixer = _attention(config, types, index, source)
+        if experts is None:
+            return LayerSpec(mixer, mlp, SANDWICH, scalar=True)
+        norms = replace(SANDWICH, before_mlp=None)
+        return LayerSpec(mixer, MlpBesideExperts(mlp, experts), norms, scalar=True)
 
     return replace(
         dense,
@@ -106,6 +127,22 @@ def _own_sizes(config: Config, index: int, full: bool) -> Config:
 
 def _rope(config: Config, parameters: Any) -> Rope:
     return config.rope(parameters if isinstance(parameters, Mapping) else {})
+
+
+def _experts(config: Config, activation: Any) -> Experts | None:
+    if not config.flag("enable_moe_block", False):
+        return None
+    count, chosen = config.size("num_experts"), config.size("top_k_experts")
+    if chosen > count:
+        raise CheckpointError(f"config.json: top_k_experts is {chosen}, of {count} experts")
+    return Experts(
+        count,
+        chosen,
+        config.size("moe_intermediate_size"),
+        activation,
+        norm_weights=True,
+        names=_EXPERTS,
+    )
 
 
 def _per_layer_inputs(config: Config, activation: Any) -> PerLayerInputs | None:

@@ -49,8 +49,11 @@ class Fold:
     source: str
     consumers: tuple[str, ...]
     dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers, gates
+    read_by: str | None = (
+        None  # the module around the consumers, where each of them sees some tokens only
+    )
 
     @property
     def reads(self) -> str:
         """A module whose inputs are the source's outputs, of every token. (An expert sees some of them.)"""
-        return (self.dense or self.consumers)[0]
+        return self.read_by or (self.dense or self.consumers)[0]

@@ -20,6 +20,7 @@ CLASSES = frozenset(
         "InternVL",
         "Llava",
         "Mistral3",
+        "MuseGlimmer",
         "Qwen2VL",
         "Qwen2_5_VL",
         "Qwen3VL",

@@ -60,7 +60,7 @@ def _hybrid(
     )
     model = llama_like(
         config,
-        attention={"qk_norm": "head", "output_gate": True},
+        attention={"qk_norm": "head", "output_gate": "q_proj"},
         mlps=mlps,
         norm_offset=True,
     )

@@ -21,6 +21,7 @@ from . import (
     llama,
     ministral,
     mistral,
+    muse_glimmer,
     olmo,
     phi,
     qwen,
@@ -73,6 +74,7 @@ ARCHITECTURES = (
     Architecture("Gemma2ForCausalLM", "gemma2", gemma.gemma2),
     Architecture("Gemma4ForCausalLM", "gemma4_text", gemma4.spec),
     Architecture("Gemma4UnifiedForCausalLM", "gemma4_unified_text", gemma4.unified),
+    Architecture("MuseGlimmerForConditionalGeneration", "muse_glimmer_text", muse_glimmer.spec),
     Architecture("Gemma3ForCausalLM", "gemma3_text", gemma.gemma3, ("gemma3", gemma.GEMMA3_GGUF)),
 )
 GGUF = {entry.gguf[0]: entry.gguf[1] for entry in ARCHITECTURES if entry.gguf is not None}
@@ -108,7 +110,7 @@ def find(config: Mapping[str, Any]) -> Architecture:
     what = ", ".join(map(str, names)) or f"of model_type {config.get('model_type')!r}"
     inside = "ForConditionalGeneration"
     causal, others = (
-        ", ".join(name.removesuffix(kind) for name in known)
+        ", ".join(name.removesuffix(kind) for name in known if name.endswith(kind))
         for kind, known in (
             ("ForCausalLM", [entry.name for entry in ARCHITECTURES]),
             (inside, sorted(CLASSES)),

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...architectures.base import Attention, GatedDeltaNet, LinearGroup, ModelSpec, ShortConv
+from ...architectures.base import (
+    Attention,
+    GatedDeltaNet,
+    LinearGroup,
+    MlpBesideExperts,
+    ModelSpec,
+    ShortConv,
+)
 from ...errors import CheckpointError
 from ...quant.checkpoint import Checkpoint
 from ...quant.weight import QuantizedWeight, fuse, part, scaled_by_row
@@ -118,8 +125,7 @@ class ModelWeights:
 
     def norm(self, name: str, width: int) -> Tensor:
         """What a normed vector is multiplied by, float32 [width]. name: of the module."""
-        self._check_shape(f"{name}.weight", (width,))
-        weight = self.checkpoint.tensor(f"{name}.weight").float()
+        weight = self.vector(f"{name}.weight", width)
         return weight + 1.0 if self.model.norm_offset else weight
 
     def router(self, layer: int, name: str, rows: int) -> Tensor:
@@ -136,6 +142,14 @@ class ModelWeights:
         """float32 [rows], where a router has one."""
         bias = f"{self.model.layer_name(layer)}.{name}.bias"
         return self.vector(bias, rows) if self.checkpoint.has(bias) else None
+
+    def scaled_router(self, layer: int, mlp: MlpBesideExperts) -> Tensor:
+        """The router of experts beside an MLP, its columns by what its inputs are multiplied by: float32 [num_experts,
+        hidden_size]."""
+        name, hidden = f"{self.model.layer_name(layer)}.{mlp.router_scale}", self.model.hidden_size
+        router = self.router(layer, mlp.experts.names.router, mlp.experts.num_experts)
+        factors: Tensor = self.vector(name, hidden) * hidden**-0.5
+        return router * factors
 
     def correction_bias(self, layer: int, name: str, count: int) -> Tensor:
         """What is added to a router's scores to choose by, float32 [count]."""
@@ -157,6 +171,9 @@ class ModelWeights:
         if mixer.qk_norm is None:
             return None, None
         has_keys = mixer.kv_source is None
+        if mixer.head_norms is None:
+            ones = torch.ones(mixer.head_dim)
+            return ones, ones if has_keys else None
         q_norm, k_norm = mixer.head_norms
         return norm(q_norm, mixer.num_heads), (
             norm(k_norm, mixer.num_kv_heads) if has_keys else None
@@ -189,7 +206,10 @@ class ModelWeights:
         return filters[:, 0].t().contiguous(), bias
 
     def final_norm(self) -> Tensor:
-        return self.norm(f"{self.model.prefix}{self.model.final_norm}", self.model.hidden_size)
+        """float32 [hidden_size]"""
+        model, offset = self.model, self.model.final_norm_offset
+        weight = self.vector(f"{model.prefix}{model.final_norm}.weight", model.hidden_size)
+        return weight + 1.0 if (model.norm_offset if offset is None else offset) else weight
 
     def group(self, layer: int, group: LinearGroup, parts: int = 1) -> list[Linear]:
         """The linears of a group of one layer, each cut into so many equal `parts` by rows."""

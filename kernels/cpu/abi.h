@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 13
+#define NB_ABI_VERSION 14
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -26,6 +26,7 @@ enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3, NB_T4 = 4 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
 enum NbScoring { NB_SOFTMAX = 0, NB_SIGMOID = 1 };
 enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1 };
+enum NbGate { NB_NO_GATE = 0, NB_GATE_OF_QUERIES = 1, NB_GATE_LAST = 2 };
 
 extern "C" {
 
@@ -76,7 +77,8 @@ struct NbAttention {
   float soft_cap;                    // scores become cap * tanh(scores / cap); 0: they do not
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
-  int32_t output_gate;               // qkv gives [query, gate] of each head; what it gives is times sigmoid(gate)
+  int32_t output_gate;               // NbGate: what heads give is times sigmoid(gate); qkv gives [query, gate] of each
+                                     // head, or the gates of all heads last
   int32_t reads_only;                // keys and values are another layer's: there are only queries
   int32_t keys_are_values;           // values are the keys before norm and rotation: there are only queries and keys
   int64_t cache_offset;              // of its keys and values (or those it reads): bytes of a block in what lies before
@@ -143,14 +145,19 @@ struct NbExperts {
   const NbGatedMlp* experts;         // [num_experts]
   const NbGatedMlp* shared;          // which every token goes through, or null
   const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
+  const float* norm;                 // [hidden] what experts read is h times this, what the router reads is h; or null
+  const float* scales;               // [num_experts] of the weights of those that are chosen, or null
 };
 
-// Norms are [hidden] or null, and so are the mixers but one and one of the feed-forwards.
+// Norms are [hidden] or null, and so are the mixers but one. An MLP and experts both: norm(mlp) + norm(experts).
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
   const float* before_mlp;
   const float* after_mlp;
+  const float* after_dense;          // of what the MLP gives, and the experts, where there are both
+  const float* after_experts;
+  const float* before_experts;       // of what the router reads
   const NbAttention* attention;
   const NbDeltaNet* delta_net;
   const NbShortConv* short_conv;
@@ -163,11 +170,13 @@ struct NbLayer {
 // Consecutive layers of a model. The first of a model embeds its tokens, the last norms and has the output head.
 struct NbModel {
   int32_t hidden, num_layers, num_ropes, vocab;
-  float eps, embedding_scale;
+  float eps, after_eps;              // of norms; of those after mixers and feed-forwards
+  float embedding_scale;
   int32_t block_size;                // tokens a KV block, a multiple of 16
   const NbLayer* layers;
   const NbRope* ropes;               // at most NB_MAX_ROPES
   const uint16_t* embedding;         // bfloat16 [vocab, hidden]; null: hidden states are given
+  const float* embedding_norm;       // [hidden] of what is embedded, or null
   const float* norm;                 // [hidden] the final norm; null: layers follow elsewhere
   const NbPerLayerInputs* per_layer_inputs;  // or null
   NbLinearGroup head;                // no linears: it is elsewhere

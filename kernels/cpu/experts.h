@@ -79,7 +79,10 @@ inline void choose(const NbExperts& e, float* scores, int32_t* chosen, float* we
     chosen[k] = take_best(ranks, count, taken);
     sum += scores[chosen[k]];
   }
-  for (int k = 0; k < e.top_k; k++) weights[k] = scores[chosen[k]] * e.routed_scale / (e.norm_weights ? sum : 1.0f);
+  for (int k = 0; k < e.top_k; k++) {
+    weights[k] = scores[chosen[k]] * e.routed_scale / (e.norm_weights ? sum : 1.0f);
+    if (e.scales) weights[k] *= e.scales[chosen[k]];
+  }
 }
 
 struct ExpertStep {
@@ -147,12 +150,14 @@ struct ExpertStep {
     *t.num_units = units;
   }
 
+  // from(pair, space for a row): the row that a pair's product reads.
   template <class Row> void prepare_pairs(Worker& worker, NbLinearGroup NbGatedMlp::*group, Row from) const {
     for_rows(worker, pairs(), [&](int pair) {
       int expert = at().pair_experts[pair];
       InputBuffer inputs[NB_MAX_INPUTS];
       inputs_of(expert, inputs);
-      prepare_all(mlp(expert).*group, inputs, pair - at().firsts[expert], from(pair), (float*)worker.scratch);
+      float* space = (float*)worker.scratch;
+      prepare_all(mlp(expert).*group, inputs, pair - at().firsts[expert], from(pair, space), space + hidden);
     });
   }
 
@@ -210,9 +215,14 @@ struct ExpertStep {
     score_all(worker);
     choose_all(worker);
     nibble::parallel(worker, 1, [&](int) { sort_pairs((int32_t*)worker.scratch); });
-    prepare_pairs(worker, &NbGatedMlp::gate_up, [&](int pair) { return row(at().pair_tokens[pair]); });
+    prepare_pairs(worker, &NbGatedMlp::gate_up, [&](int pair, float* space) {
+      const float* h = row(at().pair_tokens[pair]);
+      if (!e.norm) return h;
+      for (int i = 0; i < hidden; i += 16) f_store(space + i, f_mul(f_load(h + i), f_load(e.norm + i)));
+      return (const float*)space;
+    });
     gate_up(worker);
-    prepare_pairs(worker, &NbGatedMlp::down, [&](int pair) { return inner(pair); });
+    prepare_pairs(worker, &NbGatedMlp::down, [&](int pair, float*) { return inner(pair); });
     down(worker, out, clear);
   }
 };

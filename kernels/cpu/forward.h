@@ -41,7 +41,7 @@ struct Step {
   void add_normed(Worker& worker, int row, const float* weight) const {
     if (!weight) return;
     float* normed = (float*)worker.scratch;
-    rms_norm(b.y + (int64_t)row * m.hidden, weight, m.hidden, m.eps, normed);
+    rms_norm(b.y + (int64_t)row * m.hidden, weight, m.hidden, m.after_eps, normed);
     float* to = x + (int64_t)row * m.hidden;
     for (int i = 0; i < m.hidden; i++) to[i] += normed[i];
   }
@@ -68,8 +68,9 @@ struct Step {
 
   void embed(int row) const {
     const uint16_t* from = m.embedding + (int64_t)batch.tokens[row] * m.hidden;
-    for (int i = 0; i < m.hidden; i += 16)
-      f_store(x + (int64_t)row * m.hidden + i, f_mul(f_load_bf16(from + i), f_set(m.embedding_scale)));
+    float* to = x + (int64_t)row * m.hidden;
+    for (int i = 0; i < m.hidden; i += 16) f_store(to + i, f_mul(f_load_bf16(from + i), f_set(m.embedding_scale)));
+    if (m.embedding_norm) rms_norm(to, m.embedding_norm, m.hidden, m.eps, to);
   }
 
   // Where a row's token stands: its item is the last that begins at or before it.
@@ -101,7 +102,7 @@ struct Step {
   // values.
   void rotate_and_store(Worker& worker, int row, const NbAttention& a, const Cache& to) const {
     int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads, all = a.num_heads * dim;
-    int of_head = a.output_gate ? 2 * dim : dim;
+    int of_head = a.output_gate == NB_GATE_OF_QUERIES ? 2 * dim : dim;
     float *qkv = b.qkv + (int64_t)row * nibble::qkv_width(a), *keys = qkv + a.num_heads * of_head;
     int turned = m.ropes[a.rope].dim;
     const float *cosines = b.angles[a.rope] + (int64_t)row * turned, *sines = cosines + turned / 2;
@@ -193,12 +194,14 @@ struct Step {
     add_product(worker, a.o, after);
   }
 
-  // What the heads of a row give, times sigmoid of the gates beside the queries.
+  // What the heads of a row give, times sigmoid of their gates.
   static void gate_heads(const NbAttention& a, const float* qkv, float* mixed) {
-    for (int h = 0; h < a.num_heads; h++)
+    bool last = a.output_gate == NB_GATE_LAST;
+    const float* gates = qkv + (last ? nibble::qkv_width(a) - a.num_heads * a.head_dim : a.head_dim);
+    for (int h = 0; h < a.num_heads; h++, gates += last ? a.head_dim : 2 * a.head_dim)
       for (int d = 0; d < a.head_dim; d += 16) {
         float* place = mixed + h * a.head_dim + d;
-        f_store(place, f_mul(f_load(place), sigmoid(f_load(qkv + (2 * h + 1) * a.head_dim + d))));
+        f_store(place, f_mul(f_load(place), sigmoid(f_load(gates + d))));
       }
   }
 
@@ -310,6 +313,19 @@ struct Step {
     ExpertStep{e, b, batch.num_tokens, m.hidden}.run(worker, after ? b.y : x, after != nullptr);
   }
 
+  // norm(mlp) + norm(experts) into y, which is normed once more when it is added.
+  void mlp_beside_experts(Worker& worker, const NbLayer& layer) const {
+    gated_mlp(worker, *layer.mlp, layer.after_dense);
+    float* routed = b.experts.h;  // which experts have read by then
+    ExpertStep{*layer.experts, b, batch.num_tokens, m.hidden}.run(worker, routed, true);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float *y = b.y + (int64_t)row * m.hidden, *more = routed + (int64_t)row * m.hidden;
+      rms_norm(y, layer.after_dense, m.hidden, m.eps, y);
+      rms_norm(more, layer.after_experts, m.hidden, m.eps, more);
+      for (int i = 0; i < m.hidden; i += 16) f_store(y + i, f_add(f_load(y + i), f_load(more + i)));
+    });
+  }
+
   // What all layers are told of the tokens once more, into b.per_layer. Embeds the tokens.
   void per_layer_inputs(Worker& worker, const NbPerLayerInputs& p) const {
     int width = p.width, all = m.num_layers * width;
@@ -386,9 +402,10 @@ struct Step {
       for_rows(worker, batch.num_tokens, [&](int row) {
         add_normed(worker, row, layer.after_mixer);
         if (layer.mlp) norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);
-        else norm_for_experts(row, layer.before_mlp);
+        if (layer.experts) norm_for_experts(row, layer.mlp ? layer.before_experts : layer.before_mlp);
       });
-      if (layer.mlp) gated_mlp(worker, *layer.mlp, layer.after_mlp);
+      if (layer.mlp && layer.experts) mlp_beside_experts(worker, layer);
+      else if (layer.mlp) gated_mlp(worker, *layer.mlp, layer.after_mlp);
       else experts(worker, *layer.experts, layer.after_mlp);
       if (layer.per_layer_input) per_layer_input(worker, l, *layer.per_layer_input);
     }

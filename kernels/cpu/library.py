@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 13
+_ABI_VERSION = 14
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -24,6 +24,7 @@ U4, U8, FP8, DENSE, T4 = range(5)  # NbFormat
 MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
 SCORINGS = {"softmax": 0, "sigmoid": 1}  # NbScoring
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # NbActivation
+GATES = {None: 0, "q_proj": 1, "gate_proj": 2}  # NbGate
 
 
 class NbLinear(ctypes.Structure):
@@ -161,6 +162,8 @@ class NbExperts(ctypes.Structure):
         ("experts", POINTER(NbGatedMlp)),
         ("shared", POINTER(NbGatedMlp)),
         ("shared_gate", c_void_p),
+        ("norm", c_void_p),
+        ("scales", c_void_p),
     ]
 
 
@@ -170,6 +173,9 @@ class NbLayer(ctypes.Structure):
         ("after_mixer", c_void_p),
         ("before_mlp", c_void_p),
         ("after_mlp", c_void_p),
+        ("after_dense", c_void_p),
+        ("after_experts", c_void_p),
+        ("before_experts", c_void_p),
         ("attention", POINTER(NbAttention)),
         ("delta_net", POINTER(NbDeltaNet)),
         ("short_conv", POINTER(NbShortConv)),
@@ -187,11 +193,13 @@ class NbModel(ctypes.Structure):
         ("num_ropes", c_int32),
         ("vocab", c_int32),
         ("eps", c_float),
+        ("after_eps", c_float),
         ("embedding_scale", c_float),
         ("block_size", c_int32),
         ("layers", POINTER(NbLayer)),
         ("ropes", POINTER(NbRope)),
         ("embedding", c_void_p),
+        ("embedding_norm", c_void_p),
         ("norm", c_void_p),
         ("per_layer_inputs", POINTER(NbPerLayerInputs)),
         ("head", NbLinearGroup),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ...architectures.base import Experts, ModelSpec
+from ...architectures.base import Experts, ModelSpec, experts_of
 from ...architectures.registry import model_spec
 from ...errors import UserError
 from .headers import TensorEntry
@@ -67,8 +67,8 @@ def _halves(rows: int, interleaved: bool) -> tuple[slice, slice]:
 
 def _layers_of_experts(model: ModelSpec) -> Iterator[tuple[str, Experts]]:
     for index, layer in enumerate(model.layers):
-        if isinstance(layer.mlp, Experts):
-            yield model.layer_name(index), layer.mlp
+        if (experts := experts_of(layer.mlp)) is not None:
+            yield model.layer_name(index), experts
 
 
 @dataclass(frozen=True, slots=True)

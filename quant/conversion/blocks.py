@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel
 
-from ...architectures.base import Experts, Fold, LinearGroup
+from ...architectures.base import Fold, LinearGroup, experts_of
 from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
@@ -35,10 +35,10 @@ class BlockSource:
         try:
             self.config = AutoConfig.for_model(**settings)
             with torch.device("meta"):
-                causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-                for layer, of in zip(causal_lm.model.layers, self.spec.layers, strict=True):
-                    if isinstance(of.mlp, Experts):
-                        unroll(layer, of.mlp)
+                self._model = AutoModel.from_config(self.config, dtype=torch.float32)
+                for layer, of in zip(self._model.layers, self.spec.layers, strict=True):
+                    if (experts := experts_of(of.mlp)) is not None:
+                        unroll(layer, experts)
         except Exception as error:  # whatever transformers makes of a value that it did not expect
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -47,7 +47,6 @@ class BlockSource:
                 fix="correct config.json, or take the original one",
             ) from error
         self.carried = Carried(self.spec)
-        self._model = causal_lm.model
         self._layers = list(self._model.layers)
         self._check_shapes()
 
@@ -128,6 +127,8 @@ class BlockSource:
     def _embed(self, token_ids: Tensor) -> Tensor:
         table = self.checkpoint.dense(f"{self.spec.prefix}embed_tokens")
         hidden = nn.functional.embedding(token_ids, table).float().to(self.device)
+        if self.spec.embedding_norm:
+            hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=self.spec.norm_eps)
         if self.spec.embedding_scale != 1.0:
             hidden *= torch.tensor(self.spec.embedding_scale, dtype=table.dtype).float()
         self.checkpoint.release()  # a table may be larger than a block

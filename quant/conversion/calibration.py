@@ -276,7 +276,7 @@ def in_memory(block: nn.Module, modules: Iterable[str]) -> Iterator[list[str]]:
     together: list[str] = []
     left = HESSIAN_BYTES
     for module in modules:
-        needed = 4 * block.get_parameter(f"{module}.weight").shape[1] ** 2
+        needed = 4 * _width(block.get_submodule(module)) ** 2
         if together and needed > left:
             yield together
             together, left = [], HESSIAN_BYTES
@@ -284,6 +284,13 @@ def in_memory(block: nn.Module, modules: Iterable[str]) -> Iterator[list[str]]:
         left -= needed
     if together:
         yield together
+
+
+def _width(module: Any) -> int:
+    """Of the inputs of a linear, of what chooses experts, or of experts."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features)
+    return int(module.weight.shape[1])
 
 
 @contextmanager

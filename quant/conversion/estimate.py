@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from ...architectures.base import Experts
+from ...architectures.base import experts_of
 from ..checkpoint import Checkpoint
 from ..checkpoint.writer import MAX_SHARD_BYTES
 from .block_quantizer import ACTIVATION_BYTES
@@ -83,8 +83,8 @@ def _linears(source: BlockSource, index: int, tokens: int) -> list[_Linear]:
     found = []
     for group in source.linear_groups(index):
         count, seen = group.num_experts or 1, tokens
-        if isinstance(mlp, Experts) and count > 1:
-            seen = max(tokens * mlp.top_k // count, min(LEAST_TOKENS, tokens))
+        if (experts := experts_of(mlp)) is not None and count > 1:
+            seen = max(tokens * experts.top_k // count, min(LEAST_TOKENS, tokens))
         found += [_Linear(out, group.in_features, count, seen) for out in group.out_features]
     return found
 

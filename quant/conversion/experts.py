@@ -31,6 +31,7 @@ class UnrolledExperts(nn.Module):
             spec.names.interleaved
         ):  # GPT-OSS, whose matrices lie the other way round and have biases
             hidden, inner = inner, hidden
+        self.in_features = hidden
         self.least = 0
         # that chose each, since `forget_tokens`
         self.tokens = torch.zeros(count, dtype=torch.int64, device="cpu")
@@ -92,6 +93,9 @@ class _GatedMlp(nn.Module):
 def unroll(layer: nn.Module, spec: Experts) -> None:
     """Replace the experts of one of transformers' decoder layers, in place, and name what holds them as the checkpoint
     does. Call it on the meta device: the new weights are still to be loaded."""
+    if spec.names.all == "experts":
+        layer.experts = UnrolledExperts(layer.experts, spec)
+        return
     block: Any
     own, block = next(
         (name, child) for name, child in layer.named_children() if hasattr(child, "experts")

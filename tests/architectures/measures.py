@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nibble
-from nibble.architectures.base import Experts, ModelSpec
+from nibble.architectures.base import Experts, ModelSpec, experts_of
 from nibble.architectures.registry import model_spec
 from nibble.engine.backends.base import Backend
 from nibble.engine.config import EngineConfig
@@ -159,8 +159,8 @@ def dequantized(out: Path, original: Path) -> Path:
     tensors, wanted = load_file(plain / file), load_file(original / file)
     model = model_spec(checkpoint.config, checkpoint.names())
     for index, layer in enumerate(model.layers):
-        if isinstance(layer.mlp, Experts):
-            _stack(tensors, wanted, f"{model.layer_name(index)}.", layer.mlp)
+        if (experts := experts_of(layer.mlp)) is not None:
+            _stack(tensors, wanted, f"{model.layer_name(index)}.", experts)
     save_file(tensors, plain / file, {"format": "pt"})
     return plain
 

@@ -237,3 +237,40 @@ def test_features_name_kinds_choices_and_what_differs_from_its_default() -> None
     assert features(LayerSpec(plain, mlp, Norms(before_mlp="another_name"))) == plain_features
     model = ModelSpec(64, 199, 256, 1e-6, (layer,), True, embedding_scale=8.0)
     assert features(model) == {"model", "model.embedding_scale"}
+
+
+GEMMA4_MOE = LLAMA | {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "hidden_act": None,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 48,
+}
+
+
+def test_gemma_4_has_experts_beside_its_mlps() -> None:
+    both = model_spec(GEMMA4_MOE).layers[0].mlp
+    assert (both.mlp.intermediate_size, both.experts.intermediate_size) == (96, 48)
+    names = {name for fold in both.folds(None) for name in (fold.source, *fold.dense, fold.reads)}
+    assert "pre_feedforward_layernorm_2" in names and "experts" in names
+    assert not any("router" in name for name in names)  # it reads none of the norms
+    routers = [f"model.layers.{i}.router.proj" for i in range(4)]
+    assert model_spec(GEMMA4_MOE).dense_modules() == tuple(routers)
+    with pytest.raises(CheckpointError, match="top_k_experts is 9, of 8 experts"):
+        model_spec(GEMMA4_MOE | {"top_k_experts": 9})
+
+
+MUSE = LLAMA | {"architectures": None, "model_type": "muse_glimmer_text", "hidden_act": None}
+
+
+def test_muse_glimmer_turns_where_it_has_a_window() -> None:
+    """Counted from the last layer; a base of 0 is none, any other the model's, as transformers computes."""
+    spec = model_spec(MUSE | {"num_hidden_layers": 6})
+    assert [m.window for m in spec.attention.values()] == [2048, None, 2048, 2048, 2048, None]
+    assert [m.rope is None for m in spec.attention.values()] == [False, True] + [False] * 3 + [True]
+    told = model_spec(MUSE | {"layer_rope_theta": [0, 5, 0, 0]})
+    assert [m.rope for m in told.attention.values()] == [None, Rope(10000.0), None, None]
+    with pytest.raises(CheckpointError, match="layer_rope_theta is no list of 4 numbers"):
+        model_spec(MUSE | {"layer_rope_theta": [0]})

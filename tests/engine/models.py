@@ -251,6 +251,20 @@ CONFIGS = {
         use_double_wide_mlp=True,
         layer_types=["sliding_attention", "full_attention"] * 3,
     ),
+    "gemma4-moe": Gemma4TextConfig(
+        **_SIZES,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=24,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        enable_moe_block=True,
+        num_experts=8,
+        top_k_experts=3,
+        moe_intermediate_size=48,
+    ),
     "gemma4-unified": Gemma4UnifiedTextConfig(
         **_SIZES,
         head_dim=16,
@@ -271,7 +285,7 @@ CONFIGS = {
 
 
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
-MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss"}
+MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss", "gemma4-moe"}
 RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased", "lfm2-moe"}
 
 

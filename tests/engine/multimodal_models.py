@@ -79,6 +79,23 @@ def config(name: str) -> Any:
                 image_token_index=5,
                 spatial_merge_size=1,
             )
+        case "muse_glimmer":
+            text = _TEXT | {"sliding_window": 24, "output_multiplier": 0.5}
+            return t.MuseGlimmerConfig(
+                text_config=text,
+                vision_config={
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "pos_emb_height": 4,
+                    "pos_emb_width": 4,
+                },
+                image_token_id=6,  # which are masked, and in no answer
+                video_token_id=7,
+                out_hidden_size=64,
+                projector_hidden_size=48,
+            )
         case "qwen2_vl":
             eye = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
             text = _TEXT | _mrope([2, 3, 3])
@@ -133,6 +150,7 @@ NAMES = (
     "gemma4",
     "gemma4_unified",
     "mistral3",
+    "muse_glimmer",
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",

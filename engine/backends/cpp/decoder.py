@@ -78,6 +78,7 @@ class CppDecoder(HostSampling):
     block_size: int
     int8_cache: bool
     embedding: Tensor | None  # bfloat16 [vocab, hidden]
+    embedding_norm: Tensor | None  # float32 [hidden]
     norm: Tensor | None  # float32 [hidden]
     head: PreparedGroup | None
     per_layer_inputs: CppPerLayerInputs | None
@@ -103,11 +104,13 @@ class CppDecoder(HostSampling):
             len(self.ropes.struct),
             model.vocab_size,
             model.norm_eps,
+            model.norm_eps if model.after_norm_eps is None else model.after_norm_eps,
             as_bfloat16(model.embedding_scale),
             self.block_size,
             self.layer_structs,
             self.ropes.struct,
             pointer(self.embedding),
+            pointer(self.embedding_norm),
             pointer(self.norm),
             None if told is None else ctypes.pointer(told.struct),
             NbLinearGroup() if self.head is None else self.head.struct(),

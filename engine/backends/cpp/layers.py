@@ -99,7 +99,7 @@ class CppAttention:
             spec.soft_cap or 0.0,
             beta,
             length,
-            spec.output_gate,
+            lib.GATES[spec.output_gate],
             spec.kv_source is not None,
             spec.keys_are_values,
             cache_offset,
@@ -217,6 +217,8 @@ class CppExperts:
     experts: list[CppGatedMlp]
     shared: CppGatedMlp | None
     shared_gate: Tensor | None  # float32 [1, hidden]
+    norm: Tensor | None = None  # float32 [hidden] of what they read, but not the router
+    scales: Tensor | None = None  # float32 [num_experts]
     array: ctypes.Array[NbGatedMlp] = field(init=False)
     struct: NbExperts = field(init=False)
 
@@ -236,12 +238,29 @@ class CppExperts:
             self.array,
             None if self.shared is None else ctypes.pointer(self.shared.struct),
             pointer(self.shared_gate),
+            pointer(self.norm),
+            pointer(self.scales),
         )
 
     @property
     def groups(self) -> list[PreparedGroup]:
         each = self.experts if self.shared is None else [*self.experts, self.shared]
         return [group for mlp in each for group in mlp.groups]
+
+
+@dataclass(slots=True)
+class CppMlpBesideExperts:
+    """Norms float32 [hidden]."""
+
+    mlp: CppGatedMlp
+    experts: CppExperts
+    after_mlp: Tensor
+    after_experts: Tensor
+    before_router: Tensor
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return self.mlp.groups + self.experts.groups
 
 
 @dataclass(slots=True)
@@ -290,7 +309,7 @@ class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
     mixer: CppAttention | CppDeltaNet | CppShortConv
-    mlp: CppGatedMlp | CppExperts
+    mlp: CppGatedMlp | CppExperts | CppMlpBesideExperts
     before_mixer: Tensor | None
     after_mixer: Tensor | None
     before_mlp: Tensor | None
@@ -306,14 +325,19 @@ class CppLayer:
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
         mixer = self.mixer.point(ropes, cache_offset)
-        told, mlp = self.per_layer_input, self.mlp
+        told, mlp, experts = self.per_layer_input, self.mlp, self.mlp
+        between: tuple[Tensor | None, ...] = (None, None, None)
+        if isinstance(self.mlp, CppMlpBesideExperts):
+            both = self.mlp
+            mlp, experts = both.mlp, both.experts
+            between = both.after_mlp, both.after_experts, both.before_router
         return NbLayer(
-            *map(pointer, norms),
+            *map(pointer, (*norms, *between)),
             ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbShortConv) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
-            ctypes.pointer(mlp.struct) if isinstance(mlp, CppExperts) else None,
+            ctypes.pointer(experts.struct) if isinstance(experts, CppExperts) else None,
             None if told is None else ctypes.pointer(told.struct),
             self.scalar,
         )

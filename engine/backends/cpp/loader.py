@@ -4,7 +4,7 @@ Nothing is fused here: the linears of a group lie side by side in one call whate
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -16,6 +16,7 @@ from ....architectures.base import (
     GatedDeltaNet,
     LayerSpec,
     LinearGroup,
+    MlpBesideExperts,
     ModelSpec,
     ShortConv,
 )
@@ -26,12 +27,14 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import CppDecoder
+from .features import FEATURES
 from .layers import (
     CppAttention,
     CppDeltaNet,
     CppExperts,
     CppGatedMlp,
     CppLayer,
+    CppMlpBesideExperts,
     CppPerLayerInput,
     CppPerLayerInputs,
     CppShortConv,
@@ -46,64 +49,7 @@ class CppBackend:
     """The C++ kernels, in bfloat16 on a CPU."""
 
     name = "cpp"
-    features = frozenset(
-        {
-            "model",
-            "model.norm_offset",
-            "model.embedding_scale",
-            "model.residual_scale",
-            "model.logits_scale",
-            "model.final_soft_cap",
-            "per_layer_inputs",
-            "per_layer_inputs.activation=silu",
-            "per_layer_inputs.activation=gelu_tanh",
-            "layer",
-            "layer.scalar",
-            "norms",
-            "norms.before_mixer=None",
-            "norms.after_mixer",
-            "norms.before_mlp=None",
-            "norms.after_mlp",
-            "attention",
-            "attention.window",
-            "attention.rope=None",
-            "attention.qk_norm=head",
-            "attention.qk_norm=all",
-            "attention.query_scaling",
-            "attention.soft_cap",
-            "attention.sinks",
-            "attention.output_gate",
-            "gated_delta_net",
-            "short_conv",
-            "short_conv.bias",
-            "attention.v_norm",
-            "attention.keys_are_values",
-            "attention.kv_source",
-            "rope",
-            "rope.scaling=default",
-            "rope.scaling=linear",
-            "rope.scaling=llama3",
-            "rope.scaling=yarn",
-            "rope.scaling=proportional",
-            "rope.dim",
-            "rope.attention_factor",
-            "gated_mlp",
-            "gated_mlp.activation=silu",
-            "gated_mlp.activation=gelu_tanh",
-            "experts",
-            "experts.activation=silu",
-            "experts.activation=gelu_tanh",
-            "experts.scoring=softmax",
-            "experts.scoring=sigmoid",
-            "experts.norm_weights",
-            "experts.routed_scale",
-            "experts.correction_bias",
-            "experts.clamp",
-            "experts.limited_groups",
-            "shared_expert",
-            "shared_expert.gated",
-        }
-    )
+    features = FEATURES
 
     def __init__(self, target: Target):
         self.target = target
@@ -138,6 +84,8 @@ class CppBackend:
             return (
                 f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
             )
+        if isinstance(layer.mlp, MlpBesideExperts) and layer.norms.after_mlp is None:
+            return "has no MLP beside experts without a norm of their sum"
         *_, out = mixer.groups(model.hidden_size)
         sizes: tuple[int, ...] = (
             model.hidden_size,
@@ -158,8 +106,10 @@ class CppBackend:
         shared = mixer.num_heads // mixer.num_kv_heads
         if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
             return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
-        if mixer.output_gate and mixer.qk_norm == "all":
+        if mixer.output_gate == "q_proj" and mixer.qk_norm == "all":
             return "has no norm of all heads where gates lie between them"
+        if mixer.keys_are_values and mixer.qk_norm == "all":
+            return "has no values that are keys before a norm of all of them"
         return None
 
     def load(
@@ -216,6 +166,7 @@ class _Loader:
             config.block_size,
             config.kv_cache_dtype == "int8",
             embedding if first else None,
+            torch.ones(model.hidden_size) if model.embedding_norm and first else None,
             self.weights.final_norm() if last else None,
             head,
             self._per_layer_inputs(),
@@ -232,12 +183,15 @@ class _Loader:
 
         # What is added to the residual is scaled by what makes it: its norm, else its linear.
         scale = model.residual_scale
+        before_mlp = norms.before_mlp
+        if isinstance(spec.mlp, MlpBesideExperts):
+            before_mlp = spec.mlp.norms[0]
         return CppLayer(
             self._mixer(index, 1.0 if norms.after_mixer else scale),
             self._feed_forward(index, 1.0 if norms.after_mlp else scale),
             norm(norms.before_mixer),
             norm(norms.after_mixer, scale),
-            norm(norms.before_mlp),
+            norm(before_mlp),
             norm(norms.after_mlp, scale),
             self._per_layer_input(index),
             float(weights.vector(f"{prefix}layer_scalar", 1)) if spec.scalar else 1.0,
@@ -300,11 +254,32 @@ class _Loader:
         shape = (out_features, in_features)
         return self._prepared(module, [shape], lambda: [self.weights.linear(module, *shape)])
 
-    def _feed_forward(self, index: int, scale: float) -> CppGatedMlp | CppExperts:
+    def _feed_forward(
+        self, index: int, scale: float
+    ) -> CppGatedMlp | CppExperts | CppMlpBesideExperts:
+        spec = self.weights.model.layers[index].mlp
+        if isinstance(spec, MlpBesideExperts):
+            return self._mlp_beside_experts(index, spec)
+        if isinstance(spec, Experts):
+            router = self.weights.router(index, spec.names.router, spec.num_experts)
+            return self._experts(index, spec, router, scale)
+        groups = spec.groups(self.weights.model.hidden_size)
+        return self._gated_mlp(index, spec.activation, groups, scale)
+
+    def _mlp_beside_experts(self, index: int, spec: MlpBesideExperts) -> CppMlpBesideExperts:
+        weights, hidden = self.weights, self.weights.model.hidden_size
+        prefix = f"{weights.model.layer_name(index)}."
+        experts = self._experts(index, spec.experts, weights.scaled_router(index, spec), 1.0)
+        _, after_mlp, before_experts, after_experts = (
+            weights.norm(prefix + name, hidden) for name in spec.norms
+        )
+        scales = weights.vector(f"{prefix}{spec.expert_scales}", spec.experts.num_experts)
+        experts = replace(experts, norm=before_experts, scales=scales)
+        mlp = self._gated_mlp(index, spec.mlp.activation, spec.mlp.groups(hidden), 1.0)
+        return CppMlpBesideExperts(mlp, experts, after_mlp, after_experts, torch.ones(hidden))
+
+    def _experts(self, index: int, spec: Experts, router: Tensor, scale: float) -> CppExperts:
         model, weights = self.weights.model, self.weights
-        spec = model.layers[index].mlp
-        if not isinstance(spec, Experts):
-            return self._gated_mlp(index, spec.activation, spec.groups(model.hidden_size), scale)
         names, bias, gate = spec.names, None, None
         if spec.correction_bias:
             bias = weights.correction_bias(index, names.correction_bias, spec.num_experts)
@@ -315,7 +290,6 @@ class _Loader:
             for pair in spec.members(model.hidden_size)
         ]
         shared = experts.pop() if spec.shared is not None else None
-        router = weights.router(index, names.router, spec.num_experts)
         own = weights.router_bias(index, names.router, spec.num_experts)
         return CppExperts(spec, router, own, bias, experts, shared, gate)
 

@@ -18,7 +18,7 @@ from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from .attention import AttentionMetadata, KVCache
-from .feed_forward import TorchExperts, TorchGatedMlp
+from .feed_forward import TorchExperts, TorchGatedMlp, TorchMlpBesideExperts
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
 from .linear import FusedLinear
 from .mixers import Step, TorchAttention, TorchGatedDeltaNet, TorchShortConv
@@ -32,7 +32,7 @@ class TorchLayer:
 
     spec: LayerSpec
     mixer: TorchAttention | TorchGatedDeltaNet | TorchShortConv
-    mlp: TorchGatedMlp | TorchExperts
+    mlp: TorchGatedMlp | TorchExperts | TorchMlpBesideExperts
     before_mixer: RMSNorm | None
     after_mixer: RMSNorm | None
     before_mlp: RMSNorm | None
@@ -65,6 +65,7 @@ class TorchDecoder(HostSampling):
     dtype: torch.dtype
     device: torch.device
     embedding: Tensor | None  # [vocab, hidden]
+    embedding_norm: RMSNorm | None
     norm: RMSNorm | None
     head: FusedLinear | None
     per_layer_inputs: TorchPerLayerInputs | None
@@ -117,6 +118,7 @@ class TorchDecoder(HostSampling):
         if self.embedding is None:
             raise ValueError("these are not the model's first layers")
         x = F.embedding(torch.tensor(batch.token_ids, device=self.device), self.embedding)
+        x = _normed(self.embedding_norm, x)
         if self.model.embedding_scale == 1.0:
             return x
         return x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....architectures.base import Experts
+from .layers import RMSNorm
 from .linear import FusedLinear
 
 
@@ -48,11 +49,15 @@ class TorchExperts:
     experts: list[TorchGatedMlp]
     shared: TorchGatedMlp | None
     shared_gate: Tensor | None  # float32 [1, hidden]
+    scales: Tensor | None = None  # float32 [num_experts] of MlpBesideExperts
 
-    def __call__(self, h: Tensor) -> Tensor:
-        """h [T, hidden], normed."""
-        logits = F.linear(h.float(), self.router, self.router_bias)
+    def __call__(self, h: Tensor, routed: Tensor | None = None) -> Tensor:
+        """h [T, hidden], normed. routed: what the router reads, where that is something else."""
+        seen = h if routed is None else routed
+        logits = F.linear(seen.float(), self.router, self.router_bias)
         weights, chosen = route(self.spec, logits, self.correction_bias)
+        if self.scales is not None:
+            weights = weights * self.scales[chosen]
         out = torch.zeros_like(h)
         for expert in chosen.unique().tolist():
             tokens, places = torch.where(chosen == expert)
@@ -64,6 +69,24 @@ class TorchExperts:
         if self.shared_gate is not None:
             added = added * F.linear(h.float(), self.shared_gate).sigmoid()
         return out + added.to(out.dtype)
+
+
+@dataclass(slots=True)
+class TorchMlpBesideExperts:
+    """norm(mlp(norm(x))) + norm(experts(norm(x)))"""
+
+    mlp: TorchGatedMlp
+    experts: TorchExperts
+    before_mlp: RMSNorm
+    after_mlp: RMSNorm
+    before_experts: RMSNorm
+    after_experts: RMSNorm
+    before_router: RMSNorm  # without a weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden], not normed."""
+        routed = self.experts(self.before_experts(x), self.before_router(x))
+        return self.after_mlp(self.mlp(self.before_mlp(x))) + self.after_experts(routed)
 
 
 def route(spec: Experts, logits: Tensor, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,12 @@ from torch import Tensor
 from ....architectures.base import (
     Attention,
     Experts,
+    FeedForward,
     GatedDeltaNet,
+    GatedMlp,
     LayerSpec,
     LinearGroup,
+    MlpBesideExperts,
     ModelSpec,
     Norms,
     Rope,
@@ -23,7 +26,7 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
-from .feed_forward import TorchExperts, TorchGatedMlp
+from .feed_forward import TorchExperts, TorchGatedMlp, TorchMlpBesideExperts
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
 from .mixers import TorchAttention, TorchGatedDeltaNet, TorchShortConv
@@ -44,6 +47,9 @@ class TorchBackend:
             "model.residual_scale",
             "model.logits_scale",
             "model.final_soft_cap",
+            "model.final_norm_offset",
+            "model.after_norm_eps",
+            "model.embedding_norm",
             "per_layer_inputs",
             "per_layer_inputs.activation=silu",
             "per_layer_inputs.activation=gelu_tanh",
@@ -65,7 +71,8 @@ class TorchBackend:
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
-            "attention.output_gate",
+            "attention.output_gate=q_proj",
+            "attention.output_gate=gate_proj",
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
@@ -92,6 +99,7 @@ class TorchBackend:
             "experts.limited_groups",
             "shared_expert",
             "shared_expert.gated",
+            "mlp_beside_experts",
         }
     )
 
@@ -134,6 +142,7 @@ class _Loader:
             target.dtype,
             target.device,
             embedding.to(target.device) if embedding is not None and first else None,
+            self._norm(torch.ones(model.hidden_size)) if model.embedding_norm and first else None,
             self._norm(self.weights.final_norm()) if last else None,
             head,
             self._per_layer_inputs(),
@@ -151,7 +160,7 @@ class _Loader:
         return TorchLayer(
             spec,
             self._mixer(index, spec.mixer),
-            self._feed_forward(index),
+            self._feed_forward(index, spec.mlp),
             per_layer_input=self._per_layer_input(index),
             scalar=scalar,
             **norms,
@@ -197,16 +206,41 @@ class _Loader:
         qkv, o = self._groups(index, mixer.groups(model.hidden_size))
         return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
 
-    def _feed_forward(self, index: int) -> TorchGatedMlp | TorchExperts:
-        mlp = self.weights.model.layers[index].mlp
+    def _feed_forward(
+        self, index: int, mlp: FeedForward
+    ) -> TorchGatedMlp | TorchExperts | TorchMlpBesideExperts:
+        if isinstance(mlp, MlpBesideExperts):
+            return self._mlp_beside_experts(index, mlp)
         if isinstance(mlp, Experts):
-            return self._experts(index, mlp)
+            router = self.weights.router(index, mlp.names.router, mlp.num_experts)
+            return self._experts(index, mlp, router)
+        return self._gated_mlp(index, mlp)
+
+    def _gated_mlp(self, index: int, mlp: GatedMlp) -> TorchGatedMlp:
         gate_up, down = self._groups(index, mlp.groups(self.weights.model.hidden_size))
         return TorchGatedMlp(mlp.activation, gate_up, down)
 
-    def _experts(self, index: int, mlp: Experts) -> TorchExperts:
+    def _mlp_beside_experts(self, index: int, spec: MlpBesideExperts) -> TorchMlpBesideExperts:
+        weights, hidden = self.weights, self.weights.model.hidden_size
+        prefix = f"{weights.model.layer_name(index)}."
+        experts = self._experts(index, spec.experts, weights.scaled_router(index, spec))
+        scales = weights.vector(f"{prefix}{spec.expert_scales}", spec.experts.num_experts)
+        experts.scales = scales.to(self.target.device)
+        before_mlp, after_mlp, before_experts, after_experts = (
+            self._norm(weights.norm(prefix + name, hidden)) for name in spec.norms
+        )
+        return TorchMlpBesideExperts(
+            self._gated_mlp(index, spec.mlp),
+            experts,
+            before_mlp,
+            after_mlp,
+            before_experts,
+            after_experts,
+            before_router=self._norm(torch.ones(hidden)),
+        )
+
+    def _experts(self, index: int, mlp: Experts, router: Tensor) -> TorchExperts:
         device, names = self.target.device, mlp.names
-        router = self.weights.router(index, names.router, mlp.num_experts).to(device)
         bias = gate = None
         if mlp.correction_bias:
             bias = self.weights.correction_bias(index, names.correction_bias, mlp.num_experts)
@@ -218,7 +252,7 @@ class _Loader:
         shared = each.pop() if mlp.shared is not None else None
         own = self.weights.router_bias(index, names.router, mlp.num_experts)
         own = None if own is None else own.to(device)
-        return TorchExperts(mlp, router, own, bias, each, shared, gate)
+        return TorchExperts(mlp, router.to(device), own, bias, each, shared, gate)
 
     def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
         model, prefix = self.weights.model, self.weights.model.layer_name(index)
@@ -248,18 +282,20 @@ class _Loader:
         return [self._fused(self.weights.group(index, group)) for group in groups]
 
     def _norms(self, prefix: str, norms: Norms) -> dict[str, RMSNorm | None]:
-        width = self.weights.model.hidden_size
+        model = self.weights.model
         names = {each.name: getattr(norms, each.name) for each in fields(norms)}
-        return {
-            place: None if name is None else self._norm(self.weights.norm(prefix + name, width))
-            for place, name in names.items()
-        }
 
-    def _norm(self, weight: Tensor) -> RMSNorm:
-        """In float32 where 1 was added to it, as the architectures that do so compute it."""
+        def norm(place: str, name: str) -> RMSNorm:
+            eps = model.after_norm_eps if place.startswith("after") else None
+            return self._norm(self.weights.norm(prefix + name, model.hidden_size), eps)
+
+        return {place: None if name is None else norm(place, name) for place, name in names.items()}
+
+    def _norm(self, weight: Tensor, eps: float | None = None) -> RMSNorm:
+        """In float32 where 1 was added to it, as the architectures that do so compute it. eps: None is the model's."""
         model, target = self.weights.model, self.target
         dtype = torch.float32 if model.norm_offset else target.dtype
-        return RMSNorm(weight.to(target.device, dtype), model.norm_eps)
+        return RMSNorm(weight.to(target.device, dtype), model.norm_eps if eps is None else eps)
 
     def _fused(self, linears: list[Linear]) -> FusedLinear:
         return FusedLinear.build(linears, self.target.dtype, self.target.device, self.report)

@@ -42,9 +42,11 @@ class TorchAttention:
         """h [T, hidden], normed; layer: whose part of the cache."""
         spec = self.spec
         qkv, gate = self.qkv(h), None
-        if spec.output_gate:
+        if spec.output_gate == "gate_proj":
+            qkv, gate = qkv.tensor_split((-spec.num_heads * spec.head_dim,), dim=1)
+        elif spec.output_gate is not None:
             qkv, gate = self._split_gate(qkv)
-        qkv = qkv.view(len(h), -1, spec.head_dim)
+        qkv = qkv.reshape(len(h), -1, spec.head_dim)
         if spec.keys_are_values:
             qkv = torch.cat([qkv, qkv[:, spec.num_heads :]], dim=1)
         if any(norm is not None for norm in (self.q_norm, self.k_norm, self.v_norm)):

@@ -12,6 +12,8 @@ from nibble.architectures.base import (
     Attention,
     Experts,
     GatedDeltaNet,
+    GatedMlp,
+    MlpBesideExperts,
     ModelSpec,
     Rope,
     ShortConv,
@@ -25,14 +27,16 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
     def weight(name: str) -> Tensor:
         return checkpoint.tensor(name).double()
 
-    def norm(name: str | None, x: Tensor) -> Tensor:
+    def norm(name: str | None, x: Tensor, eps: float | None = None) -> Tensor:
         if name is None:
             return x
         factor = weight(f"{name}.weight") + (1.0 if spec.norm_offset else 0.0)
-        return x / (x.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt() * factor
+        return plain_norm(x, spec.norm_eps if eps is None else eps) * factor
 
     embedding = weight(f"{spec.prefix}embed_tokens.weight")
     x = embedding[torch.tensor(ids)] * spec.embedding_scale
+    if spec.embedding_norm:
+        x = plain_norm(x, spec.norm_eps)
     told = per_layer_inputs(spec, weight, x, ids)
     kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers that have their own
     for index, layer in enumerate(spec.layers):
@@ -57,20 +61,19 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
                 None if source is None else kept[source],
                 spec.norm_eps,
             )
-        x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed)
+        x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed, spec.after_norm_eps)
         h = norm(named(norms.before_mlp), x)
+
+        def inside(name: str, prefix: str = prefix) -> Tensor:
+            return weight(prefix + name)
+
         if isinstance(layer.mlp, Experts):
-            added = torch.stack(
-                [expert_sum(row, layer.mlp, lambda n, p=prefix: weight(p + n)) for row in h]
-            )
+            added = torch.stack([expert_sum(row, layer.mlp, inside) for row in h])
+        elif isinstance(layer.mlp, MlpBesideExperts):
+            added = both(h, layer.mlp, inside, lambda n, x, p=prefix: norm(p + n, x), spec.norm_eps)
         else:
-            if layer.mlp.fused:
-                gate, up = weight(f"{prefix}mlp.gate_up_proj.weight").chunk(2)
-            else:
-                gate, up = (weight(f"{prefix}{name}.weight") for name in layer.mlp.names[:2])
-            down = weight(f"{prefix}{layer.mlp.names[2]}.weight")
-            added = gated_mlp(h, gate, up, down, layer.mlp.activation)
-        x = x + spec.residual_scale * norm(named(norms.after_mlp), added)
+            added = dense(h, layer.mlp, inside)
+        x = x + spec.residual_scale * norm(named(norms.after_mlp), added, spec.after_norm_eps)
         if spec.per_layer_inputs is not None:
             gate = activate(
                 x @ weight(f"{prefix}per_layer_input_gate.weight").T,
@@ -80,9 +83,35 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             x = x + norm(f"{prefix}post_per_layer_input_norm", back)
         if layer.scalar:
             x = x * weight(f"{prefix}layer_scalar")
-    x = norm(f"{spec.prefix}{spec.final_norm}", x)
+    offset = spec.norm_offset if spec.final_norm_offset is None else spec.final_norm_offset
+    factor = weight(f"{spec.prefix}{spec.final_norm}.weight") + (1.0 if offset else 0.0)
+    x = plain_norm(x, spec.norm_eps) * factor
     head = embedding if spec.tie_word_embeddings else weight(f"{spec.head}.weight")
     return cap(x @ head.T * spec.logits_scale, spec.final_soft_cap)
+
+
+def plain_norm(x: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def dense(h: Tensor, spec: GatedMlp, weight: Callable[[str], Tensor]) -> Tensor:
+    if spec.fused:
+        gate, up = weight("mlp.gate_up_proj.weight").chunk(2)
+    else:
+        gate, up = (weight(f"{name}.weight") for name in spec.names[:2])
+    return gated_mlp(h, gate, up, weight(f"{spec.names[2]}.weight"), spec.activation)
+
+
+def both(
+    x: Tensor, spec: MlpBesideExperts, weight: Callable[[str], Tensor], norm: Any, eps: float
+) -> Tensor:
+    before_mlp, after_mlp, before_experts, after_experts = spec.norms
+    seen = plain_norm(x, eps) * weight(spec.router_scale) / math.sqrt(x.shape[1])
+    rows = zip(norm(before_experts, x), seen, strict=True)
+    scales = weight(spec.expert_scales).tolist()
+    routed = [expert_sum(row, spec.experts, weight, what, scales) for row, what in rows]
+    mlp = dense(norm(before_mlp, x), spec.mlp, weight)
+    return norm(after_mlp, mlp) + norm(after_experts, torch.stack(routed))
 
 
 def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) -> Tensor | None:
@@ -102,9 +131,15 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str
     return (activate(x @ gate.T, activation) * (x @ up.T)) @ down.T
 
 
-def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Tensor:
-    """Of one token [hidden]."""
-    logits = (weight(f"{spec.names.router}.weight") @ x).tolist()
+def expert_sum(
+    x: Tensor,
+    spec: Experts,
+    weight: Callable[[str], Tensor],
+    routed: Tensor | None = None,
+    scales: list[float] | None = None,
+) -> Tensor:
+    """Of one token [hidden]. routed: what the router reads, if not x; scales: of the experts' weights."""
+    logits = (weight(f"{spec.names.router}.weight") @ (x if routed is None else routed)).tolist()
     if spec.scoring == "sigmoid":
         scores = [1 / (1 + math.exp(-logit)) for logit in logits]
     elif spec.scoring == "softmax":
@@ -136,7 +171,7 @@ def expert_sum(x: Tensor, spec: Experts, weight: Callable[[str], Tensor]) -> Ten
     y = torch.zeros_like(x)
     for e in chosen:
         names = spec.names.gate, spec.names.up, spec.names.down
-        share = spec.routed_scale * scores[e] / total
+        share = spec.routed_scale * scores[e] / total * (1.0 if scales is None else scales[e])
         y = y + share * mlp(*(name.replace("*", str(e)) for name in names))
     if spec.shared is not None:
         added = mlp(*(f"{spec.names.shared}.{name}_proj" for name in ("gate", "up", "down")))
@@ -159,7 +194,8 @@ def attention(
     those of another layer."""
     heads, dim, gates = spec.num_heads, spec.head_dim, None
     layer = prefix.removesuffix("self_attn.")
-    q_norm, k_norm = (layer + name for name in spec.head_norms)
+    names = spec.head_norms or (None, None)
+    q_norm, k_norm = (None if name is None else layer + name for name in names)
     if spec.fused:
         qkv = h @ weight(f"{prefix}qkv_proj.weight").T
         q, k, v = qkv.split([count * dim for count in (heads, *[spec.num_kv_heads] * 2)], 1)
@@ -169,18 +205,24 @@ def attention(
             k = v = h @ weight(f"{prefix}k_proj.weight").T
             if not spec.keys_are_values:
                 v = h @ weight(f"{prefix}v_proj.weight").T
-    if spec.output_gate:
-        both = q.split(dim, 1)
-        q, gates = torch.cat(both[::2], 1), both[1::2]
+    if spec.output_gate == "q_proj":
+        pairs = q.split(dim, 1)
+        q, gates = torch.cat(pairs[::2], 1), pairs[1::2]
+    elif spec.output_gate is not None:
+        gates = (h @ weight(f"{prefix}gate_proj.weight").T).split(dim, 1)
     if spec.qk_norm == "all":
         q, k = norm(q_norm, q), norm(k_norm, k)
     queries = list(q.split(dim, 1))
+
+    def norm_head(name: str | None, x: Tensor) -> Tensor:
+        return plain_norm(x, eps) if name is None else norm(name, x)
+
     if spec.qk_norm == "head":
-        queries = [norm(q_norm, each) for each in queries]
+        queries = [norm_head(q_norm, each) for each in queries]
     if shared is None:
         keys, values = list(k.split(dim, 1)), list(v.split(dim, 1))
         if spec.qk_norm == "head":
-            keys = [norm(k_norm, each) for each in keys]
+            keys = [norm_head(k_norm, each) for each in keys]
         if spec.v_norm:
             values = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in values]
         shared = [rotate(each, spec.rope) for each in keys], values

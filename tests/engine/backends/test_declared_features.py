@@ -22,12 +22,14 @@ from nibble.architectures.base import (
     GatedDeltaNet,
     GatedMlp,
     LayerSpec,
+    MlpBesideExperts,
     ModelSpec,
     Norms,
     PerLayerInputs,
     Rope,
     SharedExpert,
     ShortConv,
+    experts_of,
     features,
 )
 from nibble.architectures.registry import ARCHITECTURES
@@ -67,6 +69,8 @@ LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
 READER = replace(ATTENTION, kv_source=0, num_heads=8)
 TOLD = PerLayerInputs(16, VOCAB, "gelu_tanh")
 EXPERTS = Experts(8, 3, 48, "silu")
+BESIDE = MlpBesideExperts(GatedMlp(INNER, "silu"), EXPERTS)
+SUMMED = replace(SANDWICH, before_mlp=None)
 MODEL = ModelSpec(HIDDEN, VOCAB, 256, 1e-6, (LAYER,) * LAYERS, False)
 
 
@@ -82,6 +86,12 @@ def with_experts(**changes) -> ModelSpec:
     """In the middle layer of three."""
     experts = replace(LAYER, mlp=replace(EXPERTS, **changes))
     return replace(MODEL, layers=(LAYER, experts, LAYER))
+
+
+def with_both(**changes) -> ModelSpec:
+    """An MLP beside experts in the middle layer of three."""
+    both = replace(LAYER, mlp=replace(BESIDE, **changes), norms=SUMMED)
+    return replace(MODEL, layers=(LAYER, both, LAYER))
 
 
 def with_delta_net(**changes) -> ModelSpec:
@@ -132,7 +142,8 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Attention", "sinks"): [with_attention(sinks=True)],
     ("Attention", "v_norm"): [with_attention(v_norm=True)],
     ("Attention", "keys_are_values"): [
-        with_attention(keys_are_values=True, qk_norm="head", v_norm=True)
+        with_attention(keys_are_values=True, qk_norm="head", v_norm=True),
+        with_attention(keys_are_values=True, qk_norm="all"),
     ],
     ("Attention", "kv_source"): [
         replace(MODEL, layers=(LAYER, replace(LAYER, mixer=READER), replace(LAYER, mixer=READER))),
@@ -142,8 +153,11 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         ),
     ],
     ("Attention", "output_gate"): [
-        with_attention(output_gate=True),
-        with_attention(output_gate=True, qk_norm="head"),
+        with_attention(output_gate="q_proj"),
+        with_attention(output_gate="q_proj", qk_norm="head"),
+        with_attention(output_gate="gate_proj"),
+        with_attention(output_gate="gate_proj", qk_norm="all"),
+        with_attention(output_gate="gate_proj", qk_norm="head", keys_are_values=True),
     ],
     ("GatedDeltaNet", "num_key_heads"): [with_delta_net(num_key_heads=4)],
     ("GatedDeltaNet", "num_value_heads"): [with_delta_net(num_value_heads=6)],
@@ -155,7 +169,10 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("ShortConv", "conv_kernel"): [with_short_conv(conv_kernel=2), with_short_conv(conv_kernel=5)],
     ("ShortConv", "bias"): [with_short_conv(bias=True)],
     ("Attention", "out"): [with_attention(out="self_attn.out_proj")],
-    ("Attention", "head_norms"): [with_attention(qk_norm="head", head_norms=("qn", "kn"))],
+    ("Attention", "head_norms"): [
+        with_attention(qk_norm="head", head_norms=("qn", "kn")),
+        replace(with_attention(qk_norm="head", head_norms=None), norm_offset=True),
+    ],
     ("GatedMlp", "names"): [with_layers(mlp=GatedMlp(INNER, "silu", names=("w1", "w3", "w2")))],
     ("ModelSpec", "final_norm"): [replace(MODEL, final_norm="embedding_norm")],
     ("GatedMlp", "intermediate_size"): [with_layers(mlp=GatedMlp(48, "silu"))],
@@ -195,6 +212,18 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
             shared=SharedExpert(32, gated=True),
         )
     ],
+    ("MlpBesideExperts", "mlp"): [
+        with_both(),
+        with_both(mlp=GatedMlp(48, "gelu_tanh")),
+        replace(with_both(), norm_offset=True, norm_eps=0.1, residual_scale=0.3),
+    ],
+    ("MlpBesideExperts", "experts"): [
+        with_both(experts=replace(EXPERTS, norm_weights=True, shared=SharedExpert(32))),
+        with_both(experts=replace(EXPERTS, scoring="sigmoid", correction_bias=True)),
+    ],
+    ("MlpBesideExperts", "norms"): [with_both(norms=("n1", "n2", "n3", "n4"))],
+    ("MlpBesideExperts", "router_scale"): [with_both(router_scale="s")],
+    ("MlpBesideExperts", "expert_scales"): [with_both(expert_scales="s")],
     ("SharedExpert", "intermediate_size"): [with_experts(shared=SharedExpert(32))],
     ("SharedExpert", "gated"): [with_experts(shared=SharedExpert(80, gated=True))],
     ("Norms", "before_mixer"): [with_layers(norms=Norms(before_mixer=None))],
@@ -213,6 +242,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         replace(with_layers(mlp=EXPERTS, norms=SANDWICH), residual_scale=0.3),
     ],
     ("LayerSpec", "norms"): [
+        replace(MODEL, layers=(replace(LAYER, mlp=BESIDE, norms=Norms(before_mlp=None)),)),
         with_layers(norms=NORMS_AFTER),
         replace(MODEL, layers=(replace(LAYER, norms=SANDWICH), LAYER, LAYER)),
     ],
@@ -224,6 +254,15 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("ModelSpec", "layers"): [replace(MODEL, layers=(LAYER,))],
     ("ModelSpec", "tie_word_embeddings"): [replace(MODEL, tie_word_embeddings=True)],
     ("ModelSpec", "norm_offset"): [replace(MODEL, norm_offset=True)],
+    ("ModelSpec", "final_norm_offset"): [
+        replace(MODEL, norm_offset=True, final_norm_offset=False),
+        replace(MODEL, final_norm_offset=True),
+    ],
+    ("ModelSpec", "after_norm_eps"): [replace(with_layers(norms=SANDWICH), after_norm_eps=0.1)],
+    ("ModelSpec", "embedding_norm"): [
+        replace(MODEL, embedding_norm=True),
+        replace(with_layers(norms=SANDWICH), embedding_norm=True, per_layer_inputs=TOLD),
+    ],
     ("ModelSpec", "embedding_scale"): [replace(MODEL, embedding_scale=3.0)],
     ("ModelSpec", "residual_scale"): [
         replace(MODEL, residual_scale=0.3),
@@ -259,7 +298,7 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 
 def test_every_field_has_a_case() -> None:
     classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Experts]
-    classes += [ShortConv, SharedExpert, Rope, PerLayerInputs]
+    classes += [ShortConv, SharedExpert, MlpBesideExperts, Rope, PerLayerInputs]
     described = [
         value
         for value in vars(base).values()
@@ -288,13 +327,17 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             for member in group.members():
                 for name, out in zip(member.modules, member.out_features, strict=True):
                     tensors[f"{prefix}{name}.weight"] = normal(out, group.in_features)
-        if isinstance(layer.mlp, Experts):
-            router, *gate = (f"{prefix}{name}" for name in layer.mlp.routers)
-            tensors[f"{router}.weight"] = normal(layer.mlp.num_experts, spec.hidden_size)
+        if (experts := experts_of(layer.mlp)) is not None:
+            router, *gate = (f"{prefix}{name}" for name in experts.routers)
+            tensors[f"{router}.weight"] = normal(experts.num_experts, spec.hidden_size)
             tensors |= {f"{name}.weight": normal(1, spec.hidden_size) for name in gate}
-            if layer.mlp.correction_bias:
-                bias = normal(layer.mlp.num_experts)
-                tensors[f"{prefix}{layer.mlp.names.correction_bias}"] = bias
+            if experts.correction_bias:
+                bias = normal(experts.num_experts)
+                tensors[f"{prefix}{experts.names.correction_bias}"] = bias
+        if isinstance(both := layer.mlp, MlpBesideExperts):
+            tensors |= {f"{prefix}{n}.weight": 1 + normal(spec.hidden_size) for n in both.norms}
+            tensors[f"{prefix}{both.router_scale}"] = 8 * (1 + normal(spec.hidden_size))
+            tensors[f"{prefix}{both.expert_scales}"] = 1 + normal(both.experts.num_experts)
         for each in dataclasses.fields(layer.norms):
             if (name := getattr(layer.norms, each.name)) is not None:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(spec.hidden_size)
@@ -310,7 +353,7 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             tensors |= {f"{own}{name}": normal(heads, scale=1.0) for name in ("A_log", "dt_bias")}
             tensors[f"{own}norm.weight"] = 1 + normal(mixer.value_dim)
             continue
-        if layer.mixer.qk_norm:
+        if layer.mixer.qk_norm and layer.mixer.head_norms is not None:
             q_norm, k_norm = layer.mixer.head_norms
             counts = {q_norm: layer.mixer.num_heads}
             if layer.mixer.kv_source is None:
@@ -386,7 +429,7 @@ def test_a_model_is_computed_rightly_or_refused(
         return
     want = plain_logits(spec, checkpoint, ids)
     assert error(decoded_logits(plain, ids), want) < 1e-5
-    routed = any(isinstance(layer.mlp, Experts) for layer in spec.layers)
+    routed = any(experts_of(layer.mlp) is not None for layer in spec.layers)
     measure = typical_error if routed else error
     rounded = load_decoder(target(tmp_path, torch.bfloat16, cpu_isa="none"), checkpoint, spec)
     bound = (3.0 if routed else 1.25) * measure(decoded_logits(rounded, ids), want)
