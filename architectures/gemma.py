@@ -109,7 +109,7 @@ def _gguf_config(file: GgufSource, config: dict[str, Any]) -> dict[str, Any]:
 
 
 GEMMA3_GGUF = GgufFamily(
-    norms={
+    modules={
         "attn_norm": "input_layernorm",
         "attn_q_norm": "self_attn.q_norm",
         "attn_k_norm": "self_attn.k_norm",

@@ -1,10 +1,12 @@
 """GPT-OSS: windows in every other layer, a sink for each head, biases everywhere, experts whose gates are clamped."""
 
 from dataclasses import replace
+from typing import Any
 
 from .base import ExpertNames, ModelSpec
 from .config import FULL, SLIDING, Config, llama_like
 from .experts import experts
+from .gguf import GgufFamily, GgufSource, gguf_experts, rope_scaling, tidy
 
 _NAMES = ExpertNames(router="mlp.router", interleaved=True)
 _YARN = {
@@ -45,3 +47,33 @@ def spec(config: Config) -> ModelSpec:
         norm_eps=config.epsilon("rms_norm_eps", 1e-5),
     )
     return replace(dense, layers=tuple(replace(layer, mlp=found) for layer in dense.layers))
+
+
+def _gguf_config(file: GgufSource, config: dict[str, Any]) -> dict[str, Any]:
+    theta = tidy(file.number("gpt-oss.rope.freq_base", 150000.0))
+    scaling = (rope_scaling(file, "gpt-oss") or _YARN) | {"truncate": False}
+    found = gguf_experts(file, "gpt-oss")
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "head_dim": file.number("gpt-oss.attention.key_length", 64),
+        "sliding_window": file.number("gpt-oss.attention.sliding_window", 128),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_theta": theta} | scaling,
+        "rope_scaling": scaling,
+        "num_local_experts": found.pop("num_experts"),
+        "num_experts_per_tok": found.pop("num_experts_per_tok"),
+        "intermediate_size": found.pop("moe_intermediate_size", config["intermediate_size"]),
+    }
+
+
+GGUF = GgufFamily(
+    {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_gate_inp": "mlp.router",
+    },
+    _gguf_config,
+    tensors={"attn_sinks.weight": "self_attn.sinks"},
+    has_experts=True,
+)

@@ -68,7 +68,7 @@ def llama3_divisors(scaling: dict[str, Any], dim: int, theta: float) -> np.ndarr
 
 
 GGUF = GgufFamily(
-    norms={"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    modules={"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
     config=_config,
     interleaved_heads=True,
 )

@@ -3,10 +3,12 @@ once. OLMo 3 has windows in three layers of four, and a rope scaling (YaRN) in t
 norms where Llama has them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from .base import NORMS_AFTER, ModelSpec, Rope
 from .config import FULL, SLIDING, Config, llama_like
 from .experts import experts
+from .gguf import HEAD_NORMS, ROUTER, GgufFamily, GgufSource, gguf_experts, tidy
 
 _THETA = 500000.0  # of OLMo 3
 
@@ -36,6 +38,25 @@ def olmoe(config: Config) -> ModelSpec:
         mlps=[found] * config.size("num_hidden_layers"),
         norm_eps=config.epsilon("rms_norm_eps", 1e-5),
     )
+
+
+def _gguf_config(file: GgufSource, config: dict[str, Any]) -> dict[str, Any]:
+    theta = tidy(file.number("olmoe.rope.freq_base", 10000.0))
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "hidden_act": "silu",
+        "rope_theta": theta,
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        **gguf_experts(file, "olmoe"),
+    }
+
+
+OLMOE_GGUF = GgufFamily(
+    {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"} | HEAD_NORMS | ROUTER,
+    _gguf_config,
+    has_experts=True,
+)
 
 
 def olmo3(config: Config) -> ModelSpec:

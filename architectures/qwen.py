@@ -8,7 +8,16 @@ from typing import Any
 from .base import ModelSpec, SharedExpert
 from .config import FULL, SLIDING, Config, llama_like
 from .experts import experts, in_layers, sparse_layers
-from .gguf import GgufConfig, GgufFamily, GgufSource, rope_scaling, tidy
+from .gguf import (
+    HEAD_NORMS,
+    ROUTER,
+    GgufConfig,
+    GgufFamily,
+    GgufSource,
+    gguf_experts,
+    rope_scaling,
+    tidy,
+)
 
 
 def qwen2(config: Config) -> ModelSpec:
@@ -81,26 +90,38 @@ def _windows(
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
-def _gguf_config(name: str, architecture: str) -> GgufConfig:
+def _gguf_config(
+    name: str, architecture: str, more: GgufConfig | None = None, model_type: str = ""
+) -> GgufConfig:
+    """name: of the architecture there; more: of config.json."""
+
     def config(file: GgufSource, config: dict[str, Any]) -> dict[str, Any]:
         theta = tidy(file.number(f"{name}.rope.freq_base", 10000.0))
         scaling, width = rope_scaling(file, name), f"{name}.attention.key_length"
         return {
             "architectures": [architecture],
-            "model_type": name,
+            "model_type": model_type or name,
             "hidden_act": "silu",
             "use_sliding_window": False,
             "rope_theta": theta,
             "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
             **({"rope_scaling": scaling} if scaling else {}),
             **({"head_dim": file.number(width)} if width in file.metadata else {}),
+            **({} if more is None else more(file, config)),
         }
 
     return config
 
 
 QWEN2_GGUF = GgufFamily(_NORMS, _gguf_config("qwen2", "Qwen2ForCausalLM"))
-QWEN3_GGUF = GgufFamily(
-    _NORMS | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
-    _gguf_config("qwen3", "Qwen3ForCausalLM"),
+QWEN3_GGUF = GgufFamily(_NORMS | HEAD_NORMS, _gguf_config("qwen3", "Qwen3ForCausalLM"))
+QWEN3_MOE_GGUF = GgufFamily(
+    _NORMS | HEAD_NORMS | ROUTER,
+    _gguf_config(
+        "qwen3moe",
+        "Qwen3MoeForCausalLM",
+        lambda file, config: gguf_experts(file, "qwen3moe") | {"norm_topk_prob": True},
+        "qwen3_moe",
+    ),
+    has_experts=True,
 )

@@ -188,6 +188,17 @@ def scaled_by_row(weight: QuantizedWeight) -> QuantizedWeight:
     )
 
 
+def in_column_order(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:
+    """Its columns in another order, int64 [in]: column j is what was column order[j]. ValueError where columns that
+    share a scale would be parted."""
+    size = weight.group_size
+    groups = order.view(-1, size) // size
+    if weight.perm is not None or (groups != groups[:, :1]).any():
+        raise ValueError(f"groups of {size} columns cannot be put in another order")
+    moved = {n: t[:, groups[:, 0]] for n in _PER_BLOCK if (t := getattr(weight, n)) is not None}
+    return replace(weight, codes=weight.codes[:, order], **moved)
+
+
 def part(
     weight: QuantizedWeight | Tensor, rows: slice = _ALL, cols: slice = _ALL
 ) -> QuantizedWeight | Tensor:

@@ -8,6 +8,7 @@ A row of a tensor is a run of blocks; each block holds its own scales. All numbe
     Q5_0      22/32      d fp16 | qh[4] | qs[16]                   d (q - 16)             5 bits, symmetric
     Q5_1      24/32      d m fp16 | qh[4] | qs[16]                 d q + m                5 bits, mins
     Q8_0      34/32      d fp16 | int8[32]                         d q                    8 bits, codes q + 128
+    MXFP4     17/32      e uint8 | qs[16]                          2^(e - 127) E2M1[q]    16 values (formats/fp4.py)
     Q2_K      84/256     scales[16] | qs[64] | d dmin fp16         d sc q - dmin mn       2 bits, mins, groups of 16
     Q3_K     110/256     hmask[32] | qs[64] | scales[12] | d fp16  d sc (q - 4)           3 bits, symm., groups of 16
     Q4_K     144/256     d dmin fp16 | scales[12] | qs[128]        d sc q - dmin mn       4 bits, mins, groups of 32
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...weight import QuantizedWeight
+from ..fp4 import E2M1
 from .container import BLOCK
 
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,6 +35,7 @@ BITS = {
     "Q5_0": 5,
     "Q5_1": 5,
     "Q8_0": 8,
+    "MXFP4": 4,
     "Q2_K": 2,
     "Q3_K": 3,
     "Q4_K": 4,
@@ -40,6 +43,7 @@ BITS = {
     "Q6_K": 6,
 }
 GROUP = {kind: 16 if kind in ("Q2_K", "Q3_K", "Q6_K") else 32 for kind in BITS}
+TABLES = ("MXFP4",)  # whose codes are numbers of a table
 SYMMETRIC = ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K")
 
 Decoded = tuple[
@@ -61,7 +65,10 @@ def read_blocks(rows: np.ndarray, kind: str) -> QuantizedWeight:
     weights, size = BLOCK[kind]
     codes, scales, mins = _DECODERS[kind](np.ascontiguousarray(rows).reshape(-1, size))
     group = weights // scales.shape[1]
+    table = E2M1 if kind in TABLES else None
     return QuantizedWeight(
+        kind="int" if table is None else "table",
+        table=table,
         codes=torch.from_numpy(codes.reshape(n_rows, -1)),
         scales=torch.from_numpy(scales.reshape(n_rows, -1)),
         mins=None if mins is None else torch.from_numpy(mins.reshape(n_rows, -1)),
@@ -157,6 +164,13 @@ def _q5_k(b: np.ndarray) -> Decoded:
     return _k_nibbles(b[:, 48:]) | high.reshape(-1, 256), *_scales_and_mins(b)
 
 
+def _mxfp4(b: np.ndarray) -> Decoded:
+    """Scales are of halves, as the table is; an exponent of 255 is NaN."""
+    exponents = b[:, :1].astype(np.float32)
+    scales = np.where(exponents < 255, np.exp2(exponents - 128), np.float32("nan"))
+    return _nibbles(b[:, 1:]), scales.astype(np.float32), None
+
+
 def _q6_k(b: np.ndarray) -> Decoded:
     """Two halves of 128 elements: 64 bytes of low nibbles, 32 bytes of two-bit tops for four runs of 32."""
     ql = b[:, :128].reshape(-1, 2, 1, 64)
@@ -169,5 +183,6 @@ def _q6_k(b: np.ndarray) -> Decoded:
 
 _DECODERS: dict[str, Callable[[np.ndarray], Decoded]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
+    "MXFP4": _mxfp4,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
 }  # fmt: skip

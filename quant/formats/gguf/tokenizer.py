@@ -34,8 +34,17 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digits stand al
 # What takes a whole word that is a token before it looks at merges, and begins with BOS unless the file says otherwise
 _WHOLE_WORDS = {"llama-bpe": _LLAMA3_SPLIT, "llama3": _LLAMA3_SPLIT, "llama-v3": _LLAMA3_SPLIT,
                 "falcon3": _LLAMA3_SPLIT, "tekken": _TEKKEN_SPLIT}  # fmt: skip
-_SPLITS = _WHOLE_WORDS | {"qwen2": _QWEN2_SPLIT}
-_GPT2_LIKE = ("default", "gpt-2", "smollm")
+_QWEN35_SPLIT = _QWEN2_SPLIT.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)  # marks are of words
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_SPLIT = (  # Tekken's, with English endings and digits by three
+    _TEKKEN_SPLIT.replace(r"\p{M}]+|", rf"\p{{M}}]+{_ENDING}|", 1)
+    .replace(r"\p{M}]*|", rf"\p{{M}}]*{_ENDING}|", 1)
+    .replace(r"|\p{N}|", r"|\p{N}{1,3}|", 1)
+)
+_SPLITS = _WHOLE_WORDS | {"qwen2": _QWEN2_SPLIT, "qwen35": _QWEN35_SPLIT, "gpt-4o": _GPT4O_SPLIT}
+_GPT2_LIKE = ("default", "gpt-2", "olmo", "smollm")
 _CONTROL, _USER_DEFINED = 3, 4
 
 
@@ -119,7 +128,7 @@ def _byte_level(file: GgufFile) -> Tokenizer:
         steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if pre == "qwen2":
+    if pre in ("qwen2", "qwen35"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
