@@ -1,6 +1,6 @@
 """`make bench-cpu`: Nibble beside vLLM and llama.cpp on this machine's CPU, in one run.
 
-    python bench/cpu.py [--peers DIR] [--work DIR] [--parts http offline large]
+    python bench/cpu.py [--peers DIR] [--work DIR] [--parts http offline large families]
 
     http      servers with streaming clients (bench/serving.py): SmolLM2-135M-Instruct in every format Nibble serves,
               vLLM in bfloat16, llama.cpp in Q4_0
@@ -9,6 +9,8 @@
               of large batches
     large     the same for a Llama of 1.1 billion random weights in Q4_0, one file for all; its decode also as a share
               of the bandwidth with which this machine reads memory, measured just before
+    families  the same, beside llama.cpp alone, for random weights of other shapes (bench/random_gguf.py): 64 experts,
+              a gated delta rule, experts in MXFP4
 
 Missing environments and models are made first (bench/peers.py; minutes, and gigabytes for vLLM). Nothing else should
 run meanwhile; the load average is written down. Results: a table on the terminal, everything in bench/results/.
@@ -21,6 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,8 @@ from nibble.kernels.cpu.arena import Arena
 from nibble.tools.fetch import dense_smollm2, smollm2_gguf
 
 BENCH = Path(__file__).resolve().parent
-PARTS = ["http", "offline", "large"]
+PARTS = ["http", "offline", "large", "families"]
+FAMILIES = {"olmoe": "7B-A1B Q4_0", "qwen35": "hybrid 0.8B Q4_0", "gpt-oss": "GPT-OSS/4 MXFP4"}
 BATCHES = [1, 8, 32]
 CONVERSIONS = {
     "awq": ["--awq"],
@@ -62,6 +66,7 @@ class Size:
 
 
 SMALL, LARGE = Size(512, BATCHES, 96), Size(256, BATCHES[:2], 32)
+FAMILY = Size(512, BATCHES[:2], 48)
 
 
 def prepare(work: Path, peer: Path) -> dict[str, Path]:
@@ -99,16 +104,7 @@ def prepare(work: Path, peer: Path) -> dict[str, Path]:
                     kind,
                 ]
             )
-    models["large"] = work / "random-1b-Q4_0.gguf"
-    if not models["large"].exists():
-        _run(
-            [
-                peer / "llama.cpp" / "bin" / "python",
-                BENCH / "random_gguf.py",
-                source,
-                models["large"],
-            ]
-        )
+    models["large"] = _random("llama", work, peer)
     return models
 
 
@@ -167,6 +163,34 @@ def large(model: Path, peer: Path) -> list[dict[str, Any]]:
             row["decode_tokens_per_second"][1] * model.stat().st_size / bandwidth, 3
         )
     return rows
+
+
+def families(work: Path, peer: Path) -> list[dict[str, Any]]:
+    """Other shapes than Llama's, each as one file for both; ratio: Nibble's rates by llama.cpp's."""
+    rows = []
+    for shape, name in FAMILIES.items():
+        model = _random(shape, work, peer)
+        theirs = _llama(peer, model, f"llama.cpp {name}", FAMILY)
+        ours = _nibble(model, f"Nibble {name}", size=FAMILY)
+        decode, other = (row["decode_tokens_per_second"] for row in (ours, theirs))
+        ours["ratio"] = {batch: round(decode[batch] / other[batch], 2) for batch in FAMILY.batches}
+        prefill = "prefill_tokens_per_second"
+        ours["ratio"]["prefill"] = round(ours[prefill] / theirs[prefill], 2)
+        rows += [theirs, ours]
+    return rows
+
+
+def _random(shape: str, work: Path, peer: Path) -> Path:
+    """A file of bench/random_gguf.py, made if it is not there."""
+    work.mkdir(parents=True, exist_ok=True)
+    out = work / f"random-{shape}.gguf"
+    if not out.exists():
+        python = peer / "llama.cpp" / "bin" / "python"  # has the package gguf
+        tokenizer = smollm2_gguf(machine.ROOT / "models")
+        unfinished = out.with_suffix(".part")
+        _run([python, BENCH / "random_gguf.py", shape, tokenizer, unfinished])
+        unfinished.rename(out)
+    return out
 
 
 def int8_products(size: int = 2048) -> float:
@@ -317,9 +341,11 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
-    peers.install(args.peers / "vllm")
     peers.install_llama(args.peers / "llama.cpp")
-    models = prepare(args.work, args.peers)
+    models = {}
+    if args.parts != ["families"]:
+        peers.install(args.peers / "vllm")
+        models = prepare(args.work, args.peers)
     result: dict[str, Any] = {
         "what": "a CPU: servers, engines, a larger model",
         **machine.describe(),
@@ -327,10 +353,14 @@ def main() -> None:
     if "http" in args.parts:
         result["http"] = http(models, args.peers)
         Console(width=120).print(http_table(result["http"]))
-    for part, run in (("offline", offline), ("large", lambda m, p: large(m["large"], p))):
-        if part in args.parts:
-            result[part] = run(models, args.peers)
-            Console(width=120).print(offline_table(result[part]))
+    runs: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "offline": lambda: offline(models, args.peers),
+        "large": lambda: large(models["large"], args.peers),
+        "families": lambda: families(args.work, args.peers),
+    }
+    for part in (part for part in runs if part in args.parts):
+        result[part] = runs[part]()
+        Console(width=120).print(offline_table(result[part]))
     print(f"written to {machine.save('cpu', result).relative_to(machine.ROOT)}")
 
 
