@@ -1,8 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet, ShortConv) and a feed-forward
-                 (GatedMlp, Experts), with norms around
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, LatentAttention, GatedDeltaNet, ShortConv) and a
+                 feed-forward (GatedMlp, Experts), with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -14,28 +14,15 @@ does not list (engine/backends). So what is added here is refused everywhere unt
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+from .latent import LatentAttention as LatentAttention
 from .linears import Fold as Fold
 from .linears import LinearGroup as LinearGroup
 from .recurrent import GatedDeltaNet as GatedDeltaNet
 from .recurrent import ShortConv as ShortConv
+from .rope import Rope as Rope
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
 _MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding: halves (i, i + dim/2) of the rotated part of a head pair up, as Hugging Face
-    checkpoints have it."""
-
-    KIND: ClassVar = "rope"
-    theta: float
-    scaling: str = "default"  # rope_type in config.json
-    parameters: tuple[tuple[str, float], ...] = field(
-        default=(), metadata=_DETAIL
-    )  # of the scaling
-    dim: int | None = None  # dimensions of a head that turn, the first; None: all
-    attention_factor: float = 1.0  # of cosines and sines
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +59,16 @@ class Attention:
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         """None: it has keys and values instead."""
         return ()
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """(vectors, dimensions) in the cache for each token: its keys, its values."""
+        return () if self.kv_source is not None else ((self.num_kv_heads, self.head_dim),) * 2
+
+    @property
+    def rotation(self) -> tuple[Rope | None, int]:
+        """And how many dimensions it is meant for."""
+        return self.rope, self.head_dim
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """q, k, v as far as there are; o."""
@@ -180,8 +177,9 @@ class Experts:
     routed_scale: float = 1.0
     # added to the scores to choose by, and to them only: float32 [num_experts]
     correction_bias: bool = False
-    # (groups, best): consecutive experts form groups; only those in the groups whose two best sum highest are chosen
+    # (groups, best): consecutive experts form groups; only those in the groups that rank highest are chosen
     limited_groups: tuple[int, int] | None = None
+    group_rank: int = 2  # how many of a group's best scores are summed to rank it
     shared: SharedExpert | None = None
     # (alpha, limit): instead of activation(gate) * up, (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit) and
     # u = up within +-limit
@@ -283,7 +281,7 @@ class LayerSpec:
     """One decoder layer."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention | GatedDeltaNet | ShortConv
+    mixer: Attention | LatentAttention | GatedDeltaNet | ShortConv
     mlp: FeedForward
     norms: Norms = Norms()
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
@@ -314,6 +312,8 @@ class ModelSpec:
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
     final_norm: str = field(default="norm", metadata=_DETAIL)
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
+    # layers that follow in the checkpoint and draft tokens: neither computed nor converted
+    num_draft_layers: int = field(default=0, metadata=_DETAIL)
 
     @property
     def num_layers(self) -> int:
@@ -321,8 +321,14 @@ class ModelSpec:
 
     @property
     def attention(self) -> dict[int, Attention]:
-        """The mixers of the layers that attend."""
+        """The mixers of the layers that attend, but for latent attention."""
         return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, Attention)}
+
+    @property
+    def cached(self) -> dict[int, Attention | LatentAttention]:
+        """The mixers of the layers that see tokens in a cache."""
+        kinds = Attention, LatentAttention
+        return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, kinds)}
 
     def layer_name(self, index: int) -> str:
         """Of a layer's module in the checkpoint."""

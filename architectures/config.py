@@ -212,12 +212,15 @@ def _yarn_attention_factor(values: Config) -> float:
     if given is not None:
         return given
     factor = values.number("factor", 1.0)
-
-    def sharpness(strength: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
-
     one, all_dims = values.optional_number("mscale"), values.optional_number("mscale_all_dim")
-    return sharpness(one) / sharpness(all_dims) if one and all_dims else sharpness(1.0)
+    if one and all_dims:
+        return yarn_sharpness(factor, one) / yarn_sharpness(factor, all_dims)
+    return yarn_sharpness(factor, 1.0)
+
+
+def yarn_sharpness(factor: float, strength: float) -> float:
+    """How much sharper attention must be over a context `factor` times as long."""
+    return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
 
 
 def eos_token_ids(values: Mapping[str, Any], file: Path) -> list[int]:

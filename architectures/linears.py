@@ -42,13 +42,14 @@ class Fold:
                                  under grouped-query attention too (softmax weights mix positions, never channels)
 
     q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact. A source that holds
-    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up.
+    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up; or in `rows`.
     """
 
     kind: Literal["norm", "rows", "heads"]
     source: str
     consumers: tuple[str, ...]
     dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers, gates
+    rows: tuple[tuple[int, int], ...] = ()  # from .. to, of the source; (): its last ones
 
     @property
     def reads(self) -> str:

@@ -39,13 +39,14 @@ class MemoryPlan:
 
 
 def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    """Keys and values of all layers that have their own; in 8 bits, with a float32 scale for each head."""
+    """Keys and values, or latents, of all layers that have their own; in 8 bits, with a float32 scale for each
+    vector."""
 
-    def vector(head_dim: int) -> int:
-        return head_dim * dtype.itemsize if cache_dtype == "auto" else head_dim + 4
+    def vector(dim: int) -> int:
+        return dim * dtype.itemsize if cache_dtype == "auto" else dim + 4
 
-    own = (mixer for mixer in model.attention.values() if mixer.kv_source is None)
-    return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in own)
+    kept = (vectors for mixer in model.cached.values() for vectors in mixer.kept)
+    return sum(count * vector(dim) for count, dim in kept)
 
 
 def state_bytes(model: ModelSpec) -> int:
