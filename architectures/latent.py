@@ -50,6 +50,11 @@ class LatentAttention:
         return self.rope, self.rope_dim
 
     @property
+    def numbers_per_token(self) -> int:
+        """What the heads of a token have between kv_a and out, as wide as a latent: queries, and what they find."""
+        return self.num_heads * (2 * self.kv_rank + self.rope_dim)
+
+    @property
     def head_dim(self) -> int:
         """Of a query."""
         return self.nope_dim + self.rope_dim

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..architectures.base import ModelSpec
+from ..architectures.base import LatentAttention, ModelSpec
 from ..errors import UserError
 from .config import EngineConfig
 from .host_memory import Headroom, gib, headroom
@@ -67,7 +67,11 @@ def activation_bytes(
         for layer in model.layers
         for group in layer.mixer.groups(model.hidden_size)
     )
-    per_token = 4 * model.hidden_size + between + 2 * mixed
+    heads = max(
+        (m.numbers_per_token for m in model.cached.values() if isinstance(m, LatentAttention)),
+        default=0,
+    )
+    per_token = 4 * model.hidden_size + between + 2 * mixed + heads
     matrix = 2 * inner * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
     logits = 2 * 4 * config.max_num_seqs * model.vocab_size
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix

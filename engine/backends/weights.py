@@ -191,6 +191,13 @@ class ModelWeights:
         bias = None if linear.bias is None else linear.bias.view(shape)
         return dense.to(dtype).view(*shape, mixer.kv_rank), bias
 
+    def value_heads(self, layer: int, mixer: LatentAttention) -> list[Linear]:
+        """What makes values of latents, a linear [value_dim, kv_rank] for each head."""
+        (linear,) = self.group(layer, mixer.groups(self.model.hidden_size)[-2])
+        size = mixer.nope_dim + mixer.value_dim
+        spans = [(i * size + mixer.nope_dim, (i + 1) * size) for i in range(mixer.num_heads)]
+        return [linear.in_order([span]) for span in spans]
+
     def sinks(self, layer: int, mixer: Attention) -> Tensor | None:
         """float32 [num_heads], where the mixer has them."""
         if not mixer.sinks:

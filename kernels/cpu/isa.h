@@ -12,6 +12,8 @@ struct Unit {
 
 constexpr int kExpertRows = 64;  // pairs of a unit of experts
 constexpr int kQueryTile = 32;  // query rows (token, head) of a unit
+constexpr int kLatentRows = 128;  // where heads see latents
+constexpr int kPackedHeads = 16;  // which lie side by side there
 
 // How the tokens of a step are cut up for attention.
 struct Units {
@@ -47,7 +49,10 @@ struct StepBuffers {
   // Of the layer at hand, as wide as the widest.
   float* qkv;            // [tokens, heads + 2 kv_heads, head_dim], or what the linears of another mixer give
   float* convolved;      // [tokens, channels]
-  uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
+  uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim], or see latent_attention.h
+  char* head_inputs;     // prepared activations of linears that are one a head: rows [heads, tokens]
+  float* head_scales;
+  int32_t* head_sums;
   float* attended;       // [tokens, heads, head_dim]
   float* inner;          // [tokens or pairs, intermediate], and what a layer is told once more
   float* y;              // [tokens, hidden]: a product whose norm comes before the sum
@@ -95,18 +100,40 @@ inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim
 
 inline int width_of(const NbDeltaNet& d) { return channels_of(d) + d.value_heads * d.value_dim + 2 * d.value_heads; }
 
+inline int width_of(const NbLatentAttention& a) {
+  return (a.q_rank ? a.q_rank : a.num_heads * (a.nope_dim + a.rope_dim)) + a.kv_rank + a.rope_dim;
+}
+
+inline int packs_of(int heads) { return (heads + kPackedHeads - 1) / kPackedHeads; }
+
+// Numbers in the packed queries of a token.
+inline int packed_width(const NbLatentAttention& a) {
+  return packs_of(a.num_heads) * kPackedHeads * (a.kv_rank + a.rope_dim);
+}
+
 // What a layer's mixer reads and what it ends with.
 inline const NbLinearGroup& mixer_in(const NbLayer& l) {
-  return l.attention ? l.attention->qkv : l.delta_net ? l.delta_net->in : l.short_conv->in;
+  return l.attention          ? l.attention->qkv
+         : l.latent_attention ? l.latent_attention->in
+         : l.delta_net        ? l.delta_net->in
+                              : l.short_conv->in;
 }
 inline const NbLinearGroup& mixer_out(const NbLayer& l) {
-  return l.attention ? l.attention->o : l.delta_net ? l.delta_net->out : l.short_conv->out;
+  return l.attention          ? l.attention->o
+         : l.latent_attention ? l.latent_attention->o
+         : l.delta_net        ? l.delta_net->out
+                              : l.short_conv->out;
 }
 
 // Tokens of a unit, where so many query heads read one key-value head.
 inline int unit_tokens(const NbAttention& a) {
   int tokens = kQueryTile / (a.num_heads / a.num_kv_heads);
   return tokens < 1 ? 1 : tokens;
+}
+
+inline int unit_tokens(const NbLatentAttention& a) {
+  int tokens = kLatentRows / a.num_heads;
+  return tokens > kQueryTile ? kQueryTile : tokens < 1 ? 1 : tokens;
 }
 
 // Experts that a token goes through.

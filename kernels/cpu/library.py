@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 13
+_ABI_VERSION = 14
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -64,7 +64,12 @@ class NbLinearGroup(ctypes.Structure):
 
 
 class NbRope(ctypes.Structure):
-    _fields_ = [("dim", c_int32), ("factor", c_float), ("inv_freq", c_void_p)]
+    _fields_ = [
+        ("dim", c_int32),
+        ("factor", c_float),
+        ("interleaved", c_int32),
+        ("inv_freq", c_void_p),
+    ]
 
 
 class NbAttention(ctypes.Structure):
@@ -88,6 +93,30 @@ class NbAttention(ctypes.Structure):
         ("v_norm", c_void_p),
         ("sinks", c_void_p),
         ("qkv", NbLinearGroup),
+        ("o", NbLinearGroup),
+    ]
+
+
+class NbLatentAttention(ctypes.Structure):
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("q_rank", c_int32),
+        ("kv_rank", c_int32),
+        ("nope_dim", c_int32),
+        ("rope_dim", c_int32),
+        ("value_dim", c_int32),
+        ("rope", c_int32),
+        ("scale", c_float),
+        ("eps", c_float),
+        ("query_beta", c_float),
+        ("query_length", c_int32),
+        ("cache_offset", c_int64),
+        ("q_norm", c_void_p),
+        ("kv_norm", c_void_p),
+        ("in", NbLinearGroup),
+        ("q_b", NbLinearGroup),
+        ("keys", NbLinearGroup),
+        ("values", NbLinearGroup),
         ("o", NbLinearGroup),
     ]
 
@@ -154,6 +183,7 @@ class NbExperts(ctypes.Structure):
         ("norm_weights", c_int32),
         ("groups", c_int32),
         ("best_groups", c_int32),
+        ("group_rank", c_int32),
         ("routed_scale", c_float),
         ("router", c_void_p),
         ("router_bias", c_void_p),
@@ -171,6 +201,7 @@ class NbLayer(ctypes.Structure):
         ("before_mlp", c_void_p),
         ("after_mlp", c_void_p),
         ("attention", POINTER(NbAttention)),
+        ("latent_attention", POINTER(NbLatentAttention)),
         ("delta_net", POINTER(NbDeltaNet)),
         ("short_conv", POINTER(NbShortConv)),
         ("mlp", POINTER(NbGatedMlp)),

@@ -206,7 +206,9 @@ CONFIGS = {
         topk_group=2,
         rope_parameters=_YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
     ),
-    "deepseek-v2-lite": DeepseekV2Config(**_DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek-v2-lite": DeepseekV2Config(
+        **_DEEPSEEK | {"q_lora_rank": None, "num_experts_per_tok": 2}
+    ),
     "deepseek-v3": DeepseekV3Config(
         **_DEEPSEEK,
         n_group=4,

@@ -14,6 +14,7 @@ from ....architectures.base import (
     Attention,
     Experts,
     GatedDeltaNet,
+    LatentAttention,
     LayerSpec,
     LinearGroup,
     ModelSpec,
@@ -31,6 +32,7 @@ from .layers import (
     CppDeltaNet,
     CppExperts,
     CppGatedMlp,
+    CppLatentAttention,
     CppLayer,
     CppPerLayerInput,
     CppPerLayerInputs,
@@ -40,6 +42,7 @@ from .prepared_cache import PreparedCache
 
 # of the kernels' scratch memory
 _MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536
+_MAX_LATENT_HEADS, _MAX_RANK, _MAX_TURNED = 128, 1024, 256
 
 
 class CppBackend:
@@ -73,6 +76,9 @@ class CppBackend:
             "attention.soft_cap",
             "attention.sinks",
             "attention.output_gate",
+            "latent_attention",
+            "latent_attention.q_rank=None",
+            "latent_attention.query_scaling",
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
@@ -87,6 +93,7 @@ class CppBackend:
             "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",
+            "rope.interleaved",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
@@ -100,6 +107,7 @@ class CppBackend:
             "experts.correction_bias",
             "experts.clamp",
             "experts.limited_groups",
+            "experts.group_rank",
             "shared_expert",
             "shared_expert.gated",
         }
@@ -134,6 +142,9 @@ class CppBackend:
         if isinstance(mixer, Attention):
             if reason := self._why_not_attend(mixer):
                 return reason
+        elif isinstance(mixer, LatentAttention):
+            if reason := self._why_not_attend_to_latents(mixer):
+                return reason
         elif isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
             return (
                 f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
@@ -148,9 +159,7 @@ class CppBackend:
             sizes += (told.width,)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
-        attention = [m for each in model.layers if isinstance(m := each.mixer, Attention)]
-        ropes = {(each.rope, each.head_dim) for each in attention}
-        if len(ropes) > lib.MAX_ROPES:
+        if len({each.rotation for each in model.cached.values()}) > lib.MAX_ROPES:
             return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
         return None
 
@@ -160,6 +169,14 @@ class CppBackend:
             return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
         if mixer.output_gate and mixer.qk_norm == "all":
             return "has no norm of all heads where gates lie between them"
+        return None
+
+    def _why_not_attend_to_latents(self, mixer: LatentAttention) -> str | None:
+        dims = (mixer.kv_rank, mixer.nope_dim, mixer.rope_dim, mixer.value_dim)
+        whole = not any(dim % 16 for dim in (*dims, mixer.q_rank or 0))
+        fits = mixer.num_heads <= _MAX_LATENT_HEADS and mixer.rope_dim <= _MAX_TURNED
+        if not whole or not fits or mixer.kv_rank > _MAX_RANK:
+            return f"has no attention to latents for {mixer.num_heads} heads with ranks and dimensions of {dims}"
         return None
 
     def load(
@@ -254,9 +271,13 @@ class _Loader:
             self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
 
-    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet | CppShortConv:
+    def _mixer(
+        self, index: int, scale: float
+    ) -> CppAttention | CppLatentAttention | CppDeltaNet | CppShortConv:
         """scale: of what it gives."""
         mixer = self.weights.model.layers[index].mixer
+        if isinstance(mixer, LatentAttention):
+            return self._latent_attention(index, mixer, scale)
         *inputs, out = mixer.groups(self.weights.model.hidden_size)
         groups = [self._layer_group(index, group) for group in inputs]
         last = self._layer_group(index, out, scale)
@@ -271,6 +292,26 @@ class _Loader:
             [linear for group in groups for linear in group.linears], groups[0].int8
         )
         return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
+
+    def _latent_attention(
+        self, index: int, mixer: LatentAttention, scale: float
+    ) -> CppLatentAttention:
+        """What meets queries is dequantized: along its inputs, scales are of single columns. What makes values stays as
+        it is."""
+        inputs, *q_b, kv_b, out = mixer.groups(self.weights.model.hidden_size)
+        name = f"{self.weights.model.layer_name(index)}.{kv_b.modules[0]}"
+        shapes = [(mixer.value_dim, mixer.kv_rank)] * mixer.num_heads
+        made, _ = self.weights.kv_b(index, mixer, torch.bfloat16)
+        keys = [prepare(each[: mixer.nope_dim].t().contiguous()) for each in made]
+        return CppLatentAttention(
+            mixer,
+            self._layer_group(index, inputs),
+            self._layer_group(index, q_b[0]) if q_b else None,
+            self._group(keys),
+            self._prepared(name, shapes, partial(self.weights.value_heads, index, mixer)),
+            self._layer_group(index, out, scale),
+            *self.weights.latent_norms(index, mixer),
+        )
 
     def _layer_group(
         self, index: int, group: LinearGroup, scale: float = 1.0, parts: int = 1
