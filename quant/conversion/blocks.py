@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Mistral4Config, Mistral4ForCausalLM
 
 from ...architectures.base import Experts, Fold, LinearGroup
 from ...architectures.multimodal import text_config
@@ -21,6 +21,9 @@ from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from .carried import Carried
 from .experts import unroll
+
+# which transformers 5.24 lists only as the text model of what also sees
+AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
 
 
 class BlockSource:

@@ -207,7 +207,7 @@ CONFIGS = {
         rope_parameters=_YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
     ),
     "deepseek-v2-lite": DeepseekV2Config(
-        **_DEEPSEEK | {"q_lora_rank": None, "num_experts_per_tok": 2}
+        **_DEEPSEEK | {"q_lora_rank": None, "moe_intermediate_size": 64}
     ),
     "deepseek-v3": DeepseekV3Config(
         **_DEEPSEEK,
