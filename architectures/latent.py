@@ -51,8 +51,9 @@ class LatentAttention:
 
     @property
     def numbers_per_token(self) -> int:
-        """What the heads of a token have between kv_a and out, as wide as a latent: queries, and what they find."""
-        return self.num_heads * (2 * self.kv_rank + self.rope_dim)
+        """What the heads of a token have beside what the widest linear gives: queries in float32, queries as wide as a
+        latent, and what these find."""
+        return self.num_heads * (2 * self.head_dim + 2 * self.kv_rank + self.rope_dim)
 
     @property
     def head_dim(self) -> int:

@@ -7,14 +7,15 @@
 //   values    two latents at a time side by side, as products of weights and values want them: made once for a tile
 //
 // Whole prompts go the same way as single tokens, so that a result does not depend on how a prompt is cut up: keys and
-// values of the heads are never made.
+// values of the heads are never made. What is seen is taken in segments, each with sums of its own, which are added up in
+// order: where there are few tokens, several threads share the segments of one.
 #pragma once
 #include "attention.h"
 #include "isa.h"
 
 namespace NB_ISA {
 
-constexpr int kMaxRank = 1024, kMaxTurned = 256, kPackedHeads = 16;  // checked by the caller, as are heads
+constexpr int kMaxRank = 512, kMaxTurned = 256, kPackedHeads = 16;  // checked by the caller, as are heads
 static_assert(kPackedHeads == nibble::kPackedHeads, "as memory is laid out for them");
 
 struct LatentCache {
@@ -112,14 +113,17 @@ inline void pair_up(const uint16_t* latents, int dim, int rank, uint16_t* values
     }
 }
 
-// The whole of a tile. table: the request's blocks; values: room for kKeys * rank; unpacked: for 16 * dim.
-inline void attend(const LatentTile& tile, const LatentCache& cache, const int32_t* table, uint16_t* values,
-                   uint16_t* unpacked) {
+// What a tile sees of one segment. table: the request's blocks; values: room for kKeys * rank; unpacked: for 16 * dim.
+inline void attend(const LatentTile& tile, const LatentCache& cache, int segment, const int32_t* table,
+                   uint16_t* values, uint16_t* unpacked) {
   const QueryTile& rows = tile.rows;
-  int rank = cache.rank, end = rows.last[rows.rows - 1] + 1;
+  int rank = cache.rank, begin = segment * nibble::kSegment;
+  int end = min_int(begin + nibble::kSegment, rows.last[rows.rows - 1] + 1);
+  for (int r = 0; r < rows.rows; r++) rows.top[r] = -1e30f, rows.mass[r] = 0.0f;
+  memset(rows.out, 0, sizeof(float) * rows.rows * rank);
   KeyTile seen;
   seen.scaled = false;
-  for (int position = 0; position < end; position += kKeys) {
+  for (int position = begin; position < end; position += kKeys) {
     int lanes = (min_int(kKeys, end - position) + 15) / 16;
     for (int l = 0; l < lanes; l++) {
       int token = position + l * 16;
@@ -134,6 +138,22 @@ inline void attend(const LatentTile& tile, const LatentCache& cache, const int32
     });
   }
 }
+
+// What rows have of several segments, added up: out [rows][rank], top, mass of one after the other.
+struct Sums {
+  float *out, *top, *mass;
+
+  void add(const Sums& more, int rows, int rank) const {
+    for (int r = 0; r < rows; r++) {
+      float highest = top[r] > more.top[r] ? top[r] : more.top[r];
+      F32 own = f_exp(f_set(top[r] - highest)), other = f_exp(f_set(more.top[r] - highest));
+      float *to = out + (int64_t)r * rank, *from = more.out + (int64_t)r * rank;
+      for (int d = 0; d < rank; d += 16) f_store(to + d, f_fma(f_load(from + d), other, f_mul(f_load(to + d), own)));
+      mass[r] = f_largest(f_fma(f_set(more.mass[r]), other, f_mul(f_set(mass[r]), own)));
+      top[r] = highest;
+    }
+  }
+};
 
 // One layer in a step (forward.h).
 template <class Step> struct LatentStep {
@@ -197,38 +217,83 @@ template <class Step> struct LatentStep {
     });
   }
 
-  // Tokens [unit.first, unit.first + unit.count) of an item; what its heads find becomes inputs of W_v.
-  void attend_unit(Worker& worker, const nibble::Unit& unit) const {
-    constexpr int kRows = nibble::kLatentRows;
-    struct Scratch {
-      float scores[kRows * kKeys];
-      uint16_t weights[kRows * kKeys];
-      float top[kRows], mass[kRows];
-      int first[kRows], last[kRows];
-      float out[kRows * kMaxRank];
-      uint16_t values[kKeys * kMaxRank];
-      uint16_t unpacked[16 * (kMaxRank + kMaxTurned)];
-      float padded[kMaxRank + 16];
-    };
+  struct Scratch {
+    static constexpr int kRows = nibble::kLatentRows;
+    float scores[kRows * kKeys];
+    uint16_t weights[kRows * kKeys];
+    float top[2][kRows], mass[2][kRows];
+    int first[kRows], last[kRows];
+    float out[2][kRows * kMaxRank];
+    uint16_t values[kKeys * kMaxRank];
+    uint16_t unpacked[16 * (kMaxRank + kMaxTurned)];
+    float padded[kMaxRank + 16];
+
+    Sums sums(int i) { return {out[i], top[i], mass[i]}; }
+  };
+
+  static Scratch& scratch(Worker& worker) {
     static_assert(sizeof(Scratch) <= nibble::kScratch, "more than a thread has");
-    Scratch& w = *(Scratch*)worker.scratch;
+    return *(Scratch*)worker.scratch;
+  }
+
+  // Tokens [unit.first, unit.first + unit.count) of an item over one segment.
+  void attend_segment(Scratch& w, const nibble::Unit& unit, int segment, const Sums& to) const {
     const NbItem& item = s.batch.items[unit.item];
     int row = s.b.item_rows[unit.item] + unit.first, rows = unit.count * a.num_heads;
     for (int r = 0; r < rows; r++) {
       w.first[r] = 0;
       w.last[r] = item.start + unit.first + r / a.num_heads;
-      w.top[r] = -1e30f;
-      w.mass[r] = 0.0f;
     }
-    memset(w.out, 0, sizeof(float) * rows * a.kv_rank);
-    QueryTile tile{nullptr, rows, w.first, w.last, w.out, w.top, w.mass, w.scores, w.weights, 0.0f};
-    attend({tile, queries(row), unit.count, a.num_heads}, cache, s.batch.tables + item.table, w.values, w.unpacked);
-    for (int r = 0; r < rows; r++) {
-      float* found = w.out + (int64_t)r * a.kv_rank;
-      F32 factor = f_set(1.0f / w.mass[r]);
-      for (int d = 0; d < a.kv_rank; d += 16) f_store(found + d, f_mul(f_load(found + d), factor));
-      prepare(a.values.inputs[0], head_inputs(), r % a.num_heads * tokens() + row + r / a.num_heads, found, w.padded);
+    QueryTile tile{nullptr, rows, w.first, w.last, to.out, to.top, to.mass, w.scores, w.weights, 0.0f};
+    attend({tile, queries(row), unit.count, a.num_heads}, cache, segment, s.batch.tables + item.table, w.values,
+           w.unpacked);
+  }
+
+  int segments(const nibble::Unit& unit) const {
+    return nibble::segments_of(s.batch.items[unit.item].start + unit.first + unit.count);
+  }
+
+  // What the heads of a unit have found becomes inputs of W_v.
+  void leave(Scratch& w, const nibble::Unit& unit, const Sums& found) const {
+    int row = s.b.item_rows[unit.item] + unit.first;
+    for (int r = 0; r < unit.count * a.num_heads; r++) {
+      float* out = found.out + (int64_t)r * a.kv_rank;
+      F32 factor = f_set(1.0f / found.mass[r]);
+      for (int d = 0; d < a.kv_rank; d += 16) f_store(out + d, f_mul(f_load(out + d), factor));
+      prepare(a.values.inputs[0], head_inputs(), r % a.num_heads * tokens() + row + r / a.num_heads, out, w.padded);
     }
+  }
+
+  void attend_unit(Worker& worker, const nibble::Unit& unit) const {
+    Scratch& w = scratch(worker);
+    attend_segment(w, unit, 0, w.sums(0));
+    for (int i = 1; i < segments(unit); i++) {
+      attend_segment(w, unit, i, w.sums(1));
+      w.sums(0).add(w.sums(1), unit.count * a.num_heads, a.kv_rank);
+    }
+    leave(w, unit, w.sums(0));
+  }
+
+  // Where the sums of one segment of a unit wait for the others.
+  Sums partial(int unit, int segment, int most) const {
+    int rows = nibble::unit_tokens(a) * a.num_heads;
+    float* at = s.b.partials + ((int64_t)unit * most + segment) * nibble::partial_width(a);
+    return {at, at + (int64_t)rows * a.kv_rank, at + (int64_t)rows * (a.kv_rank + 1)};
+  }
+
+  // Each segment by itself, for as many threads as there are; most: segments that a unit has.
+  void attend_by_segments(Worker& worker, const nibble::Units& units, int most) const {
+    nibble::parallel(worker, units.count * most, [&](int chunk) {
+      const nibble::Unit& unit = units.at[chunk / most];
+      if (chunk % most < segments(unit))
+        attend_segment(scratch(worker), unit, chunk % most, partial(chunk / most, chunk % most, most));
+    });
+    nibble::parallel(worker, units.count, [&](int chunk) {
+      const nibble::Unit& unit = units.at[chunk];
+      Sums all = partial(chunk, 0, most);
+      for (int i = 1; i < segments(unit); i++) all.add(partial(chunk, i, most), unit.count * a.num_heads, a.kv_rank);
+      leave(scratch(worker), unit, all);
+    });
   }
 
   // W_v: a chunk is one head and some rows.
@@ -257,7 +322,10 @@ template <class Step> struct LatentStep {
     }
     absorb(worker);
     const nibble::Units& units = s.b.units[nibble::unit_tokens(a)];
-    nibble::parallel(worker, units.count, [&](int chunk) { attend_unit(worker, units.at[units.count - 1 - chunk]); });
+    int most = nibble::Sharing(a, s.batch, worker.threads).segments;
+    if (most > 1) attend_by_segments(worker, units, most);
+    else
+      nibble::parallel(worker, units.count, [&](int chunk) { attend_unit(worker, units.at[units.count - 1 - chunk]); });
     make_values(worker);
     s.prepare_rows(worker, a.o, s.b.attended, a.num_heads * a.value_dim);
     s.add_product(worker, a.o, after);

@@ -131,11 +131,12 @@ void place_experts(Arena& arena, ExpertBuffers& b, const ExpertSize& size, size_
   b.num_units = arena.take<int32_t>(1);
 }
 
-void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch) {
+void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch,
+                int threads) {
   size_t rows = batch.num_tokens;
   size_t qkv = 0, queries = 0, attended = 0, channels = 0, inner = 0;
   InputSize heads;  // of a row of what each head multiplies
-  size_t head_rows = 0;
+  size_t head_rows = 0, partials = 0;
   ExpertSize experts;
   bool wanted[kQueryTile + 1] = {};
   for (int l = 0; l < m.num_layers; l++) {
@@ -160,6 +161,7 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
       queries = std::max(queries, size_t(packed_width(*a)));
       attended = std::max(attended, size_t(a->num_heads) * a->value_dim);
       head_rows = std::max(head_rows, rows * a->num_heads);
+      partials = std::max(partials, partial_numbers(*a, batch, threads));
       for (const NbLinearGroup* group : {&a->keys, &a->values}) widen(&heads, *group);
       wanted[unit_tokens(*a)] = true;
       continue;
@@ -176,6 +178,7 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
   b.queries = arena.take<uint16_t>(rows * queries);
   b.attended = arena.take<float>(rows * attended);
   b.convolved = arena.take<float>(rows * channels);
+  b.partials = arena.take<float>(partials);
   b.head_inputs = arena.take<char>(head_rows * heads.data);
   b.head_scales = arena.take<float>(head_rows * heads.groups);
   b.head_sums = arena.take<int32_t>(head_rows * heads.groups);
@@ -257,9 +260,10 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   if (model->per_layer_inputs) widen(sizes, model->per_layer_inputs->projection);
   StepBuffers buffers;
   Arena measure, arena;
-  place_step(measure, buffers, sizes, *model, *batch);
+  int threads = team_threads(pool->team);
+  place_step(measure, buffers, sizes, *model, *batch, threads);
   arena.memory = team_buffer(pool->team, measure.used);
-  place_step(arena, buffers, sizes, *model, *batch);
+  place_step(arena, buffers, sizes, *model, *batch, threads);
   lay_out(buffers, *batch);
   StepJob job{model, batch, &buffers, hidden};
   team_run(pool->team, pool->kernels->forward, &job, 20 * model->num_layers + 8);

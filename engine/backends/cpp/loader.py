@@ -13,7 +13,6 @@ from torch import Tensor
 from ....architectures.base import (
     Attention,
     Experts,
-    GatedDeltaNet,
     LatentAttention,
     LayerSpec,
     LinearGroup,
@@ -38,11 +37,10 @@ from .layers import (
     CppPerLayerInputs,
     CppShortConv,
 )
+from .limits import why_not_mix
 from .prepared_cache import PreparedCache
 
-# of the kernels' scratch memory
-_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536
-_MAX_LATENT_HEADS, _MAX_RANK, _MAX_TURNED = 128, 1024, 256
+_MAX_WIDTH = 65536  # of the kernels' scratch memory
 
 
 class CppBackend:
@@ -139,16 +137,8 @@ class CppBackend:
         if reason := unknown_feature(self.features, layer, model):
             return reason
         mixer = layer.mixer
-        if isinstance(mixer, Attention):
-            if reason := self._why_not_attend(mixer):
-                return reason
-        elif isinstance(mixer, LatentAttention):
-            if reason := self._why_not_attend_to_latents(mixer):
-                return reason
-        elif isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
-            return (
-                f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
-            )
+        if reason := why_not_mix(mixer):
+            return reason
         *_, out = mixer.groups(model.hidden_size)
         sizes: tuple[int, ...] = (
             model.hidden_size,
@@ -161,22 +151,6 @@ class CppBackend:
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
         if len({each.rotation for each in model.cached.values()}) > lib.MAX_ROPES:
             return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
-        return None
-
-    def _why_not_attend(self, mixer: Attention) -> str | None:
-        shared = mixer.num_heads // mixer.num_kv_heads
-        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
-            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
-        if mixer.output_gate and mixer.qk_norm == "all":
-            return "has no norm of all heads where gates lie between them"
-        return None
-
-    def _why_not_attend_to_latents(self, mixer: LatentAttention) -> str | None:
-        dims = (mixer.kv_rank, mixer.nope_dim, mixer.rope_dim, mixer.value_dim)
-        whole = not any(dim % 16 for dim in (*dims, mixer.q_rank or 0))
-        fits = mixer.num_heads <= _MAX_LATENT_HEADS and mixer.rope_dim <= _MAX_TURNED
-        if not whole or not fits or mixer.kv_rank > _MAX_RANK:
-            return f"has no attention to latents for {mixer.num_heads} heads with ranks and dimensions of {dims}"
         return None
 
     def load(

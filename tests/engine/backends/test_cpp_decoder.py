@@ -185,3 +185,28 @@ def test_what_cannot_be_served_is_refused_in_words(tmp_path: Path) -> None:
     for option in ({"lm_head_bits": 8}, {"kv_cache_dtype": "int8"}):
         with pytest.raises(UserError, match="--dtype bfloat16"):
             make_runner(tmp_path, dtype="float32", **option)
+
+
+def test_latents_are_added_up_by_segments_whoever_computes_them(tmp_path: Path) -> None:
+    """Of 1024 positions: by one thread for many tokens, by all of them for one."""
+    reference = models.build("youtu", tmp_path, max_position_embeddings=2304)
+    ids = prompt(2200, seed=3)
+    with torch.inference_mode():
+        exact = reference(torch.tensor([ids])).logits[0]
+        rounded = reference.bfloat16()(torch.tensor([ids])).logits[0].float()
+    alone = make_runner(tmp_path, num_threads=1)
+    together = make_runner(tmp_path, num_threads=3)
+    want = alone.logits(ids)
+    assert torch.equal(together.logits(ids), want)
+    for end in (1024, 1025, 2048, 2049, 2200):
+        request = make_request(ids[:end], list(range(144)))
+        for runner in (alone, together):
+            hidden = [
+                runner.model.forward(
+                    Batch([ScheduledRequest(request, start, count)], 16), runner.cache
+                )
+                for start, count in ((0, end - 1), (end - 1, 1))
+            ]
+            assert torch.equal(runner.model.logits(hidden[1]), want[end - 1 : end])
+    late = slice(1024, None)
+    assert (want - exact)[late].norm() <= (rounded - exact)[late].norm()

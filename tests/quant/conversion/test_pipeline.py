@@ -142,7 +142,8 @@ DEEPSEEK = (
 VARIANTS = {
     "deepseek_v2": DEEPSEEK | {"topk_method": "group_limited_greedy", "q_lora_rank": None}, "deepseek_v3": DEEPSEEK,
     "glm4_moe": MOE | {"n_shared_experts": 1, "use_qk_norm": True, "rope_parameters": None},
-    "glm4_moe_lite": DEEPSEEK, "mistral4": DEEPSEEK | {"qk_nope_head_dim": 16, "head_dim": 32}, "youtu": LATENT, "minicpm3": LATENT | {"scale_emb": 2.0},
+    "glm4_moe_lite": DEEPSEEK, "mistral4": DEEPSEEK | {"qk_nope_head_dim": 16, "head_dim": 32},
+    "youtu": LATENT, "minicpm3": LATENT | {"scale_emb": 2.0},
     "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {},
     "seed_oss": {"head_dim": 32, "attention_bias": True},
     "ministral": {"sliding_window": 16, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
