@@ -40,6 +40,10 @@ GEMMA3 = LLAMA | {
 }
 
 
+LONGROPE = {
+    "max_position_embeddings": 64,
+    "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 64},
+}
 NEEDED = {  # by model_type: what a file must say
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "deepseek_v2": {"num_experts_per_tok": 6},
@@ -78,7 +82,12 @@ def test_mistral_has_a_window_of_4096_unless_it_says_null() -> None:
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', want a number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', want true or false"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope scaling 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
+        (LONGROPE, "short_factor is no list of 8 numbers"),
+        (
+            LONGROPE | {"max_position_embeddings": 65},
+            "beyond original_max_position_embeddings (64)",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs factor"),
         ({"rope_parameters": [1]}, "no JSON object"),
         ({"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0, want a share"),

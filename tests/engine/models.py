@@ -227,7 +227,17 @@ CONFIGS = {
         **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}
     ),
     "minicpm3": MiniCPM3Config(
-        **_SIZES | _LATENT, scale_emb=3.0, scale_depth=1.4, dim_model_base=32
+        **_SIZES | _LATENT,
+        scale_emb=3.0,
+        scale_depth=1.4,
+        dim_model_base=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + i / 4 for i in range(8)],
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 256,
+        },
     ),
     "mistral4": Mistral4Config(
         **_DEEPSEEK,

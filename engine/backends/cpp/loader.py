@@ -88,6 +88,7 @@ class CppBackend:
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=longrope",
             "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",

@@ -95,6 +95,8 @@ def inverse_frequencies(head_dim: int, rope: Rope | None) -> Tensor:
     parameters = dict(rope.parameters)
     if rope.scaling == "default":
         return inv_freq
+    if rope.scaling == "longrope":
+        return inv_freq / torch.tensor(list(parameters.values()))
     if rope.scaling == "linear":
         return inv_freq / parameters["factor"]
     if rope.scaling == "llama3":

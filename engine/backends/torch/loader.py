@@ -84,6 +84,7 @@ class TorchBackend:
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=longrope",
             "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",

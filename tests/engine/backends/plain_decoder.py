@@ -339,6 +339,8 @@ def frequency(i: int, dim: int, rope: Rope) -> float:
     plain, given = rope.theta ** (-2 * i / dim), dict(rope.parameters)
     if rope.scaling == "default":
         return plain
+    if rope.scaling == "longrope":
+        return plain / given[str(i)]
     if rope.scaling == "linear":
         return plain / given["factor"]
     if rope.scaling == "llama3":

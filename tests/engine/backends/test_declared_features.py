@@ -62,6 +62,7 @@ YARN = (
     ("beta_slow", 1.0),
     ("truncate", 1.0),
 )
+LONGROPE = tuple((str(i), 1.0 + i / 4) for i in range(8))
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
 DELTA_NET = GatedDeltaNet(2, 4, 16, 32, 4)
 LATENT = LatentAttention(HEADS, 48, 32, 32, 16, 16, 0.15, Rope(10000.0), 1e-3)
@@ -112,7 +113,8 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_attention(rope=Rope(10000.0, "llama3", LLAMA3)),
         with_attention(rope=Rope(10000.0, "yarn", YARN)),
         with_attention(rope=Rope(10000.0, "proportional", (("share", 0.5), ("factor", 2.0)))),
-        with_attention(rope=Rope(10000.0, "longrope")),
+        with_attention(rope=Rope(10000.0, "longrope", LONGROPE)),
+        with_attention(rope=Rope(10000.0, "dynamic")),
     ],
     ("Rope", "parameters"): [with_attention(rope=Rope(10000.0, "linear", (("factor", 2.0),)))],
     ("Rope", "dim"): [with_attention(rope=Rope(10000.0, dim=8))],
