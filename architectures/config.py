@@ -208,7 +208,9 @@ class Config:
         found = parameters.get("short_factor")
         half = (self._rotary_dim(parameters) or head_dim(self)) // 2
         if not isinstance(found, list) or len(found) != half:
-            raise CheckpointError(f"config.json: short_factor is no list of {half} numbers")
+            raise CheckpointError(
+                f"config.json: longrope rope scaling needs short_factor, a list of {half} numbers"
+            )
         factors = Config({str(i): each for i, each in enumerate(found)})
         factor = parameters.positive("factor", context / length)
         sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))

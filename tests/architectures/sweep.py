@@ -65,7 +65,7 @@ class Entry:
 
     @property
     def experts(self) -> bool:
-        return "moe" in self.model_type or self.name in models.MOE
+        return "moe" in self.model_type or self.name.removesuffix("-see") in models.MOE
 
 
 def entries() -> Iterator[Entry]:

@@ -83,7 +83,7 @@ def test_mistral_has_a_window_of_4096_unless_it_says_null() -> None:
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', want true or false"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
-        (LONGROPE, "short_factor is no list of 8 numbers"),
+        (LONGROPE, "longrope rope scaling needs short_factor, a list of 8 numbers"),
         (
             LONGROPE | {"max_position_embeddings": 65},
             "beyond original_max_position_embeddings (64)",

@@ -346,7 +346,9 @@ CONFIGS = {
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
 MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss"}
 MOE |= {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4-moe", "glm4-moe-lite"}
-MOE |= {"mistral4", "mistral4-see"}
+MOE |= {"mistral4"}
+LATENT = {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4-moe-lite", "mistral4"}
+LATENT |= {"youtu", "minicpm3"}
 RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased", "lfm2-moe"}
 
 
