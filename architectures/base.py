@@ -1,8 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet, ShortConv) and a feed-forward
-                 (GatedMlp, Experts, MlpBesideExperts), with norms around
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, LatentAttention, GatedDeltaNet, ShortConv) and a
+                 feed-forward (GatedMlp, Experts, MlpBesideExperts), with norms around
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -21,28 +21,15 @@ from .feed_forward import GatedMlp as GatedMlp
 from .feed_forward import MlpBesideExperts as MlpBesideExperts
 from .feed_forward import SharedExpert as SharedExpert
 from .feed_forward import experts_of as experts_of
+from .latent import LatentAttention as LatentAttention
 from .linears import Fold as Fold
 from .linears import LinearGroup as LinearGroup
 from .recurrent import GatedDeltaNet as GatedDeltaNet
 from .recurrent import ShortConv as ShortConv
+from .rope import Rope as Rope
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
 _MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding: halves (i, i + dim/2) of the rotated part of a head pair up, as Hugging Face
-    checkpoints have it."""
-
-    KIND: ClassVar = "rope"
-    theta: float
-    scaling: str = "default"  # rope_type in config.json
-    parameters: tuple[tuple[str, float], ...] = field(
-        default=(), metadata=_DETAIL
-    )  # of the scaling
-    dim: int | None = None  # dimensions of a head that turn, the first; None: all
-    attention_factor: float = 1.0  # of cosines and sines
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +67,16 @@ class Attention:
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         """None: it has keys and values instead."""
         return ()
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """(vectors, dimensions) in the cache for each token: its keys, its values."""
+        return () if self.kv_source is not None else ((self.num_kv_heads, self.head_dim),) * 2
+
+    @property
+    def rotation(self) -> tuple[Rope | None, int]:
+        """And how many dimensions it is meant for."""
+        return self.rope, self.head_dim
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
         """q, k, v as far as there are, gate; o."""
@@ -150,7 +147,7 @@ class LayerSpec:
     """One decoder layer."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention | GatedDeltaNet | ShortConv
+    mixer: Attention | LatentAttention | GatedDeltaNet | ShortConv
     mlp: FeedForward
     norms: Norms = Norms()
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
@@ -184,6 +181,8 @@ class ModelSpec:
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
     final_norm: str = field(default="norm", metadata=_DETAIL)
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
+    # layers that follow in the checkpoint and draft tokens: neither computed nor converted
+    num_draft_layers: int = field(default=0, metadata=_DETAIL)
 
     @property
     def num_layers(self) -> int:
@@ -191,8 +190,14 @@ class ModelSpec:
 
     @property
     def attention(self) -> dict[int, Attention]:
-        """The mixers of the layers that attend."""
+        """The mixers of the layers that attend, but for latent attention."""
         return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, Attention)}
+
+    @property
+    def cached(self) -> dict[int, Attention | LatentAttention]:
+        """The mixers of the layers that see tokens in a cache."""
+        kinds = Attention, LatentAttention
+        return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, kinds)}
 
     def layer_name(self, index: int) -> str:
         """Of a layer's module in the checkpoint."""

@@ -29,6 +29,7 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
         "original_max_position_embeddings",
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": (),  # what each frequency is divided by, within the context before scaling
     "proportional": (),  # the share of a head that turns, as if all of it did
 }
 _YARN_OPTIONAL = {"beta_fast": 32.0, "beta_slow": 1.0}  # what it may have, and else has
@@ -179,6 +180,8 @@ class Config:
         if scaling == "proportional":
             settings["share"] = values.positive("partial_rotary_factor", 1.0)
             settings["factor"] = values.positive("factor", 1.0)
+        if scaling == "longrope":
+            settings, factor = self._longrope(values)
         if scaling == "yarn":
             settings |= {name: values.positive(name, d) for name, d in _YARN_OPTIONAL.items()}
             settings["truncate"] = float(values.flag("truncate", True))
@@ -189,6 +192,31 @@ class Config:
             tuple(settings.items()),
             dim=None if scaling == "proportional" else self._rotary_dim(values),
             attention_factor=factor,
+        )
+
+    def _longrope(self, parameters: "Config") -> tuple[dict[str, float], float]:
+        """What each frequency is divided by, in order, and the attention factor (Ding et al. 2024), where no context is
+        longer than before scaling: beyond that, every key would have to be rotated again."""
+        name = "original_max_position_embeddings"
+        context = self.positive("max_position_embeddings", 0.0)
+        length = parameters.positive(name, self.positive(name, context))
+        if context > length:
+            raise UnsupportedError(
+                f"config.json: rope scaling 'longrope' is not supported beyond {name} ({length:g}); set "
+                f"max_position_embeddings to {length:g} to serve up to there"
+            )
+        found = parameters.get("short_factor")
+        half = (self._rotary_dim(parameters) or head_dim(self)) // 2
+        if not isinstance(found, list) or len(found) != half:
+            raise CheckpointError(
+                f"config.json: longrope rope scaling needs short_factor, a list of {half} numbers"
+            )
+        factors = Config({str(i): each for i, each in enumerate(found)})
+        factor = parameters.positive("factor", context / length)
+        sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+        return (
+            {name: factors.positive(name, 0.0) for name in factors.values},
+            parameters.positive("attention_factor", sharpness),
         )
 
     def _rotary_dim(self, parameters: "Config") -> int | None:
@@ -212,12 +240,15 @@ def _yarn_attention_factor(values: Config) -> float:
     if given is not None:
         return given
     factor = values.number("factor", 1.0)
-
-    def sharpness(strength: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
-
     one, all_dims = values.optional_number("mscale"), values.optional_number("mscale_all_dim")
-    return sharpness(one) / sharpness(all_dims) if one and all_dims else sharpness(1.0)
+    if one and all_dims:
+        return yarn_sharpness(factor, one) / yarn_sharpness(factor, all_dims)
+    return yarn_sharpness(factor, 1.0)
+
+
+def yarn_sharpness(factor: float, strength: float) -> float:
+    """How much sharper attention must be over a context `factor` times as long."""
+    return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
 
 
 def eos_token_ids(values: Mapping[str, Any], file: Path) -> list[int]:

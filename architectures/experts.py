@@ -25,10 +25,10 @@ def experts(
     return Experts(num_experts, chosen, config.size(inner, width), config.activation(), **more)
 
 
-def limited_groups(config: Config, num_experts: int) -> tuple[int, int] | None:
-    """DeepSeek's n_group and topk_group; None where they limit nothing."""
+def limited_groups(config: Config, num_experts: int, group_rank: int = 2) -> tuple[int, int] | None:
+    """DeepSeek's n_group and topk_group; None where they limit nothing. group_rank: of Experts."""
     groups, best = config.size("n_group", 1), config.size("topk_group", 1)
-    if num_experts % groups or best > groups or num_experts // groups < 2:
+    if num_experts % groups or best > groups or num_experts // groups < group_rank:
         raise CheckpointError(
             f"config.json: {num_experts} experts in {groups} groups, the best {best} of them, make no sense"
         )
@@ -44,10 +44,10 @@ def sparse_layers(config: Config) -> Callable[[int], bool]:
 
 
 def in_layers(
-    config: Config, sparse: Callable[[int], bool], found: Experts, width: int
+    config: Config, sparse: Callable[[int], bool], found: Experts, width: int | None
 ) -> Sequence[FeedForward]:
     """One feed-forward a layer: the experts, or a dense MLP (of intermediate_size, `width` where the file says
-    nothing)."""
+    nothing; None: it must)."""
     dense = GatedMlp(config.size("intermediate_size", width), found.activation)
     layers = range(config.size("num_hidden_layers"))
     return [found if sparse(layer) else dense for layer in layers]

@@ -98,8 +98,9 @@ class Experts:
     routed_scale: float = 1.0
     # added to the scores to choose by, and to them only: float32 [num_experts]
     correction_bias: bool = False
-    # (groups, best): consecutive experts form groups; only those in the groups whose two best sum highest are chosen
+    # (groups, best): consecutive experts form groups; only those in the groups that rank highest are chosen
     limited_groups: tuple[int, int] | None = None
+    group_rank: int = 2  # how many of a group's best scores are summed to rank it
     shared: SharedExpert | None = None
     # (alpha, limit): instead of activation(gate) * up, (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit) and
     # u = up within +-limit

@@ -42,7 +42,7 @@ class Fold:
                                  under grouped-query attention too (softmax weights mix positions, never channels)
 
     q_norm and k_norm act after q_proj and k_proj, so a fold into the norm before these is exact. A source that holds
-    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up.
+    more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up; or in `rows`.
     """
 
     kind: Literal["norm", "rows", "heads"]
@@ -52,6 +52,7 @@ class Fold:
     read_by: str | None = (
         None  # the module around the consumers, where each of them sees some tokens only
     )
+    rows: tuple[tuple[int, int], ...] = ()  # from .. to, of the source; (): its last ones
 
     @property
     def reads(self) -> str:

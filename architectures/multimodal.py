@@ -92,10 +92,21 @@ def layout(names: Collection[str]) -> tuple[str, str]:
 
 
 def other_parts(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """Modules that hold what is not of the language model's layers ("vision_tower", and "mtp", which drafts tokens),
-    without the "model." that newer checkpoints have before them."""
+    """Modules that hold what is not of the language model's layers ("vision_tower"; what drafts tokens: "mtp", or a
+    layer behind them, "layers.61"), without the "model." that newer checkpoints have before them."""
     if not is_multimodal(config):
-        return ["mtp"] if any(name.startswith("mtp.") for name in names) else []
+        return sorted({part for name in names if (part := _drafting(config, name))})
     prefix, head = layout(names)
     others = (name for name in names if not name.startswith((prefix, f"{head}.")))
     return sorted({name.removeprefix("model.").partition(".")[0] for name in others})
+
+
+def _drafting(config: Mapping[str, Any], name: str) -> str:
+    """The part of a tensor that drafts tokens, "" of others."""
+    parts, depth = name.removeprefix("model.").split("."), config.get("num_hidden_layers")
+    if parts[0] == "mtp":
+        return "mtp"
+    behind = parts[0] == "layers" and len(parts) > 2 and parts[1].isdecimal()
+    return (
+        ".".join(parts[:2]) if behind and isinstance(depth, int) and int(parts[1]) >= depth else ""
+    )

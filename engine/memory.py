@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..architectures.base import ModelSpec
+from ..architectures.base import LatentAttention, ModelSpec
 from ..errors import UserError
 from .config import EngineConfig
 from .host_memory import Headroom, gib, headroom
@@ -39,13 +39,14 @@ class MemoryPlan:
 
 
 def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    """Keys and values of all layers that have their own; in 8 bits, with a float32 scale for each head."""
+    """Keys and values, or latents, of all layers that have their own; in 8 bits, with a float32 scale for each
+    vector."""
 
-    def vector(head_dim: int) -> int:
-        return head_dim * dtype.itemsize if cache_dtype == "auto" else head_dim + 4
+    def vector(dim: int) -> int:
+        return dim * dtype.itemsize if cache_dtype == "auto" else dim + 4
 
-    own = (mixer for mixer in model.attention.values() if mixer.kv_source is None)
-    return sum(2 * mixer.num_kv_heads * vector(mixer.head_dim) for mixer in own)
+    kept = (vectors for mixer in model.cached.values() for vectors in mixer.kept)
+    return sum(count * vector(dim) for count, dim in kept)
 
 
 def state_bytes(model: ModelSpec) -> int:
@@ -66,7 +67,11 @@ def activation_bytes(
         for layer in model.layers
         for group in layer.mixer.groups(model.hidden_size)
     )
-    per_token = 4 * model.hidden_size + between + 2 * mixed
+    heads = max(
+        (m.numbers_per_token for m in model.cached.values() if isinstance(m, LatentAttention)),
+        default=0,
+    )
+    per_token = 4 * model.hidden_size + between + 2 * mixed + heads
     matrix = 2 * inner * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
     logits = 2 * 4 * config.max_num_seqs * model.vocab_size
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix

@@ -83,6 +83,8 @@ class QuantizedAtLoad(Checkpoint):
         self.inner, self.layer = checkpoint, layer
         self._stay_dense = dict.fromkeys(dense)
         self.path, self.config = checkpoint.path, checkpoint.config
+        parts = other_parts(self.config, checkpoint.names())
+        self._other_parts = tuple(f"{part}." for part in parts)
         self.writer: ShardWriter | None = None
         self._pending: dict[str, Tensor] = {}  # of the block being read, in the format's tensors
         self._written: set[str] = (
@@ -172,7 +174,8 @@ class QuantizedAtLoad(Checkpoint):
 
     def _is_block_matrix(self, name: str) -> bool:
         return (
-            re.search(r"^(?!mtp\.)(.+\.)?layers\.\d+\.", name) is not None
+            re.search(r"^(.+\.)?layers\.\d+\.", name) is not None
+            and not name.removeprefix("model.").startswith(self._other_parts)
             and name.removesuffix(".weight") not in self._stay_dense
             and self.inner.has(name)
             and len(self.inner.shape(name)) == 2

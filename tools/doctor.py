@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nibble.architectures.base import Attention, ModelSpec
+from nibble.architectures.base import Attention, LatentAttention, ModelSpec
 from nibble.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,8 +147,10 @@ def _architecture(spec: ModelSpec) -> str:
     attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
     if attention:
         said += f", {attention[0].num_heads} heads, {attention[0].num_kv_heads} of them with keys and values"
-    if len(attention) < len(mixers):
-        said += f"; {len(mixers) - len(attention)} layers carry a state instead"
+    if latent := [mixer for mixer in mixers if isinstance(mixer, LatentAttention)]:
+        said += f", {latent[0].num_heads} heads over latents of {latent[0].kv_rank}"
+    if carrying := len(mixers) - len(attention) - len(latent):
+        said += f"; {carrying} layers carry a state instead"
     return said
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...architectures.base import (
     Attention,
     GatedDeltaNet,
+    LatentAttention,
     LinearGroup,
     MlpBesideExperts,
     ModelSpec,
@@ -100,7 +101,8 @@ class ModelWeights:
         pattern = re.compile(re.escape(f"{self.model.prefix}layers.") + r"(\d+)\.")
         for name in self.checkpoint.names():
             match = pattern.match(name)
-            if match is not None and int(match[1]) >= self.model.num_layers:
+            depth = self.model.num_layers + self.model.num_draft_layers
+            if match is not None and int(match[1]) >= depth:
                 raise CheckpointError(
                     f"is of layer {match[1]}, config.json says that there are {self.model.num_layers}, from 0 on",
                     file=self.checkpoint.path,
@@ -178,6 +180,34 @@ class ModelWeights:
         return norm(q_norm, mixer.num_heads), (
             norm(k_norm, mixer.num_kv_heads) if has_keys else None
         )
+
+    def latent_norms(self, layer: int, mixer: LatentAttention) -> tuple[Tensor | None, Tensor]:
+        """Of q_a's outputs, where there are any, and of latents, float32."""
+        prefix = f"{self.model.layer_name(layer)}.self_attn"
+        q_rank, name = mixer.q_rank, f"{prefix}.q_a_layernorm"
+        return (
+            None if q_rank is None else self.norm(name, q_rank),
+            self.norm(f"{prefix}.kv_a_layernorm", mixer.kv_rank),
+        )
+
+    def kv_b(
+        self, layer: int, mixer: LatentAttention, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """What makes keys and values of latents, dequantized: [num_heads, nope_dim + value_dim, kv_rank], and its bias
+        [num_heads, nope_dim + value_dim]."""
+        (linear,) = self.group(layer, mixer.groups(self.model.hidden_size)[-2])
+        weight = linear.weight
+        dense = weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
+        shape = mixer.num_heads, mixer.nope_dim + mixer.value_dim
+        bias = None if linear.bias is None else linear.bias.view(shape)
+        return dense.to(dtype).view(*shape, mixer.kv_rank), bias
+
+    def value_heads(self, layer: int, mixer: LatentAttention) -> list[Linear]:
+        """What makes values of latents, a linear [value_dim, kv_rank] for each head."""
+        (linear,) = self.group(layer, mixer.groups(self.model.hidden_size)[-2])
+        size = mixer.nope_dim + mixer.value_dim
+        spans = [(i * size + mixer.nope_dim, (i + 1) * size) for i in range(mixer.num_heads)]
+        return [linear.in_order([span]) for span in spans]
 
     def sinks(self, layer: int, mixer: Attention) -> Tensor | None:
         """float32 [num_heads], where the mixer has them."""

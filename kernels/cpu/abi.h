@@ -65,6 +65,7 @@ struct NbLinearGroup {
 struct NbRope {
   int32_t dim;                       // how many; all of them where dim is head_dim
   float factor;                      // of cosines and sines
+  int32_t interleaved;               // neighbours pair up, else halves
   const float* inv_freq;             // [dim / 2]
 };
 
@@ -87,6 +88,22 @@ struct NbAttention {
   const float* v_norm;               // [head_dim] or null
   const float* sinks;                // [num_heads] scores that take part in each softmax and add no value, or null
   NbLinearGroup qkv, o;
+};
+
+// See latent_attention.h.
+struct NbLatentAttention {
+  int32_t num_heads, q_rank, kv_rank;  // q_rank 0: queries are made at once
+  int32_t nope_dim, rope_dim, value_dim;
+  int32_t rope;                      // which of the model's
+  float scale, eps;                  // of queries times keys; of its own norms
+  float query_beta;                  // as in NbAttention
+  int32_t query_length;
+  int64_t cache_offset;
+  const float* q_norm;               // [q_rank] or null
+  const float* kv_norm;              // [kv_rank]
+  NbLinearGroup in, q_b;             // q or q_a, then kv_a; of q_b, no linears where q_rank is 0
+  NbLinearGroup keys, values;        // one a head: nope_dim -> kv_rank, which meets queries; kv_rank -> value_dim
+  NbLinearGroup o;
 };
 
 // See delta_net.h.
@@ -138,6 +155,7 @@ struct NbExperts {
   int32_t scoring;                   // NbScoring
   int32_t norm_weights;              // the scores of the chosen are divided by their sum
   int32_t groups, best_groups;       // only experts of the best groups are chosen; 0: of all
+  int32_t group_rank;                // how many of a group's best scores are summed to rank it
   float routed_scale;                // of the weights
   const float* router;               // [num_experts, hidden]
   const float* router_bias;          // [num_experts] or null
@@ -159,6 +177,7 @@ struct NbLayer {
   const float* after_experts;
   const float* before_experts;       // of what the router reads
   const NbAttention* attention;
+  const NbLatentAttention* latent_attention;
   const NbDeltaNet* delta_net;
   const NbShortConv* short_conv;
   const NbGatedMlp* mlp;
@@ -198,7 +217,7 @@ struct NbBatch {
   const int32_t* tokens;             // [num_tokens]
   const NbItem* items;
   const int32_t* tables;
-  uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h
+  uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h, or latents
   int64_t num_blocks;
   int32_t cache_int8;                // else bfloat16
   float* states;                     // of each layer that has one [slots][numbers]: inputs of its convolution, matrices

@@ -40,18 +40,14 @@ inline int take_best(const float* ranks, int count, char* taken) {
   return best;
 }
 
-// Takes every expert outside the best groups: a group is as good as its two best experts together.
+// Takes every expert outside the best groups: a group is as good as its group_rank best experts together.
 inline void leave_groups(const NbExperts& e, const float* ranks, char* taken, float* totals) {
   int size = e.num_experts / e.groups;
   char* kept = taken + e.num_experts;
   memset(kept, 0, e.groups);
   for (int g = 0; g < e.groups; g++) {
-    float first = -INFINITY, second = -INFINITY;
-    for (int i = g * size; i < (g + 1) * size; i++) {
-      if (ranks[i] > first) second = first, first = ranks[i];
-      else if (ranks[i] > second) second = ranks[i];
-    }
-    totals[g] = first + second;
+    totals[g] = 0.0f;
+    for (int i = 0; i < e.group_rank; i++) totals[g] += ranks[g * size + take_best(ranks + g * size, size, taken + g * size)];
   }
   for (int i = 0; i < e.best_groups; i++) take_best(totals, e.groups, kept);
   for (int i = 0; i < e.num_experts; i++) taken[i] = !kept[i / size];

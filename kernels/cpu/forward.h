@@ -3,6 +3,7 @@
 //   x -> input norm -> qkv -> (q, k norm) -> RoPE, cache -> attention (-> gate) -> o -> (norm) -> + x
 //   or                 q k v, z, b, a -> convolution -> gated delta rule -> norm, gate -> out
 //   or                 B, C, x -> C * convolution of B * x -> out
+//   or                 latent_attention.h
 //     -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x      or experts.h
 //
 // Activations between the products are float32; a product's inputs are int8 codes or bfloat16.
@@ -11,6 +12,7 @@
 #include "delta_net.h"
 #include "experts.h"
 #include "isa.h"
+#include "latent_attention.h"
 
 namespace NB_ISA {
 
@@ -93,7 +95,7 @@ struct Step {
     }
   }
 
-  static float query_scale(const NbAttention& a, int position) {
+  template <class Attention> static float query_scale(const Attention& a, int position) {
     if (!a.query_length) return a.scale;
     return a.scale * (1.0f + a.query_beta * log1pf((float)(position / a.query_length)));
   }
@@ -104,8 +106,8 @@ struct Step {
     int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads, all = a.num_heads * dim;
     int of_head = a.output_gate == NB_GATE_OF_QUERIES ? 2 * dim : dim;
     float *qkv = b.qkv + (int64_t)row * nibble::qkv_width(a), *keys = qkv + a.num_heads * of_head;
-    int turned = m.ropes[a.rope].dim;
-    const float *cosines = b.angles[a.rope] + (int64_t)row * turned, *sines = cosines + turned / 2;
+    const NbRope& rope = m.ropes[a.rope];
+    const float *cosines = b.angles[a.rope] + (int64_t)row * rope.dim, *sines = cosines + rope.dim / 2;
     int position = position_of(row), block = batch.tables[batch.items[item_of(row)].table + position / m.block_size];
     bool norm_heads = a.q_norm && !a.qk_norm_all;
     if (a.q_norm && a.qk_norm_all) {
@@ -116,7 +118,7 @@ struct Step {
     for (int h = 0; h < a.num_heads; h++) {
       float* q = qkv + h * of_head;
       if (norm_heads) rms_norm(q, a.q_norm, dim, m.eps, q);
-      rotate(q, turned, cosines, sines);
+      rotate(q, rope, cosines, sines);
       uint16_t* out = b.queries + (((int64_t)(h / shared) * batch.num_tokens + row) * shared + h % shared) * dim;
       for (int d = 0; d < dim; d += 16) f_store_bf16(out + d, f_mul(f_load(q + d), scale));
     }
@@ -125,7 +127,7 @@ struct Step {
       if (a.keys_are_values) v = (float*)memcpy(worker.scratch, k, sizeof(float) * dim);
       if (a.v_norm) rms_norm(v, a.v_norm, dim, m.eps, v);
       if (norm_heads) rms_norm(k, a.k_norm, dim, m.eps, k);
-      rotate(k, turned, cosines, sines);
+      rotate(k, rope, cosines, sines);
       write_cache(to, block, position % m.block_size, h, k, v);
     }
   }
@@ -390,6 +392,11 @@ struct Step {
         Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
                  batch.cache_int8 != 0};
         attention(worker, a, kv, layer.after_mixer);
+      } else if (layer.latent_attention) {
+        const NbLatentAttention& a = *layer.latent_attention;
+        LatentCache latents{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.kv_rank,
+                            a.kv_rank + a.rope_dim, batch.cache_int8 != 0};
+        LatentStep<Step>{*this, a, latents}.run(worker, layer.after_mixer);
       } else if (layer.delta_net) {
         DeltaNet net{*layer.delta_net, states};
         states += batch.num_slots * net.state_size();

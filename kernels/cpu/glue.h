@@ -154,10 +154,19 @@ inline void prepare_all(const NbLinearGroup& group, const InputBuffer* buffers, 
   for (int i = 0; i < group.num_inputs; i++) prepare(group.inputs[i], buffers[i], row, x, padded);
 }
 
-// Rotate one head in place: (i, i + dim/2) pair up.
-inline void rotate(float* x, int dim, const float* cosines, const float* sines) {
-  float* high = x + dim / 2;
-  for (int i = 0; i < dim / 2; i++) {
+// Rotate one head in place: (i, i + dim/2) pair up, or (2 i, 2 i + 1).
+inline void rotate(float* x, const NbRope& rope, const float* cosines, const float* sines) {
+  int half = rope.dim / 2;
+  if (rope.interleaved) {
+    for (int i = 0; i < half; i++) {
+      float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cosines[i] - b * sines[i];
+      x[2 * i + 1] = b * cosines[i] + a * sines[i];
+    }
+    return;
+  }
+  float* high = x + half;
+  for (int i = 0; i < half; i++) {
     float a = x[i], b = high[i];
     x[i] = a * cosines[i] - b * sines[i];
     high[i] = b * cosines[i] + a * sines[i];

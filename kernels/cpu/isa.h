@@ -12,6 +12,10 @@ struct Unit {
 
 constexpr int kExpertRows = 64;  // pairs of a unit of experts
 constexpr int kQueryTile = 32;  // query rows (token, head) of a unit
+constexpr int kLatentRows = 128;  // where heads see latents
+constexpr int kPackedHeads = 16;  // which lie side by side there
+constexpr int kSegment = 1024;    // positions whose sums are made together
+constexpr size_t kPartials = size_t(16) << 20;  // numbers in the sums of segments that threads share, at most
 
 // How the tokens of a step are cut up for attention.
 struct Units {
@@ -47,7 +51,11 @@ struct StepBuffers {
   // Of the layer at hand, as wide as the widest.
   float* qkv;            // [tokens, heads + 2 kv_heads, head_dim], or what the linears of another mixer give
   float* convolved;      // [tokens, channels]
-  uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
+  uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim], or see latent_attention.h
+  char* head_inputs;     // prepared activations of linears that are one a head: rows [heads, tokens]
+  float* head_scales;
+  int32_t* head_sums;
+  float* partials;       // sums of segments, see latent_attention.h
   float* attended;       // [tokens, heads, head_dim]
   float* inner;          // [tokens or pairs, intermediate], and what a layer is told once more
   float* y;              // [tokens, hidden]: a product whose norm comes before the sum
@@ -95,18 +103,67 @@ inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim
 
 inline int width_of(const NbDeltaNet& d) { return channels_of(d) + d.value_heads * d.value_dim + 2 * d.value_heads; }
 
+inline int width_of(const NbLatentAttention& a) {
+  return (a.q_rank ? a.q_rank : a.num_heads * (a.nope_dim + a.rope_dim)) + a.kv_rank + a.rope_dim;
+}
+
+inline int packs_of(int heads) { return (heads + kPackedHeads - 1) / kPackedHeads; }
+
+// Numbers in the packed queries of a token.
+inline int packed_width(const NbLatentAttention& a) {
+  return packs_of(a.num_heads) * kPackedHeads * (a.kv_rank + a.rope_dim);
+}
+
 // What a layer's mixer reads and what it ends with.
 inline const NbLinearGroup& mixer_in(const NbLayer& l) {
-  return l.attention ? l.attention->qkv : l.delta_net ? l.delta_net->in : l.short_conv->in;
+  return l.attention          ? l.attention->qkv
+         : l.latent_attention ? l.latent_attention->in
+         : l.delta_net        ? l.delta_net->in
+                              : l.short_conv->in;
 }
 inline const NbLinearGroup& mixer_out(const NbLayer& l) {
-  return l.attention ? l.attention->o : l.delta_net ? l.delta_net->out : l.short_conv->out;
+  return l.attention          ? l.attention->o
+         : l.latent_attention ? l.latent_attention->o
+         : l.delta_net        ? l.delta_net->out
+                              : l.short_conv->out;
 }
 
 // Tokens of a unit, where so many query heads read one key-value head.
 inline int unit_tokens(const NbAttention& a) {
   int tokens = kQueryTile / (a.num_heads / a.num_kv_heads);
   return tokens < 1 ? 1 : tokens;
+}
+
+inline int unit_tokens(const NbLatentAttention& a) {
+  int tokens = kLatentRows / a.num_heads;
+  return tokens > kQueryTile ? kQueryTile : tokens < 1 ? 1 : tokens;
+}
+
+inline int segments_of(int positions) { return (positions + kSegment - 1) / kSegment; }
+
+// Numbers in the sums of a unit over one segment.
+inline size_t partial_width(const NbLatentAttention& a) {
+  return size_t(unit_tokens(a)) * a.num_heads * (a.kv_rank + 2);
+}
+
+// Units of a step, and the segments that the longest has where threads share them, as there are few units; else 1.
+struct Sharing {
+  int units = 0, segments = 1;
+  Sharing(const NbLatentAttention& a, const NbBatch& batch, int threads) {
+    int most = 1;
+    for (int i = 0; i < batch.num_items; i++) {
+      const NbItem& item = batch.items[i];
+      int own = segments_of(item.start + item.count);
+      most = own > most ? own : most;
+      units += (item.count + unit_tokens(a) - 1) / unit_tokens(a);
+    }
+    if (threads > 1 && units < 2 * threads && units * most * partial_width(a) <= kPartials) segments = most;
+  }
+};
+
+inline size_t partial_numbers(const NbLatentAttention& a, const NbBatch& batch, int threads) {
+  Sharing sharing(a, batch, threads);
+  return sharing.segments > 1 ? sharing.units * sharing.segments * partial_width(a) : 0;
 }
 
 // Experts that a token goes through.

@@ -131,9 +131,12 @@ void place_experts(Arena& arena, ExpertBuffers& b, const ExpertSize& size, size_
   b.num_units = arena.take<int32_t>(1);
 }
 
-void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch) {
+void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch,
+                int threads) {
   size_t rows = batch.num_tokens;
   size_t qkv = 0, queries = 0, attended = 0, channels = 0, inner = 0;
+  InputSize heads;  // of a row of what each head multiplies
+  size_t head_rows = 0, partials = 0;
   ExpertSize experts;
   bool wanted[kQueryTile + 1] = {};
   for (int l = 0; l < m.num_layers; l++) {
@@ -152,17 +155,33 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
       attended = std::max(attended, size_t(d->value_heads) * d->value_dim);
       continue;
     }
+    if (const NbLatentAttention* a = m.layers[l].latent_attention) {
+      qkv = std::max(qkv, size_t(width_of(*a)));
+      channels = std::max(channels, size_t(a->num_heads) * (a->nope_dim + a->rope_dim));
+      queries = std::max(queries, size_t(packed_width(*a)));
+      attended = std::max(attended, size_t(a->num_heads) * a->value_dim);
+      head_rows = std::max(head_rows, rows * a->num_heads);
+      partials = std::max(partials, partial_numbers(*a, batch, threads));
+      for (const NbLinearGroup* group : {&a->keys, &a->values}) widen(&heads, *group);
+      wanted[unit_tokens(*a)] = true;
+      continue;
+    }
     const NbAttention& a = *m.layers[l].attention;
     qkv = std::max(qkv, size_t(qkv_width(a)));
     queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
+    attended = std::max(attended, size_t(a.num_heads) * a.head_dim);
     wanted[unit_tokens(a)] = true;
   }
   if (m.per_layer_inputs) inner = std::max(inner, rows * m.per_layer_inputs->width);
   place_inputs(arena, b, sizes, rows * std::max(size_t(1), experts.paths));
   b.qkv = arena.take<float>(rows * qkv);
   b.queries = arena.take<uint16_t>(rows * queries);
-  b.attended = arena.take<float>(rows * std::max(queries, attended));
+  b.attended = arena.take<float>(rows * attended);
   b.convolved = arena.take<float>(rows * channels);
+  b.partials = arena.take<float>(partials);
+  b.head_inputs = arena.take<char>(head_rows * heads.data);
+  b.head_scales = arena.take<float>(head_rows * heads.groups);
+  b.head_sums = arena.take<int32_t>(head_rows * heads.groups);
   b.inner = arena.take<float>(inner);
   b.y = arena.take<float>(rows * m.hidden);
   b.per_layer = arena.take<float>(m.per_layer_inputs ? rows * m.num_layers * m.per_layer_inputs->width : 0);
@@ -229,6 +248,7 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   for (int l = 0; l < model->num_layers; l++) {
     const NbLayer& layer = model->layers[l];
     for (const NbLinearGroup* group : {&mixer_in(layer), &mixer_out(layer)}) widen(sizes, *group);
+    if (layer.latent_attention) widen(sizes, layer.latent_attention->q_b);
     if (layer.mlp) widen(sizes, *layer.mlp);
     if (const NbExperts* e = layer.experts) {
       for (int i = 0; i < e->num_experts; i++) widen(sizes, e->experts[i]);
@@ -240,9 +260,10 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   if (model->per_layer_inputs) widen(sizes, model->per_layer_inputs->projection);
   StepBuffers buffers;
   Arena measure, arena;
-  place_step(measure, buffers, sizes, *model, *batch);
+  int threads = team_threads(pool->team);
+  place_step(measure, buffers, sizes, *model, *batch, threads);
   arena.memory = team_buffer(pool->team, measure.used);
-  place_step(arena, buffers, sizes, *model, *batch);
+  place_step(arena, buffers, sizes, *model, *batch, threads);
   lay_out(buffers, *batch);
   StepJob job{model, batch, &buffers, hidden};
   team_run(pool->team, pool->kernels->forward, &job, 20 * model->num_layers + 8);

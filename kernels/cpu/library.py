@@ -65,7 +65,12 @@ class NbLinearGroup(ctypes.Structure):
 
 
 class NbRope(ctypes.Structure):
-    _fields_ = [("dim", c_int32), ("factor", c_float), ("inv_freq", c_void_p)]
+    _fields_ = [
+        ("dim", c_int32),
+        ("factor", c_float),
+        ("interleaved", c_int32),
+        ("inv_freq", c_void_p),
+    ]
 
 
 class NbAttention(ctypes.Structure):
@@ -89,6 +94,30 @@ class NbAttention(ctypes.Structure):
         ("v_norm", c_void_p),
         ("sinks", c_void_p),
         ("qkv", NbLinearGroup),
+        ("o", NbLinearGroup),
+    ]
+
+
+class NbLatentAttention(ctypes.Structure):
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("q_rank", c_int32),
+        ("kv_rank", c_int32),
+        ("nope_dim", c_int32),
+        ("rope_dim", c_int32),
+        ("value_dim", c_int32),
+        ("rope", c_int32),
+        ("scale", c_float),
+        ("eps", c_float),
+        ("query_beta", c_float),
+        ("query_length", c_int32),
+        ("cache_offset", c_int64),
+        ("q_norm", c_void_p),
+        ("kv_norm", c_void_p),
+        ("in", NbLinearGroup),
+        ("q_b", NbLinearGroup),
+        ("keys", NbLinearGroup),
+        ("values", NbLinearGroup),
         ("o", NbLinearGroup),
     ]
 
@@ -155,6 +184,7 @@ class NbExperts(ctypes.Structure):
         ("norm_weights", c_int32),
         ("groups", c_int32),
         ("best_groups", c_int32),
+        ("group_rank", c_int32),
         ("routed_scale", c_float),
         ("router", c_void_p),
         ("router_bias", c_void_p),
@@ -177,6 +207,7 @@ class NbLayer(ctypes.Structure):
         ("after_experts", c_void_p),
         ("before_experts", c_void_p),
         ("attention", POINTER(NbAttention)),
+        ("latent_attention", POINTER(NbLatentAttention)),
         ("delta_net", POINTER(NbDeltaNet)),
         ("short_conv", POINTER(NbShortConv)),
         ("mlp", POINTER(NbGatedMlp)),

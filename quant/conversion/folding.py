@@ -77,9 +77,12 @@ def _divide_source(
         weight.copy_(stored)
         return scales
     source = linear(block, fold.source)
-    source.weight[-len(scales) :].div_(scales.unsqueeze(1))
-    if source.bias is not None:
-        source.bias[-len(scales) :].div_(scales)
+    rows = fold.rows or ((source.out_features - len(scales), source.out_features),)
+    parts = scales.split([end - start for start, end in rows])
+    for (start, end), part in zip(rows, parts, strict=True):
+        source.weight[start:end].div_(part.unsqueeze(1))
+        if source.bias is not None:
+            source.bias[start:end].div_(part)
     if fold.kind == "heads":
         head_dim, _ = _heads(block)
         query_heads = linear(block, fold.consumers[0]).in_features // head_dim

@@ -236,7 +236,7 @@ def _block_tensors(
 
 def _outside_blocks(checkpoint: Checkpoint, source: BlockSource) -> dict[str, str]:
     """Names of the tensors outside the blocks -> the module each is the weight of, "" where it is none."""
-    blocks = f"{source.spec.prefix}layers."
+    blocks = tuple(f"{source.name(index)}." for index in range(len(source)))
     weights = {f"{m}.weight": m for m in sorted(checkpoint.modules()) if not m.startswith(blocks)}
     loose = {name: "" for name in sorted(checkpoint.loose_names()) if not name.startswith(blocks)}
     return weights | loose

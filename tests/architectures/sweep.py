@@ -65,14 +65,15 @@ class Entry:
 
     @property
     def experts(self) -> bool:
-        return "moe" in self.model_type or self.name in models.MOE
+        return "moe" in self.model_type or self.name.removesuffix("-see") in models.MOE
 
 
 def entries() -> Iterator[Entry]:
     """Of what the tests have a tiny model of: those that see have names that end in "-see"."""
     for name, config in models.CONFIGS.items():
         kind = config.model_type
-        architecture = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+        # what the tests have registered, too
+        architecture = transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__
         build = partial(models.build, name)
         yield Entry(name, architecture, kind, build, transformers.AutoModelForCausalLM)
     for name in multimodal_models.NAMES:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nibble.architectures.base import Attention, FeedForward, GatedMlp
+from nibble.architectures.base import Attention, FeedForward, GatedMlp, LatentAttention
 from nibble.architectures.registry import ARCHITECTURES, model_spec
 from nibble.errors import UserError
 
@@ -66,6 +66,19 @@ FIELDS = [
     "full_attention_interval",
     "swiglu_alpha",
     "swiglu_limit",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_interleave",
+    "topk_method",
+    "mlp_layer_types",
+    "num_nextn_predict_layers",
+    "scale_emb",
+    "scale_depth",
+    "dim_model_base",
+    "use_qk_norm",
     "linear_num_key_heads",
     "linear_num_value_heads",
     "linear_key_head_dim",
@@ -90,6 +103,13 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                 assert 0 < spec.num_layers <= 1024, (field, value)
                 for layer in spec.layers:
                     mixer = layer.mixer
+                    if isinstance(mixer, LatentAttention):
+                        numbers = (mixer.num_heads, mixer.q_rank or 1, mixer.kv_rank)
+                        numbers += (mixer.nope_dim, mixer.rope_dim, mixer.value_dim, mixer.scale)
+                        numbers += (mixer.rope.theta, *_sizes(layer.mlp))
+                        numbers += (spec.embedding_scale, spec.residual_scale, spec.logits_scale)
+                        assert all(map(is_positive, numbers)), (field, value, numbers)
+                        continue
                     if not isinstance(mixer, Attention):
                         assert all(map(is_positive, dataclasses.astuple(mixer)[:5]))
                         continue

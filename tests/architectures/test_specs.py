@@ -1,5 +1,7 @@
 """config.json -> ModelSpec: what transformers would compute, or one clear line. Logits: tests/engine/test_runner.py."""
 
+import math
+
 import pytest
 from transformers import AutoConfig
 
@@ -7,6 +9,7 @@ from nibble.architectures.base import (
     Attention,
     Experts,
     GatedMlp,
+    LatentAttention,
     LayerSpec,
     ModelSpec,
     Norms,
@@ -37,8 +40,13 @@ GEMMA3 = LLAMA | {
 }
 
 
+LONGROPE = {
+    "max_position_embeddings": 64,
+    "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 64},
+}
 NEEDED = {  # by model_type: what a file must say
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 6},
 }
 
 
@@ -74,7 +82,12 @@ def test_mistral_has_a_window_of_4096_unless_it_says_null() -> None:
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', want a number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', want true or false"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope scaling 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
+        (LONGROPE, "longrope rope scaling needs short_factor, a list of 8 numbers"),
+        (
+            LONGROPE | {"max_position_embeddings": 65},
+            "beyond original_max_position_embeddings (64)",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs factor"),
         ({"rope_parameters": [1]}, "no JSON object"),
         ({"partial_rotary_factor": 0.0}, "partial_rotary_factor is 0, want a share"),
@@ -148,6 +161,76 @@ def test_groups_of_experts_that_make_no_sense_are_refused() -> None:
     for change in ({"n_group": 3}, {"topk_group": 2}, {"n_group": 8}):
         with pytest.raises(CheckpointError, match=r"8 experts in . groups, the best . of them"):
             model_spec(dots | change)
+
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 199,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+}
+
+
+def test_latent_attention_is_read_as_the_families_mean_it() -> None:
+    mixer = model_spec(DEEPSEEK).layers[0].mixer
+    assert (mixer.q_rank, mixer.kv_rank, mixer.value_dim) == (1536, 512, 128)
+    assert mixer.rope == Rope(10000.0, interleaved=True) and mixer.norm_eps == 1e-6
+    said = {"q_lora_rank": None, "rope_interleave": False, "rms_norm_eps": 1e-5}
+    mixer = model_spec(DEEPSEEK | said).layers[0].mixer
+    assert mixer.q_rank is None and not mixer.rope.interleaved and mixer.norm_eps == 1e-6
+    v2 = DEEPSEEK | {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "greedy"}
+    limited = v2 | {"topk_method": "group_limited_greedy"}
+    assert model_spec(v2 | said).layers[0].mixer.rope.interleaved
+    assert model_spec(v2).layers[0].mlp.limited_groups is None
+    mlp = model_spec(limited).layers[0].mlp
+    assert (mlp.limited_groups, mlp.group_rank, mlp.scoring) == ((4, 2), 1, "softmax")
+
+
+def test_long_contexts_sharpen_latent_attention() -> None:
+    """As transformers' yarn_apply_mscale: by the square of 0.1 * mscale_all_dim * log(factor) + 1."""
+    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+    plain, sharp = (
+        model_spec(DEEPSEEK | {"rope_scaling": yarn | more}).layers[0].mixer
+        for more in ({"mscale": 1.0}, {"mscale": 1.0, "mscale_all_dim": 0.5})
+    )
+    assert plain.scale == 192**-0.5
+    assert sharp.scale == pytest.approx(192**-0.5 * (0.05 * math.log(40) + 1) ** 2)
+    assert sharp.rope.attention_factor == pytest.approx(
+        (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)
+    )
+
+
+def test_values_of_heads_are_rows_between_those_that_make_keys() -> None:
+    mixer = LatentAttention(3, 48, 32, 16, 8, 24, 0.1, Rope(1e4), 1e-6)
+    before, queries, latents, values = mixer.folds("a_norm")
+    assert before.consumers == ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
+    assert queries.consumers == ("self_attn.q_b_proj",)
+    assert latents.consumers == (values.source,) == ("self_attn.kv_b_proj",)
+    assert values.rows == ((16, 40), (56, 80), (96, 120))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim is 15, want an even number"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank is 0, want a positive integer"),
+        ({"kv_lora_rank": 2**20}, "kv_lora_rank is more than"),
+        ({"rope_interleave": 1}, "rope_interleave is 1, want true or false"),
+        ({"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "noaux_tc"}, "noaux_tc"),
+        ({"architectures": ["Glm4MoeLiteForCausalLM"], "mlp_layer_types": ["moe"] * 4}, "'moe'"),
+        ({"architectures": ["Glm4MoeLiteForCausalLM"], "mlp_layer_types": []}, "of 4 layers"),
+    ],
+)
+def test_latents_that_make_no_sense_are_one_line(change: dict, said: str) -> None:
+    with pytest.raises(UserError, match="config.json") as error:
+        model_spec(DEEPSEEK | change)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_experts_are_groups_of_linears_with_names_of_their_own() -> None:

@@ -5,20 +5,27 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Dots1Config,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
     Gemma4UnifiedTextConfig,
     GemmaConfig,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     Lfm2Config,
     Lfm2MoeConfig,
     LlamaConfig,
+    MiniCPM3Config,
     Ministral3Config,
     MinistralConfig,
+    Mistral4Config,
+    Mistral4ForCausalLM,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -35,7 +42,11 @@ from transformers import (
     Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
+    YoutuConfig,
 )
+
+# which transformers 5.24 lists only as the text model of what also sees
+AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
 
 _SIZES = {
     "hidden_size": 64,
@@ -73,6 +84,24 @@ _DELTA_NET = {
     "linear_value_head_dim": 32,
 }
 _QUARTER = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+_DEEPSEEK = _SIZES | {
+    **_LATENT,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.8,
+}
 
 CONFIGS = {
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=True),
@@ -169,6 +198,50 @@ CONFIGS = {
         first_k_dense_replace=1,
         sliding_window=24,
         max_window_layers=2,
+    ),
+    "deepseek-v2": DeepseekV2Config(
+        **_DEEPSEEK,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        rope_parameters=_YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+    ),
+    "deepseek-v2-lite": DeepseekV2Config(
+        **_DEEPSEEK | {"q_lora_rank": None, "moe_intermediate_size": 64}
+    ),
+    "deepseek-v3": DeepseekV3Config(
+        **_DEEPSEEK,
+        n_group=4,
+        topk_group=2,
+        rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+    ),
+    "youtu": YoutuConfig(**_SIZES | _LATENT, rope_interleave=False, attention_bias=True),
+    "glm4-moe": Glm4MoeConfig(
+        **{k: v for k, v in _DEEPSEEK.items() if k not in _LATENT},
+        num_key_value_heads=2,
+        head_dim=32,
+        use_qk_norm=True,
+        attention_bias=True,
+    ),
+    "glm4-moe-lite": Glm4MoeLiteConfig(
+        **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}
+    ),
+    "minicpm3": MiniCPM3Config(
+        **_SIZES | _LATENT,
+        scale_emb=3.0,
+        scale_depth=1.4,
+        dim_model_base=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + i / 4 for i in range(8)],
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 256,
+        },
+    ),
+    "mistral4": Mistral4Config(
+        **_DEEPSEEK,
+        rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
     ),
     "qwen3.5": Qwen3_5TextConfig(
         **_SIZES,
@@ -286,6 +359,10 @@ CONFIGS = {
 
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
 MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss", "gemma4-moe"}
+MOE |= {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4-moe", "glm4-moe-lite"}
+MOE |= {"mistral4"}
+LATENT = {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4-moe-lite", "mistral4"}
+LATENT |= {"youtu", "minicpm3"}
 RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased", "lfm2-moe"}
 
 

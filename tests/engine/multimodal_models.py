@@ -96,6 +96,17 @@ def config(name: str) -> Any:
                 out_hidden_size=64,
                 projector_hidden_size=48,
             )
+        case "mistral4":
+            text = {key: value for key, value in _TEXT.items() if key != "head_dim"}
+            text |= {"num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 32}
+            text |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32}
+            text |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            return t.Mistral3Config(
+                text_config=t.Mistral4Config(**text),
+                vision_config=t.PixtralVisionConfig(**_CLIP, head_dim=16),
+                image_token_index=5,
+                spatial_merge_size=1,
+            )
         case "qwen2_vl":
             eye = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
             text = _TEXT | _mrope([2, 3, 3])
@@ -151,6 +162,7 @@ NAMES = (
     "gemma4_unified",
     "mistral3",
     "muse_glimmer",
+    "mistral4",
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",

@@ -151,6 +151,38 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(machine, monke
         memory.check_weights_fit(2**20 + 1, MODEL, CUDA)
 
 
+LATENT = model_spec(
+    {
+        "architectures": ["YoutuForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 1000,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 20,
+        "max_position_embeddings": 512,
+    }
+)
+
+
+def test_latents_are_planned_once_for_all_heads() -> None:
+    """3 layers, a latent of 32 numbers and a rotated key of 16; in int8, each with a scale."""
+    assert memory.kv_bytes_per_token(LATENT, torch.bfloat16) == 3 * (32 + 16) * 2
+    assert memory.kv_bytes_per_token(LATENT, torch.bfloat16, "int8") == 3 * (32 + 4 + 16 + 4)
+
+
+def test_heads_need_room_for_queries_as_wide_as_latents() -> None:
+    """Beside what the widest linear gives, twice: queries of 24 and 16 numbers a head, twice; of 32 and 16; the 32 that
+    they find."""
+    per_token = 4 * 64 + 3 * 96 + 2 * 4 * (24 + 20) + 4 * (2 * (24 + 16) + 32 + 16 + 32)
+    found = memory.activation_bytes(config(), LATENT, torch.bfloat16, CPU)
+    assert found == 32 * 2 * per_token + 2 * 4 * 8 * 1000
+
+
 HYBRID = model_spec(
     {
         "architectures": ["Qwen3_5ForCausalLM"],

@@ -4,6 +4,7 @@ The weights, norms and tables are handed over once, as plain arrays (kernels/cpu
 what each request computes and its block table. The KV cache has the kernels' own layout (kernels/cpu/kv_cache.h):
 
     of each layer [num_blocks, num_kv_heads, bytes]   keys and values of block_size tokens; in int8, scales too
+    or            [num_blocks, bytes]                 latents (kernels/cpu/latent_attention.h)
 
 Recurrent states lie beside it, float32 (kernels/cpu/delta_net.h):
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....architectures.base import Attention, ModelSpec
+from ....architectures.base import Attention, LatentAttention, ModelSpec
 from ....kernels.cpu.library import NbBatch, NbLayer, NbLinearGroup, NbModel, Pool
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
@@ -90,7 +91,9 @@ class CppDecoder(HostSampling):
     def __post_init__(self) -> None:
         model = self.model
         mixers = [layer.mixer.spec for layer in self.layers]
-        self.ropes = CppRopes.of([mixer for mixer in mixers if isinstance(mixer, Attention)])
+        self.ropes = CppRopes.of(
+            [mixer for mixer in mixers if isinstance(mixer, (Attention, LatentAttention))]
+        )
         self.layer_structs = (NbLayer * len(self.layers))(
             *(
                 layer.struct(self.ropes, offset)

@@ -14,6 +14,7 @@ from ....architectures.base import (
     Attention,
     Experts,
     GatedDeltaNet,
+    LatentAttention,
     PerLayerInputs,
     Rope,
     ShortConv,
@@ -24,7 +25,9 @@ from ....kernels.cpu.library import (
     NbDeltaNet,
     NbExperts,
     NbGatedMlp,
+    NbLatentAttention,
     NbLayer,
+    NbLinearGroup,
     NbPerLayerInput,
     NbPerLayerInputs,
     NbRope,
@@ -44,20 +47,25 @@ class CppRopes:
     struct: ctypes.Array[NbRope] = field(init=False)
 
     @classmethod
-    def of(cls, mixers: Sequence[Attention]) -> "CppRopes":
-        return cls(list(dict.fromkeys((mixer.rope, mixer.head_dim) for mixer in mixers)))
+    def of(cls, mixers: Sequence[Attention | LatentAttention]) -> "CppRopes":
+        return cls(list(dict.fromkeys(mixer.rotation for mixer in mixers)))
 
     def __post_init__(self) -> None:
         self.frequencies = [inverse_frequencies(dim, rope) for rope, dim in self.kinds]
         self.struct = (NbRope * len(self.kinds))(
             *(
-                NbRope(2 * len(each), 1.0 if rope is None else rope.attention_factor, pointer(each))
+                NbRope(
+                    2 * len(each),
+                    1.0 if rope is None else rope.attention_factor,
+                    rope is not None and rope.interleaved,
+                    pointer(each),
+                )
                 for (rope, _), each in zip(self.kinds, self.frequencies, strict=True)
             )
         )
 
-    def index(self, mixer: Attention) -> int:
-        return self.kinds.index((mixer.rope, mixer.head_dim))
+    def index(self, mixer: Attention | LatentAttention) -> int:
+        return self.kinds.index(mixer.rotation)
 
 
 @dataclass(slots=True)
@@ -108,6 +116,56 @@ class CppAttention:
             pointer(self.v_norm),
             pointer(self.sinks),
             self.qkv.struct(),
+            self.o.struct(),
+        )
+        return self.struct
+
+
+@dataclass(slots=True)
+class CppLatentAttention:
+    """Groups q or q_a and kv_a, q_b, o; what kv_b does to queries and to latents, a linear a head; norms float32."""
+
+    spec: LatentAttention
+    inputs: PreparedGroup
+    q_b: PreparedGroup | None
+    keys: PreparedGroup
+    values: PreparedGroup
+    o: PreparedGroup
+    q_norm: Tensor | None
+    kv_norm: Tensor
+    struct: NbLatentAttention = field(init=False)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        found = [self.inputs, self.keys, self.values, self.o]
+        return found if self.q_b is None else [*found, self.q_b]
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """Of the latents of a block of tokens (kernels/cpu/latent_attention.h)."""
+        numbers = self.spec.kv_rank + self.spec.rope_dim
+        return block_size * (numbers + 8 if int8 else 2 * numbers)
+
+    def point(self, ropes: CppRopes, cache_offset: int) -> NbLatentAttention:
+        """Make the structure. cache_offset: of its latents (abi.h)."""
+        spec = self.spec
+        self.struct = NbLatentAttention(
+            spec.num_heads,
+            spec.q_rank or 0,
+            spec.kv_rank,
+            spec.nope_dim,
+            spec.rope_dim,
+            spec.value_dim,
+            ropes.index(spec),
+            spec.scale,
+            spec.norm_eps,
+            *(spec.query_scaling or (0.0, 0)),
+            cache_offset,
+            pointer(self.q_norm),
+            pointer(self.kv_norm),
+            self.inputs.struct(),
+            NbLinearGroup() if self.q_b is None else self.q_b.struct(),
+            self.keys.struct(),
+            self.values.struct(),
             self.o.struct(),
         )
         return self.struct
@@ -231,6 +289,7 @@ class CppExperts:
             lib.SCORINGS[spec.scoring],
             spec.norm_weights,
             *(spec.limited_groups or (0, 0)),
+            spec.group_rank,
             spec.routed_scale,
             pointer(self.router),
             pointer(self.router_bias),
@@ -308,7 +367,7 @@ class CppPerLayerInputs:
 class CppLayer:
     """A mixer and a feed-forward; norms float32 [hidden] or None."""
 
-    mixer: CppAttention | CppDeltaNet | CppShortConv
+    mixer: CppAttention | CppLatentAttention | CppDeltaNet | CppShortConv
     mlp: CppGatedMlp | CppExperts | CppMlpBesideExperts
     before_mixer: Tensor | None
     after_mixer: Tensor | None
@@ -334,6 +393,7 @@ class CppLayer:
         return NbLayer(
             *map(pointer, (*norms, *between)),
             ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbLatentAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbShortConv) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,

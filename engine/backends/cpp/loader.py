@@ -13,7 +13,7 @@ from torch import Tensor
 from ....architectures.base import (
     Attention,
     Experts,
-    GatedDeltaNet,
+    LatentAttention,
     LayerSpec,
     LinearGroup,
     MlpBesideExperts,
@@ -33,16 +33,17 @@ from .layers import (
     CppDeltaNet,
     CppExperts,
     CppGatedMlp,
+    CppLatentAttention,
     CppLayer,
     CppMlpBesideExperts,
     CppPerLayerInput,
     CppPerLayerInputs,
     CppShortConv,
 )
+from .limits import why_not_mix
 from .prepared_cache import PreparedCache
 
-# of the kernels' scratch memory
-_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536
+_MAX_WIDTH = 65536  # of the kernels' scratch memory
 
 
 class CppBackend:
@@ -77,13 +78,8 @@ class CppBackend:
         if reason := unknown_feature(self.features, layer, model):
             return reason
         mixer = layer.mixer
-        if isinstance(mixer, Attention):
-            if reason := self._why_not_attend(mixer):
-                return reason
-        elif isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
-            return (
-                f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
-            )
+        if reason := why_not_mix(mixer):
+            return reason
         if isinstance(layer.mlp, MlpBesideExperts) and layer.norms.after_mlp is None:
             return "has no MLP beside experts without a norm of their sum"
         *_, out = mixer.groups(model.hidden_size)
@@ -96,20 +92,8 @@ class CppBackend:
             sizes += (told.width,)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
             return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
-        attention = [m for each in model.layers if isinstance(m := each.mixer, Attention)]
-        ropes = {(each.rope, each.head_dim) for each in attention}
-        if len(ropes) > lib.MAX_ROPES:
+        if len({each.rotation for each in model.cached.values()}) > lib.MAX_ROPES:
             return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
-        return None
-
-    def _why_not_attend(self, mixer: Attention) -> str | None:
-        shared = mixer.num_heads // mixer.num_kv_heads
-        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
-            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
-        if mixer.output_gate == "q_proj" and mixer.qk_norm == "all":
-            return "has no norm of all heads where gates lie between them"
-        if mixer.keys_are_values and mixer.qk_norm == "all":
-            return "has no values that are keys before a norm of all of them"
         return None
 
     def load(
@@ -208,9 +192,13 @@ class _Loader:
             self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
 
-    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet | CppShortConv:
+    def _mixer(
+        self, index: int, scale: float
+    ) -> CppAttention | CppLatentAttention | CppDeltaNet | CppShortConv:
         """scale: of what it gives."""
         mixer = self.weights.model.layers[index].mixer
+        if isinstance(mixer, LatentAttention):
+            return self._latent_attention(index, mixer, scale)
         *inputs, out = mixer.groups(self.weights.model.hidden_size)
         groups = [self._layer_group(index, group) for group in inputs]
         last = self._layer_group(index, out, scale)
@@ -225,6 +213,26 @@ class _Loader:
             [linear for group in groups for linear in group.linears], groups[0].int8
         )
         return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
+
+    def _latent_attention(
+        self, index: int, mixer: LatentAttention, scale: float
+    ) -> CppLatentAttention:
+        """What meets queries is dequantized: along its inputs, scales are of single columns. What makes values stays as
+        it is."""
+        inputs, *q_b, kv_b, out = mixer.groups(self.weights.model.hidden_size)
+        name = f"{self.weights.model.layer_name(index)}.{kv_b.modules[0]}"
+        shapes = [(mixer.value_dim, mixer.kv_rank)] * mixer.num_heads
+        made, _ = self.weights.kv_b(index, mixer, torch.bfloat16)
+        keys = [prepare(each[: mixer.nope_dim].t().contiguous()) for each in made]
+        return CppLatentAttention(
+            mixer,
+            self._layer_group(index, inputs),
+            self._layer_group(index, q_b[0]) if q_b else None,
+            self._group(keys),
+            self._prepared(name, shapes, partial(self.weights.value_heads, index, mixer)),
+            self._layer_group(index, out, scale),
+            *self.weights.latent_norms(index, mixer),
+        )
 
     def _layer_group(
         self, index: int, group: LinearGroup, scale: float = 1.0, parts: int = 1

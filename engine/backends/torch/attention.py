@@ -5,6 +5,7 @@ blocks gives a context whose keys (and values) of one head lie side by side, as 
 
     cache.layers[l]  [2, num_kv_heads, num_blocks, block_size, head_dim]
                       ^ 0: keys (rotated), 1: values   ^ request.block_tables[0]
+    of latents       [1, 1, num_blocks, block_size, kv_rank + rope_dim]
 
 A step's tokens lie flat, decode tokens (one per request) first, then the chunks:
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import Attention
+from ....architectures.base import Attention, LatentAttention
 from ...scheduling.batch import ScheduledRequest
 from ..batch import Batch
 from .layers import soft_cap
@@ -33,7 +34,7 @@ class KVCache:
     @classmethod
     def allocate(
         cls,
-        mixers: dict[int, Attention],
+        mixers: dict[int, Attention | LatentAttention],
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
@@ -46,8 +47,10 @@ class KVCache:
         hundreds of megabytes and half a second of zeroing.
         """
 
-        def zeros(mixer: Attention) -> Tensor:
-            shape = (2, mixer.num_kv_heads, num_blocks, block_size, mixer.head_dim)
+        def zeros(mixer: Attention | LatentAttention) -> Tensor:
+            shape: tuple[int, ...] = 1, 1, num_blocks, block_size, sum(dim for _, dim in mixer.kept)
+            if isinstance(mixer, Attention):
+                shape = 2, mixer.num_kv_heads, num_blocks, block_size, mixer.head_dim
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             return torch.frombuffer(
@@ -56,7 +59,7 @@ class KVCache:
 
         layers: dict[int, Tensor] = {}
         for index, mixer in mixers.items():
-            source = mixer.kv_source
+            source = mixer.kv_source if isinstance(mixer, Attention) else None
             layers[index] = zeros(mixer) if source is None else layers[source]
         return cls(layers, block_size)
 
@@ -66,11 +69,13 @@ class KVCache:
             layer[:, :, torch.tensor(blocks, device=layer.device)] = 0
 
     def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
-        """keys_values [T, 2, num_kv_heads, head_dim] to slots [T] (block * block_size + offset)."""
+        """keys_values [T, 2, num_kv_heads, head_dim], or latents [T, 1, 1, dim], to slots [T] (block * block_size +
+        offset)."""
         self.layers[layer].flatten(2, 3).index_copy_(2, slots, keys_values.permute(1, 2, 0, 3))
 
     def gather(self, layer: int, blocks: Tensor | slice) -> Tensor:
-        """blocks [n] -> [2, num_kv_heads, n * block_size, head_dim], in the order given; a slice is not copied."""
+        """blocks [n] -> [2, num_kv_heads, n * block_size, head_dim], or [1, 1, n * block_size, dim], in the order
+        given; a slice is not copied."""
         if isinstance(blocks, slice):
             return self.layers[layer][:, :, blocks].flatten(2, 3)
         return self.layers[layer].index_select(2, blocks).flatten(2, 3)

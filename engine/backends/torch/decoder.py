@@ -7,13 +7,13 @@ One layer, on a flat batch of T tokens from many requests (there is no batch or 
 What is added to x is multiplied by the model's residual_scale.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import Attention, LayerSpec, ModelSpec, Rope
+from ....architectures.base import LayerSpec, ModelSpec, Rope
 from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
@@ -21,7 +21,7 @@ from .attention import AttentionMetadata, KVCache
 from .feed_forward import TorchExperts, TorchGatedMlp, TorchMlpBesideExperts
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
 from .linear import FusedLinear
-from .mixers import Step, TorchAttention, TorchGatedDeltaNet, TorchShortConv
+from .mixers import Step, TorchMixer
 from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 from .states import StateCache, StateStep
 
@@ -31,7 +31,7 @@ class TorchLayer:
     """One layer's weights. A norm that the layer does not have is None."""
 
     spec: LayerSpec
-    mixer: TorchAttention | TorchGatedDeltaNet | TorchShortConv
+    mixer: TorchMixer
     mlp: TorchGatedMlp | TorchExperts | TorchMlpBesideExperts
     before_mixer: RMSNorm | None
     after_mixer: RMSNorm | None
@@ -77,7 +77,7 @@ class TorchDecoder(HostSampling):
 
     def new_cache(self, num_blocks: int, num_states: int = 1) -> TorchCache:
         specs = [layer.spec for layer in self.layers]
-        mixers = {i: s.mixer for i, s in enumerate(specs) if isinstance(s.mixer, Attention)}
+        mixers = replace(self.model, layers=tuple(specs)).cached
         return TorchCache(
             KVCache.allocate(mixers, num_blocks, self.block_size, self.dtype, self.device),
             StateCache.allocate(specs, num_states, self.device),

@@ -96,7 +96,7 @@ def route(spec: Experts, logits: Tensor, correction_bias: Tensor | None) -> tupl
     if spec.limited_groups is not None:
         count, best = spec.limited_groups
         groups = ranks.unflatten(-1, (count, -1))
-        kept = groups.topk(2, dim=-1).values.sum(-1).topk(best, dim=-1).indices
+        kept = groups.topk(spec.group_rank, dim=-1).values.sum(-1).topk(best, dim=-1).indices
         inside = torch.zeros(groups.shape[:-1], device=ranks.device).scatter_(-1, kept, 1.0) > 0
         ranks = groups.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2)
     chosen = ranks.topk(spec.top_k, dim=-1).indices

@@ -56,11 +56,13 @@ class RopeTable:
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate x [T, heads, dim] in place, or its first dimensions where cos has fewer; halves (i, i + dim/2) pair up,
-    as Hugging Face checkpoints have it."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> None:
+    """Rotate x [T, heads, dim] in place, or its first dimensions where cos has fewer; halves (i, i + dim/2) pair up, as
+    most Hugging Face checkpoints have it, or neighbours."""
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
+    if interleaved:
+        first, second = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
     rotated_first = first * cos - second * sin
     second.mul_(cos).addcmul_(first, sin)
     first.copy_(rotated_first)
@@ -93,6 +95,8 @@ def inverse_frequencies(head_dim: int, rope: Rope | None) -> Tensor:
     parameters = dict(rope.parameters)
     if rope.scaling == "default":
         return inv_freq
+    if rope.scaling == "longrope":
+        return inv_freq / torch.tensor(list(parameters.values()))
     if rope.scaling == "linear":
         return inv_freq / parameters["factor"]
     if rope.scaling == "llama3":

@@ -14,6 +14,7 @@ from ....architectures.base import (
     FeedForward,
     GatedDeltaNet,
     GatedMlp,
+    LatentAttention,
     LayerSpec,
     LinearGroup,
     MlpBesideExperts,
@@ -29,7 +30,13 @@ from .decoder import TorchDecoder, TorchLayer
 from .feed_forward import TorchExperts, TorchGatedMlp, TorchMlpBesideExperts
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
-from .mixers import TorchAttention, TorchGatedDeltaNet, TorchShortConv
+from .mixers import (
+    TorchAttention,
+    TorchGatedDeltaNet,
+    TorchLatentAttention,
+    TorchMixer,
+    TorchShortConv,
+)
 from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 
 
@@ -73,6 +80,9 @@ class TorchBackend:
             "attention.kv_source",
             "attention.output_gate=q_proj",
             "attention.output_gate=gate_proj",
+            "latent_attention",
+            "latent_attention.q_rank=None",
+            "latent_attention.query_scaling",
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
@@ -81,9 +91,11 @@ class TorchBackend:
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=longrope",
             "rope.scaling=proportional",
             "rope.dim",
             "rope.attention_factor",
+            "rope.interleaved",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
@@ -97,6 +109,7 @@ class TorchBackend:
             "experts.correction_bias",
             "experts.clamp",
             "experts.limited_groups",
+            "experts.group_rank",
             "shared_expert",
             "shared_expert.gated",
             "mlp_beside_experts",
@@ -167,10 +180,12 @@ class _Loader:
         )
 
     def _mixer(
-        self, index: int, mixer: Attention | GatedDeltaNet | ShortConv
-    ) -> TorchAttention | TorchGatedDeltaNet | TorchShortConv:
+        self, index: int, mixer: Attention | LatentAttention | GatedDeltaNet | ShortConv
+    ) -> TorchMixer:
         if isinstance(mixer, Attention):
             return self._attention(index, mixer)
+        if isinstance(mixer, LatentAttention):
+            return self._latent_attention(index, mixer)
         if isinstance(mixer, GatedDeltaNet):
             return self._gated_delta_net(index, mixer)
         inputs, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
@@ -205,6 +220,30 @@ class _Loader:
         sinks = None if sinks is None else sinks.to(self.target.device)
         qkv, o = self._groups(index, mixer.groups(model.hidden_size))
         return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
+
+    def _latent_attention(self, index: int, mixer: LatentAttention) -> TorchLatentAttention:
+        target = self.target
+        inputs, *q_b, _, out = mixer.groups(self.weights.model.hidden_size)
+        kv_b, bias = self.weights.kv_b(index, mixer, target.dtype)
+        q_norm, kv_norm = (
+            None
+            if weight is None
+            else RMSNorm(weight.to(target.device, target.dtype), mixer.norm_eps)
+            for weight in self.weights.latent_norms(index, mixer)
+        )
+        if kv_norm is None:
+            raise ValueError("latents have a norm")
+        prepared = self._groups(index, [inputs, *q_b, out])
+        return TorchLatentAttention(
+            mixer,
+            prepared[0],
+            prepared[1] if q_b else None,
+            kv_b.to(target.device),
+            None if bias is None else bias.to(target.device, target.dtype),
+            prepared[-1],
+            q_norm,
+            kv_norm,
+        )
 
     def _feed_forward(
         self, index: int, mlp: FeedForward
@@ -302,9 +341,9 @@ class _Loader:
 
     def _rope_tables(self, layers: range) -> dict[tuple[Rope | None, int], RopeTable]:
         model, target = self.weights.model, self.target
-        mixers = [m for index in layers if isinstance(m := model.layers[index].mixer, Attention)]
+        mixers = [model.cached[index] for index in layers if index in model.cached]
         length = model.max_position_embeddings
         return {
             (rope, dim): RopeTable.build(dim, rope, length, target.dtype, target.device)
-            for rope, dim in dict.fromkeys((mixer.rope, mixer.head_dim) for mixer in mixers)
+            for rope, dim in dict.fromkeys(mixer.rotation for mixer in mixers)
         }

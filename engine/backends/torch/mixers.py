@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedDeltaNet, Rope, ShortConv
+from ....architectures.base import Attention, GatedDeltaNet, LatentAttention, Rope, ShortConv
 from .attention import AttentionMetadata, KVCache, paged_attention
 from .delta_rule import chunked, recurrent_step
+from .latent_attention import latent_attention
 from .layers import RMSNorm, apply_rope, position_factors
 from .linear import FusedLinear
 from .states import StateCache, StateStep, convolve, read
@@ -52,7 +53,8 @@ class TorchAttention:
         if any(norm is not None for norm in (self.q_norm, self.k_norm, self.v_norm)):
             qkv = self._normed(qkv)
         rotated = spec.num_heads + (spec.num_kv_heads if spec.kv_source is None else 0)
-        apply_rope(qkv[:, :rotated], *step.angles[spec.rope, spec.head_dim])
+        interleaved = spec.rope is not None and spec.rope.interleaved
+        apply_rope(qkv[:, :rotated], *step.angles[spec.rotation], interleaved)
         if spec.query_scaling is not None:
             factors = position_factors(step.positions, spec.query_scaling)
             qkv[:, : spec.num_heads] *= factors.to(qkv)
@@ -76,6 +78,40 @@ class TorchAttention:
         queries, others = qkv.tensor_split((2 * spec.num_heads * spec.head_dim,), dim=1)
         query, gate = queries.view(len(qkv), spec.num_heads, 2, spec.head_dim).unbind(2)
         return torch.cat((query.flatten(1), others), 1), gate.flatten(1)
+
+
+@dataclass(slots=True)
+class TorchLatentAttention:
+    """q_a -> norm -> q_b -> RoPE; kv_a -> norm, RoPE -> latents in the cache; attention over them -> o"""
+
+    spec: LatentAttention
+    inputs: FusedLinear  # q or q_a, kv_a
+    q_b: FusedLinear | None
+    # [num_heads, nope_dim + value_dim, kv_rank], dequantized: it is multiplied from both sides
+    kv_b: Tensor
+    kv_bias: Tensor | None  # [num_heads, nope_dim + value_dim]
+    o: FusedLinear
+    q_norm: RMSNorm | None
+    kv_norm: RMSNorm
+
+    def __call__(self, h: Tensor, layer: int, step: Step) -> Tensor:
+        """h [T, hidden], normed; layer: whose part of the cache."""
+        spec = self.spec
+        sizes = (spec.kv_rank, spec.rope_dim)
+        found = self.inputs(h)
+        q, latents, turned = found.split((found.shape[1] - sum(sizes), *sizes), dim=1)
+        if self.q_b is not None and self.q_norm is not None:
+            q = self.q_b(self.q_norm(q))
+        q = q.reshape(len(h), spec.num_heads, spec.head_dim)
+        seen = torch.cat((self.kv_norm(latents), turned), dim=1)
+        for each in (q[..., spec.nope_dim :], seen[:, None, spec.kv_rank :]):
+            apply_rope(each, *step.angles[spec.rotation], spec.rope.interleaved)
+        if spec.query_scaling is not None:
+            q = q * position_factors(step.positions, spec.query_scaling).to(q)
+        mixed = latent_attention(
+            q, seen, self.kv_b, self.kv_bias, spec, step.cache, layer, step.attention
+        )
+        return self.o(mixed)
 
 
 @dataclass(slots=True)
@@ -160,3 +196,6 @@ class TorchShortConv:
 
 def _unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+TorchMixer = TorchAttention | TorchLatentAttention | TorchGatedDeltaNet | TorchShortConv

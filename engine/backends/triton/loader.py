@@ -45,6 +45,7 @@ class TritonBackend:
             "rope.scaling=linear",
             "rope.scaling=llama3",
             "rope.scaling=yarn",
+            "rope.scaling=longrope",
             "rope.dim",
             "rope.attention_factor",
             "gated_mlp",

@@ -3,6 +3,7 @@ fusing, no broadcasting over heads. The independent reference of tests/engine/ba
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from nibble.architectures.base import (
     Experts,
     GatedDeltaNet,
     GatedMlp,
+    LatentAttention,
     MlpBesideExperts,
     ModelSpec,
     Rope,
@@ -48,6 +50,8 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
         h = norm(named(norms.before_mixer), x)
         if isinstance(layer.mixer, ShortConv):
             mixed = short_conv(h, layer.mixer, weight, f"{prefix}conv.")
+        elif isinstance(layer.mixer, LatentAttention):
+            mixed = latent_attention(h, layer.mixer, weight, f"{prefix}self_attn.")
         elif isinstance(layer.mixer, GatedDeltaNet):
             mixed = gated_delta_net(h, layer.mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
         else:
@@ -155,7 +159,7 @@ def expert_sum(
         count, best = spec.limited_groups
         size = len(ranks) // count
         groups = [range(g * size, (g + 1) * size) for g in range(count)]
-        groups.sort(key=lambda group: -sum(sorted(ranks[e] for e in group)[-2:]))
+        groups.sort(key=lambda group: -sum(sorted(ranks[e] for e in group)[-spec.group_rank :]))
         allowed = [expert for group in groups[:best] for expert in group]
     chosen = sorted(allowed, key=lambda expert: -ranks[expert])[: spec.top_k]
     total = sum(scores[expert] for expert in chosen) if spec.norm_weights else 1.0
@@ -233,6 +237,38 @@ def attention(
         mixed = attend(query, shared[0][at], shared[1][at], spec, sinks[head])
         outputs.append(mixed if gates is None else mixed / (1 + torch.exp(-gates[head])))
     return torch.cat(outputs, 1) @ weight(f"{layer}{spec.out}.weight").T, shared
+
+
+def latent_attention(h: Tensor, spec: LatentAttention, weight: Any, prefix: str) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight: by name. Keys and values of every head are made of the latents."""
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        unit = x / (x.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
+        return unit * weight(f"{prefix}{name}.weight")
+
+    if spec.q_rank is None:
+        queries = h @ weight(f"{prefix}q_proj.weight").T
+    else:
+        low = norm("q_a_layernorm", h @ weight(f"{prefix}q_a_proj.weight").T)
+        queries = low @ weight(f"{prefix}q_b_proj.weight").T
+    made = h @ weight(f"{prefix}kv_a_proj_with_mqa.weight").T
+    latents = norm("kv_a_layernorm", made[:, : spec.kv_rank])
+    shared = rotate(made[:, spec.kv_rank :], spec.rope)
+    pairs = (latents @ weight(f"{prefix}kv_b_proj.weight").T).chunk(spec.num_heads, 1)
+    outputs = []
+    for query, pair in zip(queries.chunk(spec.num_heads, 1), pairs, strict=True):
+        q, p = query[:, : spec.nope_dim], rotate(query[:, spec.nope_dim :], spec.rope)
+        keys, values = pair[:, : spec.nope_dim], pair[:, spec.nope_dim :]
+        rows = []
+        for t in range(len(h)):
+            growth = 1.0
+            if spec.query_scaling is not None:
+                beta, length = spec.query_scaling
+                growth += beta * math.log(1 + t // length)
+            scores = keys[: t + 1] @ q[t] + shared[: t + 1] @ p[t]
+            rows.append((scores * spec.scale * growth).softmax(0) @ values[: t + 1])
+        outputs.append(torch.stack(rows))
+    return torch.cat(outputs, 1) @ weight(f"{prefix}o_proj.weight").T
 
 
 def short_conv(h: Tensor, spec: ShortConv, weight: Any, prefix: str) -> Tensor:
@@ -324,10 +360,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: Attention, sink: Tensor | None
 
 
 def rotate(x: Tensor, rope: Rope | None) -> Tensor:
-    """Features i and i + dim/2 of the token at position t, as a complex number, times exp(i t frequency)."""
+    """Features i and i + dim/2 (2 i and 2 i + 1, interleaved) of the token at position t, as a complex number, times
+    exp(i t frequency)."""
     if rope is None:
         return x
     dim = rope.dim or x.shape[1]
+    if rope.interleaved:
+        order = [*range(0, dim, 2), *range(1, dim, 2), *range(dim, x.shape[1])]
+        back = torch.tensor(order).argsort()
+        return rotate(x[:, order], replace(rope, interleaved=False))[:, back]
     frequencies = torch.tensor([frequency(i, dim, rope) for i in range(dim // 2)]).double()
     angles = torch.arange(len(x)).double()[:, None] * frequencies
     turned = torch.complex(x[:, : dim // 2], x[:, dim // 2 : dim]) * torch.exp(1j * angles)
@@ -340,6 +381,8 @@ def frequency(i: int, dim: int, rope: Rope) -> float:
     plain, given = rope.theta ** (-2 * i / dim), dict(rope.parameters)
     if rope.scaling == "default":
         return plain
+    if rope.scaling == "longrope":
+        return plain / given[str(i)]
     if rope.scaling == "linear":
         return plain / given["factor"]
     if rope.scaling == "llama3":

@@ -12,6 +12,7 @@ from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.cpp.decoder import CppDecoder
 from nibble.engine.backends.torch import mixers
 from nibble.engine.backends.torch.attention import paged_attention
+from nibble.engine.backends.torch.latent_attention import latent_attention
 from nibble.engine.config import EngineConfig
 from nibble.engine.request import Request, SamplingParams
 from nibble.engine.runner import Runner
@@ -94,19 +95,26 @@ def test_logits_of_decoding_are_those_of_the_prompt(runner: Runner) -> None:
 def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
     folder: Path, isa: str, monkeypatch
 ) -> None:
-    """Against torch in float32 with keys and values rounded before they are attended to: errs no more than torch in
-    bfloat16 does, over some prompts: where a code tips over is chance."""
+    """Against torch in float32 with keys and values, or latents, rounded before they are attended to: errs no more
+    than torch in bfloat16 does, over some prompts: where a code tips over is chance."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        return (x.float() / scale).round().mul(scale).to(x.dtype)
+
+    def attend_to_latents(
+        q: torch.Tensor, latents: torch.Tensor, kv_b: torch.Tensor, bias, spec, *rest: object
+    ) -> torch.Tensor:
+        parts = latents.split((spec.kv_rank, spec.rope_dim), 1)
+        latents = torch.cat([rounded(part) for part in parts], 1)
+        return latent_attention(q, latents, kv_b, bias, spec, *rest)
 
     def attend(qkv: torch.Tensor, spec: Attention, *rest: object) -> torch.Tensor:
         num_heads = spec.num_heads
-        kv = qkv[:, num_heads:].float()
-        scale = kv.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-        return paged_attention(
-            torch.cat([qkv[:, :num_heads], (kv / scale).round().mul(scale).to(qkv.dtype)], 1),
-            spec,
-            *rest,
-        )
+        kv = rounded(qkv[:, num_heads:])
+        return paged_attention(torch.cat([qkv[:, :num_heads], kv], 1), spec, *rest)
 
+    monkeypatch.setattr(mixers, "latent_attention", attend_to_latents)
     monkeypatch.setattr(mixers, "paged_attention", attend)
     options = {"dtype": "float32"}, {"cpu_isa": "none"}, {"cpu_isa": isa, "kv_cache_dtype": "int8"}
     exact, torchs, ours = (make_runner(folder, **each) for each in options)
@@ -119,9 +127,8 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
 
 
 def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
-    mixers = [layer.mixer for layer in make_runner(folder).spec.layers]
-    mixers = [mixer for mixer in mixers if isinstance(mixer, Attention)]
-    sizes = [(m.num_kv_heads, m.head_dim) for m in mixers if m.kv_source is None]
+    mixers = make_runner(folder).spec.cached.values()
+    sizes = [vectors for mixer in mixers for vectors in mixer.kept]
     tokens = {
         kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")
     }
@@ -178,3 +185,28 @@ def test_what_cannot_be_served_is_refused_in_words(tmp_path: Path) -> None:
     for option in ({"lm_head_bits": 8}, {"kv_cache_dtype": "int8"}):
         with pytest.raises(UserError, match="--dtype bfloat16"):
             make_runner(tmp_path, dtype="float32", **option)
+
+
+def test_latents_are_added_up_by_segments_whoever_computes_them(tmp_path: Path) -> None:
+    """Of 1024 positions: by one thread for many tokens, by all of them for one."""
+    reference = models.build("youtu", tmp_path, max_position_embeddings=2304)
+    ids = prompt(2200, seed=3)
+    with torch.inference_mode():
+        exact = reference(torch.tensor([ids])).logits[0]
+        rounded = reference.bfloat16()(torch.tensor([ids])).logits[0].float()
+    alone = make_runner(tmp_path, num_threads=1)
+    together = make_runner(tmp_path, num_threads=3)
+    want = alone.logits(ids)
+    assert torch.equal(together.logits(ids), want)
+    for end in (1024, 1025, 2048, 2049, 2200):
+        request = make_request(ids[:end], list(range(144)))
+        for runner in (alone, together):
+            hidden = [
+                runner.model.forward(
+                    Batch([ScheduledRequest(request, start, count)], 16), runner.cache
+                )
+                for start, count in ((0, end - 1), (end - 1, 1))
+            ]
+            assert torch.equal(runner.model.logits(hidden[1]), want[end - 1 : end])
+    late = slice(1024, None)
+    assert (want - exact)[late].norm() <= (rounded - exact)[late].norm()

@@ -21,6 +21,7 @@ from nibble.architectures.base import (
     Experts,
     GatedDeltaNet,
     GatedMlp,
+    LatentAttention,
     LayerSpec,
     MlpBesideExperts,
     ModelSpec,
@@ -63,8 +64,10 @@ YARN = (
     ("beta_slow", 1.0),
     ("truncate", 1.0),
 )
+LONGROPE = tuple((str(i), 1.0 + i / 4) for i in range(8))
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
 DELTA_NET = GatedDeltaNet(2, 4, 16, 32, 4)
+LATENT = LatentAttention(HEADS, 48, 32, 32, 16, 16, 0.15, Rope(10000.0), 1e-3)
 LAYER = LayerSpec(ATTENTION, GatedMlp(INNER, "silu"))
 READER = replace(ATTENTION, kv_source=0, num_heads=8)
 TOLD = PerLayerInputs(16, VOCAB, "gelu_tanh")
@@ -106,6 +109,12 @@ def with_short_conv(**changes) -> ModelSpec:
     return replace(MODEL, layers=(recurrent, recurrent, LAYER))
 
 
+def with_latents(**changes) -> ModelSpec:
+    """In its last two layers."""
+    latent = replace(LAYER, mixer=replace(LATENT, **changes))
+    return replace(MODEL, layers=(LAYER, latent, latent))
+
+
 # (class, field) -> models in which it has another value than in MODEL
 CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Rope", "theta"): [with_attention(rope=Rope(500.0))],
@@ -114,11 +123,17 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_attention(rope=Rope(10000.0, "llama3", LLAMA3)),
         with_attention(rope=Rope(10000.0, "yarn", YARN)),
         with_attention(rope=Rope(10000.0, "proportional", (("share", 0.5), ("factor", 2.0)))),
-        with_attention(rope=Rope(10000.0, "longrope")),
+        with_attention(rope=Rope(10000.0, "longrope", LONGROPE)),
+        with_attention(rope=Rope(10000.0, "dynamic")),
     ],
     ("Rope", "parameters"): [with_attention(rope=Rope(10000.0, "linear", (("factor", 2.0),)))],
     ("Rope", "dim"): [with_attention(rope=Rope(10000.0, dim=8))],
     ("Rope", "attention_factor"): [with_attention(rope=Rope(10000.0, attention_factor=1.3))],
+    ("Rope", "interleaved"): [
+        with_attention(rope=Rope(10000.0, interleaved=True)),
+        with_attention(rope=Rope(10000.0, dim=8, interleaved=True)),
+        with_latents(rope=Rope(10000.0, interleaved=True)),
+    ],
     ("Attention", "num_heads"): [with_attention(num_heads=6)],
     ("Attention", "num_kv_heads"): [with_attention(num_kv_heads=4)],
     ("Attention", "head_dim"): [with_attention(head_dim=32), with_attention(head_dim=8)],
@@ -159,6 +174,19 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_attention(output_gate="gate_proj", qk_norm="all"),
         with_attention(output_gate="gate_proj", qk_norm="head", keys_are_values=True),
     ],
+    ("LatentAttention", "num_heads"): [with_latents(num_heads=20)],
+    ("LatentAttention", "q_rank"): [with_latents(q_rank=None), with_latents(q_rank=32)],
+    ("LatentAttention", "kv_rank"): [with_latents(kv_rank=48)],
+    ("LatentAttention", "nope_dim"): [with_latents(nope_dim=16), with_latents(nope_dim=24)],
+    ("LatentAttention", "rope_dim"): [with_latents(rope_dim=32)],
+    ("LatentAttention", "value_dim"): [with_latents(value_dim=48)],
+    ("LatentAttention", "scale"): [with_latents(scale=0.4)],
+    ("LatentAttention", "rope"): [
+        with_latents(rope=Rope(100.0)),
+        with_latents(rope=Rope(10000.0, "yarn", YARN, attention_factor=1.3)),
+    ],
+    ("LatentAttention", "norm_eps"): [with_latents(norm_eps=0.3)],
+    ("LatentAttention", "query_scaling"): [with_latents(query_scaling=(0.5, 8))],
     ("GatedDeltaNet", "num_key_heads"): [with_delta_net(num_key_heads=4)],
     ("GatedDeltaNet", "num_value_heads"): [with_delta_net(num_value_heads=6)],
     ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
@@ -202,6 +230,10 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("Experts", "limited_groups"): [
         with_experts(limited_groups=(4, 2)),
         with_experts(limited_groups=(2, 1), correction_bias=True, scoring="sigmoid"),
+    ],
+    ("Experts", "group_rank"): [
+        with_experts(limited_groups=(4, 2), group_rank=1),
+        with_experts(limited_groups=(2, 1), group_rank=3),
     ],
     ("Experts", "shared"): [with_experts(shared=SharedExpert(80))],
     ("Experts", "names"): [
@@ -272,6 +304,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("ModelSpec", "final_soft_cap"): [replace(MODEL, final_soft_cap=0.5)],
     ("ModelSpec", "head"): [replace(MODEL, head="language_model.lm_head")],
     ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
+    ("ModelSpec", "num_draft_layers"): [replace(MODEL, num_draft_layers=1)],
     ("ModelSpec", "per_layer_inputs"): [replace(MODEL, per_layer_inputs=TOLD)],
     ("PerLayerInputs", "width"): [
         replace(with_layers(norms=SANDWICH), per_layer_inputs=replace(TOLD, width=32)),
@@ -298,7 +331,7 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 
 def test_every_field_has_a_case() -> None:
     classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Experts]
-    classes += [ShortConv, SharedExpert, MlpBesideExperts, Rope, PerLayerInputs]
+    classes += [LatentAttention, ShortConv, SharedExpert, MlpBesideExperts, Rope, PerLayerInputs]
     described = [
         value
         for value in vars(base).values()
@@ -352,6 +385,12 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             tensors[f"{own}conv1d.weight"] = normal(mixer.channels, 1, mixer.conv_kernel, scale=0.5)
             tensors |= {f"{own}{name}": normal(heads, scale=1.0) for name in ("A_log", "dt_bias")}
             tensors[f"{own}norm.weight"] = 1 + normal(mixer.value_dim)
+            continue
+        if isinstance(mixer := layer.mixer, LatentAttention):
+            own = f"{prefix}self_attn."
+            if mixer.q_rank is not None:
+                tensors[f"{own}q_a_layernorm.weight"] = 1 + normal(mixer.q_rank)
+            tensors[f"{own}kv_a_layernorm.weight"] = 1 + normal(mixer.kv_rank)
             continue
         if layer.mixer.qk_norm and layer.mixer.head_norms is not None:
             q_norm, k_norm = layer.mixer.head_norms

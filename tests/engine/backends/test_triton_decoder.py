@@ -32,7 +32,7 @@ from .. import models
 
 # Norms of all query and key heads or of values, none before a mixer, experts, recurrent states: torch computes these.
 NOT_TAKEN = {"olmo2", "olmo3", "gemma4", "gemma4-shared", "gemma4-unified"}
-NOT_TAKEN |= models.MOE | models.RECURRENT
+NOT_TAKEN |= models.MOE | models.RECURRENT | models.LATENT
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
-from nibble.architectures.base import Attention, Experts, GatedMlp, ShortConv
+from nibble.architectures.base import Attention, Experts, GatedMlp, LatentAttention, ShortConv
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -125,7 +125,25 @@ MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_exp
 DELTA_NET = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
              "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
              "rope_parameters": None}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "rope_parameters": None,
+}
+DEEPSEEK = (
+    MOE
+    | LATENT
+    | {"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+)
 VARIANTS = {
+    "deepseek_v2": DEEPSEEK | {"topk_method": "group_limited_greedy", "q_lora_rank": None}, "deepseek_v3": DEEPSEEK,
+    "glm4_moe": MOE | {"n_shared_experts": 1, "use_qk_norm": True, "rope_parameters": None},
+    "glm4_moe_lite": DEEPSEEK, "mistral4": DEEPSEEK | {"qk_nope_head_dim": 16, "head_dim": 32},
+    "youtu": LATENT, "minicpm3": LATENT | {"scale_emb": 2.0},
     "llama": {}, "mistral": {"sliding_window": 16, "head_dim": 16}, "qwen2": {},
     "seed_oss": {"head_dim": 32, "attention_bias": True},
     "ministral": {"sliding_window": 16, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
@@ -195,8 +213,11 @@ def _check_folds(source, index, block, hidden, kwargs, want):
     mlp, kinds = layer.mlp, Counter(fold.kind for fold in folds)
     rows = 1 if isinstance(mlp, GatedMlp) else mlp.num_experts + (mlp.shared is not None)
     rows = 0 if isinstance(mlp, Experts) and mlp.clamp is not None else rows
-    rows += isinstance(layer.mixer, ShortConv)
-    assert kinds["norm"] == (layer.norms.before_mlp is not None) * 2 and kinds["rows"] == rows
+    rows += isinstance(layer.mixer, ShortConv | LatentAttention)
+    norms = (layer.norms.before_mlp is not None) * 2
+    if isinstance(layer.mixer, LatentAttention):
+        norms += 1 + (layer.mixer.q_rank is not None)
+    assert kinds["norm"] == norms and kinds["rows"] == rows
     has_values = isinstance(layer.mixer, Attention) and not layer.mixer.v_norm
     assert kinds["heads"] == has_values and len(gains) == len(folds)
     assert all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
