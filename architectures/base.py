@@ -1,8 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet, ShortConv) and a feed-forward
-                 (GatedMlp, Experts), with norms around
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, GatedDeltaNet, Mamba2, ShortConv) and a feed-forward
+                 (GatedMlp, PlainMlp, Experts), with norms around; some have one of the two
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -16,7 +16,13 @@ from typing import Any, ClassVar, Literal
 
 from .linears import Fold as Fold
 from .linears import LinearGroup as LinearGroup
+from .mlps import FUSED as FUSED
+from .mlps import Activation as Activation
+from .mlps import GatedMlp as GatedMlp
+from .mlps import PlainMlp as PlainMlp
+from .mlps import up_down_folds
 from .recurrent import GatedDeltaNet as GatedDeltaNet
+from .recurrent import Mamba2 as Mamba2
 from .recurrent import ShortConv as ShortConv
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
@@ -43,7 +49,7 @@ class Attention:
     """Grouped-query attention over everything before a token, or over a window of it."""
 
     KIND: ClassVar = "attention"
-    AS_STORED: ClassVar = ()  # tensors that a conversion leaves in the dtype that they have
+    as_stored: ClassVar = ()  # tensors that a conversion leaves in the dtype that they have
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -63,6 +69,7 @@ class Attention:
     keys_are_values: bool = False
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
+    module: str = field(default="self_attn", metadata=_DETAIL)  # of all but what is named here:
     out: str = field(default="self_attn.o_proj", metadata=_DETAIL)
     head_norms: tuple[str, str] = field(
         default=("self_attn.q_norm", "self_attn.k_norm"), metadata=_DETAIL
@@ -77,10 +84,10 @@ class Attention:
         """q, k, v as far as there are; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
-        names = tuple(f"self_attn.{name}_proj" for name in own)
+        names = tuple(f"{self.module}.{name}_proj" for name in own)
         sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)[: len(own)]
         if self.fused:
-            names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
+            names, sizes = (f"{self.module}.qkv_proj",), (sum(sizes),)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
             LinearGroup((self.out,), (hidden_size,), queries, "row"),
@@ -96,48 +103,8 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class GatedMlp:
-    """down(activation(gate(x)) * up(x))."""
-
-    KIND: ClassVar = "gated_mlp"
-    intermediate_size: int
-    activation: Literal["silu", "gelu_tanh"]
-    fused: bool = field(default=False, metadata=_DETAIL)  # gate and up are rows of one gate_up_proj
-    names: tuple[str, str, str] = field(  # gate, up, down
-        default=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), metadata=_DETAIL
-    )
-
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """gate, up; down."""
-        inner = self.intermediate_size
-        names: tuple[str, ...] = self.names[:2]
-        sizes: tuple[int, ...] = (inner, inner)
-        if self.fused:
-            names, sizes = ("mlp.gate_up_proj",), (2 * inner,)
-        return (
-            LinearGroup(names, sizes, hidden_size, "column"),
-            LinearGroup(self.names[2:], (hidden_size,), inner, "row"),
-        )
-
-    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
-        """norm: before it."""
-        gate_up, down = self.groups(1)
-        rows = Fold("rows", gate_up.modules[-1], down.modules)
-        return (rows,) if norm is None else (Fold("norm", norm, gate_up.modules), rows)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of what lies between up and down, in each kind of MLP that there is."""
-        return (self.intermediate_size,)
-
-    def numbers_per_token(self, hidden_size: int) -> int:
-        """What a token has between norm and sum, at most: beside 4 * hidden_size."""
-        return 3 * self.intermediate_size
-
-
-@dataclass(frozen=True, slots=True)
 class SharedExpert:
-    """A gated MLP beside the experts, which every token goes through."""
+    """An MLP of their kind beside the experts, which every token goes through."""
 
     KIND: ClassVar = "shared_expert"
     intermediate_size: int
@@ -157,24 +124,28 @@ class ExpertNames:
     # tensors [num_experts, 2 * inner, hidden] (gate above up) and [num_experts, hidden, inner], where they are stacked
     stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     interleaved: bool = False  # there gate and up take turns, row by row
-    shared: str = "mlp.shared_expert"  # of its gate_proj, up_proj, down_proj
+    shared: str = "mlp.shared_expert"  # of its linears, which are named as GatedMlp's or PlainMlp's
+    shared_linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    latent: tuple[str, str] = ("mlp.fc1_latent_proj", "mlp.fc2_latent_proj")
     shared_gate: str = "mlp.shared_expert_gate"
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Many gated MLPs, of which each token goes through a few: a router scores them all, the top_k are added weighted.
+    """Many MLPs, of which each token goes through a few: a router scores them all, the top_k are added weighted.
 
     scores = softmax or sigmoid of router(x)
     chosen = the top_k of scores (+ correction bias), within the best of the groups
     y = sum over chosen of weight * expert(x) (+ shared expert(x)), weight = routed_scale * score (/ their sum)
+
+    In a latent space, what the experts read is latent[0](x), and what is added latent[1] of their sum.
     """
 
     KIND: ClassVar = "experts"
     num_experts: int
     top_k: int
     intermediate_size: int  # of each expert
-    activation: Literal["silu", "gelu_tanh"]
+    activation: Activation
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_weights: bool = False  # the chosen scores are divided by their sum
     routed_scale: float = 1.0
@@ -186,21 +157,42 @@ class Experts:
     # (alpha, limit): instead of activation(gate) * up, (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit) and
     # u = up within +-limit
     clamp: tuple[float, float] | None = None
+    plain: bool = (
+        False  # experts have no gates: PlainMlp's instead of GatedMlp's, the shared one too
+    )
+    latent_size: int | None = None  # of what experts read and give; None: hidden_size
     names: ExpertNames = field(default=ExpertNames(), metadata=_DETAIL)
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
-        """gate, up of every expert; gate, up of the shared one; down of every expert; of the shared one."""
-        inner, count, names = self.intermediate_size, self.num_experts, self.names
-        gate_up = (names.gate, names.up), (inner, inner), hidden_size
-        found = [LinearGroup(*gate_up, "column", count)]
-        down = [LinearGroup((names.down,), (hidden_size,), inner, "row", count)]
-        if self.shared is not None:
-            inner = self.shared.intermediate_size
-            modules = tuple(f"{names.shared}.{name}_proj" for name in ("gate", "up"))
-            found.append(LinearGroup(modules, (inner, inner), hidden_size, "column"))
-            modules = (f"{names.shared}.down_proj",)
-            down.append(LinearGroup(modules, (hidden_size,), inner, "row"))
-        return (*found, *down)
+        """Into the latent space; gate, up of every expert; gate, up of the shared one; down of every expert; of the
+        shared one; out of the latent space."""
+        ups, downs = self._ups_and_downs(hidden_size)
+        latent = self.latent_groups(hidden_size)
+        return (*latent[:1], *ups, *downs, *latent[1:])
+
+    def latent_groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
+        """Into the latent space and out of it, where there is one."""
+        if (width := self.latent_size) is None:
+            return ()
+        into, out = self.names.latent
+        return (
+            LinearGroup((into,), (width,), hidden_size, "column"),
+            LinearGroup((out,), (hidden_size,), width, "row"),
+        )
+
+    def _ups_and_downs(self, hidden_size: int) -> "tuple[list[LinearGroup], list[LinearGroup]]":
+        names, inner, width = self.names, self.intermediate_size, self.latent_size or hidden_size
+        first = (names.up,) if self.plain else (names.gate, names.up)
+        up = LinearGroup(first, (inner,) * len(first), width, "column", self.num_experts)
+        down = LinearGroup((names.down,), (width,), inner, "row", self.num_experts)
+        if self.shared is None:
+            return [up], [down]
+        inner = self.shared.intermediate_size
+        modules = tuple(f"{names.shared}.{name}" for name in names.shared_linears)
+        kind: Any = PlainMlp if self.plain else GatedMlp
+        shared = kind(inner, self.activation, modules)
+        shared_up, shared_down = shared.groups(hidden_size)
+        return [up, shared_up], [down, shared_down]
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -210,20 +202,29 @@ class Experts:
 
     def members(self, hidden_size: int) -> "list[tuple[LinearGroup, LinearGroup]]":
         """gate, up and down of each expert, the shared one last."""
-        each = [member for group in self.groups(hidden_size) for member in group.members()]
-        half = len(each) // 2
-        return list(zip(each[:half], each[half:], strict=True))
+        ups, downs = (
+            [member for group in groups for member in group.members()]
+            for groups in self._ups_and_downs(hidden_size)
+        )
+        return list(zip(ups, downs, strict=True))
 
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
         """norm: before it. One for the inputs of all, one for each between up and down."""
         each = self.members(1)
-        rows = tuple(Fold("rows", gate_up.modules[-1], down.modules) for gate_up, down in each)
+        ends = [(up.modules[-1], down.modules[0]) for up, down in each]
+        if self.plain:
+            rows = tuple(fold for pair in ends for fold in up_down_folds(self.activation, *pair))
+        else:
+            rows = tuple(Fold("rows", up, (down,)) for up, down in ends)
         if self.clamp is not None:  # what is added to up is not scaled with it
             rows = ()
         if norm is None:
             return rows
-        read = tuple(module for gate_up, _ in each for module in gate_up.modules)
-        return (Fold("norm", norm, read, self.routers), *rows)
+        reading = [up for up, _ in each]
+        if self.latent_size is not None:  # the shared one alone reads what the norm gives
+            reading = [*self.latent_groups(1)[:1], *reading[self.num_experts :]]
+        modules = tuple(module for group in reading for module in group.modules)
+        return (Fold("norm", norm, modules, self.routers), *rows)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -237,7 +238,7 @@ class Experts:
         return paths * (3 * max(self.widths) + hidden_size) + 2 * self.num_experts
 
 
-FeedForward = GatedMlp | Experts
+FeedForward = GatedMlp | PlainMlp | Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,23 +276,41 @@ class PerLayerInputs:
     KIND: ClassVar = "per_layer_inputs"
     width: int  # of a layer's input
     vocab_size: int
-    activation: Literal["silu", "gelu_tanh"]
+    activation: Activation
+
+
+Mixer = Attention | GatedDeltaNet | Mamba2 | ShortConv
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder layer."""
+    """One decoder layer. Without a mixer, or without a feed-forward, it has none of the norms around that either."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention | GatedDeltaNet | ShortConv
-    mlp: FeedForward
+    mixer: Mixer | None
+    mlp: FeedForward | None
     norms: Norms = Norms()
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        mixer = self.mixer.folds(self.norms.before_mixer)
-        return (*mixer, *self.mlp.folds(self.norms.before_mlp))
+        mixer = () if self.mixer is None else self.mixer.folds(self.norms.before_mixer)
+        return mixer if self.mlp is None else (*mixer, *self.mlp.folds(self.norms.before_mlp))
+
+    def groups(self, hidden_size: int) -> tuple[LinearGroup, ...]:
+        """In the same order."""
+        mixer = () if self.mixer is None else self.mixer.groups(hidden_size)
+        return mixer if self.mlp is None else mixer + self.mlp.groups(hidden_size)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of what its mixer carries from token to token."""
+        return () if self.mixer is None else self.mixer.state_shapes
+
+    @property
+    def as_stored(self) -> tuple[str, ...]:
+        """Tensors that a conversion leaves in the dtype that they have."""
+        return () if self.mixer is None else self.mixer.as_stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +331,7 @@ class ModelSpec:
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     per_layer_inputs: PerLayerInputs | None = None
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
+    embedding: str = field(default="embed_tokens", metadata=_DETAIL)
     final_norm: str = field(default="norm", metadata=_DETAIL)
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
 
@@ -340,8 +360,7 @@ class ModelSpec:
 
     def groups(self, index: int) -> tuple[LinearGroup, ...]:
         """Of one layer, in the order in which it computes."""
-        layer = self.layers[index]
-        return layer.mixer.groups(self.hidden_size) + layer.mlp.groups(self.hidden_size)
+        return self.layers[index].groups(self.hidden_size)
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.layers[index].folds(self.hidden_size)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nibble.architectures.base import Attention, FeedForward, GatedMlp
+from nibble.architectures.base import Attention, FeedForward, GatedMlp, PlainMlp
 from nibble.architectures.registry import ARCHITECTURES, model_spec
 from nibble.errors import UserError
 
@@ -70,6 +70,29 @@ FIELDS = [
     "linear_num_value_heads",
     "linear_key_head_dim",
     "linear_conv_kernel_dim",
+    "layers_block_type",
+    "hybrid_override_pattern",
+    "layer_rope_theta",
+    "position_embedding_type",
+    "shared_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "ssm_state_size",
+    "n_groups",
+    "conv_kernel",
+    "use_conv_bias",
+    "mamba_n_heads",
+    "mamba_d_head",
+    "mamba_d_state",
+    "mamba_n_groups",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_conv_bias",
+    "time_step_limit",
+    "layer_norm_epsilon",
+    "mlp_hidden_act",
 ]
 
 
@@ -90,6 +113,9 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                 assert 0 < spec.num_layers <= 1024, (field, value)
                 for layer in spec.layers:
                     mixer = layer.mixer
+                    if mixer is None:
+                        assert all(map(is_positive, _sizes(layer.mlp))), (field, value)
+                        continue
                     if not isinstance(mixer, Attention):
                         assert all(map(is_positive, dataclasses.astuple(mixer)[:5]))
                         continue
@@ -102,8 +128,10 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                     assert all(good_ones), (field, value, numbers)
 
 
-def _sizes(mlp: FeedForward) -> tuple[float, ...]:
-    if isinstance(mlp, GatedMlp):
+def _sizes(mlp: FeedForward | None) -> tuple[float, ...]:
+    if mlp is None:
+        return ()
+    if isinstance(mlp, GatedMlp | PlainMlp):
         return (mlp.intermediate_size,)
     sizes = (mlp.num_experts, mlp.top_k, mlp.intermediate_size, mlp.routed_scale)
     return (*sizes, mlp.num_experts + 1 - mlp.top_k)

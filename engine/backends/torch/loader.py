@@ -4,6 +4,7 @@ ever held in two forms.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from ....architectures.base import (
     GatedDeltaNet,
     LayerSpec,
     LinearGroup,
+    Mamba2,
+    Mixer,
     ModelSpec,
     Norms,
+    PlainMlp,
     Rope,
     ShortConv,
 )
@@ -23,10 +27,10 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
-from .feed_forward import TorchExperts, TorchGatedMlp
+from .feed_forward import TorchExperts, TorchGatedMlp, TorchPlainMlp
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
-from .mixers import TorchAttention, TorchGatedDeltaNet, TorchShortConv
+from .mixers import TorchAttention, TorchGatedDeltaNet, TorchMamba2, TorchShortConv
 from .per_layer_inputs import TorchPerLayerInput, TorchPerLayerInputs
 
 
@@ -48,6 +52,8 @@ class TorchBackend:
             "per_layer_inputs.activation=silu",
             "per_layer_inputs.activation=gelu_tanh",
             "layer",
+            "layer.mixer=None",
+            "layer.mlp=None",
             "layer.scalar",
             "norms",
             "norms.before_mixer=None",
@@ -69,6 +75,9 @@ class TorchBackend:
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
+            "mamba2",
+            "mamba2.conv_bias",
+            "mamba2.time_step_limit",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
@@ -80,9 +89,17 @@ class TorchBackend:
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
+            "gated_mlp.activation=relu2",
+            "plain_mlp",
+            "plain_mlp.activation=silu",
+            "plain_mlp.activation=gelu_tanh",
+            "plain_mlp.activation=relu2",
             "experts",
             "experts.activation=silu",
             "experts.activation=gelu_tanh",
+            "experts.activation=relu2",
+            "experts.plain",
+            "experts.latent_size",
             "experts.scoring=softmax",
             "experts.scoring=sigmoid",
             "experts.norm_weights",
@@ -158,12 +175,24 @@ class _Loader:
         )
 
     def _mixer(
-        self, index: int, mixer: Attention | GatedDeltaNet | ShortConv
-    ) -> TorchAttention | TorchGatedDeltaNet | TorchShortConv:
+        self, index: int, mixer: Mixer | None
+    ) -> TorchAttention | TorchGatedDeltaNet | TorchMamba2 | TorchShortConv | None:
+        if mixer is None:
+            return None
         if isinstance(mixer, Attention):
             return self._attention(index, mixer)
         if isinstance(mixer, GatedDeltaNet):
             return self._gated_delta_net(index, mixer)
+        if isinstance(mixer, Mamba2):
+            return self._mamba2(index, mixer)
+        return self._short_conv(index, mixer)
+
+    def _mamba2(self, index: int, mixer: Mamba2) -> TorchMamba2:
+        inputs, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
+        weights = self.weights.mamba2(index, mixer).to(self.target.device)
+        return TorchMamba2(mixer, inputs, out, weights, self.weights.model.norm_eps)
+
+    def _short_conv(self, index: int, mixer: ShortConv) -> TorchShortConv:
         inputs, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
         taps, bias = self.weights.short_conv(index, mixer)
         device = self.target.device
@@ -197,12 +226,15 @@ class _Loader:
         qkv, o = self._groups(index, mixer.groups(model.hidden_size))
         return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
 
-    def _feed_forward(self, index: int) -> TorchGatedMlp | TorchExperts:
+    def _feed_forward(self, index: int) -> TorchGatedMlp | TorchPlainMlp | TorchExperts | None:
         mlp = self.weights.model.layers[index].mlp
+        if mlp is None:
+            return None
         if isinstance(mlp, Experts):
             return self._experts(index, mlp)
-        gate_up, down = self._groups(index, mlp.groups(self.weights.model.hidden_size))
-        return TorchGatedMlp(mlp.activation, gate_up, down)
+        up, down = self._groups(index, mlp.groups(self.weights.model.hidden_size))
+        kind = TorchPlainMlp if isinstance(mlp, PlainMlp) else TorchGatedMlp
+        return kind(mlp.activation, up, down)
 
     def _experts(self, index: int, mlp: Experts) -> TorchExperts:
         device, names = self.target.device, mlp.names
@@ -213,12 +245,19 @@ class _Loader:
             bias = bias.to(device)
         if mlp.shared is not None and mlp.shared.gated:
             gate = self.weights.router(index, names.shared_gate, 1).to(device)
-        pairs = (self._groups(index, pair) for pair in mlp.members(self.weights.model.hidden_size))
-        each = [TorchGatedMlp(mlp.activation, up, down, mlp.clamp) for up, down in pairs]
+        hidden_size = self.weights.model.hidden_size
+        pairs = (self._groups(index, pair) for pair in mlp.members(hidden_size))
+        each: list[Any] = [
+            TorchPlainMlp(mlp.activation, up, down)
+            if mlp.plain
+            else TorchGatedMlp(mlp.activation, up, down, mlp.clamp)
+            for up, down in pairs
+        ]
         shared = each.pop() if mlp.shared is not None else None
         own = self.weights.router_bias(index, names.router, mlp.num_experts)
         own = None if own is None else own.to(device)
-        return TorchExperts(mlp, router, own, bias, each, shared, gate)
+        latent = self._groups(index, mlp.latent_groups(hidden_size))
+        return TorchExperts(mlp, router, own, bias, each, shared, gate, latent)
 
     def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
         model, prefix = self.weights.model, self.weights.model.layer_name(index)

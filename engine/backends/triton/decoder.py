@@ -187,7 +187,7 @@ class TritonDecoder:
         following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
         for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
             if not isinstance(layer.mixer, TorchAttention):
-                raise TypeError(f"{layer.mixer.spec.KIND} was refused, and is loaded")
+                raise TypeError(f"{layer.spec.mixer} was refused, and is loaded")
             mixed = scaled(self._attention(layer.mixer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
             h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)
