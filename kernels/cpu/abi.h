@@ -18,14 +18,14 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 13
+#define NB_ABI_VERSION 14
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
 enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3, NB_T4 = 4 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
 enum NbScoring { NB_SOFTMAX = 0, NB_SIGMOID = 1 };
-enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1 };
+enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1, NB_RELU2 = 2 };
 
 extern "C" {
 
@@ -98,6 +98,20 @@ struct NbDeltaNet {
   NbLinearGroup in, out;             // q, k and v; z; b; a: side by side
 };
 
+// See mamba2.h.
+struct NbMamba2 {
+  int32_t heads, head_dim, state_dim, groups;
+  int32_t taps;                      // of the convolution, the token's own included
+  float min_step, max_step;          // of a token, before which there is a softplus
+  const float* filters;              // [taps, channels], oldest first
+  const float* conv_bias;            // [channels] or null
+  const float* rate;                 // [heads] log of the decay of a step of length 1
+  const float* dt_bias;              // [heads]
+  const float* skip;                 // [heads] D
+  const float* norm;                 // [heads * head_dim]
+  NbLinearGroup in, out;             // z, x, B, C and dt side by side
+};
+
 // B, C and x from one product: out(C * conv(B * x)).
 struct NbShortConv {
   int32_t channels;
@@ -107,6 +121,7 @@ struct NbShortConv {
   NbLinearGroup in, out;
 };
 
+// gate_up of one linear is up alone: down(act(up)).
 struct NbGatedMlp {
   int32_t intermediate;
   int32_t activation;                // NbActivation
@@ -143,9 +158,11 @@ struct NbExperts {
   const NbGatedMlp* experts;         // [num_experts]
   const NbGatedMlp* shared;          // which every token goes through, or null
   const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
+  int32_t latent;                    // width of what experts (but not the shared one) read and give; 0: hidden
+  NbLinearGroup into, out_of;        // the latent space
 };
 
-// Norms are [hidden] or null, and so are the mixers but one and one of the feed-forwards.
+// Norms are [hidden] or null. At most one of the mixers is there, and at most one of the feed-forwards.
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
@@ -154,6 +171,7 @@ struct NbLayer {
   const NbAttention* attention;
   const NbDeltaNet* delta_net;
   const NbShortConv* short_conv;
+  const NbMamba2* mamba2;
   const NbGatedMlp* mlp;
   const NbExperts* experts;
   const NbPerLayerInput* per_layer_input;  // or null

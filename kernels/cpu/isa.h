@@ -27,6 +27,7 @@ struct ExpertUnit {
 // What the tokens of a step choose. A pair is a token and an expert; the shared expert comes after all others.
 struct ExpertBuffers {
   float* h;               // [tokens, hidden] normed
+  float* latent;          // [tokens, latent] of it, and what experts give
   float* scores;          // [tokens, num_experts]
   int32_t* chosen;        // [tokens, top_k]
   float* weights;         // [tokens, top_k + 1], the shared expert's last
@@ -46,7 +47,7 @@ struct StepBuffers {
   int32_t* sums[NB_MAX_INPUTS];
   // Of the layer at hand, as wide as the widest.
   float* qkv;            // [tokens, heads + 2 kv_heads, head_dim], or what the linears of another mixer give
-  float* convolved;      // [tokens, channels]
+  float* convolved;      // [tokens, channels], and what else a mixer makes of a row
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim]
   float* attended;       // [tokens, heads, head_dim]
   float* inner;          // [tokens or pairs, intermediate], and what a layer is told once more
@@ -95,12 +96,22 @@ inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim
 
 inline int width_of(const NbDeltaNet& d) { return channels_of(d) + d.value_heads * d.value_dim + 2 * d.value_heads; }
 
+inline int channels_of(const NbMamba2& m) { return m.heads * m.head_dim + 2 * m.groups * m.state_dim; }
+
+inline int width_of(const NbMamba2& m) { return m.heads * m.head_dim + channels_of(m) + m.heads; }
+
+// Numbers of a row behind the convolution.
+inline int convolved_of(const NbMamba2& m) { return channels_of(m) + 2 * m.heads; }
+
+inline bool has_mixer(const NbLayer& l) { return l.attention || l.delta_net || l.short_conv || l.mamba2; }
+inline bool has_feed_forward(const NbLayer& l) { return l.mlp || l.experts; }
+
 // What a layer's mixer reads and what it ends with.
 inline const NbLinearGroup& mixer_in(const NbLayer& l) {
-  return l.attention ? l.attention->qkv : l.delta_net ? l.delta_net->in : l.short_conv->in;
+  return l.attention ? l.attention->qkv : l.delta_net ? l.delta_net->in : l.mamba2 ? l.mamba2->in : l.short_conv->in;
 }
 inline const NbLinearGroup& mixer_out(const NbLayer& l) {
-  return l.attention ? l.attention->o : l.delta_net ? l.delta_net->out : l.short_conv->out;
+  return l.attention ? l.attention->o : l.delta_net ? l.delta_net->out : l.mamba2 ? l.mamba2->out : l.short_conv->out;
 }
 
 // Tokens of a unit, where so many query heads read one key-value head.

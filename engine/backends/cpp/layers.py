@@ -4,6 +4,7 @@ A structure lives as long as the part that made it: `struct` is what others may 
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from ....architectures.base import (
     Attention,
     Experts,
     GatedDeltaNet,
+    Mamba2,
+    Mixer,
     PerLayerInputs,
     Rope,
     ShortConv,
@@ -25,6 +28,8 @@ from ....kernels.cpu.library import (
     NbExperts,
     NbGatedMlp,
     NbLayer,
+    NbLinearGroup,
+    NbMamba2,
     NbPerLayerInput,
     NbPerLayerInputs,
     NbRope,
@@ -32,7 +37,7 @@ from ....kernels.cpu.library import (
 )
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..torch.layers import inverse_frequencies
-from ..weights import DeltaNetWeights
+from ..weights import DeltaNetWeights, Mamba2Weights
 
 
 @dataclass(slots=True)
@@ -151,6 +156,46 @@ class CppDeltaNet:
 
 
 @dataclass(slots=True)
+class CppMamba2:
+    """Groups z, x, B, C, dt and out."""
+
+    spec: Mamba2
+    inputs: PreparedGroup
+    out: PreparedGroup
+    weights: Mamba2Weights
+    struct: NbMamba2 = field(init=False)
+
+    @property
+    def groups(self) -> list[PreparedGroup]:
+        return [self.inputs, self.out]
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """None: it has no keys and values."""
+        return 0
+
+    def point(self, ropes: CppRopes, cache_offset: int) -> NbMamba2:
+        """Make the structure."""
+        spec, weights = self.spec, self.weights
+        self.struct = NbMamba2(
+            spec.num_heads,
+            spec.head_dim,
+            spec.state_dim,
+            spec.num_groups,
+            spec.conv_kernel,
+            *spec.time_step_limit,
+            pointer(weights.taps),
+            pointer(weights.bias),
+            pointer(weights.rate),
+            pointer(weights.dt_bias),
+            pointer(weights.skip),
+            pointer(weights.norm),
+            self.inputs.struct(),
+            self.out.struct(),
+        )
+        return self.struct
+
+
+@dataclass(slots=True)
 class CppShortConv:
     """Groups B, C, x and out; filters float32 [taps, channels], their bias [channels] or None."""
 
@@ -184,7 +229,7 @@ class CppShortConv:
 
 @dataclass(slots=True)
 class CppGatedMlp:
-    """Groups gate, up and down."""
+    """Groups gate, up and down; up and down where there is no gate."""
 
     activation: str
     gate_up: PreparedGroup
@@ -217,6 +262,9 @@ class CppExperts:
     experts: list[CppGatedMlp]
     shared: CppGatedMlp | None
     shared_gate: Tensor | None  # float32 [1, hidden]
+    latent: list[
+        PreparedGroup
+    ]  # into it and out of it; empty where experts read what the norm gives
     array: ctypes.Array[NbGatedMlp] = field(init=False)
     struct: NbExperts = field(init=False)
 
@@ -236,12 +284,14 @@ class CppExperts:
             self.array,
             None if self.shared is None else ctypes.pointer(self.shared.struct),
             pointer(self.shared_gate),
+            spec.latent_size or 0,
+            *([group.struct() for group in self.latent] or [NbLinearGroup()] * 2),
         )
 
     @property
     def groups(self) -> list[PreparedGroup]:
         each = self.experts if self.shared is None else [*self.experts, self.shared]
-        return [group for mlp in each for group in mlp.groups]
+        return [group for mlp in each for group in mlp.groups] + self.latent
 
 
 @dataclass(slots=True)
@@ -287,10 +337,10 @@ class CppPerLayerInputs:
 
 @dataclass(slots=True)
 class CppLayer:
-    """A mixer and a feed-forward; norms float32 [hidden] or None."""
+    """A mixer and a feed-forward, or one of the two; norms float32 [hidden] or None."""
 
-    mixer: CppAttention | CppDeltaNet | CppShortConv
-    mlp: CppGatedMlp | CppExperts
+    mixer: CppAttention | CppDeltaNet | CppMamba2 | CppShortConv | None
+    mlp: CppGatedMlp | CppExperts | None
     before_mixer: Tensor | None
     after_mixer: Tensor | None
     before_mlp: Tensor | None
@@ -300,18 +350,33 @@ class CppLayer:
 
     @property
     def groups(self) -> list[PreparedGroup]:
-        told = [] if self.per_layer_input is None else self.per_layer_input.groups
-        return self.mixer.groups + self.mlp.groups + told
+        parts = (self.mixer, self.mlp, self.per_layer_input)
+        return [group for part in parts if part is not None for group in part.groups]
+
+    @property
+    def spec(self) -> Mixer | None:
+        """Its mixer's."""
+        return None if self.mixer is None else self.mixer.spec
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that its mixer carries from token to token."""
+        return 0 if self.spec is None else sum(map(math.prod, self.spec.state_shapes))
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """Of a block of tokens in its cache."""
+        return 0 if self.mixer is None else self.mixer.block_bytes(block_size, int8)
 
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
-        mixer = self.mixer.point(ropes, cache_offset)
+        mixer = None if self.mixer is None else self.mixer.point(ropes, cache_offset)
         told, mlp = self.per_layer_input, self.mlp
         return NbLayer(
             *map(pointer, norms),
             ctypes.pointer(mixer) if isinstance(mixer, NbAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbShortConv) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbMamba2) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppExperts) else None,
             None if told is None else ctypes.pointer(told.struct),

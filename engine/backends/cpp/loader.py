@@ -14,9 +14,13 @@ from ....architectures.base import (
     Attention,
     Experts,
     GatedDeltaNet,
+    GatedMlp,
     LayerSpec,
     LinearGroup,
+    Mamba2,
+    Mixer,
     ModelSpec,
+    PlainMlp,
     ShortConv,
 )
 from ....kernels.cpu import library as lib
@@ -32,6 +36,7 @@ from .layers import (
     CppExperts,
     CppGatedMlp,
     CppLayer,
+    CppMamba2,
     CppPerLayerInput,
     CppPerLayerInputs,
     CppShortConv,
@@ -58,6 +63,8 @@ class CppBackend:
             "per_layer_inputs.activation=silu",
             "per_layer_inputs.activation=gelu_tanh",
             "layer",
+            "layer.mixer=None",
+            "layer.mlp=None",
             "layer.scalar",
             "norms",
             "norms.before_mixer=None",
@@ -76,6 +83,9 @@ class CppBackend:
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
+            "mamba2",
+            "mamba2.conv_bias",
+            "mamba2.time_step_limit",
             "attention.v_norm",
             "attention.keys_are_values",
             "attention.kv_source",
@@ -90,9 +100,17 @@ class CppBackend:
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
+            "gated_mlp.activation=relu2",
+            "plain_mlp",
+            "plain_mlp.activation=silu",
+            "plain_mlp.activation=gelu_tanh",
+            "plain_mlp.activation=relu2",
             "experts",
             "experts.activation=silu",
             "experts.activation=gelu_tanh",
+            "experts.activation=relu2",
+            "experts.plain",
+            "experts.latent_size",
             "experts.scoring=softmax",
             "experts.scoring=sigmoid",
             "experts.norm_weights",
@@ -130,20 +148,15 @@ class CppBackend:
     def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
         if reason := unknown_feature(self.features, layer, model):
             return reason
-        mixer = layer.mixer
-        if isinstance(mixer, Attention):
-            if reason := self._why_not_attend(mixer):
-                return reason
-        elif isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
-            return (
-                f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
-            )
-        *_, out = mixer.groups(model.hidden_size)
-        sizes: tuple[int, ...] = (
-            model.hidden_size,
-            *layer.mlp.widths,
-            out.in_features,
-        )
+        if reason := self._why_not_mix(layer.mixer):
+            return reason
+        sizes: tuple[int, ...] = (model.hidden_size,)
+        if layer.mixer is not None:
+            sizes += (layer.mixer.groups(model.hidden_size)[-1].in_features,)
+        if layer.mlp is not None:
+            sizes += layer.mlp.widths
+        if isinstance(layer.mlp, Experts) and layer.mlp.latent_size is not None:
+            sizes += (layer.mlp.latent_size,)
         if (told := model.per_layer_inputs) is not None:
             sizes += (told.width,)
         if any(size % 16 or size > _MAX_WIDTH for size in sizes):
@@ -152,6 +165,19 @@ class CppBackend:
         ropes = {(each.rope, each.head_dim) for each in attention}
         if len(ropes) > lib.MAX_ROPES:
             return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
+        return None
+
+    def _why_not_mix(self, mixer: Mixer | None) -> str | None:
+        if isinstance(mixer, Attention):
+            return self._why_not_attend(mixer)
+        if isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
+            return (
+                f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
+            )
+        if isinstance(mixer, Mamba2) and (mixer.head_dim % 16 or mixer.state_dim % 16):
+            return (
+                f"has no state space for heads of {mixer.head_dim} and {mixer.state_dim} dimensions"
+            )
         return None
 
     def _why_not_attend(self, mixer: Attention) -> str | None:
@@ -254,9 +280,13 @@ class _Loader:
             self.weights.norm(f"{prefix}post_per_layer_input_norm", hidden),
         )
 
-    def _mixer(self, index: int, scale: float) -> CppAttention | CppDeltaNet | CppShortConv:
+    def _mixer(
+        self, index: int, scale: float
+    ) -> CppAttention | CppDeltaNet | CppMamba2 | CppShortConv | None:
         """scale: of what it gives."""
         mixer = self.weights.model.layers[index].mixer
+        if mixer is None:
+            return None
         *inputs, out = mixer.groups(self.weights.model.hidden_size)
         groups = [self._layer_group(index, group) for group in inputs]
         last = self._layer_group(index, out, scale)
@@ -267,6 +297,8 @@ class _Loader:
             return CppAttention(mixer, groups[0], last, *norms, v_norm, sinks)
         if isinstance(mixer, ShortConv):
             return CppShortConv(mixer, groups[0], last, *self.weights.short_conv(index, mixer))
+        if isinstance(mixer, Mamba2):
+            return CppMamba2(mixer, groups[0], last, self.weights.mamba2(index, mixer))
         together = PreparedGroup(
             [linear for group in groups for linear in group.linears], groups[0].int8
         )
@@ -300,40 +332,49 @@ class _Loader:
         shape = (out_features, in_features)
         return self._prepared(module, [shape], lambda: [self.weights.linear(module, *shape)])
 
-    def _feed_forward(self, index: int, scale: float) -> CppGatedMlp | CppExperts:
+    def _feed_forward(self, index: int, scale: float) -> CppGatedMlp | CppExperts | None:
         model, weights = self.weights.model, self.weights
         spec = model.layers[index].mlp
+        if spec is None:
+            return None
         if not isinstance(spec, Experts):
-            return self._gated_mlp(index, spec.activation, spec.groups(model.hidden_size), scale)
+            return self._mlp(index, spec, spec.groups(model.hidden_size), scale)
         names, bias, gate = spec.names, None, None
         if spec.correction_bias:
             bias = weights.correction_bias(index, names.correction_bias, spec.num_experts)
         if spec.shared is not None and spec.shared.gated:
             gate = weights.router(index, names.shared_gate, 1)
         experts = [
-            self._gated_mlp(index, spec.activation, pair, scale, spec.clamp)
-            for pair in spec.members(model.hidden_size)
+            self._mlp(
+                index, spec, pair, 1.0 if spec.latent_size and i < spec.num_experts else scale
+            )
+            for i, pair in enumerate(spec.members(model.hidden_size))
         ]
         shared = experts.pop() if spec.shared is not None else None
         router = weights.router(index, names.router, spec.num_experts)
         own = weights.router_bias(index, names.router, spec.num_experts)
-        return CppExperts(spec, router, own, bias, experts, shared, gate)
+        latent = [
+            self._layer_group(index, group, of)
+            for group, of in zip(spec.latent_groups(model.hidden_size), (1.0, scale), strict=False)
+        ]
+        return CppExperts(spec, router, own, bias, experts, shared, gate, latent)
 
-    def _gated_mlp(
+    def _mlp(
         self,
         index: int,
-        activation: str,
+        spec: GatedMlp | PlainMlp | Experts,
         pair: tuple[LinearGroup, LinearGroup],
         scale: float,
-        clamp: tuple[float, float] | None = None,
     ) -> CppGatedMlp:
-        gate_up, down = pair
-        parts = 2 // len(gate_up.modules)  # two products, however stored
+        """spec: which kind it is, or its experts are."""
+        up, down = pair
+        plain = isinstance(spec, PlainMlp) or (isinstance(spec, Experts) and spec.plain)
+        parts = 1 if plain else 2 // len(up.modules)  # gates and ups, however stored
         return CppGatedMlp(
-            activation,
-            self._layer_group(index, gate_up, parts=parts),
+            spec.activation,
+            self._layer_group(index, up, parts=parts),
             self._layer_group(index, down, scale),
-            clamp,
+            spec.clamp if isinstance(spec, Experts) else None,
         )
 
     def _prepared(

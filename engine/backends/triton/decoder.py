@@ -31,7 +31,7 @@ from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
 from ..torch.decoder import TorchDecoder
-from ..torch.feed_forward import TorchExperts, TorchGatedMlp
+from ..torch.feed_forward import TorchGatedMlp
 from ..torch.layers import RMSNorm, position_factors, scaled, soft_cap
 from ..torch.mixers import TorchAttention
 from .batch import DeviceBatch, StaticBatch, upload
@@ -236,9 +236,9 @@ class TritonDecoder:
         return mixer.o(paged_attention(qkv[:, :heads], cache, paged, how).flatten(1))
 
 
-def _gated_mlp(mlp: TorchGatedMlp | TorchExperts, h: Tensor) -> Tensor:
-    if isinstance(mlp, TorchExperts):
-        raise TypeError("the backend does not take layers with experts")
+def _gated_mlp(mlp: object, h: Tensor) -> Tensor:
+    if not isinstance(mlp, TorchGatedMlp):
+        raise TypeError(f"{type(mlp).__name__} was refused, and is loaded")
     return mlp.down(gated(mlp.gate_up(h), mlp.activation))
 
 
