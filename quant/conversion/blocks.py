@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ...architectures.base import Experts, Fold, LinearGroup
+from ...architectures.base import Experts, Fold, LayerSpec, LinearGroup, Mamba2
 from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
@@ -31,14 +31,13 @@ class BlockSource:
         self.device = device
         self.spec = model_spec(checkpoint.config, checkpoint.names())
         described = text_config(checkpoint.config)
-        settings = {k: v for k, v in described.items() if k != "quantization_config"}
+        settings = {k: _number(v) for k, v in described.items() if k != "quantization_config"}
         try:
             self.config = AutoConfig.for_model(**settings)
             with torch.device("meta"):
                 causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
                 for layer, of in zip(causal_lm.model.layers, self.spec.layers, strict=True):
-                    if isinstance(of.mlp, Experts):
-                        unroll(layer, of.mlp)
+                    _adapt(layer, of)
         except Exception as error:  # whatever transformers makes of a value that it did not expect
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -126,7 +125,7 @@ class BlockSource:
         return self.carried.start(self._embed(token_ids), token_ids)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        table = self.checkpoint.dense(f"{self.spec.prefix}embed_tokens")
+        table = self.checkpoint.dense(f"{self.spec.prefix}{self.spec.embedding}")
         hidden = nn.functional.embedding(token_ids, table).float().to(self.device)
         if self.spec.embedding_scale != 1.0:
             hidden *= torch.tensor(self.spec.embedding_scale, dtype=table.dtype).float()
@@ -154,14 +153,33 @@ class BlockSource:
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.layers = nn.ModuleList(recorders)
         setattr(self._model, self.spec.final_norm, nn.Identity())
-        rotary = "pos_emb" if hasattr(self._model, "pos_emb") else "rotary_emb"
-        on_meta = getattr(self._model, rotary)
-        setattr(self._model, rotary, type(on_meta)(config=self.config).to(self.device))
+        for name, module in list(self._model.named_modules()):
+            if any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False)):
+                made = type(module)(config=module.config).to(self.device)  # it is on meta
+                self._model.set_submodule(name, made)
         # Gemma 4: blocks are told when they run (carried.py), and no tokens are left out on the way.
         self._model.hidden_size_per_layer_input = 0
         self._model.first_kv_shared_layer_idx = -1
         self._model(inputs_embeds=self.carried.hidden(hidden), use_cache=False)
         return [recorder.seen for recorder in recorders]
+
+
+def _adapt(layer: nn.Module, of: LayerSpec) -> None:
+    """Make one of transformers' decoder layers, on the meta device, what the checkpoint's is: see `unroll`; and with
+    the time steps that Nemotron-H's Mamba-2 has (architectures/nemotron.py)."""
+    if isinstance(of.mlp, Experts):
+        unroll(layer, of.mlp)
+    if isinstance(of.mixer, Mamba2):
+        mixer: Any = layer.get_submodule(of.mixer.module)
+        mixer.time_step_limit = of.mixer.time_step_limit
+
+
+def _number(value: Any) -> Any:
+    """What transformers writes of a number that JSON does not have, as that number."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    special = isinstance(value, dict) and value.keys() == {"__float__"}
+    return float(value["__float__"]) if special else value
 
 
 def linear(block: nn.Module, name: str) -> nn.Linear:
@@ -185,8 +203,9 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.seen: dict[str, Any] = {}
-        if hasattr(layer, "attention_type"):
-            self.attention_type = layer.attention_type
+        for name in ("attention_type", "block_type"):  # by which a model chooses a block's mask
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
 
     def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Tensor:
         """none: what a kind of block is given by position, and has none of here (Gemma 4's per-layer inputs)."""
