@@ -21,12 +21,14 @@ from .mlps import Activation as Activation
 from .mlps import GatedMlp as GatedMlp
 from .mlps import PlainMlp as PlainMlp
 from .mlps import up_down_folds
+from .norms import NORMS_AFTER as NORMS_AFTER
+from .norms import SANDWICH as SANDWICH
+from .norms import Norms as Norms
 from .recurrent import GatedDeltaNet as GatedDeltaNet
 from .recurrent import Mamba2 as Mamba2
 from .recurrent import ShortConv as ShortConv
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
-_MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Attention:
     sinks: bool = False  # a learned logit per head that takes part in the softmax and adds no value
     # q_proj gives [query | gate] of each head; what a head gives is multiplied by sigmoid(gate)
     output_gate: bool = False
+    head_gate: bool = False  # what a head gives is multiplied by sigmoid of its row of `gate` of h
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
     v_norm: bool = False  # RMSNorm of every value head, without a weight
@@ -70,6 +73,7 @@ class Attention:
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
     module: str = field(default="self_attn", metadata=_DETAIL)  # of all but what is named here:
+    gate: str = field(default="self_attn.gate_proj", metadata=_DETAIL)
     out: str = field(default="self_attn.o_proj", metadata=_DETAIL)
     head_norms: tuple[str, str] = field(
         default=("self_attn.q_norm", "self_attn.k_norm"), metadata=_DETAIL
@@ -80,25 +84,28 @@ class Attention:
         """None: it has keys and values instead."""
         return ()
 
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """q, k, v as far as there are; o."""
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
+        """q, k, v as far as there are; gates, if heads have them; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
         names = tuple(f"{self.module}.{name}_proj" for name in own)
         sizes: tuple[int, ...] = (queries * (2 if self.output_gate else 1), keys, keys)[: len(own)]
         if self.fused:
             names, sizes = (f"{self.module}.qkv_proj",), (sum(sizes),)
+        gates = LinearGroup((self.gate,), (self.num_heads,), hidden_size, "column", dense=True)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
+            *([gates] if self.head_gate else []),
             LinearGroup((self.out,), (hidden_size,), queries, "row"),
         )
 
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
         """norm: before it. A gate on what heads give changes nothing here, a norm of values does."""
-        qkv, out = self.groups(1)
+        qkv, *gates, out = self.groups(1)
         heads = Fold("heads", qkv.modules[-1], out.modules)
         has_values = self.kv_source is None and not self.keys_are_values and not self.v_norm
-        before = () if norm is None else (Fold("norm", norm, qkv.modules),)
+        dense = tuple(name for group in gates for name in group.modules)
+        before = () if norm is None else (Fold("norm", norm, qkv.modules, dense),)
         return (*before, heads) if has_values else before
 
 
@@ -242,30 +249,6 @@ FeedForward = GatedMlp | PlainMlp | Experts
 
 
 @dataclass(frozen=True, slots=True)
-class Norms:
-    """Module names of a layer's RMSNorms; None: there is none at that place."""
-
-    KIND: ClassVar = "norms"
-    before_mixer: str | None = field(default="input_layernorm", metadata=_MODULE)
-    after_mixer: str | None = field(default=None, metadata=_MODULE)
-    before_mlp: str | None = field(default="post_attention_layernorm", metadata=_MODULE)
-    after_mlp: str | None = field(default=None, metadata=_MODULE)
-
-
-SANDWICH = Norms(
-    after_mixer="post_attention_layernorm",
-    before_mlp="pre_feedforward_layernorm",
-    after_mlp="post_feedforward_layernorm",
-)
-NORMS_AFTER = Norms(
-    before_mixer=None,
-    after_mixer="post_attention_layernorm",
-    before_mlp=None,
-    after_mlp="post_feedforward_layernorm",
-)
-
-
-@dataclass(frozen=True, slots=True)
 class PerLayerInputs:
     """What every layer is told of the token once more, behind its feed-forward (Gemma 3n and 4):
 
@@ -289,7 +272,7 @@ class LayerSpec:
     KIND: ClassVar = "layer"
     mixer: Mixer | None
     mlp: FeedForward | None
-    norms: Norms = Norms()
+    norms: Norms = field(default=Norms())
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:

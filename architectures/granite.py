@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointError
-from .base import Experts, FeedForward, GatedMlp, ModelSpec, Rope, SharedExpert
+from .base import ExpertNames, Experts, FeedForward, GatedMlp, ModelSpec, Rope, SharedExpert
 from .config import FULL, LINEAR, SLIDING, Config, llama_like
 from .experts import experts
-from .mamba import expanded, layer_types
+from .mamba import expanded, layer_types, with_mamba
 from .mistral import MIXTRAL_NAMES
 
 _MOE_NAMES = replace(
@@ -21,6 +21,16 @@ _MOE_NAMES = replace(
         "block_sparse_moe.input_linear.weight",
         "block_sparse_moe.output_linear.weight",
     ),
+)
+# of what transformers 5 writes itself
+_SWA_NAMES = ExpertNames(
+    gate="block_sparse_moe.experts.*.gate_proj",
+    up="block_sparse_moe.experts.*.up_proj",
+    down="block_sparse_moe.experts.*.down_proj",
+    router="block_sparse_moe.router",
+    shared="shared_mlp",
+    shared_linears=("input_linear", "output_linear"),
+    stacked=("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
 )
 _SWA = {
     "hidden_size": 2560,
@@ -34,7 +44,13 @@ def moe(config: Config) -> ModelSpec:
     return spec(config, [_experts(config)] * config.size("num_hidden_layers"))
 
 
-def _experts(config: Config) -> Experts:
+def moe_shared(config: Config) -> ModelSpec:
+    """As `moe`, with an MLP beside the experts, if it has a width."""
+    return spec(config, [_experts(config, shared=True)] * config.size("num_hidden_layers", 32))
+
+
+def _experts(config: Config, shared: bool = False, names: ExpertNames | None = None) -> Experts:
+    width = config.count("shared_intermediate_size", 0) if shared else 0
     return experts(
         config,
         "intermediate_size",
@@ -42,7 +58,8 @@ def _experts(config: Config) -> Experts:
         top_k=2,
         width=11008,
         norm_weights=True,
-        names=_MOE_NAMES,
+        shared=SharedExpert(width) if width else None,
+        names=names or _MOE_NAMES,
     )
 
 
@@ -62,18 +79,21 @@ def hybrid(config: Config) -> ModelSpec:
     if config.count("num_local_experts", 8):
         mlp = replace(_experts(config), shared=SharedExpert(mlp.intermediate_size))
     model = spec(config, [mlp] * layers, ropes=[config.rope() if turns else None] * layers)
-    mamba = expanded(config) if LINEAR in types else None
-    return replace(
-        model,
-        layers=tuple(
-            replace(layer, mixer=mamba) if kind == LINEAR else layer
-            for layer, kind in zip(model.layers, types, strict=True)
-        ),
-    )
+    return with_mamba(model, expanded(config), types) if LINEAR in types else model
 
 
 def swa(config: Config) -> ModelSpec:
-    config = config.with_defaults(**_SWA)
+    config = config.with_defaults(**_SWA, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    return _windows(config)
+
+
+def moe_swa(config: Config) -> ModelSpec:
+    config = config.with_defaults(hidden_size=4096, num_attention_heads=32, num_hidden_layers=32)
+    found = _experts(config, shared=True, names=_SWA_NAMES)
+    return _windows(config, [found] * config.size("num_hidden_layers"))
+
+
+def _windows(config: Config, mlps: Sequence[FeedForward] | None = None) -> ModelSpec:
     layers = config.size("num_hidden_layers")
     types = config.layer_types([SLIDING if i % 4 else FULL for i in range(layers)])
     window = config.size("sliding_window", 128)
@@ -82,8 +102,7 @@ def swa(config: Config) -> ModelSpec:
         windows=[window if kind == SLIDING else None for kind in types],
         ropes=_ropes_by_layer(config, layers),
         attention={"sinks": True},
-        norm_eps=config.epsilon("rms_norm_eps", 1e-5),
-        tie_word_embeddings=config.flag("tie_word_embeddings", True),
+        mlps=mlps,
     )
 
 

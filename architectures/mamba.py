@@ -1,13 +1,25 @@
-"""What config.json says of Mamba-2 layers, in the spellings of the families that have them."""
+"""What config.json says of Mamba-2 layers, in the spellings of the families that have them; Mamba-2 itself, which has
+no other layers, and Bamba, which is Llama with it in most layers."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .base import Mamba2
-from .config import FULL, LINEAR, Config
+from .base import GatedMlp, LayerSpec, Mamba2, ModelSpec, Norms
+from .config import FULL, LINEAR, Config, llama_like
 
+_CONTEXT = 2**15  # of a model that has no other bound than memory
+_BAMBA = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "partial_rotary_factor": 0.5,
+}
 _OLD_TYPES = {"mamba": LINEAR, "attention": FULL}  # of before transformers 5
 
 
@@ -40,6 +52,69 @@ def expanded(config: Config, **more: Any) -> Mamba2:
         conv_kernel=config.size("mamba_d_conv", 4),
         conv_bias=config.flag("mamba_conv_bias", True),
         **more,
+    )
+
+
+def bamba(config: Config) -> ModelSpec:
+    config = config.with_defaults(**_BAMBA)
+    layers = config.size("num_hidden_layers")
+    attending = config.get("attn_layer_indices", [])
+    if not isinstance(attending, list):
+        raise CheckpointError("config.json: attn_layer_indices is no list")
+    types = [FULL if layer in attending else LINEAR for layer in range(layers)]
+    names = tuple(f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))
+    mlp = GatedMlp(config.size("intermediate_size"), config.activation(), names)
+    model = llama_like(
+        config,
+        mlps=[mlp] * layers,
+        norms=Norms(before_mlp="pre_ff_layernorm"),
+        final_norm="final_layernorm",
+    )
+    return with_mamba(model, expanded(config), types)
+
+
+def pure(config: Config) -> ModelSpec:
+    """Mamba-2 alone. Nothing bounds its context but what it was trained for, which its files do not say."""
+    width, heads = config.size("hidden_size", 4096), config.size("num_heads", 128)
+    head_dim = config.size("head_dim", 64)
+    if (config.size("expand", 2)) * width != heads * head_dim:
+        raise CheckpointError(
+            f"config.json: {heads} heads of {head_dim} are not the hidden_size of {width} times expand"
+        )
+    if (value := config.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedError(f"config.json: hidden_act {value!r} is not supported (silu is)")
+    mixer = mamba2(
+        config,
+        heads=heads,
+        head_dim=head_dim,
+        state_dim=config.size("state_size", 128),
+        num_groups=config.size("n_groups", 8),
+        conv_kernel=config.size("conv_kernel", 4),
+        conv_bias=config.flag("use_conv_bias", True),
+        module="mixer",
+    )
+    layer = LayerSpec(mixer, None, Norms(before_mixer="norm", before_mlp=None))
+    return ModelSpec(
+        hidden_size=width,
+        vocab_size=config.size("vocab_size", 32768),
+        max_position_embeddings=config.size("max_position_embeddings", _CONTEXT),
+        norm_eps=config.epsilon("layer_norm_epsilon", 1e-5),
+        layers=(layer,) * config.size("num_hidden_layers", 64),
+        tie_word_embeddings=config.flag("tie_word_embeddings", False),
+        prefix="backbone.",
+        embedding="embeddings",
+        final_norm="norm_f",
+    )
+
+
+def with_mamba(model: ModelSpec, mixer: Mamba2, types: Sequence[str]) -> ModelSpec:
+    """In the layers of this type."""
+    return replace(
+        model,
+        layers=tuple(
+            replace(layer, mixer=mixer) if kind == LINEAR else layer
+            for layer, kind in zip(model.layers, types, strict=True)
+        ),
     )
 
 

@@ -77,6 +77,7 @@ struct NbAttention {
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
   int32_t output_gate;               // qkv gives [query, gate] of each head; what it gives is times sigmoid(gate)
+  int32_t head_gate;                 // behind q, k and v one number a head: what it gives is times sigmoid of that
   int32_t reads_only;                // keys and values are another layer's: there are only queries
   int32_t keys_are_values;           // values are the keys before norm and rotation: there are only queries and keys
   int64_t cache_offset;              // of its keys and values (or those it reads): bytes of a block in what lies before

@@ -189,7 +189,9 @@ struct Step {
     int all = a.num_heads * a.head_dim;
     for_rows(worker, batch.num_tokens, [&](int row) {
       float* mixed = b.attended + (int64_t)row * all;
-      if (a.output_gate) gate_heads(a, b.qkv + (int64_t)row * nibble::qkv_width(a), mixed);
+      const float* qkv = b.qkv + (int64_t)row * nibble::qkv_width(a);
+      if (a.output_gate) gate_heads(a, qkv, mixed);
+      if (a.head_gate) scale_heads(a, qkv + nibble::qkv_width(a) - a.num_heads, mixed);
       prepare_all(a.o, inputs, row, mixed, (float*)worker.scratch);
     });
     add_product(worker, a.o, after);
@@ -201,6 +203,15 @@ struct Step {
       for (int d = 0; d < a.head_dim; d += 16) {
         float* place = mixed + h * a.head_dim + d;
         f_store(place, f_mul(f_load(place), sigmoid(f_load(qkv + (2 * h + 1) * a.head_dim + d))));
+      }
+  }
+
+  // What the heads of a row give, times sigmoid of a number for each.
+  static void scale_heads(const NbAttention& a, const float* gates, float* mixed) {
+    for (int h = 0; h < a.num_heads; h++)
+      for (int d = 0; d < a.head_dim; d += 16) {
+        float* place = mixed + h * a.head_dim + d;
+        f_store(place, f_mul(f_load(place), f_set(sigmoid_of(gates[h]))));
       }
   }
 

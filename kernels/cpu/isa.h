@@ -89,7 +89,8 @@ struct Kernels {
 
 inline int qkv_width(const NbAttention& a) {
   int stored = a.reads_only ? 0 : a.keys_are_values ? 1 : 2;
-  return ((a.output_gate ? 2 : 1) * a.num_heads + stored * a.num_kv_heads) * a.head_dim;
+  int vectors = (a.output_gate ? 2 : 1) * a.num_heads + stored * a.num_kv_heads;
+  return vectors * a.head_dim + (a.head_gate ? a.num_heads : 0);
 }
 
 inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim; }

@@ -80,6 +80,7 @@ class NbAttention(ctypes.Structure):
         ("query_beta", c_float),
         ("query_length", c_int32),
         ("output_gate", c_int32),
+        ("head_gate", c_int32),
         ("reads_only", c_int32),
         ("keys_are_values", c_int32),
         ("cache_offset", c_int64),

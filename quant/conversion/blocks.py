@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ...architectures.base import Experts, Fold, LayerSpec, LinearGroup, Mamba2
+from ...architectures.base import Attention, Experts, Fold, LayerSpec, LinearGroup, Mamba2
 from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from .carried import Carried
-from .experts import unroll
+from .experts import rename, unroll
 
 
 class BlockSource:
@@ -36,7 +36,7 @@ class BlockSource:
             self.config = AutoConfig.for_model(**settings)
             with torch.device("meta"):
                 causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-                for layer, of in zip(causal_lm.model.layers, self.spec.layers, strict=True):
+                for layer, of in zip(causal_lm.base_model.layers, self.spec.layers, strict=True):
                     _adapt(layer, of)
         except Exception as error:  # whatever transformers makes of a value that it did not expect
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -46,7 +46,7 @@ class BlockSource:
                 fix="correct config.json, or take the original one",
             ) from error
         self.carried = Carried(self.spec)
-        self._model = causal_lm.model
+        self._model = causal_lm.base_model
         self._layers = list(self._model.layers)
         self._check_shapes()
 
@@ -169,6 +169,9 @@ def _adapt(layer: nn.Module, of: LayerSpec) -> None:
     the time steps that Nemotron-H's Mamba-2 has (architectures/nemotron.py)."""
     if isinstance(of.mlp, Experts):
         unroll(layer, of.mlp)
+    if isinstance(of.mixer, Attention) and of.mixer.head_gate:  # as published files call it
+        attention: Any = layer.get_submodule(of.mixer.module)
+        rename(attention, "g_proj", of.mixer.gate.rpartition(".")[2])
     if isinstance(of.mixer, Mamba2):
         mixer: Any = layer.get_submodule(of.mixer.module)
         mixer.time_step_limit = of.mixer.time_step_limit

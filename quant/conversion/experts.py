@@ -104,9 +104,14 @@ def unroll(layer: nn.Module, spec: Experts) -> None:
     if inside:
         setattr(block, router, _Holder(inside, block.get_submodule(router)))
     if own != prefix:
-        module = layer._modules.pop(own)
-        layer.__dict__[own] = module  # where the layer's own code finds it
-        layer.add_module(prefix, module)
+        rename(layer, own, prefix)
+
+
+def rename(parent: nn.Module, own: str, name: str) -> None:
+    """Call a child of one of transformers' modules otherwise, for whoever walks its tree."""
+    child = parent._modules.pop(own)
+    parent.__dict__[own] = child  # where the module's own code finds it
+    parent.add_module(name, child)
 
 
 class _Holder(nn.Module):

@@ -90,6 +90,13 @@ FIELDS = [
     "mamba_d_conv",
     "mamba_expand",
     "mamba_conv_bias",
+    "num_heads",
+    "state_size",
+    "expand",
+    "attn_layer_indices",
+    "use_sandwich_norm",
+    "use_attention_gate",
+    "conv_L_cache",
     "time_step_limit",
     "layer_norm_epsilon",
     "mlp_hidden_act",
@@ -117,7 +124,10 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                         assert all(map(is_positive, _sizes(layer.mlp))), (field, value)
                         continue
                     if not isinstance(mixer, Attention):
-                        assert all(map(is_positive, dataclasses.astuple(mixer)[:5]))
+                        sizes = [
+                            n for n in dataclasses.astuple(mixer)[:5] if not isinstance(n, bool)
+                        ]
+                        assert all(map(is_positive, sizes)), (field, value, mixer)
                         continue
                     theta = mixer.rope.theta if mixer.rope else 1.0
                     numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)

@@ -38,7 +38,8 @@ GEMMA3 = LLAMA | {
 
 
 NEEDED = {  # by model_type: what a file must say
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
 }
 
 

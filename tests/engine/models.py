@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     Dots1Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -15,10 +16,14 @@ from transformers import (
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
+    GraniteMoeSWAConfig,
     GraniteSWAConfig,
     Lfm2Config,
     Lfm2MoeConfig,
+    Lfm3Config,
     LlamaConfig,
+    Mamba2Config,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
@@ -169,6 +174,29 @@ CONFIGS = {
         num_local_experts=8,
         **_MULTIPLIERS,
     ),
+    "granitemoe-shared": GraniteMoeSharedConfig(
+        **_SIZES, **_MULTIPLIERS, num_local_experts=8, shared_intermediate_size=80
+    ),
+    "granitemoe-swa": GraniteMoeSWAConfig(
+        **_SIZES,
+        **_MULTIPLIERS,
+        num_local_experts=8,
+        shared_intermediate_size=80,
+        sliding_window=24,
+        layer_rope_theta=[0, 1e4, 5e4, 1e4],
+    ),
+    "bamba": BambaConfig(**_SIZES, **_MAMBA, attn_layer_indices=[1]),
+    "mamba2": Mamba2Config(
+        **{
+            k: v for k, v in _SIZES.items() if k not in ("num_attention_heads", "intermediate_size")
+        },
+        num_heads=8,
+        head_dim=16,
+        state_size=32,
+        n_groups=2,
+        use_bias=True,
+        tie_word_embeddings=True,
+    ),
     "granite4": GraniteMoeHybridConfig(
         **_SIZES,
         **_MULTIPLIERS,
@@ -243,6 +271,29 @@ CONFIGS = {
         conv_bias=True,
         tie_word_embeddings=False,
         layer_types=["conv", "conv", "full_attention", "conv"],
+    ),
+    "lfm3": Lfm3Config(
+        **_SIZES | {"num_hidden_layers": 5},
+        head_dim=16,
+        sliding_window=24,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "lfm3-plain": Lfm3Config(
+        **_SIZES,
+        head_dim=32,
+        sliding_window=24,
+        conv_bias=True,
+        attention_bias=True,
+        use_sandwich_norm=False,
+        use_attention_gate=False,
+        layer_types=["sliding_attention", "conv", "full_attention", "conv"],
     ),
     "lfm2-moe": Lfm2MoeConfig(
         **_SIZES,
@@ -327,8 +378,9 @@ CONFIGS = {
 
 MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
 MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss"}
-MOE |= {"granite4", "nemotron3", "nemotron3-latent"}
+MOE |= {"granite4", "nemotron3", "nemotron3-latent", "granitemoe-shared", "granitemoe-swa"}
 RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased", "lfm2-moe"}
+RECURRENT |= {"lfm3", "lfm3-plain", "bamba", "mamba2"}
 RECURRENT |= {"granite4", "granite4-dense", "nemotron-h", "nemotron3", "nemotron3-latent"}
 
 

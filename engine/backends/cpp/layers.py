@@ -67,7 +67,7 @@ class CppRopes:
 
 @dataclass(slots=True)
 class CppAttention:
-    """Groups q, k, v and o; norms float32 or None."""
+    """Groups q, k, v, gates of heads, and o; norms float32 or None."""
 
     spec: Attention
     qkv: PreparedGroup
@@ -105,6 +105,7 @@ class CppAttention:
             beta,
             length,
             spec.output_gate,
+            spec.head_gate,
             spec.kv_source is not None,
             spec.keys_are_values,
             cache_offset,

@@ -80,6 +80,7 @@ class CppBackend:
             "attention.soft_cap",
             "attention.sinks",
             "attention.output_gate",
+            "attention.head_gate",
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
@@ -290,18 +291,18 @@ class _Loader:
         *inputs, out = mixer.groups(self.weights.model.hidden_size)
         groups = [self._layer_group(index, group) for group in inputs]
         last = self._layer_group(index, out, scale)
+        together = PreparedGroup(
+            [linear for group in groups for linear in group.linears], groups[0].int8
+        )
         if isinstance(mixer, Attention):
             norms = self.weights.head_norms(index, mixer)
             v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
             sinks = self.weights.sinks(index, mixer)
-            return CppAttention(mixer, groups[0], last, *norms, v_norm, sinks)
+            return CppAttention(mixer, together, last, *norms, v_norm, sinks)
         if isinstance(mixer, ShortConv):
-            return CppShortConv(mixer, groups[0], last, *self.weights.short_conv(index, mixer))
+            return CppShortConv(mixer, together, last, *self.weights.short_conv(index, mixer))
         if isinstance(mixer, Mamba2):
-            return CppMamba2(mixer, groups[0], last, self.weights.mamba2(index, mixer))
-        together = PreparedGroup(
-            [linear for group in groups for linear in group.linears], groups[0].int8
-        )
+            return CppMamba2(mixer, together, last, self.weights.mamba2(index, mixer))
         return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
 
     def _layer_group(

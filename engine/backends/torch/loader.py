@@ -72,6 +72,7 @@ class TorchBackend:
             "attention.keys_are_values",
             "attention.kv_source",
             "attention.output_gate",
+            "attention.head_gate",
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
@@ -223,8 +224,9 @@ class _Loader:
         v_norm = self._norm(torch.ones(mixer.head_dim)) if mixer.v_norm else None
         sinks = self.weights.sinks(index, mixer)
         sinks = None if sinks is None else sinks.to(self.target.device)
-        qkv, o = self._groups(index, mixer.groups(model.hidden_size))
-        return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
+        qkv, *gates, o = self._groups(index, mixer.groups(model.hidden_size))
+        head_gate = gates[0] if gates else None
+        return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks, head_gate)
 
     def _feed_forward(self, index: int) -> TorchGatedMlp | TorchPlainMlp | TorchExperts | None:
         mlp = self.weights.model.layers[index].mlp

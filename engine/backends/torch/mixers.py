@@ -38,6 +38,7 @@ class TorchAttention:
     k_norm: RMSNorm | None
     v_norm: RMSNorm | None
     sinks: Tensor | None  # float32 [num_heads]
+    head_gate: FusedLinear | None  # hidden -> num_heads
 
     def __call__(self, h: Tensor, layer: int, step: Step) -> Tensor:
         """h [T, hidden], normed; layer: whose part of the cache."""
@@ -56,6 +57,8 @@ class TorchAttention:
             factors = position_factors(step.positions, spec.query_scaling)
             qkv[:, : spec.num_heads] *= factors.to(qkv)
         mixed = paged_attention(qkv, spec, step.cache, layer, step.attention, self.sinks)
+        if self.head_gate is not None:
+            gate = self.head_gate(h).repeat_interleave(spec.head_dim, 1)
         return self.o(mixed if gate is None else mixed * gate.sigmoid())
 
     def _normed(self, qkv: Tensor) -> Tensor:

@@ -183,6 +183,8 @@ def attention(
     if spec.output_gate:
         both = q.split(dim, 1)
         q, gates = torch.cat(both[::2], 1), both[1::2]
+    if spec.head_gate:
+        gates = (h @ weight(f"{layer}{spec.gate}.weight").T).split(1, 1)
     if spec.qk_norm == "all":
         q, k = norm(q_norm, q), norm(k_norm, k)
     queries = list(q.split(dim, 1))

@@ -157,6 +157,11 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_attention(output_gate=True),
         with_attention(output_gate=True, qk_norm="head"),
     ],
+    ("Attention", "head_gate"): [
+        with_attention(head_gate=True),
+        with_attention(head_gate=True, qk_norm="all", window=7),
+    ],
+    ("Attention", "gate"): [with_attention(head_gate=True, gate="self_attn.g")],
     ("GatedDeltaNet", "num_key_heads"): [with_delta_net(num_key_heads=4)],
     ("GatedDeltaNet", "num_value_heads"): [with_delta_net(num_value_heads=6)],
     ("GatedDeltaNet", "key_dim"): [with_delta_net(key_dim=32), with_delta_net(key_dim=8)],
