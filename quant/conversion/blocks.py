@@ -22,6 +22,8 @@ from ..checkpoint import Checkpoint
 from .carried import Carried
 from .experts import rename, unroll
 
+_PAIRS = ("bamba",)  # models that take attention weights from their blocks, too
+
 
 class BlockSource:
     """The decoder blocks of a checkpoint, in float32 on a device."""
@@ -150,7 +152,8 @@ class BlockSource:
 
     def keyword_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
         """What transformers passes to each block, besides the hidden states, for a batch shaped as activations are."""
-        recorders = [_Recorder(layer) for layer in self._layers]
+        pairs = self.config.model_type in _PAIRS
+        recorders = [_Recorder(layer, pairs) for layer in self._layers]
         self._model.layers = nn.ModuleList(recorders)
         setattr(self._model, self.spec.final_norm, nn.Identity())
         for name, module in list(self._model.named_modules()):
@@ -203,14 +206,15 @@ def _stored(block: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 class _Recorder(nn.Module):
     """Stands in for a block: keeps the keyword arguments of its call, passes the hidden states on."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, pairs: bool):
         super().__init__()
         self.seen: dict[str, Any] = {}
+        self.pairs = pairs
         for name in ("attention_type", "block_type"):  # by which a model chooses a block's mask
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
-    def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Any:
         """none: what a kind of block is given by position, and has none of here (Gemma 4's per-layer inputs)."""
         self.seen = kwargs
-        return hidden
+        return (hidden, None) if self.pairs else hidden
