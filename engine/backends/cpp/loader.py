@@ -13,12 +13,10 @@ from torch import Tensor
 from ....architectures.base import (
     Attention,
     Experts,
-    GatedDeltaNet,
     GatedMlp,
     LayerSpec,
     LinearGroup,
     Mamba2,
-    Mixer,
     ModelSpec,
     PlainMlp,
     ShortConv,
@@ -29,6 +27,7 @@ from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
+from . import sizes
 from .decoder import CppDecoder
 from .layers import (
     CppAttention,
@@ -42,9 +41,6 @@ from .layers import (
     CppShortConv,
 )
 from .prepared_cache import PreparedCache
-
-# of the kernels' scratch memory
-_MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536
 
 
 class CppBackend:
@@ -147,47 +143,7 @@ class CppBackend:
         return None
 
     def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
-        if reason := unknown_feature(self.features, layer, model):
-            return reason
-        if reason := self._why_not_mix(layer.mixer):
-            return reason
-        sizes: tuple[int, ...] = (model.hidden_size,)
-        if layer.mixer is not None:
-            sizes += (layer.mixer.groups(model.hidden_size)[-1].in_features,)
-        if layer.mlp is not None:
-            sizes += layer.mlp.widths
-        if isinstance(layer.mlp, Experts) and layer.mlp.latent_size is not None:
-            sizes += (layer.mlp.latent_size,)
-        if (told := model.per_layer_inputs) is not None:
-            sizes += (told.width,)
-        if any(size % 16 or size > _MAX_WIDTH for size in sizes):
-            return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
-        attention = [m for each in model.layers if isinstance(m := each.mixer, Attention)]
-        ropes = {(each.rope, each.head_dim) for each in attention}
-        if len(ropes) > lib.MAX_ROPES:
-            return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
-        return None
-
-    def _why_not_mix(self, mixer: Mixer | None) -> str | None:
-        if isinstance(mixer, Attention):
-            return self._why_not_attend(mixer)
-        if isinstance(mixer, GatedDeltaNet) and (mixer.key_dim % 16 or mixer.value_dim % 16):
-            return (
-                f"has no delta rule for heads of {mixer.key_dim} and {mixer.value_dim} dimensions"
-            )
-        if isinstance(mixer, Mamba2) and (mixer.head_dim % 16 or mixer.state_dim % 16):
-            return (
-                f"has no state space for heads of {mixer.head_dim} and {mixer.state_dim} dimensions"
-            )
-        return None
-
-    def _why_not_attend(self, mixer: Attention) -> str | None:
-        shared = mixer.num_heads // mixer.num_kv_heads
-        if mixer.head_dim % 16 or mixer.head_dim > _MAX_HEAD_DIM or shared > _MAX_SHARED_HEADS:
-            return f"has no attention for {shared} heads of {mixer.head_dim} dimensions on one key-value head"
-        if mixer.output_gate and mixer.qk_norm == "all":
-            return "has no norm of all heads where gates lie between them"
-        return None
+        return unknown_feature(self.features, layer, model) or sizes.why_not(layer, model)
 
     def load(
         self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
