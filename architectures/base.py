@@ -1,8 +1,8 @@
 """What a decoder is, as data: a family's file turns config.json into a ModelSpec, backends compute it, the conversion
 reads its groups and folds.
 
-    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, LatentAttention, GatedDeltaNet, ShortConv) and a
-                 feed-forward (GatedMlp, Experts, MlpBesideExperts), with norms around
+    ModelSpec -> LayerSpec, one a layer -> a mixer (Attention, LatentAttention, GatedDeltaNet, Mamba2, ShortConv) and a
+                 feed-forward (GatedMlp, PlainMlp, Experts, MlpBesideExperts), norms around; some have one of the two
 
     x -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
@@ -17,19 +17,25 @@ from typing import Any, ClassVar, Literal
 from .feed_forward import ExpertNames as ExpertNames
 from .feed_forward import Experts as Experts
 from .feed_forward import FeedForward as FeedForward
-from .feed_forward import GatedMlp as GatedMlp
 from .feed_forward import MlpBesideExperts as MlpBesideExperts
 from .feed_forward import SharedExpert as SharedExpert
 from .feed_forward import experts_of as experts_of
 from .latent import LatentAttention as LatentAttention
 from .linears import Fold as Fold
 from .linears import LinearGroup as LinearGroup
+from .mlps import FUSED as FUSED
+from .mlps import Activation as Activation
+from .mlps import GatedMlp as GatedMlp
+from .mlps import PlainMlp as PlainMlp
+from .norms import NORMS_AFTER as NORMS_AFTER
+from .norms import SANDWICH as SANDWICH
+from .norms import Norms as Norms
 from .recurrent import GatedDeltaNet as GatedDeltaNet
+from .recurrent import Mamba2 as Mamba2
 from .recurrent import ShortConv as ShortConv
 from .rope import Rope as Rope
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
-_MODULE = {"role": "module"}  # a module's name; whether there is one is the feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class Attention:
     """Grouped-query attention over everything before a token, or over a window of it."""
 
     KIND: ClassVar = "attention"
-    AS_STORED: ClassVar = ()  # tensors that a conversion leaves in the dtype that they have
+    as_stored: ClassVar = ()  # tensors that a conversion leaves in the dtype that they have
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -51,6 +57,7 @@ class Attention:
     # what the heads give is multiplied by sigmoid(gate): q_proj gives [query | gate] of each head, or gate_proj, which
     # reads what q_proj reads, those of all
     output_gate: Literal["q_proj", "gate_proj"] | None = None
+    head_gate: bool = False  # what a head gives is multiplied by sigmoid of its row of `gate` of h
     # (beta, length): queries are multiplied by 1 + beta * log(1 + position // length)
     query_scaling: tuple[float, int] | None = None
     v_norm: bool = False  # RMSNorm of every value head, without a weight
@@ -58,6 +65,8 @@ class Attention:
     keys_are_values: bool = False
     kv_source: int | None = None  # the layer whose keys and values it reads, having none of its own
     fused: bool = field(default=False, metadata=_DETAIL)  # q, k and v are rows of one qkv_proj
+    module: str = field(default="self_attn", metadata=_DETAIL)  # of all but what is named here:
+    gate: str = field(default="self_attn.gate_proj", metadata=_DETAIL)
     out: str = field(default="self_attn.o_proj", metadata=_DETAIL)
     head_norms: tuple[str, str] | None = field(  # None: without weights
         default=("self_attn.q_norm", "self_attn.k_norm"), metadata=_DETAIL
@@ -78,54 +87,33 @@ class Attention:
         """And how many dimensions it is meant for."""
         return self.rope, self.head_dim
 
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """q, k, v as far as there are, gate; o."""
+    def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
+        """q, k, v as far as there are, gate; gates of heads, if they have them; o."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         own = "q" if self.kv_source is not None else "qk" if self.keys_are_values else "qkv"
-        names = tuple(f"self_attn.{name}_proj" for name in own)
+        names = tuple(f"{self.module}.{name}_proj" for name in own)
         doubled = 2 if self.output_gate == "q_proj" else 1
         sizes: tuple[int, ...] = (queries * doubled, keys, keys)[: len(own)]
         if self.fused:
-            names, sizes = ("self_attn.qkv_proj",), (sum(sizes),)
+            names, sizes = (f"{self.module}.qkv_proj",), (sum(sizes),)
         if self.output_gate == "gate_proj":
-            names, sizes = (*names, "self_attn.gate_proj"), (*sizes, queries)
+            names, sizes = (*names, f"{self.module}.gate_proj"), (*sizes, queries)
+        gates = LinearGroup((self.gate,), (self.num_heads,), hidden_size, "column", dense=True)
         return (
             LinearGroup(names, sizes, hidden_size, "column"),
+            *([gates] if self.head_gate else []),
             LinearGroup((self.out,), (hidden_size,), queries, "row"),
         )
 
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
         """norm: before it. A gate on what heads give changes nothing here, a norm of values does."""
-        qkv, out = self.groups(1)
+        qkv, *gates, out = self.groups(1)
         gated = self.output_gate == "gate_proj"
         heads = Fold("heads", qkv.modules[-2 if gated else -1], out.modules)
         has_values = self.kv_source is None and not self.keys_are_values and not self.v_norm
-        before = () if norm is None else (Fold("norm", norm, qkv.modules),)
+        dense = tuple(name for group in gates for name in group.modules)
+        before = () if norm is None else (Fold("norm", norm, qkv.modules, dense),)
         return (*before, heads) if has_values else before
-
-
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """Module names of a layer's RMSNorms; None: there is none at that place."""
-
-    KIND: ClassVar = "norms"
-    before_mixer: str | None = field(default="input_layernorm", metadata=_MODULE)
-    after_mixer: str | None = field(default=None, metadata=_MODULE)
-    before_mlp: str | None = field(default="post_attention_layernorm", metadata=_MODULE)
-    after_mlp: str | None = field(default=None, metadata=_MODULE)
-
-
-SANDWICH = Norms(
-    after_mixer="post_attention_layernorm",
-    before_mlp="pre_feedforward_layernorm",
-    after_mlp="post_feedforward_layernorm",
-)
-NORMS_AFTER = Norms(
-    before_mixer=None,
-    after_mixer="post_attention_layernorm",
-    before_mlp=None,
-    after_mlp="post_feedforward_layernorm",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +127,41 @@ class PerLayerInputs:
     KIND: ClassVar = "per_layer_inputs"
     width: int  # of a layer's input
     vocab_size: int
-    activation: Literal["silu", "gelu_tanh"]
+    activation: Activation
+
+
+Mixer = Attention | LatentAttention | GatedDeltaNet | Mamba2 | ShortConv
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder layer."""
+    """One decoder layer. Without a mixer, or without a feed-forward, it has none of the norms around that either."""
 
     KIND: ClassVar = "layer"
-    mixer: Attention | LatentAttention | GatedDeltaNet | ShortConv
-    mlp: FeedForward
-    norms: Norms = Norms()
+    mixer: Mixer | None
+    mlp: FeedForward | None
+    norms: Norms = field(default=Norms())
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        mixer = self.mixer.folds(self.norms.before_mixer)
-        return (*mixer, *self.mlp.folds(self.norms.before_mlp))
+        mixer = () if self.mixer is None else self.mixer.folds(self.norms.before_mixer)
+        return mixer if self.mlp is None else (*mixer, *self.mlp.folds(self.norms.before_mlp))
+
+    def groups(self, hidden_size: int) -> tuple[LinearGroup, ...]:
+        """In the same order."""
+        mixer = () if self.mixer is None else self.mixer.groups(hidden_size)
+        return mixer if self.mlp is None else mixer + self.mlp.groups(hidden_size)
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of what its mixer carries from token to token."""
+        return () if self.mixer is None else self.mixer.state_shapes
+
+    @property
+    def as_stored(self) -> tuple[str, ...]:
+        """Tensors that a conversion leaves in the dtype that they have."""
+        return () if self.mixer is None else self.mixer.as_stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,7 @@ class ModelSpec:
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     per_layer_inputs: PerLayerInputs | None = None
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
+    embedding: str = field(default="embed_tokens", metadata=_DETAIL)
     final_norm: str = field(default="norm", metadata=_DETAIL)
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
     # layers that follow in the checkpoint and draft tokens: neither computed nor converted
@@ -215,8 +222,7 @@ class ModelSpec:
 
     def groups(self, index: int) -> tuple[LinearGroup, ...]:
         """Of one layer, in the order in which it computes."""
-        layer = self.layers[index]
-        return layer.mixer.groups(self.hidden_size) + layer.mlp.groups(self.hidden_size)
+        return self.layers[index].groups(self.hidden_size)
 
     def folds(self, index: int) -> tuple[Fold, ...]:
         return self.layers[index].folds(self.hidden_size)

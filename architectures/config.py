@@ -5,11 +5,12 @@ Names and defaults are those of transformers' configuration classes, older spell
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .base import Attention, FeedForward, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
+from .base import FUSED, Attention, FeedForward, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
 from .limits import MAX_SIZE, SIZES
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -300,7 +301,8 @@ def llama_like(
     ropes = [config.rope()] * layers if ropes is None else ropes
     if mlps is None:
         inner = config.size("intermediate_size")
-        mlps = [GatedMlp(inner, activation or config.activation(), fused)] * layers
+        mlp = GatedMlp(inner, activation or config.activation())
+        mlps = [replace(mlp, names=FUSED) if fused else mlp] * layers
     mixer = {
         "num_heads": heads,
         "num_kv_heads": config.size("num_key_value_heads", heads),

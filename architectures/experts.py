@@ -11,10 +11,17 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # one number 
 
 
 def experts(
-    config: Config, inner: str, *, count: int | None, top_k: int | None, width: int, **more: Any
+    config: Config,
+    inner: str,
+    *,
+    count: int | None,
+    top_k: int | None,
+    width: int,
+    activation: Any = None,
+    **more: Any,
 ) -> Experts:
     """inner: the field with the width of an expert. count, top_k, width: where the file says nothing (None: it must).
-    more: fields of Experts."""
+    activation: None: the file's. more: fields of Experts."""
     name = next((name for name in COUNTS if config.get(name) is not None), COUNTS[0])
     num_experts = config.size(name, count)
     chosen = config.size("num_experts_per_tok", top_k)
@@ -22,7 +29,8 @@ def experts(
         raise CheckpointError(
             f"config.json: num_experts_per_tok is {chosen}, of {num_experts} experts"
         )
-    return Experts(num_experts, chosen, config.size(inner, width), config.activation(), **more)
+    activation = activation or config.activation()
+    return Experts(num_experts, chosen, config.size(inner, width), activation, **more)
 
 
 def limited_groups(config: Config, num_experts: int, group_rank: int = 2) -> tuple[int, int] | None:

@@ -1,56 +1,17 @@
-"""Feed-forwards as data: the kinds that a LayerSpec has, beside those of base.py's mixers."""
+"""Feed-forwards with experts, as data, and what kinds of feed-forward there are."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from .linears import Fold, LinearGroup
+from .mlps import Activation, GatedMlp, PlainMlp, up_down_folds
 
 _DETAIL = {"role": "detail"}  # see base.py
 
 
 @dataclass(frozen=True, slots=True)
-class GatedMlp:
-    """down(activation(gate(x)) * up(x))."""
-
-    KIND: ClassVar = "gated_mlp"
-    intermediate_size: int
-    activation: Literal["silu", "gelu_tanh"]
-    fused: bool = field(default=False, metadata=_DETAIL)  # gate and up are rows of one gate_up_proj
-    names: tuple[str, str, str] = field(  # gate, up, down
-        default=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), metadata=_DETAIL
-    )
-
-    def groups(self, hidden_size: int) -> "tuple[LinearGroup, LinearGroup]":
-        """gate, up; down."""
-        inner = self.intermediate_size
-        names: tuple[str, ...] = self.names[:2]
-        sizes: tuple[int, ...] = (inner, inner)
-        if self.fused:
-            names, sizes = ("mlp.gate_up_proj",), (2 * inner,)
-        return (
-            LinearGroup(names, sizes, hidden_size, "column"),
-            LinearGroup(self.names[2:], (hidden_size,), inner, "row"),
-        )
-
-    def folds(self, norm: str | None) -> "tuple[Fold, ...]":
-        """norm: before it."""
-        gate_up, down = self.groups(1)
-        rows = Fold("rows", gate_up.modules[-1], down.modules)
-        return (rows,) if norm is None else (Fold("norm", norm, gate_up.modules), rows)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of what lies between up and down, in each kind of MLP that there is."""
-        return (self.intermediate_size,)
-
-    def numbers_per_token(self, hidden_size: int) -> int:
-        """What a token has between norm and sum, at most: beside 4 * hidden_size."""
-        return 3 * self.intermediate_size
-
-
-@dataclass(frozen=True, slots=True)
 class SharedExpert:
-    """A gated MLP beside the experts, which every token goes through."""
+    """An MLP of their kind beside the experts, which every token goes through."""
 
     KIND: ClassVar = "shared_expert"
     intermediate_size: int
@@ -70,7 +31,9 @@ class ExpertNames:
     # tensors [num_experts, 2 * inner, hidden] (gate above up) and [num_experts, hidden, inner], where they are stacked
     stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     interleaved: bool = False  # there gate and up take turns, row by row
-    shared: str = "mlp.shared_expert"  # of its gate_proj, up_proj, down_proj
+    shared: str = "mlp.shared_expert"  # of its linears, which are named as GatedMlp's or PlainMlp's
+    shared_linears: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    latent: tuple[str, str] = ("mlp.fc1_latent_proj", "mlp.fc2_latent_proj")
     shared_gate: str = "mlp.shared_expert_gate"
 
     @property
@@ -81,18 +44,20 @@ class ExpertNames:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Many gated MLPs, of which each token goes through a few: a router scores them all, the top_k are added weighted.
+    """Many MLPs, of which each token goes through a few: a router scores them all, the top_k are added weighted.
 
     scores = softmax or sigmoid of router(x)
     chosen = the top_k of scores (+ correction bias), within the best of the groups
     y = sum over chosen of weight * expert(x) (+ shared expert(x)), weight = routed_scale * score (/ their sum)
+
+    In a latent space, what the experts read is latent[0](x), and what is added latent[1] of their sum.
     """
 
     KIND: ClassVar = "experts"
     num_experts: int
     top_k: int
     intermediate_size: int  # of each expert
-    activation: Literal["silu", "gelu_tanh"]
+    activation: Activation
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_weights: bool = False  # the chosen scores are divided by their sum
     routed_scale: float = 1.0
@@ -105,21 +70,41 @@ class Experts:
     # (alpha, limit): instead of activation(gate) * up, (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit) and
     # u = up within +-limit
     clamp: tuple[float, float] | None = None
+    # experts have no gates: PlainMlp's instead of GatedMlp's, the shared one too
+    plain: bool = False
+    latent_size: int | None = None  # of what experts read and give; None: hidden_size
     names: ExpertNames = field(default=ExpertNames(), metadata=_DETAIL)
 
     def groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
-        """gate, up of every expert; gate, up of the shared one; down of every expert; of the shared one."""
-        inner, count, names = self.intermediate_size, self.num_experts, self.names
-        gate_up = (names.gate, names.up), (inner, inner), hidden_size
-        found = [LinearGroup(*gate_up, "column", count)]
-        down = [LinearGroup((names.down,), (hidden_size,), inner, "row", count)]
-        if self.shared is not None:
-            inner = self.shared.intermediate_size
-            modules = tuple(f"{names.shared}.{name}_proj" for name in ("gate", "up"))
-            found.append(LinearGroup(modules, (inner, inner), hidden_size, "column"))
-            modules = (f"{names.shared}.down_proj",)
-            down.append(LinearGroup(modules, (hidden_size,), inner, "row"))
-        return (*found, *down)
+        """Into the latent space; gate, up of every expert; gate, up of the shared one; down of every expert; of the
+        shared one; out of the latent space."""
+        ups, downs = self._ups_and_downs(hidden_size)
+        latent = self.latent_groups(hidden_size)
+        return (*latent[:1], *ups, *downs, *latent[1:])
+
+    def latent_groups(self, hidden_size: int) -> "tuple[LinearGroup, ...]":
+        """Into the latent space and out of it, where there is one."""
+        if (width := self.latent_size) is None:
+            return ()
+        into, out = self.names.latent
+        return (
+            LinearGroup((into,), (width,), hidden_size, "column"),
+            LinearGroup((out,), (hidden_size,), width, "row"),
+        )
+
+    def _ups_and_downs(self, hidden_size: int) -> "tuple[list[LinearGroup], list[LinearGroup]]":
+        names, inner, width = self.names, self.intermediate_size, self.latent_size or hidden_size
+        first = (names.up,) if self.plain else (names.gate, names.up)
+        up = LinearGroup(first, (inner,) * len(first), width, "column", self.num_experts)
+        down = LinearGroup((names.down,), (width,), inner, "row", self.num_experts)
+        if self.shared is None:
+            return [up], [down]
+        inner = self.shared.intermediate_size
+        modules = tuple(f"{names.shared}.{name}" for name in names.shared_linears)
+        kind: Any = PlainMlp if self.plain else GatedMlp
+        shared = kind(inner, self.activation, modules)
+        shared_up, shared_down = shared.groups(hidden_size)
+        return [up, shared_up], [down, shared_down]
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -129,20 +114,29 @@ class Experts:
 
     def members(self, hidden_size: int) -> "list[tuple[LinearGroup, LinearGroup]]":
         """gate, up and down of each expert, the shared one last."""
-        each = [member for group in self.groups(hidden_size) for member in group.members()]
-        half = len(each) // 2
-        return list(zip(each[:half], each[half:], strict=True))
+        ups, downs = (
+            [member for group in groups for member in group.members()]
+            for groups in self._ups_and_downs(hidden_size)
+        )
+        return list(zip(ups, downs, strict=True))
 
     def folds(self, norm: str | None) -> "tuple[Fold, ...]":
         """norm: before it. One for the inputs of all, one for each between up and down."""
         each = self.members(1)
-        rows = tuple(Fold("rows", gate_up.modules[-1], down.modules) for gate_up, down in each)
+        ends = [(up.modules[-1], down.modules[0]) for up, down in each]
+        if self.plain:
+            rows = tuple(fold for pair in ends for fold in up_down_folds(self.activation, *pair))
+        else:
+            rows = tuple(Fold("rows", up, (down,)) for up, down in ends)
         if self.clamp is not None:  # what is added to up is not scaled with it
             rows = ()
         if norm is None:
             return rows
-        read = tuple(module for gate_up, _ in each for module in gate_up.modules)
-        return (Fold("norm", norm, read, self.routers), *rows)
+        reading = [up for up, _ in each]
+        if self.latent_size is not None:  # the shared one alone reads what the norm gives
+            reading = [*self.latent_groups(1)[:1], *reading[self.num_experts :]]
+        modules = tuple(module for group in reading for module in group.modules)
+        return (Fold("norm", norm, modules, self.routers), *rows)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -203,10 +197,10 @@ class MlpBesideExperts:
         return max(each) + hidden_size
 
 
-FeedForward = GatedMlp | Experts | MlpBesideExperts
+FeedForward = GatedMlp | PlainMlp | Experts | MlpBesideExperts
 
 
-def experts_of(mlp: FeedForward) -> Experts | None:
+def experts_of(mlp: FeedForward | None) -> Experts | None:
     """Those that a feed-forward has."""
     return (
         mlp.experts

@@ -21,7 +21,7 @@ class LatentAttention:
     """
 
     KIND: ClassVar = "latent_attention"
-    AS_STORED: ClassVar = ()
+    as_stored: ClassVar = ()
     num_heads: int
     q_rank: int | None  # None: queries are made at once
     kv_rank: int

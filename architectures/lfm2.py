@@ -1,12 +1,14 @@
 """LFM2: short convolutions, gated on both sides, and attention with norms of query and key heads; names of its own. Its
-mixtures have experts in all layers but the first ones."""
+mixtures have experts in all layers but the first ones. LFM3: windows in some layers, a gate for each head, norms behind
+mixers and feed-forwards too."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..errors import CheckpointError
-from .base import ExpertNames, FeedForward, GatedMlp, ModelSpec, Norms, ShortConv
-from .config import FULL, Config, llama_like
+from .base import ExpertNames, FeedForward, GatedMlp, ModelSpec, Norms, Rope, ShortConv
+from .config import FULL, SLIDING, Config, llama_like
 from .experts import experts
 
 CONV = "conv"
@@ -62,6 +64,50 @@ def lfm2_moe(config: Config) -> ModelSpec:
     return _hybrid(config, [mlp] * dense + [found] * (layers - dense))
 
 
+_LFM3 = {
+    "hidden_size": 2048,
+    "intermediate_size": 7680,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 128000,
+    "conv_L_cache": 7,
+}
+_LFM3_ROPES: Mapping[str, Mapping[str, Any]] = {
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+    FULL: {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+}
+
+
+def lfm3(config: Config) -> ModelSpec:
+    config = config.with_defaults(**_LFM3)
+    layers = config.size("num_hidden_layers")
+    default = [FULL if i % 4 == 2 else SLIDING if i and i % 4 == 0 else CONV for i in range(layers)]
+    types = config.layer_types(default, (FULL, SLIDING, CONV))
+    norms = _NORMS
+    if config.flag("use_sandwich_norm", True):
+        norms = replace(norms, after_mixer="post_operator_norm", after_mlp="post_ffn_norm")
+    window, ropes = config.size("sliding_window", 256), _ropes(config)
+    model = llama_like(
+        config,
+        windows=[window if kind == SLIDING else None for kind in types],
+        ropes=[ropes.get(kind) for kind in types],
+        attention={"qk_norm": "head", "head_gate": config.flag("use_attention_gate", True)},
+        mlps=[GatedMlp(config.size("intermediate_size"), "silu", names=_MLP)] * layers,
+        norms=norms,
+        norm_eps=config.epsilon("norm_eps", 1e-5),
+        tie_word_embeddings=config.flag("tie_word_embeddings", True),
+        final_norm="embedding_norm",
+    )
+    return _with_convs(config, model, types)
+
+
+def _ropes(config: Config) -> dict[str, Rope]:
+    """By layer type."""
+    found = config.rope_values() or _LFM3_ROPES
+    return {kind: config.rope(found.get(kind) or _LFM3_ROPES[kind]) for kind in _LFM3_ROPES}
+
+
 def _with(config: Config, **defaults: int) -> Config:
     said = {name: value for name, value in config.values.items() if value is not None}
     return Config(_DEFAULTS | defaults | said)
@@ -83,6 +129,10 @@ def _hybrid(config: Config, mlps: Sequence[FeedForward]) -> ModelSpec:
         tie_word_embeddings=config.flag("tie_embedding", config.flag("tie_word_embeddings", True)),
         final_norm="embedding_norm",
     )
+    return _with_convs(config, model, types)
+
+
+def _with_convs(config: Config, model: ModelSpec, types: Sequence[str]) -> ModelSpec:
     conv = ShortConv(
         config.size("hidden_size"), config.size("conv_L_cache", 3), config.flag("conv_bias", False)
     )

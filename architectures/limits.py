@@ -31,6 +31,23 @@ SIZES = {
     "linear_key_head_dim": 2**12,
     "linear_value_head_dim": 2**12,
     "linear_conv_kernel_dim": 2**6,
+    "mamba_n_heads": 2**12,
+    "mamba_num_heads": 2**12,
+    "mamba_d_head": 2**12,
+    "mamba_head_dim": 2**12,
+    "mamba_d_state": 2**12,
+    "ssm_state_size": 2**12,
+    "mamba_n_groups": 2**12,
+    "n_groups": 2**12,
+    "mamba_d_conv": 2**6,
+    "conv_kernel": 2**6,
+    "mamba_expand": 2**6,
+    "num_heads": 2**12,
+    "state_size": 2**12,
+    "expand": 2**6,
+    "shared_intermediate_size": 2**20,
+    "moe_shared_expert_intermediate_size": 2**20,
+    "moe_latent_size": 2**18,
 }
 MAX_SIZE = 2**31 - 1  # of any other: context, window, token id
 

@@ -38,6 +38,7 @@ class Fold:
 
     norm   y = norm(x) * w       w / s, columns * s (w + 1 where the norm stores an offset)
     rows   up_proj -> down_proj  rows / s, columns * s: what lies between is elementwise and linear in the source
+    roots  up_proj -> down_proj  rows / sqrt(s), columns * s: what lies between is relu(x)^2
     heads  v_proj -> o_proj      as rows; every query head that reads a kv channel shares its factor, so it is exact
                                  under grouped-query attention too (softmax weights mix positions, never channels)
 
@@ -45,7 +46,7 @@ class Fold:
     more rows than its consumers have columns (qkv_proj, gate_up_proj) is divided in its last ones: v, up; or in `rows`.
     """
 
-    kind: Literal["norm", "rows", "heads"]
+    kind: Literal["norm", "rows", "roots", "heads"]
     source: str
     consumers: tuple[str, ...]
     dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers, gates

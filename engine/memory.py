@@ -51,7 +51,7 @@ def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = 
 
 def state_bytes(model: ModelSpec) -> int:
     """The recurrent states of all layers, in float32: what one request carries, or one snapshot."""
-    shapes = (shape for layer in model.layers for shape in layer.mixer.state_shapes)
+    shapes = (shape for layer in model.layers for shape in layer.state_shapes)
     return sum(4 * prod(shape) for shape in shapes)
 
 
@@ -60,13 +60,12 @@ def activation_bytes(
 ) -> int:
     """An upper bound for one step: the widest intermediate of a full batch, float32 logits twice over, and on a GPU the
     widest matrix in 16 bits, which large batches are multiplied by after it has been dequantized."""
-    inner = max(width for layer in model.layers for width in layer.mlp.widths)
-    between = max(layer.mlp.numbers_per_token(model.hidden_size) for layer in model.layers)
-    mixed = max(
-        sum(group.out_features)
-        for layer in model.layers
-        for group in layer.mixer.groups(model.hidden_size)
-    )
+    mixers = [layer.mixer for layer in model.layers if layer.mixer is not None]
+    mlps = [layer.mlp for layer in model.layers if layer.mlp is not None]
+    inner = max((width for mlp in mlps for width in mlp.widths), default=0)
+    between = max((mlp.numbers_per_token(model.hidden_size) for mlp in mlps), default=0)
+    groups = [group for mixer in mixers for group in mixer.groups(model.hidden_size)]
+    mixed = max((sum(group.out_features) for group in groups), default=0)
     heads = max(
         (m.numbers_per_token for m in model.cached.values() if isinstance(m, LatentAttention)),
         default=0,

@@ -25,14 +25,14 @@ from .checkpoint.output import check_disk, check_output, unpublish, writing
 from .checkpoint.side_files import copy_side_files
 from .checkpoint.writer import ShardWriter, block_of, config_in, write_json, write_sums
 from .conversion.witness import witness
-from .scheme import LayerScheme, Method, QuantScheme, Strategy, exactly
+from .scheme import EMBEDDINGS, LayerScheme, Method, QuantScheme, Strategy, exactly
 from .weight import QuantizedWeight
 
 TARGETS: dict[str, tuple[Method, str]] = {
            "awq": ("awq", "gemm"), "gptq": ("gptq", "gptq"), "gptq_v2": ("gptq", "gptq_v2"),
            "compressed-tensors": ("compressed-tensors", ""), "fp8": ("fp8", "fp8")}  # fmt: skip
 _KV_SCALES = (".k_scale", ".v_scale")
-_DENSE_LEAVES = ("embed_tokens", "lm_head")
+_DENSE_LEAVES = (*EMBEDDINGS, "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +278,7 @@ class _Job:
         )
 
     def _is_linear(self, module: str) -> bool:
-        return not module.endswith("embed_tokens") and self._numel(module) > 0
+        return not module.endswith(EMBEDDINGS) and self._numel(module) > 0
 
     def _numel(self, module: str) -> int:
         """Of a matrix; 0 for a vector."""

@@ -22,6 +22,7 @@ _KV_FP8 = {
     "symmetric": True,
 }
 GROUP_MIN = 16  # columns a scale, at the least: fewer cost more in scales than they gain
+EMBEDDINGS = ("embed_tokens", "embeddings")  # what models call their table of tokens
 Method = Literal["awq", "gptq", "fp8", "compressed-tensors", "hqq", "modelopt", "gguf"]
 ActQuant = Literal["none", "token", "group", "tensor"]
 Strategy = Literal["tensor", "channel", "group", "block"]
@@ -116,7 +117,7 @@ class QuantScheme:
             if re.match(pattern, module):
                 return scheme
         leaf = module.rpartition(".")[2]
-        if leaf == "embed_tokens" or (leaf == "lm_head" and not self.lm_head):
+        if leaf in EMBEDDINGS or (leaf == "lm_head" and not self.lm_head):
             return None
         return self.default
 

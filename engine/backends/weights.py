@@ -15,6 +15,7 @@ from ...architectures.base import (
     GatedDeltaNet,
     LatentAttention,
     LinearGroup,
+    Mamba2,
     MlpBesideExperts,
     ModelSpec,
     ShortConv,
@@ -73,6 +74,23 @@ class DeltaNetWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class Mamba2Weights:
+    """In float32."""
+
+    taps: Tensor  # [conv_kernel, channels], oldest first
+    bias: Tensor | None  # [channels], of the convolution
+    rate: Tensor  # [num_heads]: -exp(A_log)
+    dt_bias: Tensor  # [num_heads]
+    skip: Tensor  # [num_heads]: D
+    norm: Tensor  # [values]
+
+    def to(self, device: torch.device) -> "Mamba2Weights":
+        bias = None if self.bias is None else self.bias.to(device)
+        own = (self.rate, self.dt_bias, self.skip, self.norm)
+        return Mamba2Weights(self.taps.to(device), bias, *(each.to(device) for each in own))
+
+
+@dataclass(frozen=True, slots=True)
 class ModelWeights:
     """Reads lazily: nothing is held."""
 
@@ -83,10 +101,9 @@ class ModelWeights:
         """The tensors outside the layers, from headers alone: a wrong file is refused in no time. CheckpointError."""
         model = self.model
         self._check_shape(f"{model.prefix}{model.final_norm}.weight", (model.hidden_size,))
-        if not self.checkpoint.is_quantized(f"{model.prefix}embed_tokens"):
-            self._check_shape(
-                f"{model.prefix}embed_tokens.weight", (model.vocab_size, model.hidden_size)
-            )
+        table = f"{model.prefix}{model.embedding}"
+        if not self.checkpoint.is_quantized(table):
+            self._check_shape(f"{table}.weight", (model.vocab_size, model.hidden_size))
         if not (model.tie_word_embeddings or self._has_head):
             raise CheckpointError(
                 "is missing, and config.json does not tie it to the embedding",
@@ -112,7 +129,7 @@ class ModelWeights:
 
     def embedding(self, dtype: torch.dtype) -> Tensor:
         """[vocab_size, hidden_size]"""
-        return self.checkpoint.dense(f"{self.model.prefix}embed_tokens", dtype)
+        return self.checkpoint.dense(f"{self.model.prefix}{self.model.embedding}", dtype)
 
     def per_layer_embedding(self, dtype: torch.dtype) -> Tensor:
         """[vocab_size, num_layers * width] of PerLayerInputs."""
@@ -213,15 +230,13 @@ class ModelWeights:
         """float32 [num_heads], where the mixer has them."""
         if not mixer.sinks:
             return None
-        return self.vector(f"{self.model.layer_name(layer)}.self_attn.sinks", mixer.num_heads)
+        return self.vector(f"{self.model.layer_name(layer)}.{mixer.module}.sinks", mixer.num_heads)
 
     def gated_delta_net(self, layer: int, mixer: GatedDeltaNet) -> "DeltaNetWeights":
         """What is no linear of such a mixer. Its norm stores the factor itself, whatever the model's others do."""
         prefix, heads = f"{self.model.layer_name(layer)}.linear_attn", mixer.num_value_heads
-        self._check_shape(f"{prefix}.conv1d.weight", (mixer.channels, 1, mixer.conv_kernel))
-        filters = self.checkpoint.tensor(f"{prefix}.conv1d.weight").float()
         return DeltaNetWeights(
-            filters[:, 0].t().contiguous(),
+            self._filters(f"{prefix}.conv1d", mixer.channels, mixer.conv_kernel),
             -self.vector(f"{prefix}.A_log", heads).exp(),
             self.vector(f"{prefix}.dt_bias", heads),
             self.vector(f"{prefix}.norm.weight", mixer.value_dim),
@@ -230,10 +245,26 @@ class ModelWeights:
     def short_conv(self, layer: int, mixer: ShortConv) -> tuple[Tensor, Tensor | None]:
         """Its filters, float32 [conv_kernel, channels], oldest first, and their bias [channels]."""
         name = f"{self.model.layer_name(layer)}.conv.conv"
-        self._check_shape(f"{name}.weight", (mixer.channels, 1, mixer.conv_kernel))
-        filters = self.checkpoint.tensor(f"{name}.weight").float()
         bias = self.vector(f"{name}.bias", mixer.channels) if mixer.bias else None
-        return filters[:, 0].t().contiguous(), bias
+        return self._filters(name, mixer.channels, mixer.conv_kernel), bias
+
+    def mamba2(self, layer: int, mixer: Mamba2) -> Mamba2Weights:
+        """What is no linear of such a mixer. Its norm stores the factor itself, whatever the model's others do."""
+        prefix, heads = f"{self.model.layer_name(layer)}.{mixer.module}", mixer.num_heads
+        bias = self.vector(f"{prefix}.conv1d.bias", mixer.channels) if mixer.conv_bias else None
+        return Mamba2Weights(
+            self._filters(f"{prefix}.conv1d", mixer.channels, mixer.conv_kernel),
+            bias,
+            -self.vector(f"{prefix}.A_log", heads).exp(),
+            self.vector(f"{prefix}.dt_bias", heads),
+            self.vector(f"{prefix}.D", heads),
+            self.vector(f"{prefix}.norm.weight", mixer.values),
+        )
+
+    def _filters(self, name: str, channels: int, taps: int) -> Tensor:
+        """Of a convolution, one a channel: float32 [taps, channels], oldest first."""
+        self._check_shape(f"{name}.weight", (channels, 1, taps))
+        return self.checkpoint.tensor(f"{name}.weight").float()[:, 0].t().contiguous()
 
     def final_norm(self) -> Tensor:
         """float32 [hidden_size]"""
@@ -257,7 +288,7 @@ class ModelWeights:
             shape = (self.model.vocab_size, self.model.hidden_size)
             head = self.model.head
             return Linear(self._linear(head, shape), self.checkpoint.bias(head))
-        tied = f"{self.model.prefix}embed_tokens"
+        tied = f"{self.model.prefix}{self.model.embedding}"
         quantized = self.checkpoint.is_quantized(tied)
         return Linear(self.checkpoint.linear(tied) if quantized else embedding, None)
 

@@ -18,14 +18,14 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 14
+#define NB_ABI_VERSION 15
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
 enum NbFormat { NB_U4 = 0, NB_U8 = 1, NB_FP8 = 2, NB_DENSE = 3, NB_T4 = 4 };
 enum NbOffset { NB_MIDPOINT = 0, NB_ZEROS = 1, NB_MINS = 2 };
 enum NbScoring { NB_SOFTMAX = 0, NB_SIGMOID = 1 };
-enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1 };
+enum NbActivation { NB_SILU = 0, NB_GELU_TANH = 1, NB_RELU2 = 2 };
 enum NbGate { NB_NO_GATE = 0, NB_GATE_OF_QUERIES = 1, NB_GATE_LAST = 2 };
 
 extern "C" {
@@ -79,7 +79,8 @@ struct NbAttention {
   float query_beta;                  // queries times 1 + query_beta * log(1 + position / query_length)
   int32_t query_length;              // 0: they are not
   int32_t output_gate;               // NbGate: what heads give is times sigmoid(gate); qkv gives [query, gate] of each
-                                     // head, or the gates of all heads last
+                                     // head, or the gates of all heads behind q, k and v
+  int32_t head_gate;                 // behind all that one number a head: what it gives is times sigmoid of that
   int32_t reads_only;                // keys and values are another layer's: there are only queries
   int32_t keys_are_values;           // values are the keys before norm and rotation: there are only queries and keys
   int64_t cache_offset;              // of its keys and values (or those it reads): bytes of a block in what lies before
@@ -117,6 +118,20 @@ struct NbDeltaNet {
   NbLinearGroup in, out;             // q, k and v; z; b; a: side by side
 };
 
+// See mamba2.h.
+struct NbMamba2 {
+  int32_t heads, head_dim, state_dim, groups;
+  int32_t taps;                      // of the convolution, the token's own included
+  float min_step, max_step;          // of a token, before which there is a softplus
+  const float* filters;              // [taps, channels], oldest first
+  const float* conv_bias;            // [channels] or null
+  const float* rate;                 // [heads] log of the decay of a step of length 1
+  const float* dt_bias;              // [heads]
+  const float* skip;                 // [heads] D
+  const float* norm;                 // [heads * head_dim]
+  NbLinearGroup in, out;             // z, x, B, C and dt side by side
+};
+
 // B, C and x from one product: out(C * conv(B * x)).
 struct NbShortConv {
   int32_t channels;
@@ -126,6 +141,7 @@ struct NbShortConv {
   NbLinearGroup in, out;
 };
 
+// gate_up of one linear is up alone: down(act(up)).
 struct NbGatedMlp {
   int32_t intermediate;
   int32_t activation;                // NbActivation
@@ -163,11 +179,13 @@ struct NbExperts {
   const NbGatedMlp* experts;         // [num_experts]
   const NbGatedMlp* shared;          // which every token goes through, or null
   const float* shared_gate;          // [hidden] its weight is sigmoid(h . gate); null: 1
+  int32_t latent;                    // width of what experts (but not the shared one) read and give; 0: hidden
+  NbLinearGroup into, out_of;        // the latent space
   const float* norm;                 // [hidden] what experts read is h times this, what the router reads is h; or null
   const float* scales;               // [num_experts] of the weights of those that are chosen, or null
 };
 
-// Norms are [hidden] or null, and so are the mixers but one. An MLP and experts both: norm(mlp) + norm(experts).
+// Norms are [hidden] or null. At most one of the mixers is there. An MLP and experts both: norm(mlp) + norm(experts).
 struct NbLayer {
   const float* before_mixer;
   const float* after_mixer;
@@ -180,6 +198,7 @@ struct NbLayer {
   const NbLatentAttention* latent_attention;
   const NbDeltaNet* delta_net;
   const NbShortConv* short_conv;
+  const NbMamba2* mamba2;
   const NbGatedMlp* mlp;
   const NbExperts* experts;
   const NbPerLayerInput* per_layer_input;  // or null

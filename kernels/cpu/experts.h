@@ -4,6 +4,8 @@
 //     -> pairs of a token and an expert, by expert, then by token (the shared expert: one more, which all tokens go to)
 //     -> gate_up -> act(gate) * up -> down -> times its weight, added to the token's row
 //
+// Experts of a latent space read a projection of h, and the sum of what they give is projected back.
+//
 // Only experts that some token chose are read, each once for all of its tokens. A row adds up what its experts give in
 // the order of their numbers, so it never depends on which other rows are computed with it.
 #pragma once
@@ -180,25 +182,27 @@ struct ExpertStep {
     });
   }
 
-  // A chunk is some columns of all rows, so that each row's sum has one order.
-  void down(Worker& worker, float* out, bool clear) const {
+  // What some experts give, [first, end), each of width `width`. A chunk is some columns of all rows, so that each
+  // row's sum has one order.
+  void down(Worker& worker, int first, int end, int width, float* out, bool clear) const {
     const ExpertBuffers& t = at();
-    Grid grid(kMaxRows, hidden / 16, worker.threads);
+    Grid grid(kMaxRows, width / 16, worker.threads);
     nibble::parallel(worker, grid.chunks(), [&](int chunk) {
-      int tile = chunk * grid.tiles, end = min_int(tile + grid.tiles, hidden / 16), columns = (end - tile) * 16;
+      int tile = chunk * grid.tiles, last = min_int(tile + grid.tiles, width / 16), columns = (last - tile) * 16;
       float *products = (float*)worker.scratch, *to = out + tile * 16;
-      for (int i = 0; clear && i < rows; i++) memset(to + (int64_t)i * hidden, 0, sizeof(float) * columns);
+      for (int i = 0; clear && i < rows; i++) memset(to + (int64_t)i * width, 0, sizeof(float) * columns);
       for (int u = 0; u < *t.num_units; u++) {
         const ExpertUnit& unit = t.units[u];
+        if (unit.expert < first || unit.expert >= end) continue;
         const NbLinearGroup& group = mlp(unit.expert).down;
         InputBuffer inputs[NB_MAX_INPUTS];
         inputs_of(unit.expert, inputs);
-        product<false>(group.linears[0], view(group.inputs[0], inputs[0]), unit.first, unit.rows, tile, end, products,
+        product<false>(group.linears[0], view(group.inputs[0], inputs[0]), unit.first, unit.rows, tile, last, products,
                        columns);
         for (int r = 0; r < unit.rows; r++) {
           int pair = t.firsts[unit.expert] + unit.first + r;
           F32 weight = f_set(t.pair_weights[pair]);
-          float* sum = to + (int64_t)t.pair_tokens[pair] * hidden;
+          float* sum = to + (int64_t)t.pair_tokens[pair] * width;
           for (int i = 0; i < columns; i += 16)
             f_store(sum + i, f_fma(f_load(products + r * columns + i), weight, f_load(sum + i)));
         }
@@ -206,20 +210,45 @@ struct ExpertStep {
     });
   }
 
+  // Rows from [tokens, width] through a linear of the latent space.
+  template <bool Add>
+  void project(Worker& worker, const NbLinearGroup& group, const float* from, int width, float* out, int stride) const {
+    InputBuffer inputs[NB_MAX_INPUTS];
+    Activations views[NB_MAX_INPUTS];
+    for (int i = 0; i < group.num_inputs; i++) {
+      inputs[i] = {b.inputs[i], b.scales[i], b.sums[i]};
+      views[i] = view(group.inputs[i], inputs[i]);
+    }
+    for_rows(worker, rows, [&](int token) {
+      prepare_all(group, inputs, token, from + (int64_t)token * width, (float*)worker.scratch);
+    });
+    run_group<Add>(worker, group, views, rows, out, stride);
+  }
+
+  const float* read_by(int pair) const {
+    int token = at().pair_tokens[pair];
+    return e.latent && at().pair_experts[pair] < e.num_experts ? at().latent + (int64_t)token * e.latent : row(token);
+  }
+
   // Adds to out [rows, hidden], or fills it; h is in its place.
   void run(Worker& worker, float* out, bool clear) const {
+    int all = e.num_experts + (e.shared ? 1 : 0);
     score_all(worker);
     choose_all(worker);
     nibble::parallel(worker, 1, [&](int) { sort_pairs((int32_t*)worker.scratch); });
+    if (e.latent) project<false>(worker, e.into, at().h, hidden, at().latent, e.latent);
     prepare_pairs(worker, &NbGatedMlp::gate_up, [&](int pair, float* space) {
-      const float* h = row(at().pair_tokens[pair]);
-      if (!e.norm) return h;
-      for (int i = 0; i < hidden; i += 16) f_store(space + i, f_mul(f_load(h + i), f_load(e.norm + i)));
+      const float* from = read_by(pair);
+      if (!e.norm) return from;
+      for (int i = 0; i < hidden; i += 16) f_store(space + i, f_mul(f_load(from + i), f_load(e.norm + i)));
       return (const float*)space;
     });
     gate_up(worker);
     prepare_pairs(worker, &NbGatedMlp::down, [&](int pair, float*) { return inner(pair); });
-    down(worker, out, clear);
+    down(worker, e.latent ? e.num_experts : 0, all, hidden, out, clear);
+    if (!e.latent) return;
+    down(worker, 0, e.num_experts, e.latent, at().latent, true);
+    project<true>(worker, e.out_of, at().latent, e.latent, out, hidden);
   }
 };
 

@@ -2,6 +2,7 @@
 //
 //   x -> input norm -> qkv -> (q, k norm) -> RoPE, cache -> attention (-> gate) -> o -> (norm) -> + x
 //   or                 q k v, z, b, a -> convolution -> gated delta rule -> norm, gate -> out
+//   or                 z, x B C, dt -> convolution -> state space -> gate, norm -> out
 //   or                 B, C, x -> C * convolution of B * x -> out
 //   or                 latent_attention.h
 //     -> mlp norm -> gate_up -> act(gate) * up -> down -> (norm) -> + x      or experts.h
@@ -13,6 +14,7 @@
 #include "experts.h"
 #include "isa.h"
 #include "latent_attention.h"
+#include "mamba2.h"
 
 namespace NB_ISA {
 
@@ -190,7 +192,9 @@ struct Step {
     int all = a.num_heads * a.head_dim;
     for_rows(worker, batch.num_tokens, [&](int row) {
       float* mixed = b.attended + (int64_t)row * all;
-      if (a.output_gate) gate_heads(a, b.qkv + (int64_t)row * nibble::qkv_width(a), mixed);
+      const float* qkv = b.qkv + (int64_t)row * nibble::qkv_width(a);
+      if (a.output_gate) gate_heads(a, qkv, mixed);
+      if (a.head_gate) scale_heads(a, qkv + nibble::qkv_width(a) - a.num_heads, mixed);
       prepare_all(a.o, inputs, row, mixed, (float*)worker.scratch);
     });
     add_product(worker, a.o, after);
@@ -199,11 +203,20 @@ struct Step {
   // What the heads of a row give, times sigmoid of their gates.
   static void gate_heads(const NbAttention& a, const float* qkv, float* mixed) {
     bool last = a.output_gate == NB_GATE_LAST;
-    const float* gates = qkv + (last ? nibble::qkv_width(a) - a.num_heads * a.head_dim : a.head_dim);
+    const float* gates = qkv + (last ? nibble::last_gates(a) : a.head_dim);
     for (int h = 0; h < a.num_heads; h++, gates += last ? a.head_dim : 2 * a.head_dim)
       for (int d = 0; d < a.head_dim; d += 16) {
         float* place = mixed + h * a.head_dim + d;
         f_store(place, f_mul(f_load(place), sigmoid(f_load(gates + d))));
+      }
+  }
+
+  // What the heads of a row give, times sigmoid of a number for each.
+  static void scale_heads(const NbAttention& a, const float* gates, float* mixed) {
+    for (int h = 0; h < a.num_heads; h++)
+      for (int d = 0; d < a.head_dim; d += 16) {
+        float* place = mixed + h * a.head_dim + d;
+        f_store(place, f_mul(f_load(place), f_set(sigmoid_of(gates[h]))));
       }
   }
 
@@ -279,6 +292,50 @@ struct Step {
     add_product(worker, net.d.out, after);
   }
 
+  // One head's matrix through all tokens of an item, to its slot, and to snapshots on the way.
+  void carry(const Mamba2& net, int item, int head) const {
+    const NbItemState& where = batch.item_states[item];
+    size_t bytes = sizeof(float) * net.m.state_dim * net.m.head_dim;
+    float* state = net.matrix(where.write, head);
+    if (where.read < 0) memset(state, 0, bytes);
+    else if (where.read != where.write) memcpy(state, net.matrix(where.read, head), bytes);
+    const int32_t *snapshot = batch.snapshots + 2 * where.snapshot, *last = snapshot + 2 * where.num_snapshots;
+    int first = b.item_rows[item], count = batch.items[item].count;
+    for (int t = 0; t < count;) {
+      int end = snapshot != last ? min_int(snapshot[0], count) : count;
+      const float* row = b.convolved + (int64_t)(first + t) * net.convolved_width();
+      float* out = b.attended + (int64_t)(first + t) * net.values() + head * net.m.head_dim;
+      bool several = t + kSteps <= end;
+      if (several) mamba_head<kSteps, kStepLanes>(net, state, row, head, out);
+      else mamba_head<1, kOneLanes>(net, state, row, head, out);
+      t += several ? kSteps : 1;
+      for (; snapshot != last && snapshot[0] == t; snapshot += 2) memcpy(net.matrix(snapshot[1], head), state, bytes);
+    }
+  }
+
+  void mamba2(Worker& worker, const Mamba2& net, const float* after) const {
+    Convolution conv = net.convolution();
+    int values = net.values(), heads = net.m.heads;
+    products(worker, net.m.in, b.qkv, net.width(), false);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      int item = item_of(row);
+      const float* dt = b.qkv + (int64_t)row * net.width() + values + net.channels();
+      convolve(net, first_row(conv, item) + values, row - b.item_rows[item],
+               state_before(net.states, net.state_size(), item), dt, b.convolved + (int64_t)row * net.convolved_width());
+    });
+    nibble::parallel(worker, batch.num_items * heads, [&](int chunk) {
+      int item = batch.num_items - 1 - chunk / heads;  // long ones first
+      if (chunk % heads == 0) leave_inputs(conv, first_row(conv, item) + values, net.states, net.state_size(), item);
+      carry(net, item, chunk % heads);
+    });
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float* mixed = b.attended + (int64_t)row * values;
+      gated_norm(net, mixed, b.qkv + (int64_t)row * net.width(), m.eps);
+      prepare_all(net.m.out, inputs, row, mixed, (float*)worker.scratch);
+    });
+    add_product(worker, net.m.out, after);
+  }
+
   void short_conv(Worker& worker, const NbShortConv& c, float* states, const float* after) const {
     int n = c.channels;
     Convolution conv{c.taps, n, 3 * n, c.filters};
@@ -352,7 +409,8 @@ struct Step {
   void per_layer_input(Worker& worker, int l, const NbPerLayerInput& input) const {
     int width = m.per_layer_inputs->width;
     for_rows(worker, batch.num_tokens, [&](int row) {
-      add_normed(worker, row, m.layers[l].after_mlp);
+      const NbLayer& layer = m.layers[l];
+      add_normed(worker, row, nibble::has_feed_forward(layer) ? layer.after_mlp : layer.after_mixer);
       norm_and_prepare(worker, row, nullptr, input.gate);
     });
     products(worker, input.gate, b.inner, width, false);
@@ -368,9 +426,56 @@ struct Step {
 
   // What is left to do with a row when a layer's last product has been computed.
   void leave(Worker& worker, int row, const NbLayer& layer) const {
-    add_normed(worker, row, layer.per_layer_input ? layer.per_layer_input->norm : layer.after_mlp);
+    const float* last = nibble::has_feed_forward(layer) ? layer.after_mlp : layer.after_mixer;
+    add_normed(worker, row, layer.per_layer_input ? layer.per_layer_input->norm : last);
     float* hidden = x + (int64_t)row * m.hidden;
     for (int i = 0; layer.scalar != 1.0f && i < m.hidden; i++) hidden[i] *= layer.scalar;
+  }
+
+  // Before a layer's first product.
+  void enter(Worker& worker, int row, int l) const {
+    if (l == 0) {
+      if (m.embedding && !m.per_layer_inputs) embed(row);
+      angles(row);
+    } else {
+      leave(worker, row, m.layers[l - 1]);
+    }
+  }
+
+  void norm_for_feed_forward(Worker& worker, int row, const NbLayer& layer) const {
+    if (layer.mlp) norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);
+    if (layer.experts) norm_for_experts(row, layer.mlp ? layer.before_experts : layer.before_mlp);
+  }
+
+  // states: of the layer, if it has any. Returns those of the next.
+  float* mixer(Worker& worker, const NbLayer& layer, float* states) const {
+    if (layer.attention) {
+      const NbAttention& a = *layer.attention;
+      Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
+               batch.cache_int8 != 0};
+      attention(worker, a, kv, layer.after_mixer);
+      return states;
+    }
+    if (layer.latent_attention) {
+      const NbLatentAttention& a = *layer.latent_attention;
+      LatentCache latents{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.kv_rank,
+                          a.kv_rank + a.rope_dim, batch.cache_int8 != 0};
+      LatentStep<Step>{*this, a, latents}.run(worker, layer.after_mixer);
+      return states;
+    }
+    if (layer.delta_net) {
+      DeltaNet net{*layer.delta_net, states};
+      delta_net(worker, net, layer.after_mixer);
+      return states + batch.num_slots * net.state_size();
+    }
+    if (layer.mamba2) {
+      Mamba2 net{*layer.mamba2, states};
+      mamba2(worker, net, layer.after_mixer);
+      return states + batch.num_slots * net.state_size();
+    }
+    const NbShortConv& conv = *layer.short_conv;
+    short_conv(worker, conv, states, layer.after_mixer);
+    return states + batch.num_slots * (conv.taps - 1) * conv.channels;
   }
 
   void run(Worker& worker) const {
@@ -378,42 +483,21 @@ struct Step {
     if (m.per_layer_inputs) per_layer_inputs(worker, *m.per_layer_inputs);
     for (int l = 0; l < m.num_layers; l++) {
       const NbLayer& layer = m.layers[l];
+      bool mixes = nibble::has_mixer(layer), feeds = nibble::has_feed_forward(layer);
       for_rows(worker, batch.num_tokens, [&](int row) {
-        if (l == 0) {
-          if (m.embedding && !m.per_layer_inputs) embed(row);
-          angles(row);
-        } else {
-          leave(worker, row, m.layers[l - 1]);
-        }
-        norm_and_prepare(worker, row, layer.before_mixer, nibble::mixer_in(layer));
+        enter(worker, row, l);
+        if (mixes) norm_and_prepare(worker, row, layer.before_mixer, nibble::mixer_in(layer));
+        else if (feeds) norm_for_feed_forward(worker, row, layer);
       });
-      if (layer.attention) {
-        const NbAttention& a = *layer.attention;
-        Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
-                 batch.cache_int8 != 0};
-        attention(worker, a, kv, layer.after_mixer);
-      } else if (layer.latent_attention) {
-        const NbLatentAttention& a = *layer.latent_attention;
-        LatentCache latents{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.kv_rank,
-                            a.kv_rank + a.rope_dim, batch.cache_int8 != 0};
-        LatentStep<Step>{*this, a, latents}.run(worker, layer.after_mixer);
-      } else if (layer.delta_net) {
-        DeltaNet net{*layer.delta_net, states};
-        states += batch.num_slots * net.state_size();
-        delta_net(worker, net, layer.after_mixer);
-      } else {
-        const NbShortConv& conv = *layer.short_conv;
-        short_conv(worker, conv, states, layer.after_mixer);
-        states += batch.num_slots * (conv.taps - 1) * conv.channels;
-      }
-      for_rows(worker, batch.num_tokens, [&](int row) {
-        add_normed(worker, row, layer.after_mixer);
-        if (layer.mlp) norm_and_prepare(worker, row, layer.before_mlp, layer.mlp->gate_up);
-        if (layer.experts) norm_for_experts(row, layer.mlp ? layer.before_experts : layer.before_mlp);
-      });
+      if (mixes) states = mixer(worker, layer, states);
+      if (mixes && feeds)
+        for_rows(worker, batch.num_tokens, [&](int row) {
+          add_normed(worker, row, layer.after_mixer);
+          norm_for_feed_forward(worker, row, layer);
+        });
       if (layer.mlp && layer.experts) mlp_beside_experts(worker, layer);
       else if (layer.mlp) gated_mlp(worker, *layer.mlp, layer.after_mlp);
-      else experts(worker, *layer.experts, layer.after_mlp);
+      else if (layer.experts) experts(worker, *layer.experts, layer.after_mlp);
       if (layer.per_layer_input) per_layer_input(worker, l, *layer.per_layer_input);
     }
     for_rows(worker, batch.num_tokens, [&](int row) {

@@ -24,9 +24,14 @@ inline F32 f_exp(F32 x) {
 
 inline F32 sigmoid(F32 x) { return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x)))); }
 
+// relu2(x) = max(x, 0)^2
 // gelu(x) = x / 2 (1 + tanh(u)) = x sigmoid(2 u)
 inline F32 activate(F32 x, int activation) {
   if (activation == NB_SILU) return f_mul(x, sigmoid(x));
+  if (activation == NB_RELU2) {
+    F32 above = f_max(f_zero(), x);  // what is no number stays so
+    return f_mul(above, above);
+  }
   F32 u = f_mul(x, f_fma(f_mul(x, x), f_set(0.044715f * 1.59576912f), f_set(1.59576912f)));
   return f_mul(x, sigmoid(u));
 }
@@ -133,19 +138,22 @@ template <class F> inline void for_rows(Worker& worker, int rows, F f) {
   });
 }
 
-// act(gate) * up of some rows, tiles [tile, end): out is where the first row's first output goes.
+// act(gate) * up, or act(up), of some rows, tiles [tile, end): out is where the first row's first output goes.
 inline void gated_product(Worker& worker, const NbGatedMlp& mlp, const InputBuffer* inputs, int row, int rows, int tile,
                           int end, float* out, int64_t stride) {
   const NbLinearGroup& group = mlp.gate_up;
-  const NbLinear &gate = group.linears[0], &up = group.linears[1];
+  bool gated = group.num_linears > 1;
+  const NbLinear &gate = group.linears[0], &up = group.linears[gated ? 1 : 0];
   int columns = (end - tile) * 16, outputs = min_int(columns, gate.n - tile * 16);
   float *gates = (float*)worker.scratch, *ups = gates + kMaxRows * 256;
   product<false>(gate, view(group.inputs[gate.input], inputs[gate.input]), row, rows, tile, end, gates, columns);
-  product<false>(up, view(group.inputs[up.input], inputs[up.input]), row, rows, tile, end, ups, columns);
+  if (gated) product<false>(up, view(group.inputs[up.input], inputs[up.input]), row, rows, tile, end, ups, columns);
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < outputs; i += 16) {
-      F32 gate = f_load(gates + r * columns + i), up = f_load(ups + r * columns + i);
-      F32 y = mlp.limit ? clamped(gate, up, mlp.alpha, mlp.limit) : f_mul(activate(gate, mlp.activation), up);
+      F32 gate = f_load(gates + r * columns + i), y;
+      if (mlp.limit) y = clamped(gate, f_load(ups + r * columns + i), mlp.alpha, mlp.limit);
+      else y = activate(gate, mlp.activation);
+      if (gated && !mlp.limit) y = f_mul(y, f_load(ups + r * columns + i));
       f_store(out + r * stride + i, y);
     }
 }

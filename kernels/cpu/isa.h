@@ -31,6 +31,7 @@ struct ExpertUnit {
 // What the tokens of a step choose. A pair is a token and an expert; the shared expert comes after all others.
 struct ExpertBuffers {
   float* h;               // [tokens, hidden] normed
+  float* latent;          // [tokens, latent] of it, and what experts give
   float* scores;          // [tokens, num_experts]
   int32_t* chosen;        // [tokens, top_k]
   float* weights;         // [tokens, top_k + 1], the shared expert's last
@@ -50,7 +51,7 @@ struct StepBuffers {
   int32_t* sums[NB_MAX_INPUTS];
   // Of the layer at hand, as wide as the widest.
   float* qkv;            // [tokens, heads + 2 kv_heads, head_dim], or what the linears of another mixer give
-  float* convolved;      // [tokens, channels]
+  float* convolved;      // [tokens, channels], and what else a mixer makes of a row
   uint16_t* queries;     // [kv_heads, tokens, heads of one, head_dim], or see latent_attention.h
   char* head_inputs;     // prepared activations of linears that are one a head: rows [heads, tokens]
   float* head_scales;
@@ -96,7 +97,13 @@ struct Kernels {
 
 inline int qkv_width(const NbAttention& a) {
   int stored = a.reads_only ? 0 : a.keys_are_values ? 1 : 2;
-  return ((a.output_gate != NB_NO_GATE ? 2 : 1) * a.num_heads + stored * a.num_kv_heads) * a.head_dim;
+  int vectors = (a.output_gate != NB_NO_GATE ? 2 : 1) * a.num_heads + stored * a.num_kv_heads;
+  return vectors * a.head_dim + (a.head_gate ? a.num_heads : 0);
+}
+
+// Where the gates of all heads begin that come last.
+inline int last_gates(const NbAttention& a) {
+  return qkv_width(a) - a.num_heads * a.head_dim - (a.head_gate ? a.num_heads : 0);
 }
 
 inline int channels_of(const NbDeltaNet& d) { return 2 * d.key_heads * d.key_dim + d.value_heads * d.value_dim; }
@@ -114,17 +121,31 @@ inline int packed_width(const NbLatentAttention& a) {
   return packs_of(a.num_heads) * kPackedHeads * (a.kv_rank + a.rope_dim);
 }
 
+inline int channels_of(const NbMamba2& m) { return m.heads * m.head_dim + 2 * m.groups * m.state_dim; }
+
+inline int width_of(const NbMamba2& m) { return m.heads * m.head_dim + channels_of(m) + m.heads; }
+
+// Numbers of a row behind the convolution.
+inline int convolved_of(const NbMamba2& m) { return channels_of(m) + 2 * m.heads; }
+
+inline bool has_mixer(const NbLayer& l) {
+  return l.attention || l.latent_attention || l.delta_net || l.short_conv || l.mamba2;
+}
+inline bool has_feed_forward(const NbLayer& l) { return l.mlp || l.experts; }
+
 // What a layer's mixer reads and what it ends with.
 inline const NbLinearGroup& mixer_in(const NbLayer& l) {
   return l.attention          ? l.attention->qkv
          : l.latent_attention ? l.latent_attention->in
          : l.delta_net        ? l.delta_net->in
+         : l.mamba2           ? l.mamba2->in
                               : l.short_conv->in;
 }
 inline const NbLinearGroup& mixer_out(const NbLayer& l) {
   return l.attention          ? l.attention->o
          : l.latent_attention ? l.latent_attention->o
          : l.delta_net        ? l.delta_net->out
+         : l.mamba2           ? l.mamba2->out
                               : l.short_conv->out;
 }
 

@@ -109,17 +109,19 @@ void place_inputs(Arena& arena, StepBuffers& b, const InputSize* sizes, size_t r
 
 // The most that any layer has.
 struct ExpertSize {
-  size_t count = 0, paths = 0, units = 0;
+  size_t count = 0, paths = 0, units = 0, latent = 0;
   void widen(const NbExperts& e, int tokens) {
     units = std::max(units, size_t(most_units(tokens, e)));
     count = std::max(count, size_t(e.num_experts));
     paths = std::max(paths, size_t(nibble::paths(e)));
+    latent = std::max(latent, size_t(e.latent));
   }
 };
 
 void place_experts(Arena& arena, ExpertBuffers& b, const ExpertSize& size, size_t rows, size_t hidden) {
   size_t pairs = rows * size.paths;
   b.h = arena.take<float>(rows * hidden);
+  b.latent = arena.take<float>(rows * size.latent);
   b.scores = arena.take<float>(rows * size.count);
   b.chosen = arena.take<int32_t>(pairs);
   b.weights = arena.take<float>(rows * (size.paths + 1));
@@ -147,13 +149,16 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
     }
     if (const NbShortConv* conv = m.layers[l].short_conv) {
       qkv = std::max(qkv, 3 * size_t(conv->channels));
-      continue;
     }
     if (const NbDeltaNet* d = m.layers[l].delta_net) {
       qkv = std::max(qkv, size_t(width_of(*d)));
       channels = std::max(channels, size_t(channels_of(*d)));
       attended = std::max(attended, size_t(d->value_heads) * d->value_dim);
-      continue;
+    }
+    if (const NbMamba2* net = m.layers[l].mamba2) {
+      qkv = std::max(qkv, size_t(width_of(*net)));
+      channels = std::max(channels, size_t(convolved_of(*net)));
+      attended = std::max(attended, size_t(net->heads) * net->head_dim);
     }
     if (const NbLatentAttention* a = m.layers[l].latent_attention) {
       qkv = std::max(qkv, size_t(width_of(*a)));
@@ -164,13 +169,13 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
       partials = std::max(partials, partial_numbers(*a, batch, threads));
       for (const NbLinearGroup* group : {&a->keys, &a->values}) widen(&heads, *group);
       wanted[unit_tokens(*a)] = true;
-      continue;
     }
-    const NbAttention& a = *m.layers[l].attention;
-    qkv = std::max(qkv, size_t(qkv_width(a)));
-    queries = std::max(queries, size_t(a.num_heads) * a.head_dim);
-    attended = std::max(attended, size_t(a.num_heads) * a.head_dim);
-    wanted[unit_tokens(a)] = true;
+    if (const NbAttention* a = m.layers[l].attention) {
+      qkv = std::max(qkv, size_t(qkv_width(*a)));
+      queries = std::max(queries, size_t(a->num_heads) * a->head_dim);
+      attended = std::max(attended, size_t(a->num_heads) * a->head_dim);
+      wanted[unit_tokens(*a)] = true;
+    }
   }
   if (m.per_layer_inputs) inner = std::max(inner, rows * m.per_layer_inputs->width);
   place_inputs(arena, b, sizes, rows * std::max(size_t(1), experts.paths));
@@ -247,12 +252,15 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   InputSize sizes[NB_MAX_INPUTS];
   for (int l = 0; l < model->num_layers; l++) {
     const NbLayer& layer = model->layers[l];
-    for (const NbLinearGroup* group : {&mixer_in(layer), &mixer_out(layer)}) widen(sizes, *group);
+    if (has_mixer(layer))
+      for (const NbLinearGroup* group : {&mixer_in(layer), &mixer_out(layer)}) widen(sizes, *group);
     if (layer.latent_attention) widen(sizes, layer.latent_attention->q_b);
     if (layer.mlp) widen(sizes, *layer.mlp);
     if (const NbExperts* e = layer.experts) {
       for (int i = 0; i < e->num_experts; i++) widen(sizes, e->experts[i]);
       if (e->shared) widen(sizes, *e->shared);
+      if (e->latent)
+        for (const NbLinearGroup* group : {&e->into, &e->out_of}) widen(sizes, *group);
     }
     if (const NbPerLayerInput* input = layer.per_layer_input)
       for (const NbLinearGroup* group : {&input->gate, &input->projection}) widen(sizes, *group);

@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 14
+_ABI_VERSION = 15
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -23,7 +23,7 @@ _NEEDED_CPU = {
 U4, U8, FP8, DENSE, T4 = range(5)  # NbFormat
 MIDPOINT, ZEROS, MINS = range(3)  # NbOffset
 SCORINGS = {"softmax": 0, "sigmoid": 1}  # NbScoring
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # NbActivation
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu2": 2}  # NbActivation
 GATES = {None: 0, "q_proj": 1, "gate_proj": 2}  # NbGate
 
 
@@ -86,6 +86,7 @@ class NbAttention(ctypes.Structure):
         ("query_beta", c_float),
         ("query_length", c_int32),
         ("output_gate", c_int32),
+        ("head_gate", c_int32),
         ("reads_only", c_int32),
         ("keys_are_values", c_int32),
         ("cache_offset", c_int64),
@@ -149,6 +150,26 @@ class NbShortConv(ctypes.Structure):
     ]
 
 
+class NbMamba2(ctypes.Structure):
+    _fields_ = [
+        ("heads", c_int32),
+        ("head_dim", c_int32),
+        ("state_dim", c_int32),
+        ("groups", c_int32),
+        ("taps", c_int32),
+        ("min_step", c_float),
+        ("max_step", c_float),
+        ("filters", c_void_p),
+        ("conv_bias", c_void_p),
+        ("rate", c_void_p),
+        ("dt_bias", c_void_p),
+        ("skip", c_void_p),
+        ("norm", c_void_p),
+        ("in", NbLinearGroup),
+        ("out", NbLinearGroup),
+    ]
+
+
 class NbGatedMlp(ctypes.Structure):
     _fields_ = [
         ("intermediate", c_int32),
@@ -192,6 +213,9 @@ class NbExperts(ctypes.Structure):
         ("experts", POINTER(NbGatedMlp)),
         ("shared", POINTER(NbGatedMlp)),
         ("shared_gate", c_void_p),
+        ("latent", c_int32),
+        ("into", NbLinearGroup),
+        ("out_of", NbLinearGroup),
         ("norm", c_void_p),
         ("scales", c_void_p),
     ]
@@ -210,6 +234,7 @@ class NbLayer(ctypes.Structure):
         ("latent_attention", POINTER(NbLatentAttention)),
         ("delta_net", POINTER(NbDeltaNet)),
         ("short_conv", POINTER(NbShortConv)),
+        ("mamba2", POINTER(NbMamba2)),
         ("mlp", POINTER(NbGatedMlp)),
         ("experts", POINTER(NbExperts)),
         ("per_layer_input", POINTER(NbPerLayerInput)),

@@ -184,8 +184,9 @@ def _kv_scales(
     source: BlockSource, index: int, cache: KeyValueRange, recipe: Recipe
 ) -> dict[str, Tensor]:
     mixer = source.spec.attention.get(index)
-    has_keys = mixer is not None and mixer.kv_source is None
-    return cache.scales() if recipe.kv_scales and has_keys else {}
+    if not recipe.kv_scales or mixer is None or mixer.kv_source is not None:
+        return {}
+    return cache.scales(mixer.module)
 
 
 def _quantize_float(

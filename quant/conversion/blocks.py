@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from ...architectures.base import Fold, LinearGroup, experts_of
+from ...architectures.base import Attention, Fold, LayerSpec, LinearGroup, Mamba2, experts_of
 from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
 from .carried import Carried
-from .experts import unroll
+from .experts import rename, unroll
+
+_PAIRS = ("bamba",)  # models that take attention weights from their blocks, too
 
 
 class BlockSource:
@@ -31,14 +33,13 @@ class BlockSource:
         self.device = device
         self.spec = model_spec(checkpoint.config, checkpoint.names())
         described = text_config(checkpoint.config)
-        settings = {k: v for k, v in described.items() if k != "quantization_config"}
+        settings = {k: _number(v) for k, v in described.items() if k != "quantization_config"}
         try:
             self.config = AutoConfig.for_model(**settings)
             with torch.device("meta"):
                 self._model = AutoModel.from_config(self.config, dtype=torch.float32)
                 for layer, of in zip(self._model.layers, self.spec.layers, strict=True):
-                    if (experts := experts_of(of.mlp)) is not None:
-                        unroll(layer, experts)
+                    _adapt(layer, of)
         except Exception as error:  # whatever transformers makes of a value that it did not expect
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
@@ -125,7 +126,7 @@ class BlockSource:
         return self.carried.start(self._embed(token_ids), token_ids)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        table = self.checkpoint.dense(f"{self.spec.prefix}embed_tokens")
+        table = self.checkpoint.dense(f"{self.spec.prefix}{self.spec.embedding}")
         hidden = nn.functional.embedding(token_ids, table).float().to(self.device)
         if self.spec.embedding_norm:
             hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=self.spec.norm_eps)
@@ -152,17 +153,40 @@ class BlockSource:
 
     def keyword_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
         """What transformers passes to each block, besides the hidden states, for a batch shaped as activations are."""
-        recorders = [_Recorder(layer) for layer in self._layers]
+        pairs = self.config.model_type in _PAIRS
+        recorders = [_Recorder(layer, pairs) for layer in self._layers]
         self._model.layers = nn.ModuleList(recorders)
         setattr(self._model, self.spec.final_norm, nn.Identity())
-        rotary = "pos_emb" if hasattr(self._model, "pos_emb") else "rotary_emb"
-        on_meta = getattr(self._model, rotary)
-        setattr(self._model, rotary, type(on_meta)(config=self.config).to(self.device))
+        for name, module in list(self._model.named_modules()):
+            if any(key.endswith("inv_freq") for key, _ in module.named_buffers(recurse=False)):
+                made = type(module)(config=module.config).to(self.device)  # it is on meta
+                self._model.set_submodule(name, made)
         # Gemma 4: blocks are told when they run (carried.py), and no tokens are left out on the way.
         self._model.hidden_size_per_layer_input = 0
         self._model.first_kv_shared_layer_idx = -1
         self._model(inputs_embeds=self.carried.hidden(hidden), use_cache=False)
         return [recorder.seen for recorder in recorders]
+
+
+def _adapt(layer: nn.Module, of: LayerSpec) -> None:
+    """Make one of transformers' decoder layers, on the meta device, what the checkpoint's is: see `unroll`; and with
+    the time steps that Nemotron-H's Mamba-2 has (architectures/nemotron.py)."""
+    if (experts := experts_of(of.mlp)) is not None:
+        unroll(layer, experts)
+    if isinstance(of.mixer, Attention) and of.mixer.head_gate:  # as published files call it
+        attention: Any = layer.get_submodule(of.mixer.module)
+        rename(attention, "g_proj", of.mixer.gate.rpartition(".")[2])
+    if isinstance(of.mixer, Mamba2):
+        mixer: Any = layer.get_submodule(of.mixer.module)
+        mixer.time_step_limit = of.mixer.time_step_limit
+
+
+def _number(value: Any) -> Any:
+    """What transformers writes of a number that JSON does not have, as that number."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    special = isinstance(value, dict) and value.keys() == {"__float__"}
+    return float(value["__float__"]) if special else value
 
 
 def linear(block: nn.Module, name: str) -> nn.Linear:
@@ -183,13 +207,15 @@ def _stored(block: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 class _Recorder(nn.Module):
     """Stands in for a block: keeps the keyword arguments of its call, passes the hidden states on."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, pairs: bool):
         super().__init__()
         self.seen: dict[str, Any] = {}
-        if hasattr(layer, "attention_type"):
-            self.attention_type = layer.attention_type
+        self.pairs = pairs
+        for name in ("attention_type", "block_type"):  # by which a model chooses a block's mask
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
 
-    def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Any:
         """none: what a kind of block is given by position, and has none of here (Gemma 4's per-layer inputs)."""
         self.seen = kwargs
-        return hidden
+        return (hidden, None) if self.pairs else hidden

@@ -18,7 +18,7 @@ LEAST_TOKENS = 512  # that each expert is calibrated on
 
 
 class UnrolledExperts(nn.Module):
-    """Gated MLPs "0", "1", ..., one after the other, each on the tokens that chose it.
+    """MLPs "0", "1", ..., one after the other, each on the tokens that chose it.
 
     While it is calibrated each is shown `least` tokens at least, others evenly spread over the text where too few chose
     it; what it makes of those is thrown away.
@@ -36,7 +36,7 @@ class UnrolledExperts(nn.Module):
         # that chose each, since `forget_tokens`
         self.tokens = torch.zeros(count, dtype=torch.int64, device="cpu")
         for number in range(count):
-            mlp = _GatedMlp(hidden, inner, spec, getattr(experts, "act_fn", None))
+            mlp = _Mlp(hidden, inner, spec, getattr(experts, "act_fn", None))
             self.add_module(str(number), mlp)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -63,31 +63,33 @@ class UnrolledExperts(nn.Module):
         return others[places]
 
 
-class _GatedMlp(nn.Module):
+class _Mlp(nn.Module):
     def __init__(
         self, hidden: int, inner: int, spec: Experts, act_fn: Callable[[Tensor], Tensor] | None
     ):
         super().__init__()
         self.act_fn, self.clamp, names = act_fn, spec.clamp, spec.names
-        self.names = tuple(_after_number(name) for name in (names.gate, names.up, names.down))
-        for name, width, out in zip(
-            self.names, (hidden, hidden, inner), (inner, inner, hidden), strict=True
-        ):
-            self.add_module(name, nn.Linear(width, out, bias=names.interleaved))
+        ups = (names.up,) if spec.plain else (names.gate, names.up)
+        self.ups, self.down = tuple(map(_after_number, ups)), _after_number(names.down)
+        for name in self.ups:
+            self.add_module(name, nn.Linear(hidden, inner, bias=names.interleaved))
+        self.add_module(self.down, nn.Linear(inner, hidden, bias=names.interleaved))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        y: Tensor = down(self._gated(gate(x), up(x)))
+        y: Tensor = self.get_submodule(self.down)(
+            self._activated(*(self.get_submodule(name)(x) for name in self.ups))
+        )
         return y
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.clamp is not None:
+    def _activated(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """up None: there are no gates, and this is up."""
+        if self.clamp is not None and up is not None:
             alpha, limit = self.clamp
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
             return (up + 1) * gate * torch.sigmoid(alpha * gate)
         if self.act_fn is None:
             raise ValueError("experts without an activation")
-        return self.act_fn(gate) * up
+        return self.act_fn(gate) if up is None else self.act_fn(gate) * up
 
 
 def unroll(layer: nn.Module, spec: Experts) -> None:
@@ -100,15 +102,20 @@ def unroll(layer: nn.Module, spec: Experts) -> None:
     own, block = next(
         (name, child) for name, child in layer.named_children() if hasattr(child, "experts")
     )
-    prefix = spec.names.gate.removesuffix(f".experts.*.{_after_number(spec.names.gate)}")
+    prefix = spec.names.up.removesuffix(f".experts.*.{_after_number(spec.names.up)}")
     block.experts = UnrolledExperts(block.experts, spec)
     router, _, inside = spec.names.router.removeprefix(f"{prefix}.").partition(".")
     if inside:
         setattr(block, router, _Holder(inside, block.get_submodule(router)))
     if own != prefix:
-        module = layer._modules.pop(own)
-        layer.__dict__[own] = module  # where the layer's own code finds it
-        layer.add_module(prefix, module)
+        rename(layer, own, prefix)
+
+
+def rename(parent: nn.Module, own: str, name: str) -> None:
+    """Call a child of one of transformers' modules otherwise, for whoever walks its tree."""
+    child = parent._modules.pop(own)
+    parent.__dict__[own] = child  # where the module's own code finds it
+    parent.add_module(name, child)
 
 
 class _Holder(nn.Module):

@@ -42,12 +42,10 @@ class KeyValueRange:
             return arguments
         return arguments | {"cache" if "cache" in arguments else "past_key_values": self}
 
-    def scales(self) -> dict[str, Tensor]:
-        """float32 [1] each, by the names that compressed-tensors gives them within a block."""
-        if not self.attends:
-            return {}
+    def scales(self, module: str) -> dict[str, Tensor]:
+        """float32 [1] each, by the names that compressed-tensors gives them within a block. module: that attends."""
         return {
-            f"self_attn.{name}_scale": fp8.to_scale(absmax) for name, absmax in self.absmax.items()
+            f"{module}.{name}_scale": fp8.to_scale(absmax) for name, absmax in self.absmax.items()
         }
 
 

@@ -57,7 +57,7 @@ def _search(
     loss = awq.expected_loss(torch.cat(weights), gptq.unexplained_variance(inputs.products), *grid)
     if fold.kind != "heads":
         return awq.search_scales(mean_abs, weight_mean, loss)
-    head_dim, shared = _heads(block)
+    head_dim, shared = _heads(block, fold)
     query_heads = len(mean_abs) // head_dim
     kv_heads = query_heads // shared
     return awq.search_scales(
@@ -77,20 +77,22 @@ def _divide_source(
         weight.copy_(stored)
         return scales
     source = linear(block, fold.source)
+    divisors = scales.sqrt() if fold.kind == "roots" else scales
     rows = fold.rows or ((source.out_features - len(scales), source.out_features),)
-    parts = scales.split([end - start for start, end in rows])
+    parts = divisors.split([end - start for start, end in rows])
     for (start, end), part in zip(rows, parts, strict=True):
         source.weight[start:end].div_(part.unsqueeze(1))
         if source.bias is not None:
             source.bias[start:end].div_(part)
     if fold.kind == "heads":
-        head_dim, _ = _heads(block)
+        head_dim, _ = _heads(block, fold)
         query_heads = linear(block, fold.consumers[0]).in_features // head_dim
         return awq.repeat_over_heads(scales, query_heads, head_dim)
     return scales
 
 
-def _heads(block: Any) -> tuple[int, int]:
+def _heads(block: nn.Module, fold: Fold) -> tuple[int, int]:
     """head_dim, and how many query heads share a key-value head, of the attention of one of transformers' decoder
     blocks, which have it alone in common."""
-    return block.self_attn.head_dim, block.self_attn.num_key_value_groups
+    attention: Any = block.get_submodule(fold.source.rpartition(".")[0])
+    return attention.head_dim, attention.num_key_value_groups

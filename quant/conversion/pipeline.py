@@ -217,7 +217,7 @@ def _block_tensors(
 ) -> dict[str, Tensor]:
     """All tensors of a block by full name, quantized ones in the target format, others in the model's dtype, or in
     their own where rounding them would be felt."""
-    prefix, as_stored = source.name(index), source.spec.layers[index].mixer.AS_STORED
+    prefix, as_stored = source.name(index), source.spec.layers[index].as_stored
     write = formats.by_method(plan.scheme.method).write
     kept = {*as_stored, *(name for name, _ in block.named_buffers())}  # as exact as they were
     tensors = {

@@ -66,7 +66,7 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     dense = dict.fromkeys(small, "they are small, and what they say is felt")
     kept = frozenset(source.spec.dense_modules())
     for group in groups:
-        size, why = None, "their outputs gate a recurrence"
+        size, why = None, "their outputs are gates"
         if group[0] not in kept:
             size, why = _group_size([shapes[m] for m in group], recipe)
         if size is None:

@@ -58,7 +58,7 @@ def _logits(source: BlockSource, token_ids: Tensor) -> Tensor:
     hidden = source.carried.hidden(hidden)[0]
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + spec.norm_eps) * weight
     own = spec.head in checkpoint.modules()
-    head = checkpoint.dense(spec.head if own else f"{spec.prefix}embed_tokens")
+    head = checkpoint.dense(spec.head if own else f"{spec.prefix}{spec.embedding}")
     logits = torch.cat([hidden @ rows.to(hidden).t() for rows in head.split(_ROWS)], -1)
     if (bias := checkpoint.bias(spec.head) if own else None) is not None:
         logits = logits + bias.to(logits)

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from nibble.architectures.base import Attention, FeedForward, GatedMlp, LatentAttention
+from nibble.architectures.base import (
+    Attention,
+    FeedForward,
+    GatedMlp,
+    LatentAttention,
+    PlainMlp,
+)
 from nibble.architectures.registry import ARCHITECTURES, model_spec
 from nibble.errors import UserError
 
@@ -83,6 +89,36 @@ FIELDS = [
     "linear_num_value_heads",
     "linear_key_head_dim",
     "linear_conv_kernel_dim",
+    "layers_block_type",
+    "hybrid_override_pattern",
+    "layer_rope_theta",
+    "position_embedding_type",
+    "shared_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "ssm_state_size",
+    "n_groups",
+    "conv_kernel",
+    "use_conv_bias",
+    "mamba_n_heads",
+    "mamba_d_head",
+    "mamba_d_state",
+    "mamba_n_groups",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_conv_bias",
+    "num_heads",
+    "state_size",
+    "expand",
+    "attn_layer_indices",
+    "use_sandwich_norm",
+    "use_attention_gate",
+    "conv_L_cache",
+    "time_step_limit",
+    "layer_norm_epsilon",
+    "mlp_hidden_act",
 ]
 
 
@@ -103,6 +139,9 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                 assert 0 < spec.num_layers <= 1024, (field, value)
                 for layer in spec.layers:
                     mixer = layer.mixer
+                    if mixer is None:
+                        assert all(map(is_positive, _sizes(layer.mlp))), (field, value)
+                        continue
                     if isinstance(mixer, LatentAttention):
                         numbers = (mixer.num_heads, mixer.q_rank or 1, mixer.kv_rank)
                         numbers += (mixer.nope_dim, mixer.rope_dim, mixer.value_dim, mixer.scale)
@@ -111,7 +150,10 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                         assert all(map(is_positive, numbers)), (field, value, numbers)
                         continue
                     if not isinstance(mixer, Attention):
-                        assert all(map(is_positive, dataclasses.astuple(mixer)[:5]))
+                        sizes = [
+                            n for n in dataclasses.astuple(mixer)[:5] if not isinstance(n, bool)
+                        ]
+                        assert all(map(is_positive, sizes)), (field, value, mixer)
                         continue
                     theta = mixer.rope.theta if mixer.rope else 1.0
                     numbers = (mixer.scale, theta, mixer.soft_cap or 1.0, spec.norm_eps)
@@ -122,8 +164,10 @@ def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
                     assert all(good_ones), (field, value, numbers)
 
 
-def _sizes(mlp: FeedForward) -> tuple[float, ...]:
-    if isinstance(mlp, GatedMlp):
+def _sizes(mlp: FeedForward | None) -> tuple[float, ...]:
+    if mlp is None:
+        return ()
+    if isinstance(mlp, GatedMlp | PlainMlp):
         return (mlp.intermediate_size,)
     sizes = (mlp.num_experts, mlp.top_k, mlp.intermediate_size, mlp.routed_scale)
     return (*sizes, mlp.num_experts + 1 - mlp.top_k)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Dots1Config,
@@ -18,9 +19,15 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
+    GraniteMoeSWAConfig,
+    GraniteSWAConfig,
     Lfm2Config,
     Lfm2MoeConfig,
+    Lfm3Config,
     LlamaConfig,
+    Mamba2Config,
     MiniCPM3Config,
     Ministral3Config,
     MinistralConfig,
@@ -28,6 +35,7 @@ from transformers import (
     Mistral4ForCausalLM,
     MistralConfig,
     MixtralConfig,
+    NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
@@ -83,6 +91,22 @@ _DELTA_NET = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
 }
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 4.0,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 2}
+# time_step_min: transformers 5.24 takes it for what time_step_limit says (architectures/nemotron.py)
+_NEMOTRON = {k: v for k, v in _SIZES.items() if k != "num_hidden_layers"} | {
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 32,
+    "n_groups": 2,
+    "time_step_min": 1e-12,
+}
 _QUARTER = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 
 _LATENT = {
@@ -130,12 +154,9 @@ CONFIGS = {
             "partial_rotary_factor": 0.5,
         },
     ),
-    "granite": GraniteConfig(
-        **_SIZES,
-        embedding_multiplier=3.0,
-        attention_multiplier=0.4,
-        residual_multiplier=0.5,
-        logits_scaling=4.0,
+    "granite": GraniteConfig(**_SIZES, **_MULTIPLIERS),
+    "granite-swa": GraniteSWAConfig(
+        **_SIZES, **_MULTIPLIERS, sliding_window=24, layer_rope_theta=[0, 1e4, 5e4, 1e4]
     ),
     "olmo2": Olmo2Config(**_SIZES),
     "olmo3": Olmo3Config(
@@ -180,10 +201,72 @@ CONFIGS = {
     "granitemoe": GraniteMoeConfig(
         **_SIZES,
         num_local_experts=8,
-        embedding_multiplier=3.0,
-        attention_multiplier=0.4,
-        residual_multiplier=0.5,
-        logits_scaling=4.0,
+        **_MULTIPLIERS,
+    ),
+    "granitemoe-shared": GraniteMoeSharedConfig(
+        **_SIZES, **_MULTIPLIERS, num_local_experts=8, shared_intermediate_size=80
+    ),
+    "granitemoe-swa": GraniteMoeSWAConfig(
+        **_SIZES,
+        **_MULTIPLIERS,
+        num_local_experts=8,
+        shared_intermediate_size=80,
+        sliding_window=24,
+        layer_rope_theta=[0, 1e4, 5e4, 1e4],
+    ),
+    "bamba": BambaConfig(**_SIZES, **_MAMBA, attn_layer_indices=[1]),
+    "mamba2": Mamba2Config(
+        **{
+            k: v for k, v in _SIZES.items() if k not in ("num_attention_heads", "intermediate_size")
+        },
+        num_heads=8,
+        head_dim=16,
+        state_size=32,
+        n_groups=2,
+        use_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "granite4": GraniteMoeHybridConfig(
+        **_SIZES,
+        **_MULTIPLIERS,
+        **_MAMBA,
+        num_local_experts=8,
+        shared_intermediate_size=80,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    ),
+    "granite4-dense": GraniteMoeHybridConfig(
+        **_SIZES,
+        **_MULTIPLIERS,
+        **_MAMBA | {"mamba_d_conv": 3, "mamba_conv_bias": False},
+        num_local_experts=0,
+        shared_intermediate_size=96,
+        position_embedding_type="rope",
+        time_step_limit=(0.3, 1.2),
+        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    ),
+    "nemotron-h": NemotronHConfig(
+        **_NEMOTRON,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
+    ),
+    "nemotron3": NemotronHConfig(
+        **_NEMOTRON,
+        layers_block_type=["linear_attention", "moe", "linear_attention", "full_attention", "moe"],
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=80,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.8,
+    ),
+    "nemotron3-latent": NemotronHConfig(
+        **_NEMOTRON,
+        layers_block_type=["moe", "linear_attention", "full_attention", "moe"],
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=80,
+        moe_latent_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
     ),
     "dots1": Dots1Config(
         **_SIZES,
@@ -261,6 +344,29 @@ CONFIGS = {
         conv_bias=True,
         tie_word_embeddings=False,
         layer_types=["conv", "conv", "full_attention", "conv"],
+    ),
+    "lfm3": Lfm3Config(
+        **_SIZES | {"num_hidden_layers": 5},
+        head_dim=16,
+        sliding_window=24,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "lfm3-plain": Lfm3Config(
+        **_SIZES,
+        head_dim=32,
+        sliding_window=24,
+        conv_bias=True,
+        attention_bias=True,
+        use_sandwich_norm=False,
+        use_attention_gate=False,
+        layer_types=["sliding_attention", "conv", "full_attention", "conv"],
     ),
     "lfm2-moe": Lfm2MoeConfig(
         **_SIZES,
@@ -361,9 +467,12 @@ MOE = {"qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "granitemoe", "dots1"}
 MOE |= {"qwen3.5-moe", "qwen3-next", "lfm2-moe", "gpt-oss", "gemma4-moe"}
 MOE |= {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4-moe", "glm4-moe-lite"}
 MOE |= {"mistral4"}
+MOE |= {"granite4", "nemotron3", "nemotron3-latent", "granitemoe-shared", "granitemoe-swa"}
 LATENT = {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4-moe-lite", "mistral4"}
 LATENT |= {"youtu", "minicpm3"}
 RECURRENT = {"qwen3.5", "qwen3.5-moe", "qwen3-next", "lfm2", "lfm2-biased", "lfm2-moe"}
+RECURRENT |= {"lfm3", "lfm3-plain", "bamba", "mamba2"}
+RECURRENT |= {"granite4", "granite4-dense", "nemotron-h", "nemotron3", "nemotron3-latent"}
 
 
 def build(name: str, folder: Path, **changes) -> PreTrainedModel:

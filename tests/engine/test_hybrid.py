@@ -21,7 +21,7 @@ TURNS, ASKED, ANSWERED = 10, 9, 21
 
 @pytest.fixture(
     scope="module",
-    params=itertools.product(("torch", "cpp"), ("qwen3.5", "lfm2")),
+    params=itertools.product(("torch", "cpp"), ("qwen3.5", "lfm2", "granite4", "nemotron-h")),
     ids="-".join,
 )
 def runner(request, tmp_path_factory) -> Runner:

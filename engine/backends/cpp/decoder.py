@@ -13,7 +13,6 @@ Recurrent states lie beside it, float32 (kernels/cpu/delta_net.h):
 
 import ctypes
 import itertools
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +24,8 @@ from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from ..torch.attention import zero_pages
-from .layers import CppLayer, CppPerLayerInputs, CppRopes, as_bfloat16
+from .layers import CppLayer, CppPerLayerInputs, as_bfloat16
+from .mixers import CppRopes
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class CppDecoder(HostSampling):
 
     def __post_init__(self) -> None:
         model = self.model
-        mixers = [layer.mixer.spec for layer in self.layers]
+        mixers = [layer.spec for layer in self.layers]
         self.ropes = CppRopes.of(
             [mixer for mixer in mixers if isinstance(mixer, (Attention, LatentAttention))]
         )
@@ -134,23 +134,22 @@ class CppDecoder(HostSampling):
         return sum(group.nbytes for group in self.groups) + embeddings
 
     def new_cache(self, num_blocks: int, num_states: int = 1) -> CppCache:
-        states = [sum(map(math.prod, layer.mixer.spec.state_shapes)) for layer in self.layers]
         return CppCache.allocate(
             num_blocks,
             [size for size in self._block_bytes() if size],
             self.int8_cache,
             num_states,
-            [size for size in states if size],
+            [layer.state_size for layer in self.layers if layer.state_size],
         )
 
     def _block_bytes(self) -> list[int]:
         """Of a block of tokens in each layer's cache."""
-        return [layer.mixer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers]
+        return [layer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers]
 
     def _cache_offsets(self) -> list[int]:
         """Of each layer's cache or that which it reads: bytes of a block in the layers before."""
         before = list(itertools.accumulate(self._block_bytes(), initial=0))
-        specs = (layer.mixer.spec for layer in self.layers)
+        specs = (layer.spec for layer in self.layers)
         sources = (spec.kv_source if isinstance(spec, Attention) else None for spec in specs)
         return [before[i if source is None else source] for i, source in enumerate(sources)]
 

@@ -4,20 +4,16 @@ A structure lives as long as the part that made it: `struct` is what others may 
 """
 
 import ctypes
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ....architectures.base import (
-    Attention,
     Experts,
-    GatedDeltaNet,
-    LatentAttention,
+    Mixer,
     PerLayerInputs,
-    Rope,
-    ShortConv,
 )
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.library import (
@@ -28,221 +24,25 @@ from ....kernels.cpu.library import (
     NbLatentAttention,
     NbLayer,
     NbLinearGroup,
+    NbMamba2,
     NbPerLayerInput,
     NbPerLayerInputs,
-    NbRope,
     NbShortConv,
 )
 from ....kernels.cpu.prepared import PreparedGroup, pointer
-from ..torch.layers import inverse_frequencies
-from ..weights import DeltaNetWeights
-
-
-@dataclass(slots=True)
-class CppRopes:
-    """The rotations that a model's layers ask for, each once."""
-
-    kinds: list[tuple[Rope | None, int]]  # and the dimensions of a head
-    frequencies: list[Tensor] = field(init=False)  # float32 [turned dimensions / 2] each
-    struct: ctypes.Array[NbRope] = field(init=False)
-
-    @classmethod
-    def of(cls, mixers: Sequence[Attention | LatentAttention]) -> "CppRopes":
-        return cls(list(dict.fromkeys(mixer.rotation for mixer in mixers)))
-
-    def __post_init__(self) -> None:
-        self.frequencies = [inverse_frequencies(dim, rope) for rope, dim in self.kinds]
-        self.struct = (NbRope * len(self.kinds))(
-            *(
-                NbRope(
-                    2 * len(each),
-                    1.0 if rope is None else rope.attention_factor,
-                    rope is not None and rope.interleaved,
-                    pointer(each),
-                )
-                for (rope, _), each in zip(self.kinds, self.frequencies, strict=True)
-            )
-        )
-
-    def index(self, mixer: Attention | LatentAttention) -> int:
-        return self.kinds.index(mixer.rotation)
-
-
-@dataclass(slots=True)
-class CppAttention:
-    """Groups q, k, v and o; norms float32 or None."""
-
-    spec: Attention
-    qkv: PreparedGroup
-    o: PreparedGroup
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    v_norm: Tensor | None
-    sinks: Tensor | None  # [num_heads]
-    struct: NbAttention = field(init=False)
-
-    @property
-    def groups(self) -> list[PreparedGroup]:
-        return [self.qkv, self.o]
-
-    def block_bytes(self, block_size: int, int8: bool) -> int:
-        """Of the keys and values of a block of tokens (kernels/cpu/kv_cache.h)."""
-        if self.spec.kv_source is not None:
-            return 0
-        vector = self.spec.head_dim + 4 if int8 else 2 * self.spec.head_dim
-        return 2 * self.spec.num_kv_heads * block_size * vector
-
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbAttention:
-        """Make the structure. cache_offset: of the keys and values that it reads (abi.h)."""
-        spec = self.spec
-        beta, length = spec.query_scaling or (0.0, 0)
-        self.struct = NbAttention(
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            ropes.index(spec),
-            spec.window or 0,
-            spec.qk_norm == "all",
-            spec.scale,
-            spec.soft_cap or 0.0,
-            beta,
-            length,
-            lib.GATES[spec.output_gate],
-            spec.kv_source is not None,
-            spec.keys_are_values,
-            cache_offset,
-            pointer(self.q_norm),
-            pointer(self.k_norm),
-            pointer(self.v_norm),
-            pointer(self.sinks),
-            self.qkv.struct(),
-            self.o.struct(),
-        )
-        return self.struct
-
-
-@dataclass(slots=True)
-class CppLatentAttention:
-    """Groups q or q_a and kv_a, q_b, o; what kv_b does to queries and to latents, a linear a head; norms float32."""
-
-    spec: LatentAttention
-    inputs: PreparedGroup
-    q_b: PreparedGroup | None
-    keys: PreparedGroup
-    values: PreparedGroup
-    o: PreparedGroup
-    q_norm: Tensor | None
-    kv_norm: Tensor
-    struct: NbLatentAttention = field(init=False)
-
-    @property
-    def groups(self) -> list[PreparedGroup]:
-        found = [self.inputs, self.keys, self.values, self.o]
-        return found if self.q_b is None else [*found, self.q_b]
-
-    def block_bytes(self, block_size: int, int8: bool) -> int:
-        """Of the latents of a block of tokens (kernels/cpu/latent_attention.h)."""
-        numbers = self.spec.kv_rank + self.spec.rope_dim
-        return block_size * (numbers + 8 if int8 else 2 * numbers)
-
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbLatentAttention:
-        """Make the structure. cache_offset: of its latents (abi.h)."""
-        spec = self.spec
-        self.struct = NbLatentAttention(
-            spec.num_heads,
-            spec.q_rank or 0,
-            spec.kv_rank,
-            spec.nope_dim,
-            spec.rope_dim,
-            spec.value_dim,
-            ropes.index(spec),
-            spec.scale,
-            spec.norm_eps,
-            *(spec.query_scaling or (0.0, 0)),
-            cache_offset,
-            pointer(self.q_norm),
-            pointer(self.kv_norm),
-            self.inputs.struct(),
-            NbLinearGroup() if self.q_b is None else self.q_b.struct(),
-            self.keys.struct(),
-            self.values.struct(),
-            self.o.struct(),
-        )
-        return self.struct
-
-
-@dataclass(slots=True)
-class CppDeltaNet:
-    """Groups q, k, v, z, b, a and out."""
-
-    spec: GatedDeltaNet
-    inputs: PreparedGroup
-    out: PreparedGroup
-    weights: DeltaNetWeights
-    struct: NbDeltaNet = field(init=False)
-
-    @property
-    def groups(self) -> list[PreparedGroup]:
-        return [self.inputs, self.out]
-
-    def block_bytes(self, block_size: int, int8: bool) -> int:
-        """None: it has no keys and values."""
-        return 0
-
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbDeltaNet:
-        """Make the structure."""
-        spec, weights = self.spec, self.weights
-        self.struct = NbDeltaNet(
-            spec.num_key_heads,
-            spec.num_value_heads,
-            spec.key_dim,
-            spec.value_dim,
-            spec.conv_kernel,
-            pointer(weights.taps),
-            pointer(weights.rate),
-            pointer(weights.dt_bias),
-            pointer(weights.norm),
-            self.inputs.struct(),
-            self.out.struct(),
-        )
-        return self.struct
-
-
-@dataclass(slots=True)
-class CppShortConv:
-    """Groups B, C, x and out; filters float32 [taps, channels], their bias [channels] or None."""
-
-    spec: ShortConv
-    inputs: PreparedGroup
-    out: PreparedGroup
-    filters: Tensor
-    bias: Tensor | None
-    struct: NbShortConv = field(init=False)
-
-    @property
-    def groups(self) -> list[PreparedGroup]:
-        return [self.inputs, self.out]
-
-    def block_bytes(self, block_size: int, int8: bool) -> int:
-        """None: it has no keys and values."""
-        return 0
-
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbShortConv:
-        """Make the structure."""
-        self.struct = NbShortConv(
-            self.spec.channels,
-            self.spec.conv_kernel,
-            pointer(self.filters),
-            pointer(self.bias),
-            self.inputs.struct(),
-            self.out.struct(),
-        )
-        return self.struct
+from .mixers import (
+    CppAttention,
+    CppDeltaNet,
+    CppLatentAttention,
+    CppMamba2,
+    CppRopes,
+    CppShortConv,
+)
 
 
 @dataclass(slots=True)
 class CppGatedMlp:
-    """Groups gate, up and down."""
+    """Groups gate, up and down; up and down where there is no gate."""
 
     activation: str
     gate_up: PreparedGroup
@@ -275,6 +75,9 @@ class CppExperts:
     experts: list[CppGatedMlp]
     shared: CppGatedMlp | None
     shared_gate: Tensor | None  # float32 [1, hidden]
+    latent: list[
+        PreparedGroup
+    ]  # into it and out of it; empty where experts read what the norm gives
     norm: Tensor | None = None  # float32 [hidden] of what they read, but not the router
     scales: Tensor | None = None  # float32 [num_experts]
     array: ctypes.Array[NbGatedMlp] = field(init=False)
@@ -297,6 +100,8 @@ class CppExperts:
             self.array,
             None if self.shared is None else ctypes.pointer(self.shared.struct),
             pointer(self.shared_gate),
+            spec.latent_size or 0,
+            *([group.struct() for group in self.latent] or [NbLinearGroup()] * 2),
             pointer(self.norm),
             pointer(self.scales),
         )
@@ -304,7 +109,7 @@ class CppExperts:
     @property
     def groups(self) -> list[PreparedGroup]:
         each = self.experts if self.shared is None else [*self.experts, self.shared]
-        return [group for mlp in each for group in mlp.groups]
+        return [group for mlp in each for group in mlp.groups] + self.latent
 
 
 @dataclass(slots=True)
@@ -365,10 +170,10 @@ class CppPerLayerInputs:
 
 @dataclass(slots=True)
 class CppLayer:
-    """A mixer and a feed-forward; norms float32 [hidden] or None."""
+    """A mixer and a feed-forward, or one of the two; norms float32 [hidden] or None."""
 
-    mixer: CppAttention | CppLatentAttention | CppDeltaNet | CppShortConv
-    mlp: CppGatedMlp | CppExperts | CppMlpBesideExperts
+    mixer: CppAttention | CppLatentAttention | CppDeltaNet | CppMamba2 | CppShortConv | None
+    mlp: CppGatedMlp | CppExperts | CppMlpBesideExperts | None
     before_mixer: Tensor | None
     after_mixer: Tensor | None
     before_mlp: Tensor | None
@@ -378,12 +183,26 @@ class CppLayer:
 
     @property
     def groups(self) -> list[PreparedGroup]:
-        told = [] if self.per_layer_input is None else self.per_layer_input.groups
-        return self.mixer.groups + self.mlp.groups + told
+        parts = (self.mixer, self.mlp, self.per_layer_input)
+        return [group for part in parts if part is not None for group in part.groups]
+
+    @property
+    def spec(self) -> Mixer | None:
+        """Its mixer's."""
+        return None if self.mixer is None else self.mixer.spec
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that its mixer carries from token to token."""
+        return 0 if self.spec is None else sum(map(math.prod, self.spec.state_shapes))
+
+    def block_bytes(self, block_size: int, int8: bool) -> int:
+        """Of a block of tokens in its cache."""
+        return 0 if self.mixer is None else self.mixer.block_bytes(block_size, int8)
 
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
-        mixer = self.mixer.point(ropes, cache_offset)
+        mixer = None if self.mixer is None else self.mixer.point(ropes, cache_offset)
         told, mlp, experts = self.per_layer_input, self.mlp, self.mlp
         between: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(self.mlp, CppMlpBesideExperts):
@@ -396,6 +215,7 @@ class CppLayer:
             ctypes.pointer(mixer) if isinstance(mixer, NbLatentAttention) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbDeltaNet) else None,
             ctypes.pointer(mixer) if isinstance(mixer, NbShortConv) else None,
+            ctypes.pointer(mixer) if isinstance(mixer, NbMamba2) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
             ctypes.pointer(experts.struct) if isinstance(experts, CppExperts) else None,
             None if told is None else ctypes.pointer(told.struct),

@@ -13,11 +13,14 @@ from torch import Tensor
 from ....architectures.base import (
     Attention,
     Experts,
+    GatedMlp,
     LatentAttention,
     LayerSpec,
     LinearGroup,
+    Mamba2,
     MlpBesideExperts,
     ModelSpec,
+    PlainMlp,
     ShortConv,
 )
 from ....kernels.cpu import library as lib
@@ -26,24 +29,25 @@ from ....kernels.cpu.prepared import Prepared, PreparedGroup, prepare, quantize_
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
+from . import sizes
 from .decoder import CppDecoder
 from .features import FEATURES
 from .layers import (
-    CppAttention,
-    CppDeltaNet,
     CppExperts,
     CppGatedMlp,
-    CppLatentAttention,
     CppLayer,
     CppMlpBesideExperts,
     CppPerLayerInput,
     CppPerLayerInputs,
+)
+from .mixers import (
+    CppAttention,
+    CppDeltaNet,
+    CppLatentAttention,
+    CppMamba2,
     CppShortConv,
 )
-from .limits import why_not_mix
 from .prepared_cache import PreparedCache
-
-_MAX_WIDTH = 65536  # of the kernels' scratch memory
 
 
 class CppBackend:
@@ -75,26 +79,7 @@ class CppBackend:
         return None
 
     def why_not(self, layer: LayerSpec, model: ModelSpec) -> str | None:
-        if reason := unknown_feature(self.features, layer, model):
-            return reason
-        mixer = layer.mixer
-        if reason := why_not_mix(mixer):
-            return reason
-        if isinstance(layer.mlp, MlpBesideExperts) and layer.norms.after_mlp is None:
-            return "has no MLP beside experts without a norm of their sum"
-        *_, out = mixer.groups(model.hidden_size)
-        sizes: tuple[int, ...] = (
-            model.hidden_size,
-            *layer.mlp.widths,
-            out.in_features,
-        )
-        if (told := model.per_layer_inputs) is not None:
-            sizes += (told.width,)
-        if any(size % 16 or size > _MAX_WIDTH for size in sizes):
-            return f"needs layers in multiples of 16 up to {_MAX_WIDTH}, not {sizes}"
-        if len({each.rotation for each in model.cached.values()}) > lib.MAX_ROPES:
-            return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
-        return None
+        return unknown_feature(self.features, layer, model) or sizes.why_not(layer, model)
 
     def load(
         self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
@@ -194,24 +179,28 @@ class _Loader:
 
     def _mixer(
         self, index: int, scale: float
-    ) -> CppAttention | CppLatentAttention | CppDeltaNet | CppShortConv:
+    ) -> CppAttention | CppLatentAttention | CppDeltaNet | CppMamba2 | CppShortConv | None:
         """scale: of what it gives."""
         mixer = self.weights.model.layers[index].mixer
+        if mixer is None:
+            return None
         if isinstance(mixer, LatentAttention):
             return self._latent_attention(index, mixer, scale)
         *inputs, out = mixer.groups(self.weights.model.hidden_size)
         groups = [self._layer_group(index, group) for group in inputs]
         last = self._layer_group(index, out, scale)
+        together = PreparedGroup(
+            [linear for group in groups for linear in group.linears], groups[0].int8
+        )
         if isinstance(mixer, Attention):
             norms = self.weights.head_norms(index, mixer)
             v_norm = torch.ones(mixer.head_dim) if mixer.v_norm else None
             sinks = self.weights.sinks(index, mixer)
-            return CppAttention(mixer, groups[0], last, *norms, v_norm, sinks)
+            return CppAttention(mixer, together, last, *norms, v_norm, sinks)
         if isinstance(mixer, ShortConv):
-            return CppShortConv(mixer, groups[0], last, *self.weights.short_conv(index, mixer))
-        together = PreparedGroup(
-            [linear for group in groups for linear in group.linears], groups[0].int8
-        )
+            return CppShortConv(mixer, together, last, *self.weights.short_conv(index, mixer))
+        if isinstance(mixer, Mamba2):
+            return CppMamba2(mixer, together, last, self.weights.mamba2(index, mixer))
         return CppDeltaNet(mixer, together, last, self.weights.gated_delta_net(index, mixer))
 
     def _latent_attention(
@@ -264,15 +253,16 @@ class _Loader:
 
     def _feed_forward(
         self, index: int, scale: float
-    ) -> CppGatedMlp | CppExperts | CppMlpBesideExperts:
+    ) -> CppGatedMlp | CppExperts | CppMlpBesideExperts | None:
         spec = self.weights.model.layers[index].mlp
+        if spec is None:
+            return None
         if isinstance(spec, MlpBesideExperts):
             return self._mlp_beside_experts(index, spec)
         if isinstance(spec, Experts):
             router = self.weights.router(index, spec.names.router, spec.num_experts)
             return self._experts(index, spec, router, scale)
-        groups = spec.groups(self.weights.model.hidden_size)
-        return self._gated_mlp(index, spec.activation, groups, scale)
+        return self._mlp(index, spec, spec.groups(self.weights.model.hidden_size), scale)
 
     def _mlp_beside_experts(self, index: int, spec: MlpBesideExperts) -> CppMlpBesideExperts:
         weights, hidden = self.weights, self.weights.model.hidden_size
@@ -283,7 +273,7 @@ class _Loader:
         )
         scales = weights.vector(f"{prefix}{spec.expert_scales}", spec.experts.num_experts)
         experts = replace(experts, norm=before_experts, scales=scales)
-        mlp = self._gated_mlp(index, spec.mlp.activation, spec.mlp.groups(hidden), 1.0)
+        mlp = self._mlp(index, spec.mlp, spec.mlp.groups(hidden), 1.0)
         return CppMlpBesideExperts(mlp, experts, after_mlp, after_experts, torch.ones(hidden))
 
     def _experts(self, index: int, spec: Experts, router: Tensor, scale: float) -> CppExperts:
@@ -294,28 +284,35 @@ class _Loader:
         if spec.shared is not None and spec.shared.gated:
             gate = weights.router(index, names.shared_gate, 1)
         experts = [
-            self._gated_mlp(index, spec.activation, pair, scale, spec.clamp)
-            for pair in spec.members(model.hidden_size)
+            self._mlp(
+                index, spec, pair, 1.0 if spec.latent_size and i < spec.num_experts else scale
+            )
+            for i, pair in enumerate(spec.members(model.hidden_size))
         ]
         shared = experts.pop() if spec.shared is not None else None
         own = weights.router_bias(index, names.router, spec.num_experts)
-        return CppExperts(spec, router, own, bias, experts, shared, gate)
+        latent = [
+            self._layer_group(index, group, of)
+            for group, of in zip(spec.latent_groups(model.hidden_size), (1.0, scale), strict=False)
+        ]
+        return CppExperts(spec, router, own, bias, experts, shared, gate, latent)
 
-    def _gated_mlp(
+    def _mlp(
         self,
         index: int,
-        activation: str,
+        spec: GatedMlp | PlainMlp | Experts,
         pair: tuple[LinearGroup, LinearGroup],
         scale: float,
-        clamp: tuple[float, float] | None = None,
     ) -> CppGatedMlp:
-        gate_up, down = pair
-        parts = 2 // len(gate_up.modules)  # two products, however stored
+        """spec: which kind it is, or its experts are."""
+        up, down = pair
+        plain = isinstance(spec, PlainMlp) or (isinstance(spec, Experts) and spec.plain)
+        parts = 1 if plain else 2 // len(up.modules)  # gates and ups, however stored
         return CppGatedMlp(
-            activation,
-            self._layer_group(index, gate_up, parts=parts),
+            spec.activation,
+            self._layer_group(index, up, parts=parts),
             self._layer_group(index, down, scale),
-            clamp,
+            spec.clamp if isinstance(spec, Experts) else None,
         )
 
     def _prepared(

@@ -18,7 +18,7 @@ from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from .attention import AttentionMetadata, KVCache
-from .feed_forward import TorchExperts, TorchGatedMlp, TorchMlpBesideExperts
+from .feed_forward import TorchFeedForward
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
 from .linear import FusedLinear
 from .mixers import Step, TorchMixer
@@ -28,11 +28,11 @@ from .states import StateCache, StateStep
 
 @dataclass(slots=True)
 class TorchLayer:
-    """One layer's weights. A norm that the layer does not have is None."""
+    """One layer's weights. What the layer does not have is None."""
 
     spec: LayerSpec
-    mixer: TorchMixer
-    mlp: TorchGatedMlp | TorchExperts | TorchMlpBesideExperts
+    mixer: TorchMixer | None
+    mlp: TorchFeedForward | None
     before_mixer: RMSNorm | None
     after_mixer: RMSNorm | None
     before_mlp: RMSNorm | None
@@ -90,11 +90,12 @@ class TorchDecoder(HostSampling):
         if self.per_layer_inputs is not None:
             given = self.per_layer_inputs(torch.tensor(batch.token_ids, device=self.device), x)
         for index, layer in enumerate(self.layers):
-            h = _normed(layer.before_mixer, x)
-            mixed = layer.mixer(h, index, step)
-            x = x + scaled(_normed(layer.after_mixer, mixed), self.model.residual_scale)
-            mixed = layer.mlp(_normed(layer.before_mlp, x))
-            x = x + scaled(_normed(layer.after_mlp, mixed), self.model.residual_scale)
+            if layer.mixer is not None:
+                mixed = layer.mixer(_normed(layer.before_mixer, x), index, step)
+                x = x + scaled(_normed(layer.after_mixer, mixed), self.model.residual_scale)
+            if layer.mlp is not None:
+                mixed = layer.mlp(_normed(layer.before_mlp, x))
+                x = x + scaled(_normed(layer.after_mlp, mixed), self.model.residual_scale)
             if layer.per_layer_input is not None and given is not None:
                 x = x + layer.per_layer_input(x, given[:, index])
             if layer.scalar is not None:

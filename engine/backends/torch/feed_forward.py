@@ -28,7 +28,22 @@ class TorchGatedMlp:
         return self.down(activate(gate, self.activation) * up)
 
 
+@dataclass(slots=True)
+class TorchPlainMlp:
+    """down(act(up))"""
+
+    activation: str
+    up: FusedLinear
+    down: FusedLinear
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h [T, hidden], normed."""
+        return self.down(activate(self.up(h), self.activation))
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "relu2":
+        return F.relu(x).square()
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
@@ -46,9 +61,10 @@ class TorchExperts:
     router: Tensor  # float32 [num_experts, hidden]
     router_bias: Tensor | None  # float32 [num_experts]
     correction_bias: Tensor | None  # float32 [num_experts]
-    experts: list[TorchGatedMlp]
-    shared: TorchGatedMlp | None
+    experts: list[TorchGatedMlp] | list[TorchPlainMlp]
+    shared: TorchGatedMlp | TorchPlainMlp | None
     shared_gate: Tensor | None  # float32 [1, hidden]
+    latent: list[FusedLinear]  # into it and out of it; empty where experts read h
     scales: Tensor | None = None  # float32 [num_experts] of MlpBesideExperts
 
     def __call__(self, h: Tensor, routed: Tensor | None = None) -> Tensor:
@@ -58,11 +74,13 @@ class TorchExperts:
         weights, chosen = route(self.spec, logits, self.correction_bias)
         if self.scales is not None:
             weights = weights * self.scales[chosen]
-        out = torch.zeros_like(h)
+        read = self.latent[0](h) if self.latent else h
+        out = torch.zeros_like(read)
         for expert in chosen.unique().tolist():
             tokens, places = torch.where(chosen == expert)
-            added = self.experts[expert](h[tokens]) * weights[tokens, places, None]
+            added = self.experts[expert](read[tokens]) * weights[tokens, places, None]
             out.index_add_(0, tokens, added.to(out.dtype))
+        out = self.latent[1](out) if self.latent else out
         if self.shared is None:
             return out
         added = self.shared(h)
@@ -87,6 +105,9 @@ class TorchMlpBesideExperts:
         """x [T, hidden], not normed."""
         routed = self.experts(self.before_experts(x), self.before_router(x))
         return self.after_mlp(self.mlp(self.before_mlp(x))) + self.after_experts(routed)
+
+
+TorchFeedForward = TorchGatedMlp | TorchPlainMlp | TorchExperts | TorchMlpBesideExperts
 
 
 def route(spec: Experts, logits: Tensor, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:

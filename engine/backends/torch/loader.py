@@ -4,6 +4,7 @@ ever held in two forms.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,12 @@ from ....architectures.base import (
     LatentAttention,
     LayerSpec,
     LinearGroup,
+    Mamba2,
+    Mixer,
     MlpBesideExperts,
     ModelSpec,
     Norms,
+    PlainMlp,
     Rope,
     ShortConv,
 )
@@ -27,13 +31,20 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from .decoder import TorchDecoder, TorchLayer
-from .feed_forward import TorchExperts, TorchGatedMlp, TorchMlpBesideExperts
+from .feed_forward import (
+    TorchExperts,
+    TorchFeedForward,
+    TorchGatedMlp,
+    TorchMlpBesideExperts,
+    TorchPlainMlp,
+)
 from .layers import RMSNorm, RopeTable
 from .linear import FusedLinear
 from .mixers import (
     TorchAttention,
     TorchGatedDeltaNet,
     TorchLatentAttention,
+    TorchMamba2,
     TorchMixer,
     TorchShortConv,
 )
@@ -61,6 +72,8 @@ class TorchBackend:
             "per_layer_inputs.activation=silu",
             "per_layer_inputs.activation=gelu_tanh",
             "layer",
+            "layer.mixer=None",
+            "layer.mlp=None",
             "layer.scalar",
             "norms",
             "norms.before_mixer=None",
@@ -80,12 +93,16 @@ class TorchBackend:
             "attention.kv_source",
             "attention.output_gate=q_proj",
             "attention.output_gate=gate_proj",
+            "attention.head_gate",
             "latent_attention",
             "latent_attention.q_rank=None",
             "latent_attention.query_scaling",
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
+            "mamba2",
+            "mamba2.conv_bias",
+            "mamba2.time_step_limit",
             "rope",
             "rope.scaling=default",
             "rope.scaling=linear",
@@ -99,9 +116,17 @@ class TorchBackend:
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
+            "gated_mlp.activation=relu2",
+            "plain_mlp",
+            "plain_mlp.activation=silu",
+            "plain_mlp.activation=gelu_tanh",
+            "plain_mlp.activation=relu2",
             "experts",
             "experts.activation=silu",
             "experts.activation=gelu_tanh",
+            "experts.activation=relu2",
+            "experts.plain",
+            "experts.latent_size",
             "experts.scoring=softmax",
             "experts.scoring=sigmoid",
             "experts.norm_weights",
@@ -179,15 +204,25 @@ class _Loader:
             **norms,
         )
 
-    def _mixer(
-        self, index: int, mixer: Attention | LatentAttention | GatedDeltaNet | ShortConv
-    ) -> TorchMixer:
+    def _mixer(self, index: int, mixer: Mixer | None) -> TorchMixer | None:
+        if mixer is None:
+            return None
         if isinstance(mixer, Attention):
             return self._attention(index, mixer)
         if isinstance(mixer, LatentAttention):
             return self._latent_attention(index, mixer)
         if isinstance(mixer, GatedDeltaNet):
             return self._gated_delta_net(index, mixer)
+        if isinstance(mixer, Mamba2):
+            return self._mamba2(index, mixer)
+        return self._short_conv(index, mixer)
+
+    def _mamba2(self, index: int, mixer: Mamba2) -> TorchMamba2:
+        inputs, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
+        weights = self.weights.mamba2(index, mixer).to(self.target.device)
+        return TorchMamba2(mixer, inputs, out, weights, self.weights.model.norm_eps)
+
+    def _short_conv(self, index: int, mixer: ShortConv) -> TorchShortConv:
         inputs, out = self._groups(index, mixer.groups(self.weights.model.hidden_size))
         taps, bias = self.weights.short_conv(index, mixer)
         device = self.target.device
@@ -218,8 +253,9 @@ class _Loader:
         v_norm = self._norm(torch.ones(mixer.head_dim)) if mixer.v_norm else None
         sinks = self.weights.sinks(index, mixer)
         sinks = None if sinks is None else sinks.to(self.target.device)
-        qkv, o = self._groups(index, mixer.groups(model.hidden_size))
-        return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks)
+        qkv, *gates, o = self._groups(index, mixer.groups(model.hidden_size))
+        head_gate = gates[0] if gates else None
+        return TorchAttention(mixer, qkv, o, q_norm, k_norm, v_norm, sinks, head_gate)
 
     def _latent_attention(self, index: int, mixer: LatentAttention) -> TorchLatentAttention:
         target = self.target
@@ -245,19 +281,20 @@ class _Loader:
             kv_norm,
         )
 
-    def _feed_forward(
-        self, index: int, mlp: FeedForward
-    ) -> TorchGatedMlp | TorchExperts | TorchMlpBesideExperts:
+    def _feed_forward(self, index: int, mlp: FeedForward | None) -> TorchFeedForward | None:
+        if mlp is None:
+            return None
         if isinstance(mlp, MlpBesideExperts):
             return self._mlp_beside_experts(index, mlp)
         if isinstance(mlp, Experts):
             router = self.weights.router(index, mlp.names.router, mlp.num_experts)
             return self._experts(index, mlp, router)
-        return self._gated_mlp(index, mlp)
+        return self._mlp(index, mlp)
 
-    def _gated_mlp(self, index: int, mlp: GatedMlp) -> TorchGatedMlp:
-        gate_up, down = self._groups(index, mlp.groups(self.weights.model.hidden_size))
-        return TorchGatedMlp(mlp.activation, gate_up, down)
+    def _mlp(self, index: int, mlp: GatedMlp | PlainMlp) -> TorchGatedMlp | TorchPlainMlp:
+        up, down = self._groups(index, mlp.groups(self.weights.model.hidden_size))
+        kind = TorchPlainMlp if isinstance(mlp, PlainMlp) else TorchGatedMlp
+        return kind(mlp.activation, up, down)
 
     def _mlp_beside_experts(self, index: int, spec: MlpBesideExperts) -> TorchMlpBesideExperts:
         weights, hidden = self.weights, self.weights.model.hidden_size
@@ -265,11 +302,12 @@ class _Loader:
         experts = self._experts(index, spec.experts, weights.scaled_router(index, spec))
         scales = weights.vector(f"{prefix}{spec.expert_scales}", spec.experts.num_experts)
         experts.scales = scales.to(self.target.device)
+        gate_up, down = self._groups(index, spec.mlp.groups(hidden))
         before_mlp, after_mlp, before_experts, after_experts = (
             self._norm(weights.norm(prefix + name, hidden)) for name in spec.norms
         )
         return TorchMlpBesideExperts(
-            self._gated_mlp(index, spec.mlp),
+            TorchGatedMlp(spec.mlp.activation, gate_up, down),
             experts,
             before_mlp,
             after_mlp,
@@ -286,12 +324,19 @@ class _Loader:
             bias = bias.to(device)
         if mlp.shared is not None and mlp.shared.gated:
             gate = self.weights.router(index, names.shared_gate, 1).to(device)
-        pairs = (self._groups(index, pair) for pair in mlp.members(self.weights.model.hidden_size))
-        each = [TorchGatedMlp(mlp.activation, up, down, mlp.clamp) for up, down in pairs]
+        hidden_size = self.weights.model.hidden_size
+        pairs = (self._groups(index, pair) for pair in mlp.members(hidden_size))
+        each: list[Any] = [
+            TorchPlainMlp(mlp.activation, up, down)
+            if mlp.plain
+            else TorchGatedMlp(mlp.activation, up, down, mlp.clamp)
+            for up, down in pairs
+        ]
         shared = each.pop() if mlp.shared is not None else None
         own = self.weights.router_bias(index, names.router, mlp.num_experts)
         own = None if own is None else own.to(device)
-        return TorchExperts(mlp, router.to(device), own, bias, each, shared, gate)
+        latent = self._groups(index, mlp.latent_groups(hidden_size))
+        return TorchExperts(mlp, router.to(device), own, bias, each, shared, gate, latent)
 
     def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
         model, prefix = self.weights.model, self.weights.model.layer_name(index)

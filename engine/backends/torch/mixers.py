@@ -6,13 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import Attention, GatedDeltaNet, LatentAttention, Rope, ShortConv
+from ....architectures.base import (
+    Attention,
+    GatedDeltaNet,
+    LatentAttention,
+    Mamba2,
+    Rope,
+    ShortConv,
+)
+from ..weights import Mamba2Weights
+from . import delta_rule, state_space
 from .attention import AttentionMetadata, KVCache, paged_attention
-from .delta_rule import chunked, recurrent_step
 from .latent_attention import latent_attention
 from .layers import RMSNorm, apply_rope, position_factors
 from .linear import FusedLinear
-from .states import StateCache, StateStep, convolve, read
+from .states import StateCache, StateStep, carry, convolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class TorchAttention:
     k_norm: RMSNorm | None
     v_norm: RMSNorm | None
     sinks: Tensor | None  # float32 [num_heads]
+    head_gate: FusedLinear | None  # hidden -> num_heads
 
     def __call__(self, h: Tensor, layer: int, step: Step) -> Tensor:
         """h [T, hidden], normed; layer: whose part of the cache."""
@@ -59,6 +68,8 @@ class TorchAttention:
             factors = position_factors(step.positions, spec.query_scaling)
             qkv[:, : spec.num_heads] *= factors.to(qkv)
         mixed = paged_attention(qkv, spec, step.cache, layer, step.attention, self.sinks)
+        if self.head_gate is not None:
+            gate = self.head_gate(h).repeat_interleave(spec.head_dim, 1)
         return self.o(mixed if gate is None else mixed * gate.sigmoid())
 
     def _normed(self, qkv: Tensor) -> Tensor:
@@ -137,7 +148,11 @@ class TorchGatedDeltaNet:
             raise ValueError("a step without the states of a layer that has one")
         inputs, matrices = step.state_cache.layers[layer]
         q, k, v = self._heads(F.silu(convolve(qkv.float(), self.taps, step.states, inputs)))
-        mixed = self.norm(_delta_rule(q, k, v, decay, beta, step.states, matrices))
+        inputs_of_rule = (q, k, v, decay, beta)
+        mixed = carry(
+            delta_rule.recurrent_step, delta_rule.chunked, inputs_of_rule, step.states, matrices
+        )
+        mixed = self.norm(mixed)
         return self.out((mixed.flatten(1) * F.silu(z.float())).to(h.dtype))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,25 +167,42 @@ class TorchGatedDeltaNet:
         return q * spec.key_dim**-0.5, k, v.view(len(v), -1, spec.value_dim)
 
 
-def _delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, step: StateStep, states: Tensor
-) -> Tensor:
-    """[T, heads, ...] each -> [T, heads, value_dim]; the slots go on."""
-    outputs, count = [], step.num_decodes
-    if count:
-        state = states[step.reads].masked_fill_(step.fresh.view(-1, 1, 1, 1), 0)
-        output, state = recurrent_step(
-            q[:count], k[:count], v[:count], g[:count], beta[:count], state
+@dataclass(slots=True)
+class TorchMamba2:
+    """x, B, C -> convolution, silu -> state space -> times silu(z) -> norm -> out; in float32 between linears"""
+
+    spec: Mamba2
+    inputs: FusedLinear
+    out: FusedLinear
+    weights: Mamba2Weights
+    eps: float
+
+    def __call__(self, h: Tensor, layer: int, step: Step) -> Tensor:
+        """h [T, hidden], normed; layer: whose states."""
+        spec, own = self.spec, self.weights
+        sizes = (spec.values, spec.channels, spec.num_heads)
+        z, xbc, dt = self.inputs(h).float().split(sizes, dim=1)
+        if step.states is None:
+            raise ValueError("a step without the states of a layer that has one")
+        earlier, matrices = step.state_cache.layers[layer]
+        xbc = convolve(xbc, own.taps, step.states, earlier)
+        x, b, c = self._heads(F.silu(xbc if own.bias is None else xbc + own.bias))
+        dt = F.softplus(dt + own.dt_bias).clamp(*spec.time_step_limit)
+        inputs = (b, c, dt[..., None] * x, own.rate * dt)
+        y = carry(state_space.recurrent_step, state_space.chunked, inputs, step.states, matrices)
+        y = (y + own.skip[:, None] * x).flatten(1) * F.silu(z)
+        groups = y.view(len(y), spec.num_groups, -1)
+        normed = F.rms_norm(groups, groups.shape[2:], eps=self.eps).flatten(1) * own.norm
+        return self.out(normed.to(h.dtype))
+
+    def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, channels] -> x [T, num_heads, head_dim], B and C [T, num_heads, state_dim]"""
+        spec, shared = self.spec, self.spec.num_heads // self.spec.num_groups
+        x, *both = xbc.split((spec.values, *[spec.num_groups * spec.state_dim] * 2), dim=1)
+        b, c = (
+            each.view(len(each), -1, spec.state_dim).repeat_interleave(shared, 1) for each in both
         )
-        states[step.writes] = state[step.written]
-        outputs.append(output)
-    for piece in step.pieces:
-        rows, before = piece.rows, read(states, piece)
-        output, state = chunked(q[rows], k[rows], v[rows], g[rows], beta[rows], before)
-        for slot in piece.writes:
-            states[slot] = state
-        outputs.append(output)
-    return torch.cat(outputs)
+        return x.view(len(x), -1, spec.head_dim), b, c
 
 
 @dataclass(slots=True)
@@ -198,4 +230,6 @@ def _unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-TorchMixer = TorchAttention | TorchLatentAttention | TorchGatedDeltaNet | TorchShortConv
+TorchMixer = (
+    TorchAttention | TorchLatentAttention | TorchGatedDeltaNet | TorchMamba2 | TorchShortConv
+)

@@ -7,6 +7,7 @@ reads that and writes its own slot. A chunk is cut where a snapshot is taken of 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,9 @@ class StateCache:
 
         return cls(
             {
-                index: tuple(map(zeros, layer.mixer.state_shapes))
+                index: tuple(map(zeros, layer.state_shapes))
                 for index, layer in enumerate(layers)
-                if layer.mixer.state_shapes
+                if layer.state_shapes
             }
         )
 
@@ -121,6 +122,31 @@ def convolve(x: Tensor, taps: Tensor, step: StateStep, states: Tensor) -> Tensor
         outputs.append(sum(seen[i : i + length] * tap for i, tap in enumerate(taps)))
         for slot in piece.writes:
             states[slot] = seen[length:]
+    return torch.cat(outputs)
+
+
+def carry(
+    one: Callable[..., tuple[Tensor, Tensor]],
+    several: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, ...],
+    step: StateStep,
+    states: Tensor,
+) -> Tensor:
+    """inputs [T, ...] each, through a recurrence over the tokens of each request: `one` of (inputs of decodes, their
+    states) or `several` of (inputs of one request, its state), each to outputs and new states. Returns outputs
+    [T, ...]; the slots go on."""
+    outputs, count = [], step.num_decodes
+    if count:
+        fresh = step.fresh.view(-1, *[1] * (states.dim() - 1))
+        state = states[step.reads].masked_fill_(fresh, 0)
+        output, state = one(*(each[:count] for each in inputs), state)
+        states[step.writes] = state[step.written]
+        outputs.append(output)
+    for piece in step.pieces:
+        output, state = several(*(each[piece.rows] for each in inputs), read(states, piece))
+        for slot in piece.writes:
+            states[slot] = state
+        outputs.append(output)
     return torch.cat(outputs)
 
 

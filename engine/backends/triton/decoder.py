@@ -31,7 +31,7 @@ from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
 from ..torch.decoder import TorchDecoder
-from ..torch.feed_forward import TorchExperts, TorchGatedMlp, TorchMlpBesideExperts
+from ..torch.feed_forward import TorchGatedMlp
 from ..torch.layers import RMSNorm, position_factors, scaled, soft_cap
 from ..torch.mixers import TorchAttention
 from .batch import DeviceBatch, StaticBatch, upload
@@ -187,7 +187,7 @@ class TritonDecoder:
         following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
         for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
             if not isinstance(layer.mixer, TorchAttention):
-                raise TypeError(f"{layer.mixer.spec.KIND} was refused, and is loaded")
+                raise TypeError(f"{layer.spec.mixer} was refused, and is loaded")
             mixed = scaled(self._attention(layer.mixer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
             h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)
@@ -236,9 +236,9 @@ class TritonDecoder:
         return mixer.o(paged_attention(qkv[:, :heads], cache, paged, how).flatten(1))
 
 
-def _gated_mlp(mlp: TorchGatedMlp | TorchExperts | TorchMlpBesideExperts, h: Tensor) -> Tensor:
+def _gated_mlp(mlp: object, h: Tensor) -> Tensor:
     if not isinstance(mlp, TorchGatedMlp):
-        raise TypeError("the backend does not take layers with experts")
+        raise TypeError(f"{type(mlp).__name__} was refused, and is loaded")
     return mlp.down(gated(mlp.gate_up(h), mlp.activation))
 
 

@@ -64,7 +64,7 @@ class TritonBackend:
             return reason
         mixer = layer.mixer
         if not isinstance(mixer, Attention):
-            return f"does not compute {mixer.KIND}"
+            return "computes no mixer but attention"
         if mixer.query_scaling is not None and mixer.qk_norm is not None:
             return "does not scale queries that are normed"
         if model.residual_scale != 1.0 and (layer.norms.after_mixer or layer.norms.after_mlp):

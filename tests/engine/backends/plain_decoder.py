@@ -13,10 +13,11 @@ from nibble.architectures.base import (
     Attention,
     Experts,
     GatedDeltaNet,
-    GatedMlp,
     LatentAttention,
+    Mamba2,
     MlpBesideExperts,
     ModelSpec,
+    PlainMlp,
     Rope,
     ShortConv,
 )
@@ -35,7 +36,7 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
         factor = weight(f"{name}.weight") + (1.0 if spec.norm_offset else 0.0)
         return plain_norm(x, spec.norm_eps if eps is None else eps) * factor
 
-    embedding = weight(f"{spec.prefix}embed_tokens.weight")
+    embedding = weight(f"{spec.prefix}{spec.embedding}.weight")
     x = embedding[torch.tensor(ids)] * spec.embedding_scale
     if spec.embedding_norm:
         x = plain_norm(x, spec.norm_eps)
@@ -47,36 +48,35 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
         def named(name: str | None, prefix: str = prefix) -> str | None:
             return None if name is None else prefix + name
 
+        mixer, mlp = layer.mixer, layer.mlp
         h = norm(named(norms.before_mixer), x)
-        if isinstance(layer.mixer, ShortConv):
-            mixed = short_conv(h, layer.mixer, weight, f"{prefix}conv.")
-        elif isinstance(layer.mixer, LatentAttention):
-            mixed = latent_attention(h, layer.mixer, weight, f"{prefix}self_attn.")
-        elif isinstance(layer.mixer, GatedDeltaNet):
-            mixed = gated_delta_net(h, layer.mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
+        if mixer is None:
+            mixed = torch.zeros_like(x)
+        elif isinstance(mixer, ShortConv):
+            mixed = short_conv(h, mixer, weight, f"{prefix}conv.")
+        elif isinstance(mixer, LatentAttention):
+            mixed = latent_attention(h, mixer, weight, f"{prefix}self_attn.")
+        elif isinstance(mixer, GatedDeltaNet):
+            mixed = gated_delta_net(h, mixer, spec.norm_eps, weight, f"{prefix}linear_attn.")
+        elif isinstance(mixer, Mamba2):
+            mixed = mamba2(h, mixer, spec.norm_eps, weight, f"{prefix}{mixer.module}.")
         else:
-            source = layer.mixer.kv_source
-            mixed, kept[index] = attention(
-                h,
-                layer.mixer,
-                weight,
-                norm,
-                f"{prefix}self_attn.",
-                None if source is None else kept[source],
-                spec.norm_eps,
-            )
+            shared = None if mixer.kv_source is None else kept[mixer.kv_source]
+            mixed, kept[index] = attention(h, mixer, weight, norm, prefix, shared, spec.norm_eps)
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed, spec.after_norm_eps)
         h = norm(named(norms.before_mlp), x)
 
         def inside(name: str, prefix: str = prefix) -> Tensor:
             return weight(prefix + name)
 
-        if isinstance(layer.mlp, Experts):
-            added = torch.stack([expert_sum(row, layer.mlp, inside) for row in h])
-        elif isinstance(layer.mlp, MlpBesideExperts):
-            added = both(h, layer.mlp, inside, lambda n, x, p=prefix: norm(p + n, x), spec.norm_eps)
+        if mlp is None:
+            added = torch.zeros_like(x)
+        elif isinstance(mlp, Experts):
+            added = torch.stack([expert_sum(row, mlp, inside) for row in h])
+        elif isinstance(mlp, MlpBesideExperts):
+            added = both(h, mlp, inside, lambda n, x, p=prefix: norm(p + n, x), spec.norm_eps)
         else:
-            added = dense(h, layer.mlp, inside)
+            added = dense_mlp(h, mlp.names, mlp, inside)
         x = x + spec.residual_scale * norm(named(norms.after_mlp), added, spec.after_norm_eps)
         if spec.per_layer_inputs is not None:
             gate = activate(
@@ -98,14 +98,6 @@ def plain_norm(x: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def dense(h: Tensor, spec: GatedMlp, weight: Callable[[str], Tensor]) -> Tensor:
-    if spec.fused:
-        gate, up = weight("mlp.gate_up_proj.weight").chunk(2)
-    else:
-        gate, up = (weight(f"{name}.weight") for name in spec.names[:2])
-    return gated_mlp(h, gate, up, weight(f"{spec.names[2]}.weight"), spec.activation)
-
-
 def both(
     x: Tensor, spec: MlpBesideExperts, weight: Callable[[str], Tensor], norm: Any, eps: float
 ) -> Tensor:
@@ -114,7 +106,7 @@ def both(
     rows = zip(norm(before_experts, x), seen, strict=True)
     scales = weight(spec.expert_scales).tolist()
     routed = [expert_sum(row, spec.experts, weight, what, scales) for row, what in rows]
-    mlp = dense(norm(before_mlp, x), spec.mlp, weight)
+    mlp = dense_mlp(norm(before_mlp, x), spec.mlp.names, spec.mlp, weight)
     return norm(after_mlp, mlp) + norm(after_experts, torch.stack(routed))
 
 
@@ -129,6 +121,17 @@ def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) ->
     own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[torch.tensor(ids)]
     own = own.view(seen.shape) * math.sqrt(told.width)
     return (seen * (factor + (1.0 if spec.norm_offset else 0.0)) + own) / math.sqrt(2)
+
+
+def dense_mlp(
+    x: Tensor, names: tuple[str, ...], of: Any, weight: Callable[[str], Tensor]
+) -> Tensor:
+    """By the names of its modules; of: what says its activation, and whether it is plain."""
+    *ups, down = (weight(f"{name}.weight") for name in names)
+    if isinstance(of, PlainMlp) or getattr(of, "plain", False):
+        return activate(x @ ups[0].T, of.activation) @ down.T
+    gate, up = ups if len(ups) == 2 else ups[0].chunk(2)
+    return gated_mlp(x, gate, up, down, of.activation)
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
@@ -164,21 +167,25 @@ def expert_sum(
     chosen = sorted(allowed, key=lambda expert: -ranks[expert])[: spec.top_k]
     total = sum(scores[expert] for expert in chosen) if spec.norm_weights else 1.0
 
-    def mlp(gate: str, up: str, down: str) -> Tensor:
-        gate, up, down = (weight(f"{name}.weight") for name in (gate, up, down))
+    def mlp(x: Tensor, *names: str) -> Tensor:
         if spec.clamp is None:
-            return gated_mlp(x, gate, up, down, spec.activation)
+            return dense_mlp(x, names, spec, weight)
         alpha, limit = spec.clamp
+        gate, up, down = (weight(f"{name}.weight") for name in names)
         g, u = (x @ gate.T).clamp(max=limit), (x @ up.T).clamp(-limit, limit)
         return ((u + 1) * g / (1 + torch.exp(-alpha * g))) @ down.T
 
-    y = torch.zeros_like(x)
+    latent = spec.latent_size is not None
+    read = weight(f"{spec.names.latent[0]}.weight") @ x if latent else x
+    y = torch.zeros_like(read)
     for e in chosen:
-        names = spec.names.gate, spec.names.up, spec.names.down
+        names = (spec.names.gate, spec.names.up, spec.names.down)[spec.plain :]
         share = spec.routed_scale * scores[e] / total * (1.0 if scales is None else scales[e])
-        y = y + share * mlp(*(name.replace("*", str(e)) for name in names))
+        y = y + share * mlp(read, *(name.replace("*", str(e)) for name in names))
+    if latent:
+        y = weight(f"{spec.names.latent[1]}.weight") @ y
     if spec.shared is not None:
-        added = mlp(*(f"{spec.names.shared}.{name}_proj" for name in ("gate", "up", "down")))
+        added = mlp(x, *(f"{spec.names.shared}.{name}" for name in spec.names.shared_linears))
         if spec.shared.gated:
             added = added / (1 + torch.exp(-weight(f"{spec.names.shared_gate}.weight") @ x))
         y = y + added
@@ -190,14 +197,14 @@ def attention(
     spec: Attention,
     weight: Any,
     norm: Any,
-    prefix: str,
+    layer: str,
     shared: tuple[list[Tensor], list[Tensor]] | None,
     eps: float,
 ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
     """[T, hidden] -> [T, hidden], and the rotated keys and the values of each head; weight and norm: by name. shared:
     those of another layer."""
     heads, dim, gates = spec.num_heads, spec.head_dim, None
-    layer = prefix.removesuffix("self_attn.")
+    prefix = f"{layer}{spec.module}."
     names = spec.head_norms or (None, None)
     q_norm, k_norm = (None if name is None else layer + name for name in names)
     if spec.fused:
@@ -214,6 +221,8 @@ def attention(
         q, gates = torch.cat(pairs[::2], 1), pairs[1::2]
     elif spec.output_gate is not None:
         gates = (h @ weight(f"{prefix}gate_proj.weight").T).split(dim, 1)
+    if spec.head_gate:
+        gates = (h @ weight(f"{layer}{spec.gate}.weight").T).split(1, 1)
     if spec.qk_norm == "all":
         q, k = norm(q_norm, q), norm(k_norm, k)
     queries = list(q.split(dim, 1))
@@ -330,6 +339,39 @@ def gated_delta_net(h: Tensor, spec: GatedDeltaNet, eps: float, weight, prefix: 
     return torch.cat(outputs, 1) @ weight(f"{prefix}out_proj.weight").T
 
 
+def mamba2(h: Tensor, spec: Mamba2, eps: float, weight, prefix: str) -> Tensor:
+    """[T, hidden] -> [T, hidden]; weight: by name."""
+    H, P, N, G = spec.num_heads, spec.head_dim, spec.state_dim, spec.num_groups
+    rows = h @ weight(f"{prefix}in_proj.weight").T
+    z, xbc, steps = rows.split((H * P, H * P + 2 * G * N, H), 1)
+    filters = weight(f"{prefix}conv1d.weight")[:, 0]
+    convolved = torch.zeros_like(xbc)
+    for t in range(len(h)):
+        for back in range(min(t + 1, spec.conv_kernel)):
+            convolved[t] += filters[:, spec.conv_kernel - 1 - back] * xbc[t - back]
+    if spec.conv_bias:
+        convolved += weight(f"{prefix}conv1d.bias")
+    xbc = activate(convolved, "silu")
+    rates, biases, skips = (weight(f"{prefix}{name}") for name in ("A_log", "dt_bias", "D"))
+    outputs = []
+    for head in range(H):
+        group = head // (H // G)
+        x = xbc[:, head * P :][:, :P]
+        b, c = (xbc[:, H * P + (first + group) * N :][:, :N] for first in (0, G))
+        state, ys = torch.zeros(N, P).double(), []
+        for t in range(len(h)):
+            step = math.log1p(math.exp(steps[t, head] + biases[head]))
+            step = min(max(step, spec.time_step_limit[0]), spec.time_step_limit[1])
+            decay = math.exp(-math.exp(rates[head]) * step)
+            state = decay * state + torch.outer(b[t], step * x[t])
+            ys.append(c[t] @ state + skips[head] * x[t])
+        outputs.append(torch.stack(ys) * activate(z[:, head * P :][:, :P], "silu"))
+    groups = torch.cat(outputs, 1).chunk(G, 1)
+    normed = [y / (y.square().mean(1, keepdim=True) + eps).sqrt() for y in groups]
+    normed = torch.cat(normed, 1) * weight(f"{prefix}norm.weight")
+    return normed @ weight(f"{prefix}out_proj.weight").T
+
+
 def cap(x: Tensor, limit: float | None) -> Tensor:
     return x if limit is None else limit * torch.tanh(x / limit)
 
@@ -339,6 +381,8 @@ def activate(x: Tensor, name: str) -> Tensor:
         return x / (1 + torch.exp(-x))
     if name == "gelu_tanh":
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "relu2":
+        return x * x * (x > 0)
     raise NotImplementedError(name)
 
 

@@ -1,9 +1,11 @@
-"""The gated delta rule in chunks against one token after the other, and states against what an item's tokens are."""
+"""The gated delta rule and Mamba-2's state space in chunks against one token after the other, and states against what
+an item's tokens are."""
 
 import pytest
 import torch
 
 from nibble.engine.backends.batch import Batch
+from nibble.engine.backends.torch import state_space
 from nibble.engine.backends.torch.delta_rule import chunked, recurrent_step
 from nibble.engine.backends.torch.states import StateStep, convolve
 from nibble.engine.request import Request, SamplingParams
@@ -22,6 +24,24 @@ def test_chunks_are_tokens_one_after_the_other(length: int) -> None:
     state, rows = start[None], []
     for t in range(length):
         row, state = recurrent_step(*(x[t : t + 1] for x in (q, k, v, g, beta)), state)
+        rows.append(row)
+    torch.testing.assert_close(got, torch.cat(rows), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(left, state[0], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 150])
+def test_chunks_of_a_state_space_are_tokens_one_after_the_other(length: int) -> None:
+    torch.manual_seed(length)
+    b, c = torch.randn(2, length, HEADS, K)
+    x, g, start = (
+        torch.randn(length, HEADS, V),
+        -torch.rand(length, HEADS),
+        torch.randn(HEADS, K, V),
+    )
+    got, left = state_space.chunked(b, c, x, g, start)
+    state, rows = start[None], []
+    for t in range(length):
+        row, state = state_space.recurrent_step(*(each[t : t + 1] for each in (b, c, x, g)), state)
         rows.append(row)
     torch.testing.assert_close(got, torch.cat(rows), atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(left, state[0], atol=2e-5, rtol=2e-5)

@@ -10,7 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nibble
-from nibble.architectures.base import Attention, Experts, GatedMlp, LatentAttention, ShortConv
+from nibble.architectures.base import (
+    Attention,
+    Experts,
+    LatentAttention,
+    Mamba2,
+    PlainMlp,
+    ShortConv,
+)
 from nibble.architectures.registry import ARCHITECTURES
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.card import Quality, write_card
@@ -139,6 +146,8 @@ DEEPSEEK = (
     | LATENT
     | {"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 )
+MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "rope_parameters": None,
+         "layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 64}  # fmt: skip
 VARIANTS = {
     "deepseek_v2": DEEPSEEK | {"topk_method": "group_limited_greedy", "q_lora_rank": None}, "deepseek_v3": DEEPSEEK,
     "glm4_moe": MOE | {"n_shared_experts": 1, "use_qk_norm": True, "rope_parameters": None},
@@ -152,6 +161,16 @@ VARIANTS = {
         "llama_4_scaling_beta": 0.1}},
     "smollm3": {}, "phi3": {}, "olmo2": {}, "olmo3": {"sliding_window": 16},
     "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.5},
+    "granitemoehybrid": MOE | MAMBA | {"residual_multiplier": 0.5, "attention_multiplier": 0.4},
+    "granitemoeshared": MOE | {"residual_multiplier": 0.5, "shared_intermediate_size": 64},
+    "granitemoe_swa": MOE | {"sliding_window": 16, "shared_intermediate_size": 64},
+    "bamba": {k: v for k, v in MAMBA.items() if k != "layer_types"} | {"attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "pad_token_id": 0},
+    "granite_swa": {"sliding_window": 16, "attention_multiplier": 0.4, "layer_rope_theta": [0, 500.0]},
+    "nemotron_h": MOE | {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "mlp"], "head_dim": 16,
+        "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "time_step_min": 1e-12,
+        "moe_shared_expert_intermediate_size": 64, "moe_latent_size": 32},
     "qwen3": {"head_dim": 32},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 32}, "qwen3_moe": MOE, "olmoe": MOE,
     "gpt_oss": MOE | {"head_dim": 16, "sliding_window": 16},
@@ -161,6 +180,8 @@ VARIANTS = {
     "qwen3_next": MOE | DELTA_NET | {"shared_expert_intermediate_size": 32},
     "lfm2_moe": MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0, "rope_parameters": None},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "rope_parameters": None},
+    "lfm3": {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "head_dim": 16,
+             "sliding_window": 16, "rope_parameters": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
                "layer_types": ["sliding_attention", "full_attention"]},
@@ -183,7 +204,7 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
     source = BlockSource(checkpoint, torch.device("cpu"))
     ids = torch.arange(3, 51).reshape(2, 24)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-    want = model.model(ids, output_hidden_states=True).hidden_states
+    want = model.base_model(ids, output_hidden_states=True).hidden_states
     hidden = source.embed(ids)
     arguments = source.keyword_arguments(hidden[:1])
     # Gemma rounds its embedding scale by dtype
@@ -211,13 +232,18 @@ def _check_folds(source, index, block, hidden, kwargs, want):
         block, folds, inputs, grids, torch.bfloat16, 1.0 if source.spec.norm_offset else 0.0
     )
     mlp, kinds = layer.mlp, Counter(fold.kind for fold in folds)
-    rows = 1 if isinstance(mlp, GatedMlp) else mlp.num_experts + (mlp.shared is not None)
-    rows = 0 if isinstance(mlp, Experts) and mlp.clamp is not None else rows
+    many = isinstance(mlp, Experts)
+    rows = mlp.num_experts + (mlp.shared is not None) if many else int(mlp is not None)
+    rows = 0 if many and mlp.clamp is not None else rows
+    plain = isinstance(mlp, PlainMlp) or (many and mlp.plain)
+    roots, rows = (rows, 0) if plain else (0, rows)
     rows += isinstance(layer.mixer, ShortConv | LatentAttention)
-    norms = (layer.norms.before_mlp is not None) * 2
+    before_either = (layer.norms.before_mixer, layer.norms.before_mlp)
+    norms = sum(norm is not None for norm in before_either) + isinstance(layer.mixer, Mamba2)
     if isinstance(layer.mixer, LatentAttention):
         norms += 1 + (layer.mixer.q_rank is not None)
-    assert kinds["norm"] == norms and kinds["rows"] == rows
+    assert kinds["norm"] == norms
+    assert (kinds["rows"], kinds["roots"]) == (rows, roots)
     has_values = isinstance(layer.mixer, Attention) and not layer.mixer.v_norm
     assert kinds["heads"] == has_values and len(gains) == len(folds)
     assert all(gain <= 1 for gain in gains.values()) and min(gains.values()) < 1
