@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nibble.architectures.base import Attention, ModelSpec
+from nibble.architectures.base import ModelSpec
 from nibble.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,12 +143,11 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
 
 def _architecture(spec: ModelSpec) -> str:
     said = f"{spec.num_layers} layers of {spec.hidden_size}"
-    mixers = [layer.mixer for layer in spec.layers]
-    attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+    attention = list(spec.attention.values())
     if attention:
         said += f", {attention[0].num_heads} heads, {attention[0].num_kv_heads} of them with keys and values"
-    if len(attention) < len(mixers):
-        said += f"; {len(mixers) - len(attention)} layers carry a state instead"
+    if states := sum(bool(layer.state_shapes) for layer in spec.layers):
+        said += f"; {states} layers carry a state instead"
     return said
 
 
