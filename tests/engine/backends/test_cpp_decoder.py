@@ -122,6 +122,8 @@ def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
     mixers = [layer.mixer for layer in make_runner(folder).spec.layers]
     mixers = [mixer for mixer in mixers if isinstance(mixer, Attention)]
     sizes = [(m.num_kv_heads, m.head_dim) for m in mixers if m.kv_source is None]
+    if not sizes:
+        pytest.skip("nothing of it lies in such a cache")
     tokens = {
         kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")
     }
