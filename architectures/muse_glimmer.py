@@ -21,7 +21,7 @@ def spec(config: Config) -> ModelSpec:
         windows=[None if kind == FULL else window for kind in types],
         ropes=[rope if theta else None for theta in turned],  # as transformers: 0 or the model's
         attention={
-            "scale": config.number("qk_scale_factor", 3.87) * head_dim(config) ** -0.5,
+            "scale": config.positive("qk_scale_factor", 3.87) * head_dim(config) ** -0.5,
             "qk_norm": "head",
             "head_norms": None,
             "output_gate": "gate_proj",

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nibble.architectures.base import Attention, LatentAttention, ModelSpec
+from nibble.architectures.base import LatentAttention, ModelSpec
 from nibble.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,14 +143,14 @@ def checkpoint(model: str, device_name: str) -> list[Finding]:
 
 def _architecture(spec: ModelSpec) -> str:
     said = f"{spec.num_layers} layers of {spec.hidden_size}"
-    mixers = [layer.mixer for layer in spec.layers]
-    attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+    attention = list(spec.attention.values())
     if attention:
         said += f", {attention[0].num_heads} heads, {attention[0].num_kv_heads} of them with keys and values"
-    if latent := [mixer for mixer in mixers if isinstance(mixer, LatentAttention)]:
+    latent = [m for m in spec.cached.values() if isinstance(m, LatentAttention)]
+    if latent:
         said += f", {latent[0].num_heads} heads over latents of {latent[0].kv_rank}"
-    if carrying := len(mixers) - len(attention) - len(latent):
-        said += f"; {carrying} layers carry a state instead"
+    if states := sum(bool(layer.state_shapes) for layer in spec.layers):
+        said += f"; {states} layers carry a state instead"
     return said
 
 

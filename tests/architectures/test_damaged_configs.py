@@ -13,6 +13,7 @@ from nibble.architectures.base import (
     LatentAttention,
     PlainMlp,
 )
+from nibble.architectures.multimodal import CLASSES
 from nibble.architectures.registry import ARCHITECTURES, model_spec
 from nibble.errors import UserError
 
@@ -48,6 +49,11 @@ FIELDS = [
     "tie_word_embeddings",
     "hidden_act",
     "hidden_activation",
+    "enable_moe_block",
+    "top_k_experts",
+    "qk_scale_factor",
+    "output_multiplier",
+    "post_norm_eps",
     "partial_rotary_factor",
     "no_rope_layers",
     "no_rope_layer_interval",
@@ -124,7 +130,9 @@ FIELDS = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_nonsense_is_an_error_or_a_model(architecture: Any) -> None:
-    good = GOOD | {"architectures": [architecture.name], "hidden_act": "silu"}
+    names = None if architecture.name in CLASSES else [architecture.name]  # None: by model_type
+    good = GOOD | {"architectures": names, "model_type": architecture.model_type}
+    good |= {"hidden_act": "silu"}
     good |= NEEDED.get(architecture.model_type, {})
     if "gemma" in architecture.model_type:
         good["hidden_activation"] = "gelu_pytorch_tanh"

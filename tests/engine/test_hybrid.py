@@ -6,12 +6,14 @@ import itertools
 import pytest
 import torch
 
+from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.cpp.decoder import CppDecoder
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest, RequestOutput
-from nibble.engine.request import SamplingParams
+from nibble.engine.request import Request, SamplingParams
 from nibble.engine.runner import Runner
+from nibble.engine.scheduling.batch import ScheduledRequest
 from nibble.kernels.cpu import library
 
 from . import models
@@ -78,6 +80,30 @@ def test_turns_of_a_conversation_come_from_the_cache_and_change_no_answer(runner
         if turn:
             assert cached.num_cached[0] >= 0.9 * len(ids)
         history = ids + answer
+
+
+def states(runner: Runner, slot: int) -> list[torch.Tensor]:
+    """Of every layer, copied."""
+    if isinstance(runner.model, CppDecoder):
+        return [layer[slot].clone() for layer in runner.cache.state_layers]
+    return [each[slot].clone() for of in runner.cache.states.layers.values() for each in of]
+
+
+def test_a_snapshot_within_a_step_is_the_state_of_the_tokens_before_it(runner) -> None:
+    """Wherever it lies: kernels take several tokens at once."""
+    ids, snapshots = prompt(23, 5), [(7, 1), (18, 2)]
+
+    def compute(count: int, slot: int, **more) -> None:
+        request = Request("r", ids, SamplingParams(), frozenset(), seed=0)
+        request.block_tables, request.state_slot = [[0, 1]], slot
+        batch = Batch([ScheduledRequest(request, 0, count, **more)], runner.block_size)
+        with torch.inference_mode():
+            runner.model.forward(batch, runner.cache)
+
+    compute(len(ids), 0, snapshots=snapshots)
+    for count, slot in snapshots:
+        compute(count, 3)
+        torch.testing.assert_close(states(runner, slot), states(runner, 3), rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_of_a_state_reaches_who_has_its_slot_next(runner) -> None:

@@ -129,6 +129,8 @@ def test_an_int8_cache_holds_each_key_and_value_rounded_by_token_and_head(
 def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
     mixers = make_runner(folder).spec.cached.values()
     sizes = [vectors for mixer in mixers for vectors in mixer.kept]
+    if not sizes:
+        pytest.skip("nothing of it lies in such a cache")
     tokens = {
         kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")
     }
