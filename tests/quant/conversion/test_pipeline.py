@@ -334,7 +334,7 @@ def test_what_nothing_could_serve_is_not_converted(dense, tmp_path):
     for change, said in (
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
         ({"hidden_act": "relu2"}, "relu2"),
     ):
         folder = shutil.copytree(dense, tmp_path / "model", dirs_exist_ok=True)
