@@ -33,7 +33,9 @@ from .norms import Norms as Norms
 from .recurrent import GatedDeltaNet as GatedDeltaNet
 from .recurrent import Mamba2 as Mamba2
 from .recurrent import ShortConv as ShortConv
+from .rope import LongFactors as LongFactors
 from .rope import Rope as Rope
+from .rope import switch_of
 
 _DETAIL = {"role": "detail"}  # of what another field names, or of the checkpoint: no feature
 
@@ -205,6 +207,11 @@ class ModelSpec:
         """The mixers of the layers that see tokens in a cache."""
         kinds = Attention, LatentAttention
         return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, kinds)}
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Tokens of a request beyond which its ropes have their long factors; None: they have none."""
+        return switch_of(mixer.rope for mixer in self.cached.values())
 
     def layer_name(self, index: int) -> str:
         """Of a layer's module in the checkpoint."""

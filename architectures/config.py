@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .base import FUSED, Attention, FeedForward, GatedMlp, LayerSpec, ModelSpec, Norms, Rope
+from .base import (
+    FUSED,
+    Attention,
+    FeedForward,
+    GatedMlp,
+    LayerSpec,
+    LongFactors,
+    ModelSpec,
+    Norms,
+    Rope,
+)
 from .limits import MAX_SIZE, SIZES
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -30,7 +40,7 @@ ROPE_PARAMETERS = {  # scaling -> what it needs
         "original_max_position_embeddings",
     ),
     "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": (),  # what each frequency is divided by, within the context before scaling
+    "longrope": (),  # what each frequency is divided by, within the context before scaling and beyond
     "proportional": (),  # the share of a head that turns, as if all of it did
 }
 _YARN_OPTIONAL = {"beta_fast": 32.0, "beta_slow": 1.0}  # what it may have, and else has
@@ -177,12 +187,12 @@ class Config:
         if missing := [name for name in needed if values.get(name) is None]:
             raise CheckpointError(f"config.json: {scaling} rope scaling needs {missing[0]}")
         settings = {name: values.positive(name, 0.0) for name in needed}
-        factor = 1.0
+        factor, long = 1.0, None
         if scaling == "proportional":
             settings["share"] = values.positive("partial_rotary_factor", 1.0)
             settings["factor"] = values.positive("factor", 1.0)
         if scaling == "longrope":
-            settings, factor = self._longrope(values)
+            settings, factor, long = self._longrope(Config(found))
         if scaling == "yarn":
             settings |= {name: values.positive(name, d) for name, d in _YARN_OPTIONAL.items()}
             settings["truncate"] = float(values.flag("truncate", True))
@@ -193,32 +203,40 @@ class Config:
             tuple(settings.items()),
             dim=None if scaling == "proportional" else self._rotary_dim(values),
             attention_factor=factor,
+            long=long,
         )
 
-    def _longrope(self, parameters: "Config") -> tuple[dict[str, float], float]:
-        """What each frequency is divided by, in order, and the attention factor (Ding et al. 2024), where no context is
-        longer than before scaling: beyond that, every key would have to be rotated again."""
+    def _longrope(self, parameters: "Config") -> tuple[dict[str, float], float, LongFactors | None]:
+        """What each frequency is divided by, in order, the attention factor (Ding et al. 2024), and what those of
+        longer requests are divided by. As in transformers, the file's own length before scaling goes before that of
+        the parameters."""
         name = "original_max_position_embeddings"
-        context = self.positive("max_position_embeddings", 0.0)
-        length = parameters.positive(name, self.positive(name, context))
+        context = self.size("max_position_embeddings")
+        length = self.size(name, parameters.size(name, context))
+        factor = parameters.positive("factor", context / length)
+        if length == 1 and factor > 1:
+            raise CheckpointError(f"config.json: {name} is 1, want more than that")
+        sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+        short = self._factors(parameters, "short_factor")
+        long = None
         if context > length:
-            raise UnsupportedError(
-                f"config.json: rope scaling 'longrope' is not supported beyond {name} ({length:g}); set "
-                f"max_position_embeddings to {length:g} to serve up to there"
-            )
-        found = parameters.get("short_factor")
+            long = LongFactors(length, self._factors(parameters, "long_factor"))
+        return (
+            {str(i): each for i, each in enumerate(short)},
+            parameters.positive("attention_factor", sharpness),
+            long,
+        )
+
+    def _factors(self, parameters: "Config", name: str) -> tuple[float, ...]:
+        """A positive number for each frequency."""
+        found = parameters.get(name)
         half = (self._rotary_dim(parameters) or head_dim(self)) // 2
         if not isinstance(found, list) or len(found) != half:
             raise CheckpointError(
-                f"config.json: longrope rope scaling needs short_factor, a list of {half} numbers"
+                f"config.json: longrope rope scaling needs {name}, a list of {half} numbers"
             )
-        factors = Config({str(i): each for i, each in enumerate(found)})
-        factor = parameters.positive("factor", context / length)
-        sharpness = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
-        return (
-            {name: factors.positive(name, 0.0) for name in factors.values},
-            parameters.positive("attention_factor", sharpness),
-        )
+        factors = Config({f"{name}[{i}]": each for i, each in enumerate(found)})
+        return tuple(factors.positive(each, 0.0) for each in factors.values)
 
     def _rotary_dim(self, parameters: "Config") -> int | None:
         """How much of each head turns; None: all of it."""

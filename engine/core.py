@@ -41,6 +41,7 @@ class RunnerProtocol(Protocol):
     vocab_size: int
     eos_token_ids: list[int]
     num_states: int  # slots for recurrent states; 0: the model has none
+    rope_switch: int | None  # tokens of a request beyond which all its positions turn otherwise
 
     @property
     def kv_groups(self) -> Sequence[KVGroup]: ...
@@ -74,6 +75,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
+            rope_switch=self.runner.rope_switch,
         )
         self._open: _Launched | None = None  # the step whose result has not been taken in
         self._eos = frozenset(self.runner.eos_token_ids)

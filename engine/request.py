@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .messages import TokenLogprobs
 
 UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
+LONG = b"long"  # the extra key of long requests
 
 
 MAX_INT = 2**31 - 1  # of a count: it fits the int32 of a kernel
@@ -144,6 +145,7 @@ class Request:
     extra_keys: tuple[bytes, ...] = ()  # what sets its cache apart: only equal ones share prefixes
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    is_long: bool = False  # what its blocks hold is of more tokens than the scheduler's rope_switch
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     # One for each KV group while it holds blocks; kv_cache_manager.RELEASED stands where a window has passed.
     block_tables: list[list[int]] = field(default_factory=list)
@@ -189,6 +191,11 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
+
+    def become_long(self) -> None:
+        """What is computed from now on shares nothing with what was."""
+        self.is_long, self.block_hashes = True, []
+        self.extra_keys = (*self.extra_keys, LONG)
 
     @property
     def is_finished(self) -> bool:

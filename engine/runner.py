@@ -53,7 +53,7 @@ class Runner:
         self._load(checkpoint, progress or (lambda line: None))
         self.plan = memory.plan(config, self.spec, self.dtype, self.device)
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
-        self.num_states = self.plan.num_states
+        self.num_states, self.rope_switch = self.plan.num_states, self.spec.rope_switch
         self.max_model_len, self.vocab_size = self.plan.max_model_len, self.spec.vocab_size
         self.eos_token_ids = _eos_token_ids(checkpoint)
         self.cache = self.model.new_cache(self.num_blocks, self.num_states)

@@ -78,6 +78,18 @@ class Batch:
     def seq_lens(self) -> list[int]:
         return [item.end for item in self.items]
 
+    def longer(self, length: int) -> list[bool]:
+        """Whether a request has more tokens than that: all of its own, not only those up to this step's."""
+        return [item.request.num_tokens > length for item in self.items]
+
+    def long_rows(self, length: int) -> list[bool]:
+        """The same for each of this step's tokens."""
+        return [
+            long
+            for long, item in zip(self.longer(length), self.items, strict=True)
+            for _ in range(item.num_tokens)
+        ]
+
     @cached_property
     def states(self) -> list[tuple[int, int, int, int]]:
         found, first = [], 0

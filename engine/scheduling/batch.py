@@ -21,11 +21,12 @@ class ScheduledRequest:
     state_from: int | None = None  # a snapshot that its state is read from; None: its own slot
     # (position, slot), in order: the state that the tokens before a position leave is written to that slot, too
     snapshots: list[tuple[int, int]] = field(default_factory=list)
+    is_long: bool = field(init=False)  # the request's when scheduled
     end: int = field(init=False)
     samples: bool = field(init=False)  # whether this step produces new tokens for the request
 
     def __post_init__(self) -> None:
-        self.end = self.start + self.num_tokens
+        self.end, self.is_long = self.start + self.num_tokens, self.request.is_long
         self.samples = self.end == self.request.num_tokens
 
     @property

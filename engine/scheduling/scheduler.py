@@ -14,6 +14,10 @@ A step is `schedule`, `launched`, `update`. The next `schedule` may come before 
 that are UNKNOWN; at most one step is open so. Meanwhile a request may have been finished or preempted: `update` leaves
 the first alone, and gives the second its tokens and no more. A step may give a request more tokens than the one that
 was sure to come; then the step that is open samples at a position that is known by now, and that token is not new.
+
+Where a model has a `rope_switch`, all positions of a request turn otherwise once it has more tokens than that
+(LongRoPE). It is then "long": it keeps its place, gives back its blocks and computes all of its tokens again, once. A
+prompt may be long from the start. Names of blocks tell long requests from others (Request.become_long).
 """
 
 import logging
@@ -39,8 +43,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        rope_switch: int | None = None,
     ):
         """max_model_len: tokens of prompt and output together; lowered here to what the KV cache can hold."""
+        self.rope_switch = rope_switch
         self.kv_cache = kv_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -112,9 +118,10 @@ class Scheduler:
             request.token_ids[item.end : item.end + len(tokens)] = tokens
             if request.prompt_logprobs is not None:
                 request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
-            if request.status is Status.RUNNING:
+            still = item.is_long == request.is_long  # else its blocks are others by now
+            if still and request.status is Status.RUNNING:
                 self._commit(item, len(tokens))
-            self.kv_cache.settle_states(item, whole=True)
+            self.kv_cache.settle_states(item, whole=still)
             if item.end + len(tokens) > known:
                 outputs.append(self._output(item, known, result))
         return outputs
@@ -137,16 +144,17 @@ class Scheduler:
         preempted, index = False, 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            if self._is_full(request, request.num_tokens):  # its last token is on its way
+            if self._awaits_token(request):
                 index += 1
                 continue
-            item = _next_chunk(request, budget)
-            if not self.kv_cache.grow(request, item.end):
+            if self._outgrows(request):
+                self._set_back(request)
+            if not self._give_blocks(request, budget):
                 self._preempt_youngest()
                 preempted = True
                 continue
-            items.append(item)
-            budget -= item.num_tokens
+            items.append(_next_chunk(request, budget))
+            budget -= items[-1].num_tokens
             index += 1
         return items, budget, preempted
 
@@ -163,8 +171,27 @@ class Scheduler:
             budget -= items[-1].num_tokens
         return items
 
+    def _awaits_token(self, request: Request) -> bool:
+        """Whether its last token is on its way, or the one with which it becomes long: that is taken in before."""
+        if self._is_full(request, request.num_tokens):
+            return True
+        return self._outgrows(request) and request.num_known_tokens < request.num_tokens
+
+    def _outgrows(self, request: Request) -> bool:
+        """Whether it is about to become long."""
+        switch = self.rope_switch
+        return switch is not None and not request.is_long and request.num_tokens > switch
+
+    def _give_blocks(self, request: Request, budget: int) -> bool:
+        """For the next step of a request that runs. False: not enough are free."""
+        if not request.block_tables:  # it has just been set back
+            return self._hold_blocks(request, budget)
+        return self.kv_cache.grow(request, _next_chunk(request, budget).end)
+
     def _hold_blocks(self, request: Request, budget: int) -> bool:
-        """Give a waiting request blocks to begin with, known prefixes first. False: not enough are free."""
+        """Give a request blocks to begin with, known prefixes first. False: not enough are free."""
+        if self._outgrows(request):
+            request.become_long()
         num_cached = 0
         if request.prompt_logprobs is None:
             num_cached = self.kv_cache.find_prefix(request)
@@ -183,9 +210,7 @@ class Scheduler:
     def _preempt_youngest(self) -> None:
         """Its blocks are wanted by an older request. It keeps its tokens and computes them again later."""
         request = self.running.pop()
-        self.kv_cache.free(request)
-        request.num_computed_tokens = 0
-        request.num_preemptions += 1
+        self._set_back(request)
         request.status = Status.WAITING
         self.waiting.appendleft(request)
         self._stats.num_preemptions += 1
@@ -194,6 +219,12 @@ class Scheduler:
                 "the KV cache is full: a request was set back and will be computed again. If this happens "
                 "often, raise --kv-cache-memory or lower --max-num-seqs"
             )
+
+    def _set_back(self, request: Request) -> None:
+        """Its tokens are kept; all of them are to be computed again."""
+        self.kv_cache.free(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
 
     def _commit(self, item: ScheduledRequest, num_new: int) -> None:
         """What was computed for a running request: its full blocks may be shared from now on."""

@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 15
+#define NB_ABI_VERSION 16
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -67,6 +67,7 @@ struct NbRope {
   float factor;                      // of cosines and sines
   int32_t interleaved;               // neighbours pair up, else halves
   const float* inv_freq;             // [dim / 2]
+  const float* long_inv_freq;        // the same of items that are long, or null: no others
 };
 
 struct NbAttention {
@@ -221,9 +222,9 @@ struct NbModel {
 };
 
 // One step: the tokens of all items side by side. Item i computes tokens start .. start + count of one request, whose
-// KV blocks are tables[table ...].
+// KV blocks are tables[table ...]. is_long: the request has more tokens than the inv_freq of ropes are for.
 struct NbItem {
-  int32_t count, start, table;
+  int32_t count, start, table, is_long;
 };
 
 // Where an item's recurrent state is read (-1: it is zero) and written, and which pairs of snapshots are its own.

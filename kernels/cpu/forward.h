@@ -88,9 +88,11 @@ struct Step {
     for (int kind = 0; kind < m.num_ropes; kind++) {
       const NbRope& rope = m.ropes[kind];
       int half = rope.dim / 2;
+      bool is_long = rope.long_inv_freq && batch.items[item_of(row)].is_long;
+      const float* inv_freq = is_long ? rope.long_inv_freq : rope.inv_freq;
       float* to = b.angles[kind] + (int64_t)row * rope.dim;
       for (int i = 0; i < half; i++) {
-        float angle = (float)position_of(row) * rope.inv_freq[i];
+        float angle = (float)position_of(row) * inv_freq[i];
         to[i] = cosf(angle) * rope.factor;
         to[half + i] = sinf(angle) * rope.factor;
       }

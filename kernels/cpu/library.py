@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 15
+_ABI_VERSION = 16
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -70,6 +70,7 @@ class NbRope(ctypes.Structure):
         ("factor", c_float),
         ("interleaved", c_int32),
         ("inv_freq", c_void_p),
+        ("long_inv_freq", c_void_p),
     ]
 
 

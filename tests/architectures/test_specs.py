@@ -11,6 +11,7 @@ from nibble.architectures.base import (
     GatedMlp,
     LatentAttention,
     LayerSpec,
+    LongFactors,
     ModelSpec,
     Norms,
     Rope,
@@ -19,6 +20,7 @@ from nibble.architectures.base import (
 )
 from nibble.architectures.multimodal import CLASSES
 from nibble.architectures.registry import ARCHITECTURES, Architecture, find, model_spec
+from nibble.architectures.rope import switch_of
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 
 LLAMA = {
@@ -44,6 +46,11 @@ GEMMA3 = LLAMA | {
 LONGROPE = {
     "max_position_embeddings": 64,
     "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 64},
+}
+SHORT = {
+    "type": "longrope",
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0] * 8,
 }
 NEEDED = {  # by model_type: what a file must say
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -87,8 +94,20 @@ def test_mistral_has_a_window_of_4096_unless_it_says_null() -> None:
         ({"rope_scaling": {"type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
         (LONGROPE, "longrope rope scaling needs short_factor, a list of 8 numbers"),
         (
-            LONGROPE | {"max_position_embeddings": 65},
-            "beyond original_max_position_embeddings (64)",
+            LONGROPE | {"rope_scaling": SHORT | {"long_factor": [1.0] * 7}},
+            "longrope rope scaling needs long_factor, a list of 8 numbers",
+        ),
+        (
+            LONGROPE | {"rope_scaling": SHORT | {"long_factor": [1.0] * 7 + [0]}},
+            "long_factor[7] is 0.0, want a positive number",
+        ),
+        (
+            LONGROPE | {"rope_scaling": SHORT, "original_max_position_embeddings": 1},
+            "original_max_position_embeddings is 1, want more than that",
+        ),
+        (
+            LONGROPE | {"rope_scaling": SHORT | {"original_max_position_embeddings": 32.5}},
+            "original_max_position_embeddings is 32.5, want a positive integer",
         ),
         ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs factor"),
         ({"rope_parameters": [1]}, "no JSON object"),
@@ -101,6 +120,38 @@ def test_what_makes_no_sense_is_one_line_that_names_the_field(change: dict, said
     with pytest.raises(UserError, match="config.json") as error:
         model_spec(LLAMA | change)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_longrope_has_the_factors_and_the_length_of_transformers() -> None:
+    """The file's own length goes before that of the parameters; without a longer context there is one set."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    parameters = {"type": "longrope", "original_max_position_embeddings": 32, **factors}
+    config = LLAMA | {"rope_scaling": parameters, "max_position_embeddings": 64}
+    for change, length in (({}, 32), ({"original_max_position_embeddings": 16}, 16)):
+        spec = model_spec(config | change)
+        rope = spec.layers[0].mixer.rope
+        assert rope.long == LongFactors(length, (2.0,) * 8) and spec.rope_switch == length
+        sharpness = math.sqrt(1 + math.log(64 / length) / math.log(length))
+        assert rope.attention_factor == pytest.approx(sharpness)
+    for change in ({"max_position_embeddings": 32}, {"original_max_position_embeddings": 64}):
+        spec = model_spec(config | change)
+        rope = spec.layers[0].mixer.rope
+        assert (rope.long, rope.attention_factor, spec.rope_switch) == (None, 1.0, None)
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_phi_3_knows_longrope_by_older_names_and_a_length_of_4096(kind: str) -> None:
+    phi = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi |= {"max_position_embeddings": 131072, "rope_scaling": {"type": kind, **factors}}
+    rope = model_spec(phi).layers[0].mixer.rope
+    assert (rope.scaling, rope.long) == ("longrope", LongFactors(4096, (2.0,) * 8))
+
+
+def test_layers_whose_longrope_switches_at_several_lengths_are_refused() -> None:
+    ropes = [Rope(1e4, long=LongFactors(length, (2.0,))) for length in (32, 64)]
+    with pytest.raises(UnsupportedError, match=r"switches at \[32, 64\] tokens"):
+        switch_of(ropes)
 
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)

@@ -29,8 +29,12 @@ def make_request(ids: list[int], blocks: list[int], **params) -> Request:
 
 
 def run(runner: Runner, requests: list[Request], chunk: int, steps: int) -> None:
-    """At most `chunk` tokens of each request a step."""
+    """At most `chunk` tokens of each request a step; all of them again where it becomes long."""
     for _ in range(steps):
+        for request in requests:
+            if runner.rope_switch is not None and not request.is_long:
+                request.is_long = request.num_tokens > runner.rope_switch
+                request.num_computed_tokens *= not request.is_long
         items = _next(requests, chunk)
         result = runner.execute(ScheduledBatch(items))
         for item in items:

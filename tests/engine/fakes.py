@@ -5,6 +5,8 @@ request's history only through the blocks in its tables: at all of it in a group
 window at what the window shows. So a block that was released or freed too early, shared wrongly or evicted while in
 use is an error here, as it would be wrong tokens with a real model.
 
+With a rope_switch, a slot also remembers whether the request was long when its token was computed.
+
 With max_new_tokens > 1 a step may give several tokens, as if drafts had been verified: all but the last are computed
 then, too, so there are at most as many as the request's blocks have room for.
 
@@ -47,16 +49,18 @@ class FakeRunner:
         max_new_tokens: int = 1,
         windows: Sequence[KVGroup] = (),
         num_states: int = 0,
+        rope_switch: int | None = None,
     ):
         """One group of num_blocks blocks of full attention, and `windows` beside it; num_states slots, if any."""
-        self.num_states = num_states
+        self.num_states, self.rope_switch = num_states, rope_switch
         self.states: list[list[int]] = [[] for _ in range(num_states)]  # tokens gone through
         self.kv_groups = [KVGroup(num_blocks), *windows]
         self.block_size, self.max_model_len = block_size, max_model_len
         self.vocab_size = vocab_size
         self.step_seconds, self.max_new_tokens = step_seconds, max_new_tokens
         self.slots = [
-            [[-1] * block_size for _ in range(group.num_blocks)] for group in self.kv_groups
+            [[(-1, False)] * block_size for _ in range(group.num_blocks)]
+            for group in self.kv_groups
         ]
         self.fail_next = 0  # steps that raise
         self.nan_ids: set[str] = set()  # requests whose logits come out as NaN
@@ -134,9 +138,13 @@ class FakeRunner:
             self.states[request.state_slot] = tokens[:-1]
         return tokens[end:]
 
+    def _is_long(self, request: Request) -> bool:
+        return self.rope_switch is not None and request.num_tokens > self.rope_switch
+
     def _write(self, request: Request, position: int, token: int) -> None:
+        kept = token, self._is_long(request)
         for slots, table in zip(self.slots, request.block_tables, strict=True):
-            slots[_block(table, position, self.block_size)][position % self.block_size] = token
+            slots[_block(table, position, self.block_size)][position % self.block_size] = kept
 
     def _look(self, request: Request, start: int, tokens: list[int]) -> None:
         """AssertionError unless the caches hold `tokens`, as far as the queries from `start` on see them."""
@@ -147,10 +155,9 @@ class FakeRunner:
             first = 0 if group.window is None else max(0, start - group.window + 1)
             for position in range(first, len(tokens)):
                 found = slots[_block(table, position, size)][position % size]
-                if found != tokens[position]:
-                    raise AssertionError(
-                        f"position {position} holds {found}, not {tokens[position]}"
-                    )
+                wanted = tokens[position], self._is_long(request)
+                if found != wanted:
+                    raise AssertionError(f"position {position} holds {found}, not {wanted}")
 
 
 def _block(table: list[int], position: int, size: int) -> int:

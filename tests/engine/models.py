@@ -154,6 +154,17 @@ CONFIGS = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    "phi3-longrope": Phi3Config(
+        **_SIZES,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + i / 8 for i in range(6)],
+            "long_factor": [1.5 + i for i in range(6)],
+        },
+    ),
     "granite": GraniteConfig(**_SIZES, **_MULTIPLIERS),
     "granite-swa": GraniteSWAConfig(
         **_SIZES, **_MULTIPLIERS, sliding_window=24, layer_rope_theta=[0, 1e4, 5e4, 1e4]

@@ -176,8 +176,8 @@ def add_decoder(
     image.add(cache.pages)
     tables = torch.tensor([7, 3, 9, 5, 2], dtype=torch.int32)
     for what, items in (
-        ("prompts", [(60, 0, 0), (5, 0, 4)]),
-        ("decoding", [(1, 60, 0), (1, 5, 4)]),
+        ("prompts", [(60, 0, 0, 0), (5, 0, 4, 0)]),
+        ("decoding", [(1, 60, 0, 0), (1, 5, 4, 0)]),
     ):
         flat = torch.tensor(items, dtype=torch.int32)
         tokens = torch.randint(

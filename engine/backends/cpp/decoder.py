@@ -160,11 +160,13 @@ class CppDecoder(HostSampling):
         tables = batch.block_tables
         starts = [0, *itertools.accumulate(map(len, tables))]
         tokens = _int32(batch.token_ids)
+        switch = self.ropes.switch
+        longer = [False] * len(batch) if switch is None else batch.longer(switch)
         items = _int32(
             [
                 number
-                for item, table in zip(batch.items, starts, strict=False)
-                for number in (item.num_tokens, item.start, table)
+                for item, table, is_long in zip(batch.items, starts, longer, strict=False)
+                for number in (item.num_tokens, item.start, table, is_long)
             ]
         )
         blocks = _int32([block for table in tables for block in table])

@@ -14,6 +14,7 @@ from ....architectures.base import (
     Rope,
     ShortConv,
 )
+from ....architectures.rope import switch_of
 from ....kernels.cpu import library as lib
 from ....kernels.cpu.library import (
     NbAttention,
@@ -34,7 +35,8 @@ class CppRopes:
     """The rotations that a model's layers ask for, each once."""
 
     kinds: list[tuple[Rope | None, int]]  # and the dimensions of a head
-    frequencies: list[Tensor] = field(init=False)  # float32 [turned dimensions / 2] each
+    # float32 [turned dimensions / 2] each; those of long requests, where these have others
+    frequencies: list[tuple[Tensor, Tensor | None]] = field(init=False)
     struct: ctypes.Array[NbRope] = field(init=False)
 
     @classmethod
@@ -42,18 +44,30 @@ class CppRopes:
         return cls(list(dict.fromkeys(mixer.rotation for mixer in mixers)))
 
     def __post_init__(self) -> None:
-        self.frequencies = [inverse_frequencies(dim, rope) for rope, dim in self.kinds]
+        self.frequencies = [
+            (
+                inverse_frequencies(dim, rope),
+                inverse_frequencies(dim, rope, long=True) if rope and rope.long else None,
+            )
+            for rope, dim in self.kinds
+        ]
         self.struct = (NbRope * len(self.kinds))(
             *(
                 NbRope(
-                    2 * len(each),
+                    2 * len(short),
                     1.0 if rope is None else rope.attention_factor,
                     rope is not None and rope.interleaved,
-                    pointer(each),
+                    pointer(short),
+                    pointer(long),
                 )
-                for (rope, _), each in zip(self.kinds, self.frequencies, strict=True)
+                for (rope, _), (short, long) in zip(self.kinds, self.frequencies, strict=True)
             )
         )
+
+    @property
+    def switch(self) -> int | None:
+        """Tokens beyond which a request is long."""
+        return switch_of(rope for rope, _ in self.kinds)
 
     def index(self, mixer: Attention | LatentAttention) -> int:
         return self.kinds.index(mixer.rotation)

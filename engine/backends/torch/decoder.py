@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....architectures.base import LayerSpec, ModelSpec, Rope
+from ....architectures.rope import switch_of
 from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
@@ -110,7 +111,10 @@ class TorchDecoder(HostSampling):
 
     def _step(self, batch: Batch, cache: TorchCache) -> Step:
         positions = torch.tensor(batch.positions, device=self.device)
-        angles = {kind: table.at(positions) for kind, table in self.ropes.items()}
+        long = None
+        if (switch := switch_of(rope for rope, _ in self.ropes)) is not None:
+            long = torch.tensor(batch.long_rows(switch), device=self.device)
+        angles = {kind: table.at(positions, long) for kind, table in self.ropes.items()}
         attention = AttentionMetadata.build(batch, self.dtype, self.device)
         states = StateStep.build(batch, self.device) if cache.states.layers else None
         return Step(positions, angles, attention, cache.kv, states, cache.states)

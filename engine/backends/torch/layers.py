@@ -34,6 +34,7 @@ class RopeTable:
 
     cos: Tensor
     sin: Tensor
+    long: "RopeTable | None" = None  # of requests that have Rope.long's factors
 
     @classmethod
     def build(
@@ -46,14 +47,25 @@ class RopeTable:
     ) -> "RopeTable":
         """rope None: nothing turns, cosines are 1."""
         positions = torch.arange(max_position, dtype=torch.float32)
-        angles = torch.outer(positions, inverse_frequencies(head_dim, rope))
         factor = 1.0 if rope is None else rope.attention_factor
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        return cls(cos.to(device, dtype), sin.to(device, dtype))
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [T] -> cos, sin [T, 1, dim/2]."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        def table(long: bool) -> "RopeTable":
+            angles = torch.outer(positions, inverse_frequencies(head_dim, rope, long))
+            cos, sin = angles.cos() * factor, angles.sin() * factor
+            return cls(cos.to(device, dtype), sin.to(device, dtype))
+
+        found = table(False)
+        if rope is not None and rope.long is not None:
+            found.long = table(True)
+        return found
+
+    def at(self, positions: Tensor, long: Tensor | None) -> tuple[Tensor, Tensor]:
+        """positions [T] -> cos, sin [T, 1, dim/2]. long [T]: of whose tokens the factors are the long ones."""
+        cos, sin = self.cos[positions], self.sin[positions]
+        if self.long is not None and long is not None:
+            cos = torch.where(long[:, None], self.long.cos[positions], cos)
+            sin = torch.where(long[:, None], self.long.sin[positions], sin)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> None:
@@ -83,15 +95,17 @@ def position_factors(positions: Tensor, scaling: tuple[float, int]) -> Tensor:
     return (1 + beta * torch.log1p((positions // length).float())).view(-1, 1, 1)
 
 
-def inverse_frequencies(head_dim: int, rope: Rope | None) -> Tensor:
-    """Inverse frequencies float32 [rotated dims / 2] under a rope's scaling; zeros where there is none. Raises
-    UnsupportedError for a scaling that is not known."""
+def inverse_frequencies(head_dim: int, rope: Rope | None, long: bool = False) -> Tensor:
+    """Inverse frequencies float32 [rotated dims / 2] under a rope's scaling, or by its long factors; zeros where there
+    is none. Raises UnsupportedError for a scaling that is not known."""
     if rope is None:
         return torch.zeros(head_dim // 2)
     if rope.scaling == "proportional":
         return _proportional_frequencies(rope.theta, head_dim, dict(rope.parameters))
     dim = rope.dim or head_dim
     inv_freq = rope.theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    if long and rope.long is not None:
+        return inv_freq / torch.tensor(rope.long.factors)
     parameters = dict(rope.parameters)
     if rope.scaling == "default":
         return inv_freq

@@ -113,6 +113,7 @@ class TorchBackend:
             "rope.dim",
             "rope.attention_factor",
             "rope.interleaved",
+            "long_factors",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",

@@ -405,7 +405,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: Attention, sink: Tensor | None
 
 def rotate(x: Tensor, rope: Rope | None) -> Tensor:
     """Features i and i + dim/2 (2 i and 2 i + 1, interleaved) of the token at position t, as a complex number, times
-    exp(i t frequency)."""
+    exp(i t frequency): that of the long factors, where there are any and more tokens than the others are for."""
     if rope is None:
         return x
     dim = rope.dim or x.shape[1]
@@ -414,6 +414,9 @@ def rotate(x: Tensor, rope: Rope | None) -> Tensor:
         back = torch.tensor(order).argsort()
         return rotate(x[:, order], replace(rope, interleaved=False))[:, back]
     frequencies = torch.tensor([frequency(i, dim, rope) for i in range(dim // 2)]).double()
+    if rope.long is not None and len(x) > rope.long.beyond:
+        plain = [rope.theta ** (-2 * i / dim) for i in range(dim // 2)]
+        frequencies = torch.tensor(plain).double() / torch.tensor(rope.long.factors)
     angles = torch.arange(len(x)).double()[:, None] * frequencies
     turned = torch.complex(x[:, : dim // 2], x[:, dim // 2 : dim]) * torch.exp(1j * angles)
     return torch.cat(

@@ -23,6 +23,7 @@ from nibble.architectures.base import (
     GatedMlp,
     LatentAttention,
     LayerSpec,
+    LongFactors,
     Mamba2,
     MlpBesideExperts,
     ModelSpec,
@@ -67,6 +68,7 @@ YARN = (
     ("truncate", 1.0),
 )
 LONGROPE = tuple((str(i), 1.0 + i / 4) for i in range(8))
+LONG = LongFactors(30, tuple(3.0 + i / 2 for i in range(8)))  # prompts have 41 tokens
 ATTENTION = Attention(HEADS, KV_HEADS, DIM, 0.3, Rope(10000.0))
 DELTA_NET = GatedDeltaNet(2, 4, 16, 32, 4)
 LATENT = LatentAttention(HEADS, 48, 32, 32, 16, 16, 0.15, Rope(10000.0), 1e-3)
@@ -145,6 +147,25 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_attention(rope=Rope(10000.0, interleaved=True)),
         with_attention(rope=Rope(10000.0, dim=8, interleaved=True)),
         with_latents(rope=Rope(10000.0, interleaved=True)),
+    ],
+    ("Rope", "long"): [
+        with_attention(rope=Rope(10000.0, "longrope", LONGROPE, long=LONG)),
+        with_latents(rope=Rope(10000.0, "longrope", LONGROPE, attention_factor=1.3, long=LONG)),
+        replace(  # beside a layer that has no others
+            MODEL,
+            layers=(
+                LAYER,
+                replace(LAYER, mixer=replace(ATTENTION, rope=Rope(500.0, long=LONG))),
+                replace(LAYER, mixer=replace(ATTENTION, rope=None)),
+            ),
+        ),
+    ],
+    ("LongFactors", "beyond"): [
+        with_attention(rope=Rope(10000.0, "longrope", LONGROPE, long=replace(LONG, beyond=n)))
+        for n in (40, 41)
+    ],
+    ("LongFactors", "factors"): [
+        with_attention(rope=Rope(10000.0, long=replace(LONG, factors=(2.0,) * 8)))
     ],
     ("Attention", "num_heads"): [with_attention(num_heads=6)],
     ("Attention", "num_kv_heads"): [with_attention(num_kv_heads=4)],
@@ -406,7 +427,7 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 def test_every_field_has_a_case() -> None:
     classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Experts]
     classes += [LatentAttention, Mamba2, ShortConv, PlainMlp, SharedExpert, MlpBesideExperts]
-    classes += [Rope, PerLayerInputs]
+    classes += [Rope, LongFactors, PerLayerInputs]
     described = [
         value
         for value in vars(base).values()

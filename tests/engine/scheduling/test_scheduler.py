@@ -31,6 +31,7 @@ class Bench:
         max_new_tokens: int = 1,
         windows: Sequence[KVGroup] = (),
         num_states: int = 0,
+        rope_switch: int | None = None,
     ):
         self.runner = (OverlappingRunner if overlap else FakeRunner)(
             num_blocks,
@@ -39,6 +40,7 @@ class Bench:
             max_new_tokens=max_new_tokens,
             windows=windows,
             num_states=num_states,
+            rope_switch=rope_switch,
         )
         self.pending = None  # with overlap: the batch before, and its result
         self.kv_cache = KVCacheManager(self.runner.kv_groups, block_size, caching, num_states)
@@ -47,6 +49,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            rope_switch=rope_switch,
         )
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.requests: dict[str, Request] = {}
@@ -407,6 +410,61 @@ def test_a_failed_request_does_not_touch_its_batch_mates(overlap: bool) -> None:
     assert bench.tokens("good") == solo([3, 4], 5)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_all_is_computed_again_once_where_a_request_becomes_long(
+    overlap: bool, neighbours: int
+) -> None:
+    """Of a switch of 10 tokens: with the 11th, which is the third of the answer, in the steps that others go on in."""
+    bench = Bench(overlap=overlap, rope_switch=10)
+    for i in range(neighbours):
+        bench.add(f"neighbour {i}", [i], max_tokens=8)
+    request = bench.add("a", list(range(8)), max_tokens=20, prompt_logprobs=0)
+    bench.run()
+    own = [(start, end) for batch in bench.runner.batches for n, start, end in batch if n == "a"]
+    decoded = [(n, n + 1) for n in range(11, 27)]
+    assert own == [(0, 8), (8, 9), (9, 10), (0, 11), *decoded]
+    assert bench.tokens("a") == solo(list(range(8)), 20)
+    assert bench.prompt_logprobs("a") == [[None, *range(1, 8)]]
+    assert (request.num_preemptions, bench.scheduler.stats().num_preemptions) == (1, 0)
+
+
+def test_what_is_full_with_its_last_token_does_not_become_long() -> None:
+    bench = Bench(rope_switch=10)
+    request = bench.add("a", list(range(8)), max_tokens=3)
+    bench.run()
+    assert request.num_tokens == 11 and not request.is_long
+
+
+def test_long_prompts_are_long_from_the_start_and_share_prefixes_among_themselves() -> None:
+    bench = Bench(rope_switch=10, max_num_batched_tokens=5)
+    prompt = list(range(16))
+    for name, length in (("short", 10), ("long", 16), ("longer", 14), ("short again", 10)):
+        bench.add(name, prompt[:length], max_tokens=1)
+        bench.run()
+    cached = {name: request.num_cached_tokens for name, request in bench.requests.items()}
+    assert cached == {"short": 0, "long": 0, "longer": 12, "short again": 8}
+    assert not any(request.num_preemptions for request in bench.requests.values())
+
+
+def test_who_becomes_long_finds_the_prefix_of_who_was_it_before() -> None:
+    bench = Bench(rope_switch=10)
+    for name in "ab":
+        bench.add(name, list(range(8)), max_tokens=6)
+        bench.run()
+    own = [(start, end) for batch in bench.runner.batches for n, start, end in batch if n == "b"]
+    assert own == [(4, 8), (8, 9), (9, 10), (8, 11), (11, 12), (12, 13)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompt_logprobs_where_the_first_token_of_the_answer_makes_it_long(overlap: bool) -> None:
+    bench = Bench(rope_switch=10, max_num_batched_tokens=4, overlap=overlap)
+    bench.add("a", list(range(10)), max_tokens=5, prompt_logprobs=0)
+    bench.run()
+    assert bench.prompt_logprobs("a") == [[None, *range(1, 10)]]
+    assert bench.tokens("a") == solo(list(range(10)), 5)
+
+
 @st.composite
 def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]:
     windowed = st.builds(KVGroup, st.integers(4, 24), st.integers(1, 12))
@@ -421,6 +479,7 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]
         "max_new_tokens": draw(st.sampled_from([1, 2, 5])),
         "windows": draw(st.lists(windowed, max_size=2)),
         "num_states": draw(st.one_of(st.just(0), st.integers(2, 9))),
+        "rope_switch": draw(st.one_of(st.none(), st.integers(1, 30))),
     }
     if options["overlap"] and options["max_new_tokens"] > 1:
         options["num_states"] = 0  # the step that is open would go through a token twice
