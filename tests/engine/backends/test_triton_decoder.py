@@ -30,8 +30,9 @@ from nibble.kernels import device as machine
 
 from .. import models
 
-# Norms of all query and key heads or of values, none before a mixer, experts, recurrent states: torch computes these.
-NOT_TAKEN = {"olmo2", "olmo3", "gemma4", "gemma4-shared", "gemma4-unified"}
+# Norms of all query and key heads or of values, none before a mixer, two sets of factors, experts, recurrent states:
+# torch computes these.
+NOT_TAKEN = {"phi3-longrope", "olmo2", "olmo3", "gemma4", "gemma4-shared", "gemma4-unified"}
 NOT_TAKEN |= models.MOE | models.RECURRENT | models.LATENT
 
 
