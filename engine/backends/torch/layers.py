@@ -59,7 +59,7 @@ class RopeTable:
             found.long = table(True)
         return found
 
-    def at(self, positions: Tensor, long: Tensor | None) -> tuple[Tensor, Tensor]:
+    def at(self, positions: Tensor, long: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """positions [T] -> cos, sin [T, 1, dim/2]. long [T]: of whose tokens the factors are the long ones."""
         cos, sin = self.cos[positions], self.sin[positions]
         if self.long is not None and long is not None:
