@@ -161,6 +161,13 @@ class Config:
                 )
         return found
 
+    def numbers_by_layer(self, name: str, default: list[Any]) -> list[Any]:
+        """A list with as many entries as there are layers, which are still to be looked at."""
+        found, layers = self.get(name, default), self.size("num_hidden_layers")
+        if not isinstance(found, list) or len(found) != layers:
+            raise CheckpointError(f"config.json: {name} is no list of {layers} numbers")
+        return found
+
     def rope_values(self) -> Mapping[str, Any]:
         """transformers 5's rope_parameters, else rope_scaling."""
         found = self.get("rope_parameters")

@@ -202,10 +202,6 @@ FeedForward = GatedMlp | PlainMlp | Experts | MlpBesideExperts
 
 def experts_of(mlp: FeedForward | None) -> Experts | None:
     """Those that a feed-forward has."""
-    return (
-        mlp.experts
-        if isinstance(mlp, MlpBesideExperts)
-        else mlp
-        if isinstance(mlp, Experts)
-        else None
-    )
+    if isinstance(mlp, MlpBesideExperts):
+        return mlp.experts
+    return mlp if isinstance(mlp, Experts) else None

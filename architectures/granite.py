@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import CheckpointError
 from .base import ExpertNames, Experts, FeedForward, GatedMlp, ModelSpec, Rope, SharedExpert
 from .config import FULL, LINEAR, SLIDING, Config, llama_like
 from .experts import experts
@@ -106,11 +105,8 @@ def _windows(config: Config, mlps: Sequence[FeedForward] | None = None) -> Model
 
 def _ropes_by_layer(config: Config, layers: int) -> list[Rope | None]:
     """layer_rope_theta: of each layer, 0 where it encodes no positions."""
-    rope, thetas = config.rope(), config.get("layer_rope_theta")
-    if thetas is None:
-        return [rope] * layers
-    if not isinstance(thetas, list) or len(thetas) != layers:
-        raise CheckpointError(f"config.json: layer_rope_theta is no list of {layers} numbers")
+    rope = config.rope()
+    thetas = config.numbers_by_layer("layer_rope_theta", [rope.theta] * layers)
     return [
         replace(rope, theta=Config({"layer_rope_theta": theta}).positive("layer_rope_theta", 0.0))
         if theta != 0 or isinstance(theta, bool)

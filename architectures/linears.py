@@ -50,9 +50,8 @@ class Fold:
     source: str
     consumers: tuple[str, ...]
     dense: tuple[str, ...] = ()  # what consumes it as well and is not quantized: routers, gates
-    read_by: str | None = (
-        None  # the module around the consumers, where each of them sees some tokens only
-    )
+    # the module around the consumers, where each of them sees some tokens only
+    read_by: str | None = None
     rows: tuple[tuple[int, int], ...] = ()  # from .. to, of the source; (): its last ones
 
     @property

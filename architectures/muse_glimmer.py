@@ -2,7 +2,6 @@
 linears of their own that gate what heads give, norms of heads without weights, norms around mixers and feed-forwards,
 and of what is embedded."""
 
-from ..errors import CheckpointError
 from .base import SANDWICH, ModelSpec
 from .config import FULL, SLIDING, Config, head_dim, llama_like
 
@@ -13,9 +12,7 @@ def spec(config: Config) -> ModelSpec:
     every_fourth = [(layers - 1 - i) % 4 == 0 for i in range(layers)]
     types = config.layer_types([FULL if last else SLIDING for last in every_fourth])
     window, rope = config.optional_size("sliding_window", 2048), config.rope()
-    turned = config.get("layer_rope_theta", [not last for last in every_fourth])
-    if not isinstance(turned, list) or len(turned) != layers:
-        raise CheckpointError(f"config.json: layer_rope_theta is no list of {layers} numbers")
+    turned = config.numbers_by_layer("layer_rope_theta", [not last for last in every_fourth])
     return llama_like(
         config,
         windows=[None if kind == FULL else window for kind in types],

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nibble.architectures.base import Experts, SharedExpert
+from nibble.architectures.base import Experts, GatedMlp, MlpBesideExperts, SharedExpert
 from nibble.architectures.registry import model_spec
 from nibble.engine import memory
 from nibble.engine.config import EngineConfig
@@ -125,6 +125,14 @@ def test_experts_need_room_for_every_path_of_a_token() -> None:
     layers = (MODEL.layers[0], replace(MODEL.layers[1], mlp=experts), *MODEL.layers[2:])
     more = memory.activation_bytes(config(), replace(MODEL, layers=layers), torch.bfloat16, CPU)
     per_token = 4 * (3 * 128 + 64) + 2 * 16 - 3 * 96
+    assert more - ACTIVATIONS == config().max_num_batched_tokens * per_token * 2
+
+
+def test_an_mlp_beside_experts_needs_room_for_the_larger_and_for_what_the_other_gives() -> None:
+    both = MlpBesideExperts(GatedMlp(96, "silu"), Experts(16, 3, 96, "silu"))
+    layers = (MODEL.layers[0], replace(MODEL.layers[1], mlp=both), *MODEL.layers[2:])
+    more = memory.activation_bytes(config(), replace(MODEL, layers=layers), torch.bfloat16, CPU)
+    per_token = 3 * (3 * 96 + 64) + 2 * 16 + 64 - 3 * 96
     assert more - ACTIVATIONS == config().max_num_batched_tokens * per_token * 2
 
 

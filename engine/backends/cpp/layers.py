@@ -75,9 +75,8 @@ class CppExperts:
     experts: list[CppGatedMlp]
     shared: CppGatedMlp | None
     shared_gate: Tensor | None  # float32 [1, hidden]
-    latent: list[
-        PreparedGroup
-    ]  # into it and out of it; empty where experts read what the norm gives
+    # into the latent space and out of it; empty where experts read what the norm gives
+    latent: list[PreparedGroup]
     norm: Tensor | None = None  # float32 [hidden] of what they read, but not the router
     scales: Tensor | None = None  # float32 [num_experts]
     array: ctypes.Array[NbGatedMlp] = field(init=False)

@@ -37,6 +37,7 @@ class CppRopes:
     kinds: list[tuple[Rope | None, int]]  # and the dimensions of a head
     # float32 [turned dimensions / 2] each; those of long requests, where these have others
     frequencies: list[tuple[Tensor, Tensor | None]] = field(init=False)
+    switch: int | None = field(init=False)  # tokens beyond which a request is long
     struct: ctypes.Array[NbRope] = field(init=False)
 
     @classmethod
@@ -44,6 +45,7 @@ class CppRopes:
         return cls(list(dict.fromkeys(mixer.rotation for mixer in mixers)))
 
     def __post_init__(self) -> None:
+        self.switch = switch_of(rope for rope, _ in self.kinds)
         self.frequencies = [
             (
                 inverse_frequencies(dim, rope),
@@ -63,11 +65,6 @@ class CppRopes:
                 for (rope, _), (short, long) in zip(self.kinds, self.frequencies, strict=True)
             )
         )
-
-    @property
-    def switch(self) -> int | None:
-        """Tokens beyond which a request is long."""
-        return switch_of(rope for rope, _ in self.kinds)
 
     def index(self, mixer: Attention | LatentAttention) -> int:
         return self.kinds.index(mixer.rotation)

@@ -112,7 +112,8 @@ def hf_rows(file: GgufFile, place: Place) -> tuple[int, int]:
 
 
 def hf_values(place: Place, values: Any) -> Any:
-    """A vector as HF stores it: -exp(A_log) is kept where HF has A_log. values: a torch tensor."""
+    """A vector as HF stores it: A_log where GGUF has -exp(A_log), and of stacked gates and ups its own half. values: a
+    torch tensor."""
     index, count = place.part
     if count > 1 and values.ndim == 1:
         return values.chunk(count)[index]

@@ -8,6 +8,7 @@ import torch
 
 import nibble
 from nibble.architectures.base import Attention
+from nibble.engine import memory
 from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.cpp.decoder import CppDecoder
 from nibble.engine.backends.torch import mixers
@@ -136,6 +137,16 @@ def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
     }
     ratio = sum(n * 2 * dim for n, dim in sizes) / sum(n * (dim + 4) for n, dim in sizes)
     assert tokens["int8"] / tokens["auto"] == pytest.approx(ratio, rel=0.02)
+
+
+def test_the_ledger_counts_what_lies_in_memory(runner: Runner) -> None:
+    """The cache is as large as was planned for its tokens, and the weights of no linear are left out."""
+    spec, kind = runner.spec, "int8" if runner.model.int8_cache else "auto"
+    planned = memory.kv_bytes_per_token(spec, torch.bfloat16, kind) * runner.block_size
+    assert runner.cache.pages.nbytes == planned * runner.num_blocks
+    groups = [group for index in range(spec.num_layers) for group in spec.groups(index)]
+    numbers = sum(sum(g.out_features) * g.in_features * (g.num_experts or 1) for g in groups)
+    assert runner.model.weight_bytes >= 2 * (numbers + spec.vocab_size * spec.hidden_size)
 
 
 def test_the_head_beside_4_bit_weights_has_8_bits_unless_told_otherwise(
