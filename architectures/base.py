@@ -14,6 +14,8 @@ does not list (engine/backends). So what is added here is refused everywhere unt
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+from .alt_up import AltUp as AltUp
+from .alt_up import Laurel as Laurel
 from .feed_forward import ExpertNames as ExpertNames
 from .feed_forward import Experts as Experts
 from .feed_forward import FeedForward as FeedForward
@@ -124,6 +126,8 @@ class PerLayerInputs:
 
     x += norm(projection(activation(gate(x)) * input)),
     input = (norm(projection of the embedding) + own embedding) / sqrt(2)
+
+    Tokens beyond vocab_size have the own embedding of token 0.
     """
 
     KIND: ClassVar = "per_layer_inputs"
@@ -144,10 +148,16 @@ class LayerSpec:
     mlp: FeedForward | None
     norms: Norms = field(default=Norms())
     scalar: bool = False  # what leaves the layer is multiplied by its stored layer_scalar
+    laurel: Laurel | None = None  # around the mixer, which must be there
+
+    def __post_init__(self) -> None:
+        if self.laurel is not None and self.mixer is None:
+            raise ValueError("a way around a mixer that is not there")
 
     def folds(self, hidden_size: int) -> tuple[Fold, ...]:
         """In the order in which the layer computes: no linear consumes two."""
-        mixer = () if self.mixer is None else self.mixer.folds(self.norms.before_mixer)
+        before = None if self.laurel else self.norms.before_mixer  # which adds what it gives
+        mixer = () if self.mixer is None else self.mixer.folds(before)
         return mixer if self.mlp is None else (*mixer, *self.mlp.folds(self.norms.before_mlp))
 
     def groups(self, hidden_size: int) -> tuple[LinearGroup, ...]:
@@ -186,6 +196,7 @@ class ModelSpec:
     logits_scale: float = 1.0  # before the soft cap
     final_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     per_layer_inputs: PerLayerInputs | None = None
+    alt_up: AltUp | None = None
     prefix: str = field(default="model.", metadata=_DETAIL)  # of the checkpoint's tensor names
     embedding: str = field(default="embed_tokens", metadata=_DETAIL)
     final_norm: str = field(default="norm", metadata=_DETAIL)

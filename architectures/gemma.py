@@ -33,7 +33,7 @@ def gemma3(config: Config) -> ModelSpec:
     layers = config.size("num_hidden_layers")
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
     types = config.layer_types([SLIDING if (i + 1) % every else FULL for i in range(layers)])
-    ropes = _gemma3_ropes(config)
+    ropes = ropes_by_type(config)
     return _like_gemma(
         config,
         activation=config.activation("hidden_activation", "gelu_pytorch_tanh"),
@@ -67,7 +67,7 @@ def _windows(config: Config, types: list[str]) -> list[int | None]:
     return [window if kind == SLIDING else None for kind in types]
 
 
-def _gemma3_ropes(config: Config) -> dict[str, Rope]:
+def ropes_by_type(config: Config) -> dict[str, Rope]:
     """By layer type: transformers 5 nests rope_parameters, older files have rope_theta and rope_local_base_freq."""
     parameters = config.get("rope_parameters", {})
     if FULL in parameters:

@@ -45,7 +45,7 @@ def spec(config: Config) -> ModelSpec:
     inner, experts = config.size("intermediate_size"), _experts(config, activation)
 
     def layer(index: int) -> LayerSpec:
-        source = _source(types, index, first_reader)
+        source = kv_source(types, index, first_reader)
         mlp = GatedMlp(inner * (1 if source is None else wide), activation)
         mixer = _attention(config, types, index, source)
         if experts is None:
@@ -76,7 +76,7 @@ def _types(config: Config) -> list[str]:
     return [*types[:-1], FULL]
 
 
-def _source(types: list[str], index: int, first_reader: int) -> int | None:
+def kv_source(types: list[str], index: int, first_reader: int) -> int | None:
     """The layer whose keys and values a layer reads; None: its own."""
     if index < first_reader:
         return None

@@ -72,7 +72,7 @@ def hybrid(config: Config) -> ModelSpec:
     turns = config.get("position_embedding_type") == "rope"
     inner = config.size("shared_intermediate_size", 1024)
     names = ("shared_mlp.input_linear", "shared_mlp.output_linear")
-    mlp: FeedForward = GatedMlp(inner, config.activation(), names)
+    mlp: FeedForward = GatedMlp(inner, config.activation(), names=names)
     if config.count("num_local_experts", 8):
         mlp = replace(_experts(config), shared=SharedExpert(inner))
     model = spec(config, [mlp] * layers, ropes=[config.rope() if turns else None] * layers)

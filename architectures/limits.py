@@ -48,6 +48,9 @@ SIZES = {
     "shared_intermediate_size": 2**20,
     "moe_shared_expert_intermediate_size": 2**20,
     "moe_latent_size": 2**18,
+    "hidden_size_per_layer_input": 2**16,
+    "altup_num_inputs": 2**4,
+    "laurel_rank": 2**16,
 }
 MAX_SIZE = 2**31 - 1  # of any other: context, window, token id
 

@@ -63,7 +63,7 @@ def bamba(config: Config) -> ModelSpec:
         raise CheckpointError("config.json: attn_layer_indices is no list")
     types = [FULL if layer in attending else LINEAR for layer in range(layers)]
     names = tuple(f"feed_forward.{name}_proj" for name in ("gate", "up", "down"))
-    mlp = GatedMlp(config.size("intermediate_size"), config.activation(), names)
+    mlp = GatedMlp(config.size("intermediate_size"), config.activation(), names=names)
     model = llama_like(
         config,
         mlps=[mlp] * layers,

@@ -1,6 +1,7 @@
 """Feed-forwards without experts, as data."""
 
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import ClassVar, Literal
 
 from .linears import Fold, LinearGroup
@@ -12,15 +13,23 @@ FUSED = ("mlp.gate_up_proj", "mlp.down_proj")  # Phi's
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)). Sparse: what is activated of a token's gates is how far they are above a
+    cutoff, relu(gate - mean - deviations * their standard deviation), which a share of normally distributed ones are
+    not."""
 
     KIND: ClassVar = "gated_mlp"
     intermediate_size: int
     activation: Activation
+    sparsity: float = 0.0  # that share; 0: gates are activated as they are
     # gate, up, down; of two, the first holds the rows of gate and then those of up
     names: tuple[str, ...] = field(
         default=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), metadata={"role": "detail"}
     )
+
+    @property
+    def deviations(self) -> float | None:
+        """Where the cutoff of sparse gates lies; None: there is none."""
+        return NormalDist().inv_cdf(self.sparsity) if self.sparsity else None
 
     def groups(self, hidden_size: int) -> tuple[LinearGroup, LinearGroup]:
         """gate, up; down."""

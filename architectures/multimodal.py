@@ -14,6 +14,7 @@ CLASSES = frozenset(
     f"{name}ForConditionalGeneration"
     for name in (
         "Gemma3",
+        "Gemma3n",
         "Gemma4",
         "Gemma4Unified",
         "Idefics3",

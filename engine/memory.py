@@ -70,7 +70,8 @@ def activation_bytes(
         (m.numbers_per_token for m in model.cached.values() if isinstance(m, LatentAttention)),
         default=0,
     )
-    per_token = 4 * model.hidden_size + between + 2 * mixed + heads
+    streams = 4 if model.alt_up is None else 4 + 3 * model.alt_up.num_streams  # of hidden states
+    per_token = streams * model.hidden_size + between + 2 * mixed + heads
     matrix = 2 * inner * model.hidden_size * dtype.itemsize if device.type == "cuda" else 0
     logits = 2 * 4 * config.max_num_seqs * model.vocab_size
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + matrix

@@ -167,7 +167,7 @@ def _kernels(
     target = Target(EngineConfig(model=str(opened.path), prepared_cache=None), dtype, device)
     assignment = assign(target, spec)
     # without what is of all layers together
-    one = dataclasses.replace(spec, layers=spec.layers[:1], per_layer_inputs=None)
+    one = dataclasses.replace(spec, layers=spec.layers[:1], per_layer_inputs=None, alt_up=None)
     with torch.inference_mode():
         report = load_decoder(target, opened, one).report
     best = "C++, one call a step" if device.type == "cpu" else "Triton kernels, CUDA graphs"

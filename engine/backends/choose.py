@@ -72,7 +72,7 @@ def assign(target: Target, model: ModelSpec) -> Assignment:
 def _layers_need_each_other(model: ModelSpec) -> bool:
     """Whether a layer reads what is made elsewhere than in the layer before, so that all must be of one decoder."""
     shared = any(mixer.kv_source is not None for mixer in model.attention.values())
-    return shared or model.per_layer_inputs is not None
+    return shared or model.per_layer_inputs is not None or model.alt_up is not None
 
 
 def load_decoder(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...architectures.base import (
+    AltUp,
     Attention,
     GatedDeltaNet,
     LatentAttention,
@@ -71,6 +72,21 @@ class DeltaNetWeights:
     rate: Tensor  # [num_value_heads]: -exp(A_log)
     dt_bias: Tensor  # [num_value_heads]
     norm: Tensor  # [value_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class AltUpWeights:
+    """Of one layer, in float32."""
+
+    router: Tensor  # [num_streams, hidden], of normed inputs: the norm's weight is in it
+    predictions: Tensor  # [num_streams (to) * num_streams (from), num_streams]
+    corrections: Tensor  # [num_streams, num_streams]
+    scale: Tensor | None  # [hidden] of what per-layer gates read
+
+    def to(self, device: torch.device) -> "AltUpWeights":
+        matrices = (self.router, self.predictions, self.corrections)
+        scale = None if self.scale is None else self.scale.to(device)
+        return AltUpWeights(*(each.to(device) for each in matrices), scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +165,14 @@ class ModelWeights:
 
     def router(self, layer: int, name: str, rows: int) -> Tensor:
         """A matrix that no kernel multiplies by, float32 [rows, hidden_size]. name: of the module in the layer."""
-        module = f"{self.model.layer_name(layer)}.{name}"
+        return self._matrix(f"{self.model.layer_name(layer)}.{name}", rows, self.model.hidden_size)
+
+    def _matrix(self, module: str, rows: int, columns: int) -> Tensor:
+        """float32 [rows, columns], by a module's full name."""
         if not self.checkpoint.weight_names(module):
             self._check_shape(f"{module}.weight", ())  # is missing, and says so
         weight = self.checkpoint.dense(module, torch.float32)
-        if (found := tuple(weight.shape)) != (want := (rows, self.model.hidden_size)):
+        if (found := tuple(weight.shape)) != (want := (rows, columns)):
             raise self._error(f"{module}.weight", found, want)
         return weight
 
@@ -259,6 +278,21 @@ class ModelWeights:
             self.vector(f"{prefix}.dt_bias", heads),
             self.vector(f"{prefix}.D", heads),
             self.vector(f"{prefix}.norm.weight", mixer.values),
+        )
+
+    def alt_up(self, layer: int, spec: AltUp) -> AltUpWeights:
+        """What moves a layer's streams along."""
+        prefix, hidden = f"{self.model.layer_name(layer)}.altup", self.model.hidden_size
+        count, scale = spec.num_streams, None
+        if spec.scaled:
+            scale = self.vector(f"{prefix}.correct_output_scale", hidden)
+        return AltUpWeights(
+            self._matrix(f"{prefix}.modality_router", count, hidden)
+            * self.norm(f"{prefix}.router_norm", hidden)
+            / hidden,
+            self._matrix(f"{prefix}.prediction_coefs", count * count, count),
+            self._matrix(f"{prefix}.correction_coefs", count, count),
+            scale,
         )
 
     def _filters(self, name: str, channels: int, taps: int) -> Tensor:

@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 16
+#define NB_ABI_VERSION 17
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -146,6 +146,8 @@ struct NbShortConv {
 struct NbGatedMlp {
   int32_t intermediate;
   int32_t activation;                // NbActivation
+  int32_t sparse;                    // gates become relu(gate - mean - deviations * standard deviation of a row's)
+  float deviations;
   float alpha, limit;                // (u + 1) g sigmoid(alpha g), g = min(gate, limit), u = up in +-limit; 0: not so
   NbLinearGroup gate_up, down;
 };
@@ -160,6 +162,7 @@ struct NbPerLayerInput {
 struct NbPerLayerInputs {
   int32_t width;                     // of one
   int32_t activation;
+  int32_t vocab;                     // tokens beyond it have the row of token 0
   float projection_scale, table_scale;
   const uint16_t* table;             // bfloat16 [vocab, num_layers * width]
   const float* norm;                 // [width]
@@ -186,6 +189,28 @@ struct NbExperts {
   const float* scales;               // [num_experts] of the weights of those that are chosen, or null
 };
 
+// A second way around the mixer: x = (x + mixed + h + norm(right(left(h)))) / sqrt(2), h what the mixer reads.
+struct NbLaurel {
+  int32_t rank;
+  const float* norm;                 // [hidden]
+  NbLinearGroup left, right;
+};
+
+// How a layer moves its streams along, see alt_up.h.
+struct NbAltUpLayer {
+  const float* router;               // [streams, hidden]
+  const float* predictions;          // [streams (to), streams (from), streams]
+  const float* corrections;          // [streams, streams]
+  const float* scale;                // [hidden] of what the per-layer gate reads, or null
+};
+
+// A token has so many hidden states. The first is embedded, the others are projections of it.
+struct NbAltUp {
+  int32_t streams, active;
+  NbLinearGroup into;                // of all but the first, side by side
+  const NbLinearGroup* back;         // [streams - 1]
+};
+
 // Norms are [hidden] or null. At most one of the mixers is there. An MLP and experts both: norm(mlp) + norm(experts).
 struct NbLayer {
   const float* before_mixer;
@@ -203,6 +228,8 @@ struct NbLayer {
   const NbGatedMlp* mlp;
   const NbExperts* experts;
   const NbPerLayerInput* per_layer_input;  // or null
+  const NbLaurel* laurel;            // or null
+  const NbAltUpLayer* alt_up;        // where the model has streams
   float scalar;                      // what leaves the layer is multiplied by it
 };
 
@@ -218,6 +245,7 @@ struct NbModel {
   const float* embedding_norm;       // [hidden] of what is embedded, or null
   const float* norm;                 // [hidden] the final norm; null: layers follow elsewhere
   const NbPerLayerInputs* per_layer_inputs;  // or null
+  const NbAltUp* alt_up;             // or null
   NbLinearGroup head;                // no linears: it is elsewhere
 };
 

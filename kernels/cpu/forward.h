@@ -9,6 +9,7 @@
 //
 // Activations between the products are float32; a product's inputs are int8 codes or bfloat16.
 #pragma once
+#include "alt_up.h"
 #include "attention.h"
 #include "delta_net.h"
 #include "experts.h"
@@ -365,9 +366,26 @@ struct Step {
   }
 
   void gated_mlp(Worker& worker, const NbGatedMlp& mlp, const float* after) const {
-    gate_up(worker, mlp);
-    prepare_rows(worker, mlp.down, b.inner, mlp.intermediate);
+    if (mlp.sparse) {
+      sparse_gate_up(worker, mlp);
+    } else {
+      gate_up(worker, mlp);
+      prepare_rows(worker, mlp.down, b.inner, mlp.intermediate);
+    }
     add_product(worker, mlp.down, after);
+  }
+
+  // Where all gates of a row decide which of them count.
+  void sparse_gate_up(Worker& worker, const NbGatedMlp& mlp) const {
+    int width = mlp.intermediate;
+    products(worker, mlp.gate_up, b.inner, 2 * width, false);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float *gates = b.inner + (int64_t)row * 2 * width, *ups = gates + width;
+      above_cutoff(gates, width, mlp.deviations);
+      for (int i = 0; i < width; i += 16)
+        f_store(gates + i, f_mul(activate(f_load(gates + i), mlp.activation), f_load(ups + i)));
+      prepare_all(mlp.down, inputs, row, gates, (float*)worker.scratch);
+    });
   }
 
   void experts(Worker& worker, const NbExperts& e, const float* after) const {
@@ -387,6 +405,115 @@ struct Step {
     });
   }
 
+  float* streams_of(int row) const { return b.streams + (int64_t)row * m.alt_up->streams * m.hidden; }
+
+  // The streams of the tokens, all but the first still as long as their projections. Embeds the tokens.
+  void start_streams(Worker& worker) const {
+    const NbAltUp& a = *m.alt_up;
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      if (!m.per_layer_inputs) embed(row);  // else they are
+      const float* hidden = x + (int64_t)row * m.hidden;
+      memcpy(streams_of(row), hidden, sizeof(float) * m.hidden);
+      prepare_all(a.into, inputs, row, hidden, (float*)worker.scratch);
+    });
+    products(worker, a.into, b.streams + m.hidden, a.streams * m.hidden, false);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float* first = streams_of(row);
+      for (int s = 1; s < a.streams; s++) {
+        float* stream = first + (int64_t)s * m.hidden;
+        F32 factor = f_set(as_long(stream, first, m.hidden));
+        for (int i = 0; i < m.hidden; i += 16) f_store(stream + i, f_mul(f_load(stream + i), factor));
+      }
+    });
+  }
+
+  // The mean of the first stream and of the others' projections back, made as long, into x.
+  void end_streams(Worker& worker) const {
+    const NbAltUp& a = *m.alt_up;
+    for (int s = 0; s < a.streams - 1; s++) {
+      for_rows(worker, batch.num_tokens, [&](int row) {
+        add_stream(row, s);
+        prepare_all(a.back[s], inputs, row, streams_of(row) + (int64_t)(s + 1) * m.hidden, (float*)worker.scratch);
+      });
+      products(worker, a.back[s], b.y, m.hidden, false);
+    }
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      add_stream(row, a.streams - 1);
+      float* hidden = x + (int64_t)row * m.hidden;
+      F32 share = f_set(1.0f / a.streams);
+      for (int i = 0; i < m.hidden; i += 16) f_store(hidden + i, f_mul(f_load(hidden + i), share));
+    });
+  }
+
+  // x of a row becomes its first stream, and then more: what the last product gave of another, made as long.
+  void add_stream(int row, int stream) const {
+    const float *first = streams_of(row), *y = b.y + (int64_t)row * m.hidden;
+    float* hidden = x + (int64_t)row * m.hidden;
+    if (!stream) {
+      memcpy(hidden, first, sizeof(float) * m.hidden);
+      return;
+    }
+    F32 factor = f_set(as_long(y, first, m.hidden));
+    for (int i = 0; i < m.hidden; i += 16) f_store(hidden + i, f_fma(f_load(y + i), factor, f_load(hidden + i)));
+  }
+
+  // Before the mixer: x += h + norm(right(left(h))), h = norm(x), which is what the mixer then reads.
+  void laurel(Worker& worker, const NbLayer& layer) const {
+    const NbLaurel& l = *layer.laurel;
+    products(worker, l.left, b.inner, l.rank, false);
+    prepare_rows(worker, l.right, b.inner, l.rank);
+    products(worker, l.right, b.y, m.hidden, false);
+    for_rows(worker, batch.num_tokens, [&](int row) {
+      float *hidden = x + (int64_t)row * m.hidden, *normed = (float*)worker.scratch;
+      const float* h = b.normed + (int64_t)row * m.hidden;
+      rms_norm(b.y + (int64_t)row * m.hidden, l.norm, m.hidden, m.eps, normed);
+      for (int i = 0; i < m.hidden; i += 16)
+        f_store(hidden + i, f_add(f_load(hidden + i), f_add(f_load(h + i), f_load(normed + i))));
+      prepare_all(nibble::mixer_in(layer), inputs, row, h, normed);
+    });
+  }
+
+  void norm_for_laurel(Worker& worker, int row, const NbLayer& layer) const {
+    const float* from = x + (int64_t)row * m.hidden;
+    float* h = b.normed + (int64_t)row * m.hidden;
+    if (layer.before_mixer) rms_norm(from, layer.before_mixer, m.hidden, m.eps, h);
+    else memcpy(h, from, sizeof(float) * m.hidden);
+    prepare_all(layer.laurel->left, inputs, row, h, (float*)worker.scratch);
+  }
+
+  // What is left to do with a row when a layer's mixer has been computed.
+  void add_mixed(Worker& worker, int row, const NbLayer& layer) const {
+    add_normed(worker, row, layer.after_mixer);
+    float* hidden = x + (int64_t)row * m.hidden;
+    for (int i = 0; layer.laurel && i < m.hidden; i += 16)
+      f_store(hidden + i, f_mul(f_load(hidden + i), f_set(0.70710678f)));
+  }
+
+  // The same when its last product has been computed that is not of a per-layer input. With streams, x becomes what
+  // that reads.
+  void settle(Worker& worker, int row, const NbLayer& layer) const {
+    if (nibble::has_feed_forward(layer)) add_normed(worker, row, layer.after_mlp);
+    else add_mixed(worker, row, layer);
+    if (!layer.alt_up) return;
+    float *streams = streams_of(row), *hidden = x + (int64_t)row * m.hidden;
+    correct_streams(*layer.alt_up, *m.alt_up, m.hidden, m.eps, hidden, streams);
+    const float *active = streams + (int64_t)m.alt_up->active * m.hidden, *scale = layer.alt_up->scale;
+    for (int i = 0; i < m.hidden; i += 16)
+      f_store(hidden + i, scale ? f_mul(f_load(active + i), f_load(scale + i)) : f_load(active + i));
+  }
+
+  // What a layer is told once more, added to x or to all streams but the first.
+  void add_told(Worker& worker, int row, const NbLayer& layer) const {
+    const float* norm = layer.per_layer_input->norm;
+    if (!layer.alt_up) return add_normed(worker, row, norm);
+    float* told = (float*)worker.scratch;
+    rms_norm(b.y + (int64_t)row * m.hidden, norm, m.hidden, m.eps, told);
+    for (int s = 1; s < m.alt_up->streams; s++) {
+      float* stream = streams_of(row) + (int64_t)s * m.hidden;
+      for (int i = 0; i < m.hidden; i += 16) f_store(stream + i, f_add(f_load(stream + i), f_load(told + i)));
+    }
+  }
+
   // What all layers are told of the tokens once more, into b.per_layer. Embeds the tokens.
   void per_layer_inputs(Worker& worker, const NbPerLayerInputs& p) const {
     int width = p.width, all = m.num_layers * width;
@@ -397,9 +524,10 @@ struct Step {
     products(worker, p.projection, b.per_layer, all, false);
     for_rows(worker, batch.num_tokens, [&](int row) {
       F32 scale = f_set(p.projection_scale), own = f_set(p.table_scale), half = f_set(0.70710678f);
+      int token = batch.tokens[row] < p.vocab ? batch.tokens[row] : 0;
       for (int l = 0; l < m.num_layers; l++) {
         float* to = b.per_layer + (int64_t)row * all + l * width;
-        const uint16_t* from = p.table + (int64_t)batch.tokens[row] * all + l * width;
+        const uint16_t* from = p.table + (int64_t)token * all + l * width;
         for (int i = 0; i < width; i += 16) f_store(to + i, f_mul(f_load(to + i), scale));
         rms_norm(to, p.norm, width, m.eps, to);
         for (int i = 0; i < width; i += 16)
@@ -411,8 +539,7 @@ struct Step {
   void per_layer_input(Worker& worker, int l, const NbPerLayerInput& input) const {
     int width = m.per_layer_inputs->width;
     for_rows(worker, batch.num_tokens, [&](int row) {
-      const NbLayer& layer = m.layers[l];
-      add_normed(worker, row, nibble::has_feed_forward(layer) ? layer.after_mlp : layer.after_mixer);
+      settle(worker, row, m.layers[l]);
       norm_and_prepare(worker, row, nullptr, input.gate);
     });
     products(worker, input.gate, b.inner, width, false);
@@ -428,20 +555,30 @@ struct Step {
 
   // What is left to do with a row when a layer's last product has been computed.
   void leave(Worker& worker, int row, const NbLayer& layer) const {
-    const float* last = nibble::has_feed_forward(layer) ? layer.after_mlp : layer.after_mixer;
-    add_normed(worker, row, layer.per_layer_input ? layer.per_layer_input->norm : last);
-    float* hidden = x + (int64_t)row * m.hidden;
-    for (int i = 0; layer.scalar != 1.0f && i < m.hidden; i++) hidden[i] *= layer.scalar;
+    if (layer.per_layer_input) add_told(worker, row, layer);
+    else settle(worker, row, layer);
+    float* hidden = layer.alt_up ? streams_of(row) : x + (int64_t)row * m.hidden;
+    int numbers = layer.alt_up ? m.alt_up->streams * m.hidden : m.hidden;
+    for (int i = 0; layer.scalar != 1.0f && i < numbers; i++) hidden[i] *= layer.scalar;
   }
 
   // Before a layer's first product.
   void enter(Worker& worker, int row, int l) const {
     if (l == 0) {
-      if (m.embedding && !m.per_layer_inputs) embed(row);
+      if (m.embedding && !m.per_layer_inputs && !m.alt_up) embed(row);
       angles(row);
     } else {
       leave(worker, row, m.layers[l - 1]);
     }
+    if (!m.alt_up) return;
+    float* streams = streams_of(row);
+    predict_streams(*m.layers[l].alt_up, *m.alt_up, m.hidden, m.eps, streams);
+    memcpy(x + (int64_t)row * m.hidden, streams + (int64_t)m.alt_up->active * m.hidden, sizeof(float) * m.hidden);
+  }
+
+  void norm_last(int row) const {
+    float* hidden = x + (int64_t)row * m.hidden;
+    if (m.norm) rms_norm(hidden, m.norm, m.hidden, m.eps, hidden);
   }
 
   void norm_for_feed_forward(Worker& worker, int row, const NbLayer& layer) const {
@@ -483,18 +620,21 @@ struct Step {
   void run(Worker& worker) const {
     float* states = batch.states;
     if (m.per_layer_inputs) per_layer_inputs(worker, *m.per_layer_inputs);
+    if (m.alt_up) start_streams(worker);
     for (int l = 0; l < m.num_layers; l++) {
       const NbLayer& layer = m.layers[l];
       bool mixes = nibble::has_mixer(layer), feeds = nibble::has_feed_forward(layer);
       for_rows(worker, batch.num_tokens, [&](int row) {
         enter(worker, row, l);
-        if (mixes) norm_and_prepare(worker, row, layer.before_mixer, nibble::mixer_in(layer));
+        if (layer.laurel) norm_for_laurel(worker, row, layer);
+        else if (mixes) norm_and_prepare(worker, row, layer.before_mixer, nibble::mixer_in(layer));
         else if (feeds) norm_for_feed_forward(worker, row, layer);
       });
+      if (layer.laurel) laurel(worker, layer);
       if (mixes) states = mixer(worker, layer, states);
       if (mixes && feeds)
         for_rows(worker, batch.num_tokens, [&](int row) {
-          add_normed(worker, row, layer.after_mixer);
+          add_mixed(worker, row, layer);
           norm_for_feed_forward(worker, row, layer);
         });
       if (layer.mlp && layer.experts) mlp_beside_experts(worker, layer);
@@ -504,9 +644,11 @@ struct Step {
     }
     for_rows(worker, batch.num_tokens, [&](int row) {
       leave(worker, row, m.layers[m.num_layers - 1]);
-      float* hidden = x + (int64_t)row * m.hidden;
-      if (m.norm) rms_norm(hidden, m.norm, m.hidden, m.eps, hidden);
+      if (!m.alt_up) norm_last(row);
     });
+    if (!m.alt_up) return;
+    end_streams(worker);
+    for_rows(worker, batch.num_tokens, [&](int row) { norm_last(row); });
   }
 };
 

@@ -60,6 +60,8 @@ struct StepBuffers {
   float* attended;       // [tokens, heads, head_dim]
   float* inner;          // [tokens or pairs, intermediate], and what a layer is told once more
   float* y;              // [tokens, hidden]: a product whose norm comes before the sum
+  float* normed;         // [tokens, hidden]: what a mixer reads that has a way around it
+  float* streams;        // [tokens, streams, hidden], see alt_up.h
   float* per_layer;      // [tokens, layers, width of their inputs]
   float* angles[NB_MAX_ROPES];  // [tokens, 2, rope dim / 2]: cosines, sines
   int32_t* row_items;    // [tokens] which item a row belongs to

@@ -136,13 +136,18 @@ void place_experts(Arena& arena, ExpertBuffers& b, const ExpertSize& size, size_
 void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbModel& m, const NbBatch& batch,
                 int threads) {
   size_t rows = batch.num_tokens;
-  size_t qkv = 0, queries = 0, attended = 0, channels = 0, inner = 0;
+  size_t qkv = 0, queries = 0, attended = 0, channels = 0, inner = 0, normed = 0;
   InputSize heads;  // of a row of what each head multiplies
   size_t head_rows = 0, partials = 0;
   ExpertSize experts;
   bool wanted[kQueryTile + 1] = {};
   for (int l = 0; l < m.num_layers; l++) {
-    if (const NbGatedMlp* mlp = m.layers[l].mlp) inner = std::max(inner, rows * mlp->intermediate);
+    if (const NbGatedMlp* mlp = m.layers[l].mlp)
+      inner = std::max(inner, rows * mlp->intermediate * (mlp->sparse ? 2 : 1));
+    if (const NbLaurel* laurel = m.layers[l].laurel) {
+      inner = std::max(inner, rows * laurel->rank);
+      normed = m.hidden;
+    }
     if (const NbExperts* e = m.layers[l].experts) {
       inner = std::max(inner, rows * paths(*e) * inner_width(*e));
       experts.widen(*e, batch.num_tokens);
@@ -189,6 +194,8 @@ void place_step(Arena& arena, StepBuffers& b, const InputSize* sizes, const NbMo
   b.head_sums = arena.take<int32_t>(head_rows * heads.groups);
   b.inner = arena.take<float>(inner);
   b.y = arena.take<float>(rows * m.hidden);
+  b.normed = arena.take<float>(rows * normed);
+  b.streams = arena.take<float>(m.alt_up ? rows * m.alt_up->streams * m.hidden : 0);
   b.per_layer = arena.take<float>(m.per_layer_inputs ? rows * m.num_layers * m.per_layer_inputs->width : 0);
   if (experts.count) place_experts(arena, b.experts, experts, rows, m.hidden);
   for (int i = 0; i < m.num_ropes; i++) b.angles[i] = arena.take<float>(rows * m.ropes[i].dim);
@@ -264,8 +271,14 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
     }
     if (const NbPerLayerInput* input = layer.per_layer_input)
       for (const NbLinearGroup* group : {&input->gate, &input->projection}) widen(sizes, *group);
+    if (const NbLaurel* laurel = layer.laurel)
+      for (const NbLinearGroup* group : {&laurel->left, &laurel->right}) widen(sizes, *group);
   }
   if (model->per_layer_inputs) widen(sizes, model->per_layer_inputs->projection);
+  if (const NbAltUp* alt_up = model->alt_up) {
+    widen(sizes, alt_up->into);
+    for (int i = 0; i < alt_up->streams - 1; i++) widen(sizes, alt_up->back[i]);
+  }
   StepBuffers buffers;
   Arena measure, arena;
   int threads = team_threads(pool->team);
@@ -274,7 +287,7 @@ void nb_forward(NbPool* pool, const NbModel* model, const NbBatch* batch, float*
   place_step(arena, buffers, sizes, *model, *batch, threads);
   lay_out(buffers, *batch);
   StepJob job{model, batch, &buffers, hidden};
-  team_run(pool->team, pool->kernels->forward, &job, 20 * model->num_layers + 8);
+  team_run(pool->team, pool->kernels->forward, &job, 24 * model->num_layers + 64);
 }
 
 static void place_rows(NbPool* pool, const NbLinearGroup& group, int rows, StepBuffers& buffers) {

@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 16
+_ABI_VERSION = 17
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -175,6 +175,8 @@ class NbGatedMlp(ctypes.Structure):
     _fields_ = [
         ("intermediate", c_int32),
         ("activation", c_int32),
+        ("sparse", c_int32),
+        ("deviations", c_float),
         ("alpha", c_float),
         ("limit", c_float),
         ("gate_up", NbLinearGroup),
@@ -190,6 +192,7 @@ class NbPerLayerInputs(ctypes.Structure):
     _fields_ = [
         ("width", c_int32),
         ("activation", c_int32),
+        ("vocab", c_int32),
         ("projection_scale", c_float),
         ("table_scale", c_float),
         ("table", c_void_p),
@@ -222,6 +225,33 @@ class NbExperts(ctypes.Structure):
     ]
 
 
+class NbLaurel(ctypes.Structure):
+    _fields_ = [
+        ("rank", c_int32),
+        ("norm", c_void_p),
+        ("left", NbLinearGroup),
+        ("right", NbLinearGroup),
+    ]
+
+
+class NbAltUpLayer(ctypes.Structure):
+    _fields_ = [
+        ("router", c_void_p),
+        ("predictions", c_void_p),
+        ("corrections", c_void_p),
+        ("scale", c_void_p),
+    ]
+
+
+class NbAltUp(ctypes.Structure):
+    _fields_ = [
+        ("streams", c_int32),
+        ("active", c_int32),
+        ("into", NbLinearGroup),
+        ("back", POINTER(NbLinearGroup)),
+    ]
+
+
 class NbLayer(ctypes.Structure):
     _fields_ = [
         ("before_mixer", c_void_p),
@@ -239,6 +269,8 @@ class NbLayer(ctypes.Structure):
         ("mlp", POINTER(NbGatedMlp)),
         ("experts", POINTER(NbExperts)),
         ("per_layer_input", POINTER(NbPerLayerInput)),
+        ("laurel", POINTER(NbLaurel)),
+        ("alt_up", POINTER(NbAltUpLayer)),
         ("scalar", c_float),
     ]
 
@@ -259,6 +291,7 @@ class NbModel(ctypes.Structure):
         ("embedding_norm", c_void_p),
         ("norm", c_void_p),
         ("per_layer_inputs", POINTER(NbPerLayerInputs)),
+        ("alt_up", POINTER(NbAltUp)),
         ("head", NbLinearGroup),
     ]
 

@@ -6,6 +6,7 @@ recorded from a dry run of its own forward in which every block is replaced by a
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from ...architectures.multimodal import text_config
 from ...architectures.registry import model_spec
 from ...errors import CheckpointError
 from ..checkpoint import Checkpoint
+from . import streams
 from .carried import Carried
 from .experts import rename, unroll
 
@@ -115,6 +117,9 @@ class BlockSource:
             state[name] = tensor.to(self.device)
         block.load_state_dict(state, assign=True)
         ready: nn.Module = block.requires_grad_(False).eval()
+        if self.spec.alt_up is not None:  # what is not stored of a block on the meta device
+            router: Any = ready.get_submodule("altup")
+            router.router_input_scale = torch.tensor(1 / self.spec.hidden_size, device=self.device)
         told = None
         if self.spec.per_layer_inputs is not None:
             told = partial(self._per_layer_input, index)
@@ -123,7 +128,17 @@ class BlockSource:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [n, T] -> activations [n, T, carried.width], as the first block takes them."""
-        return self.carried.start(self._embed(token_ids), token_ids)
+        hidden = self._embed(token_ids)
+        if (alt_up := self.spec.alt_up) is not None:
+            hidden = streams.start(hidden, alt_up, self.spec, self.checkpoint)
+        return self.carried.start(hidden, token_ids)
+
+    def last_hidden(self, activations: Tensor) -> Tensor:
+        """What the last block gives -> [n, T, hidden], which the final norm reads."""
+        hidden = self.carried.hidden(activations)
+        if (alt_up := self.spec.alt_up) is None:
+            return hidden
+        return streams.end(hidden, alt_up, self.spec, self.checkpoint)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         table = self.checkpoint.dense(f"{self.spec.prefix}{self.spec.embedding}")
@@ -147,7 +162,8 @@ class BlockSource:
         seen = self._embed(token_ids) @ projection.float().to(device).t()
         seen = seen * self.spec.hidden_size**-0.5
         seen = nn.functional.rms_norm(seen, norm.shape, norm.to(device), self.spec.norm_eps)
-        said = nn.functional.embedding(token_ids.cpu(), table).float().to(device) * spec.width**0.5
+        known = torch.where(token_ids < spec.vocab_size, token_ids, 0).cpu()
+        said = nn.functional.embedding(known, table).float().to(device) * spec.width**0.5
         told: Tensor = (seen + said) * 2.0**-0.5
         return told
 
@@ -164,8 +180,16 @@ class BlockSource:
         # Gemma 4: blocks are told when they run (carried.py), and no tokens are left out on the way.
         self._model.hidden_size_per_layer_input = 0
         self._model.first_kv_shared_layer_idx = -1
-        self._model(inputs_embeds=self.carried.hidden(hidden), use_cache=False)
+        if self.spec.alt_up is not None:  # Gemma 3n: the same, and what makes streams is on meta
+            self._model.project_per_layer_inputs = self._nothing_told
+            for name in (*self.spec.alt_up.projections, *self.spec.alt_up.unprojections):
+                self._model.set_submodule(name, nn.Identity())
+        self._model(inputs_embeds=hidden[..., : self.spec.hidden_size], use_cache=False)
         return [recorder.seen for recorder in recorders]
+
+    def _nothing_told(self, embedded: Tensor, _: Tensor | None = None) -> Tensor:
+        """[n, T, layers, 0]"""
+        return embedded.new_zeros(*embedded.shape[:2], len(self), 0)
 
 
 def _adapt(layer: nn.Module, of: LayerSpec) -> None:
@@ -211,11 +235,11 @@ class _Recorder(nn.Module):
         super().__init__()
         self.seen: dict[str, Any] = {}
         self.pairs = pairs
+        self.names = list(inspect.signature(layer.forward).parameters)[1:]
         for name in ("attention_type", "block_type"):  # by which a model chooses a block's mask
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
-    def forward(self, hidden: Tensor, *none: None, **kwargs: Any) -> Any:
-        """none: what a kind of block is given by position, and has none of here (Gemma 4's per-layer inputs)."""
-        self.seen = kwargs
+    def forward(self, hidden: Tensor, *given: Any, **kwargs: Any) -> Any:
+        self.seen = dict(zip(self.names, given, strict=False)) | kwargs
         return (hidden, None) if self.pairs else hidden

@@ -63,6 +63,8 @@ def make_plan(checkpoint: Checkpoint, source: BlockSource, recipe: Recipe) -> Pl
     small = sorted(shapes.keys() - grouped - set(source.spec.routers))
     if source.spec.per_layer_inputs is not None:
         small.append(f"{source.spec.prefix}per_layer_model_projection")
+    if (alt_up := source.spec.alt_up) is not None:
+        small += [f"{source.spec.prefix}{n}" for n in (*alt_up.projections, *alt_up.unprojections)]
     dense = dict.fromkeys(small, "they are small, and what they say is felt")
     kept = frozenset(source.spec.dense_modules())
     for group in groups:

@@ -55,7 +55,7 @@ def _logits(source: BlockSource, token_ids: Tensor) -> Tensor:
         source.device
     )
     weight = weight + 1.0 if spec.norm_offset else weight
-    hidden = source.carried.hidden(hidden)[0]
+    hidden = source.last_hidden(hidden)[0]
     hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + spec.norm_eps) * weight
     own = spec.head in checkpoint.modules()
     head = checkpoint.dense(spec.head if own else f"{spec.prefix}{spec.embedding}")

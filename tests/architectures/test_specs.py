@@ -6,10 +6,12 @@ import pytest
 from transformers import AutoConfig
 
 from nibble.architectures.base import (
+    AltUp,
     Attention,
     Experts,
     GatedMlp,
     LatentAttention,
+    Laurel,
     LayerSpec,
     LongFactors,
     ModelSpec,
@@ -55,6 +57,7 @@ SHORT = {
 NEEDED = {  # by model_type: what a file must say
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }
 
@@ -397,6 +400,47 @@ def test_gemma_4_has_experts_beside_its_mlps() -> None:
     assert model_spec(GEMMA4_MOE).dense_modules() == tuple(routers)
     with pytest.raises(CheckpointError, match="top_k_experts is 9, of 8 experts"):
         model_spec(GEMMA4_MOE | {"top_k_experts": 9})
+
+
+GEMMA3N = LLAMA | {"architectures": None, "model_type": "gemma3n_text", "hidden_act": None}
+
+
+def test_gemma_3n_has_streams_sparse_gates_and_a_way_around_attention() -> None:
+    """What a file does not say is as in transformers."""
+    spec = model_spec(GEMMA3N | {"num_hidden_layers": 20, "head_dim": None})
+    assert spec.alt_up == AltUp(4, 0, scaled=True) and spec.final_soft_cap == 30.0
+    assert [layer.mlp.sparsity for layer in spec.layers] == [0.95] * 10 + [0.0] * 10
+    assert spec.layers[0].mlp.deviations == pytest.approx(1.644854, rel=1e-6)
+    assert spec.layers[15].mlp.deviations is None
+    assert [m.window for m in spec.attention.values()] == [512, 512, 512, 512, None] * 4
+    # the last layer of each kind below the last 15
+    assert [m.kv_source for m in spec.attention.values()] == [None] * 5 + [3, 3, 3, 3, 4] * 3
+    assert {layer.laurel for layer in spec.layers} == {Laurel(64)}
+    assert spec.attention[0].head_dim == 256 and spec.attention[0].scale == 1.0
+    # what the mixer reads is added, too: no factor may leave the norm before it
+    assert [fold.kind for fold in spec.folds(0)] == ["norm", "rows"]
+    told = model_spec(GEMMA3N | {"intermediate_size": [32, 64, 96, 128], "num_kv_shared_layers": 0})
+    assert [layer.mlp.intermediate_size for layer in told.layers] == [32, 64, 96, 128]
+    few = GEMMA3N | {"num_kv_shared_layers": 0}
+    assert [x.mlp.sparsity for x in model_spec(few).layers] == [0.0] * 4
+    same = model_spec(few | {"activation_sparsity_pattern": 0.5})
+    assert [layer.mlp.sparsity for layer in same.layers] == [0.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"altup_active_idx": 4}, "altup_active_idx is 4, of 4 streams"),
+        ({"altup_num_inputs": 1}, "altup_num_inputs 1 is not supported"),
+        ({"activation_sparsity_pattern": [0, 0, 0, 1.0]}, "want shares from 0 to below 1"),
+        ({"activation_sparsity_pattern": [0.5]}, "no list of 4 numbers"),
+        ({"intermediate_size": [64]}, "no list of 4 numbers"),
+        ({"num_kv_shared_layers": 4}, "leaves no sliding_attention layer"),
+    ],
+)
+def test_what_gemma_3n_cannot_be_is_refused(wrong: dict, why: str) -> None:
+    with pytest.raises((CheckpointError, UnsupportedError), match=why):
+        model_spec(GEMMA3N | {"num_kv_shared_layers": 0} | wrong)
 
 
 MUSE = LLAMA | {"architectures": None, "model_type": "muse_glimmer_text", "hidden_act": None}

@@ -24,6 +24,7 @@ from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
 from ..torch.attention import zero_pages
+from .alt_up import CppAltUp
 from .layers import CppLayer, CppPerLayerInputs, as_bfloat16
 from .mixers import CppRopes
 
@@ -83,6 +84,7 @@ class CppDecoder(HostSampling):
     norm: Tensor | None  # float32 [hidden]
     head: PreparedGroup | None
     per_layer_inputs: CppPerLayerInputs | None
+    alt_up: CppAltUp | None
     report: KernelReport
     ropes: CppRopes = field(init=False)
     layer_structs: ctypes.Array[NbLayer] = field(init=False)
@@ -100,7 +102,7 @@ class CppDecoder(HostSampling):
                 for layer, offset in zip(self.layers, self._cache_offsets(), strict=True)
             )
         )
-        told = self.per_layer_inputs
+        told, alt_up = self.per_layer_inputs, self.alt_up
         self._struct = NbModel(
             model.hidden_size,
             len(self.layers),
@@ -116,6 +118,7 @@ class CppDecoder(HostSampling):
             pointer(self.embedding_norm),
             pointer(self.norm),
             None if told is None else ctypes.pointer(told.struct),
+            None if alt_up is None else ctypes.pointer(alt_up.struct),
             NbLinearGroup() if self.head is None else self.head.struct(),
         )
 
@@ -124,6 +127,7 @@ class CppDecoder(HostSampling):
         groups = [group for layer in self.layers for group in layer.groups]
         told, head = self.per_layer_inputs, self.head
         groups += [] if told is None else [told.projection]
+        groups += [] if self.alt_up is None else self.alt_up.groups
         return groups if head is None else [*groups, head]
 
     @property

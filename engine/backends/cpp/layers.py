@@ -30,6 +30,7 @@ from ....kernels.cpu.library import (
     NbShortConv,
 )
 from ....kernels.cpu.prepared import PreparedGroup, pointer
+from .alt_up import CppAltUpLayer, CppLaurel
 from .mixers import (
     CppAttention,
     CppDeltaNet,
@@ -48,12 +49,15 @@ class CppGatedMlp:
     gate_up: PreparedGroup
     down: PreparedGroup
     clamp: tuple[float, float] | None = None  # of Experts
+    deviations: float | None = None  # of GatedMlp
     struct: NbGatedMlp = field(init=False)
 
     def __post_init__(self) -> None:
         self.struct = NbGatedMlp(
             self.down.linears[0].k,
             lib.ACTIVATIONS[self.activation],
+            self.deviations is not None,
+            self.deviations or 0.0,
             *(self.clamp or (0.0, 0.0)),
             self.gate_up.struct(),
             self.down.struct(),
@@ -159,6 +163,7 @@ class CppPerLayerInputs:
         self.struct = NbPerLayerInputs(
             width,
             lib.ACTIVATIONS[self.spec.activation],
+            len(self.table),
             hidden**-0.5,
             as_bfloat16(width**0.5),
             pointer(self.table),
@@ -179,10 +184,12 @@ class CppLayer:
     after_mlp: Tensor | None
     per_layer_input: CppPerLayerInput | None
     scalar: float
+    laurel: CppLaurel | None
+    alt_up: CppAltUpLayer | None
 
     @property
     def groups(self) -> list[PreparedGroup]:
-        parts = (self.mixer, self.mlp, self.per_layer_input)
+        parts = (self.mixer, self.mlp, self.per_layer_input, self.laurel)
         return [group for part in parts if part is not None for group in part.groups]
 
     @property
@@ -202,7 +209,7 @@ class CppLayer:
     def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
         mixer = None if self.mixer is None else self.mixer.point(ropes, cache_offset)
-        told, mlp, experts = self.per_layer_input, self.mlp, self.mlp
+        mlp, experts = self.mlp, self.mlp
         between: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(self.mlp, CppMlpBesideExperts):
             both = self.mlp
@@ -217,7 +224,10 @@ class CppLayer:
             ctypes.pointer(mixer) if isinstance(mixer, NbMamba2) else None,
             ctypes.pointer(mlp.struct) if isinstance(mlp, CppGatedMlp) else None,
             ctypes.pointer(experts.struct) if isinstance(experts, CppExperts) else None,
-            None if told is None else ctypes.pointer(told.struct),
+            *(
+                None if part is None else ctypes.pointer(part.struct)
+                for part in (self.per_layer_input, self.laurel, self.alt_up)
+            ),
             self.scalar,
         )
 

@@ -15,6 +15,7 @@ from ....architectures.base import (
     Experts,
     GatedMlp,
     LatentAttention,
+    Laurel,
     LayerSpec,
     LinearGroup,
     Mamba2,
@@ -30,6 +31,7 @@ from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
 from . import sizes
+from .alt_up import CppAltUp, CppAltUpLayer, CppLaurel
 from .decoder import CppDecoder
 from .features import FEATURES
 from .layers import (
@@ -139,6 +141,7 @@ class _Loader:
             self.weights.final_norm() if last else None,
             head,
             self._per_layer_inputs(),
+            self._alt_up(),
             self.report,
         )
 
@@ -164,6 +167,8 @@ class _Loader:
             norm(norms.after_mlp, scale),
             self._per_layer_input(index),
             float(weights.vector(f"{prefix}layer_scalar", 1)) if spec.scalar else 1.0,
+            self._laurel(index, spec.laurel),
+            None if model.alt_up is None else CppAltUpLayer(weights.alt_up(index, model.alt_up)),
         )
 
     def _per_layer_input(self, index: int) -> CppPerLayerInput | None:
@@ -246,6 +251,27 @@ class _Loader:
             self.weights.norm(f"{model.prefix}per_layer_projection_norm", spec.width),
         )
 
+    def _alt_up(self) -> CppAltUp | None:
+        model = self.weights.model
+        if (spec := model.alt_up) is None:
+            return None
+        names = [model.prefix + name for name in spec.projections]
+        shape = model.hidden_size, model.hidden_size
+        into = self._prepared(
+            names[0], [shape] * len(names), lambda: [self.weights.linear(n, *shape) for n in names]
+        )
+        return CppAltUp(
+            spec, into, [self._lone(model.prefix + name, *shape) for name in spec.unprojections]
+        )
+
+    def _laurel(self, index: int, spec: Laurel | None) -> CppLaurel | None:
+        if spec is None:
+            return None
+        model = self.weights.model
+        left, right = (self._layer_group(index, each) for each in spec.groups(model.hidden_size))
+        norm = self.weights.norm(f"{model.layer_name(index)}.{spec.norm}", model.hidden_size)
+        return CppLaurel(left, right, norm)
+
     def _lone(self, module: str, out_features: int, in_features: int) -> PreparedGroup:
         """A linear that is of no group."""
         shape = (out_features, in_features)
@@ -313,6 +339,7 @@ class _Loader:
             self._layer_group(index, up, parts=parts),
             self._layer_group(index, down, scale),
             spec.clamp if isinstance(spec, Experts) else None,
+            spec.deviations if isinstance(spec, GatedMlp) else None,
         )
 
     def _prepared(

@@ -16,6 +16,7 @@ from ....kernels.cpu import library as lib
 
 # of the kernels' scratch memory
 _MAX_SHARED_HEADS, _MAX_HEAD_DIM, _MAX_WIDTH = 32, 1024, 65536
+_MAX_STREAMS = 16  # kernels/cpu/alt_up.h
 _MAX_LATENT_HEADS, _MAX_RANK, _MAX_TURNED = 128, 512, 256
 
 
@@ -30,6 +31,8 @@ def why_not(layer: LayerSpec, model: ModelSpec) -> str | None:
         return "has no MLP beside experts without a norm of their sum"
     if isinstance(layer.mlp, MlpBesideExperts) and _reads_more(layer.mlp.experts):
         return "has no latent space or gated shared expert beside an MLP"
+    if model.alt_up is not None and model.alt_up.num_streams > _MAX_STREAMS:
+        return f"has room for {_MAX_STREAMS} streams of hidden states"
     if len({each.rotation for each in model.cached.values()}) > lib.MAX_ROPES:
         return f"has room for {lib.MAX_ROPES} kinds of rotary embedding"
     return None
@@ -52,6 +55,8 @@ def _widths(layer: LayerSpec, model: ModelSpec) -> tuple[int, ...]:
         widths += (layer.mixer.groups(model.hidden_size)[-1].in_features,)
     if (told := model.per_layer_inputs) is not None:
         widths += (told.width,)
+    if layer.laurel is not None:
+        widths += (layer.laurel.rank,)
     return widths
 
 

@@ -4,7 +4,7 @@ One layer, on a flat batch of T tokens from many requests (there is no batch or 
 
     x [T, hidden] -> (norm) -> mixer -> (norm) -> + x -> (norm) -> feed-forward -> (norm) -> + x
 
-What is added to x is multiplied by the model's residual_scale.
+What is added to x is multiplied by the model's residual_scale. With AltUp, x is one of several streams (alt_up.py).
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from ....architectures.rope import switch_of
 from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
+from .alt_up import TorchAltUp, TorchAltUpLayer, TorchLaurel
 from .attention import AttentionMetadata, KVCache
 from .feed_forward import TorchFeedForward
 from .layers import RMSNorm, RopeTable, scaled, soft_cap
@@ -40,6 +41,8 @@ class TorchLayer:
     after_mlp: RMSNorm | None
     per_layer_input: TorchPerLayerInput | None
     scalar: Tensor | None  # [1]
+    laurel: TorchLaurel | None
+    alt_up: TorchAltUpLayer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,13 @@ class TorchDecoder(HostSampling):
     norm: RMSNorm | None
     head: FusedLinear | None
     per_layer_inputs: TorchPerLayerInputs | None
+    alt_up: TorchAltUp | None
     report: KernelReport
 
     @property
     def weight_bytes(self) -> int:
-        return tensor_bytes([self.layers, self.embedding, self.head, self.per_layer_inputs])
+        parts = [self.layers, self.embedding, self.head, self.per_layer_inputs, self.alt_up]
+        return tensor_bytes(parts)
 
     def new_cache(self, num_blocks: int, num_states: int = 1) -> TorchCache:
         specs = [layer.spec for layer in self.layers]
@@ -90,18 +95,57 @@ class TorchDecoder(HostSampling):
         given = None
         if self.per_layer_inputs is not None:
             given = self.per_layer_inputs(torch.tensor(batch.token_ids, device=self.device), x)
+        if self.alt_up is not None:
+            x = self.alt_up.start(x)
         for index, layer in enumerate(self.layers):
-            if layer.mixer is not None:
-                mixed = layer.mixer(_normed(layer.before_mixer, x), index, step)
-                x = x + scaled(_normed(layer.after_mixer, mixed), self.model.residual_scale)
-            if layer.mlp is not None:
-                mixed = layer.mlp(_normed(layer.before_mlp, x))
-                x = x + scaled(_normed(layer.after_mlp, mixed), self.model.residual_scale)
-            if layer.per_layer_input is not None and given is not None:
-                x = x + layer.per_layer_input(x, given[:, index])
+            told = None if given is None else given[:, index]
+            if layer.alt_up is None:
+                x = self._told(layer, self._computed(layer, x, index, step), told)
+            else:
+                x = self._streams(layer, layer.alt_up, x, index, step, told)
             if layer.scalar is not None:
                 x = x * layer.scalar
+        if self.alt_up is not None:
+            x = self.alt_up.end(x)
         return _normed(self.norm, x)
+
+    def _computed(self, layer: TorchLayer, x: Tensor, index: int, step: Step) -> Tensor:
+        """x [T, hidden] with what the layer's mixer and feed-forward add."""
+        if layer.mixer is not None:
+            h = _normed(layer.before_mixer, x)
+            mixed = layer.mixer(h, index, step)
+            x = x + scaled(_normed(layer.after_mixer, mixed), self.model.residual_scale)
+            if layer.laurel is not None:
+                x = (x + layer.laurel(h)) * 2.0**-0.5
+        if layer.mlp is not None:
+            mixed = layer.mlp(_normed(layer.before_mlp, x))
+            x = x + scaled(_normed(layer.after_mlp, mixed), self.model.residual_scale)
+        return x
+
+    def _streams(
+        self,
+        layer: TorchLayer,
+        alt_up: TorchAltUpLayer,
+        streams: Tensor,
+        index: int,
+        step: Step,
+        told: Tensor | None,
+    ) -> Tensor:
+        """Streams after the layer."""
+        predicted = alt_up.predict(streams)
+        streams = alt_up.correct(
+            predicted, self._computed(layer, predicted[alt_up.spec.active], index, step)
+        )
+        if layer.per_layer_input is not None and told is not None:
+            streams[1:] += layer.per_layer_input(alt_up.told(streams), told)
+        return streams
+
+    @staticmethod
+    def _told(layer: TorchLayer, x: Tensor, told: Tensor | None) -> Tensor:
+        """x [T, hidden] with what the layer is told once more, told [T, width]."""
+        if layer.per_layer_input is None or told is None:
+            return x
+        return x + layer.per_layer_input(x, told)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head is None:

@@ -19,10 +19,13 @@ class TorchGatedMlp:
     gate_up: FusedLinear
     down: FusedLinear
     clamp: tuple[float, float] | None = None  # of Experts
+    deviations: float | None = None  # of GatedMlp
 
     def __call__(self, h: Tensor) -> Tensor:
         """h [T, hidden], normed."""
         gate, up = self.gate_up(h).chunk(2, dim=-1)
+        if self.deviations is not None:
+            gate = above_cutoff(gate, self.deviations)
         if self.clamp is not None:
             return self.down(clamped(gate, up, *self.clamp))
         return self.down(activate(gate, self.activation) * up)
@@ -45,6 +48,12 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "relu2":
         return F.relu(x).square()
     return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+def above_cutoff(gate: Tensor, deviations: float) -> Tensor:
+    """How far gates [T, n] are above their mean plus so many standard deviations, else 0: see GatedMlp."""
+    spread, mean = torch.std_mean(gate.float(), dim=-1, correction=0, keepdim=True)
+    return F.relu(gate - (mean + deviations * spread)).to(gate.dtype)
 
 
 def clamped(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:

@@ -16,6 +16,7 @@ from ....architectures.base import (
     GatedDeltaNet,
     GatedMlp,
     LatentAttention,
+    Laurel,
     LayerSpec,
     LinearGroup,
     Mamba2,
@@ -30,7 +31,9 @@ from ....architectures.base import (
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import Linear, ModelWeights
+from .alt_up import TorchAltUp, TorchAltUpLayer, TorchLaurel
 from .decoder import TorchDecoder, TorchLayer
+from .features import FEATURES
 from .feed_forward import (
     TorchExperts,
     TorchFeedForward,
@@ -57,90 +60,7 @@ class TorchBackend:
 
     target: Target
     name = "torch"
-    features = frozenset(
-        {
-            "model",
-            "model.norm_offset",
-            "model.embedding_scale",
-            "model.residual_scale",
-            "model.logits_scale",
-            "model.final_soft_cap",
-            "model.final_norm_offset",
-            "model.after_norm_eps",
-            "model.embedding_norm",
-            "per_layer_inputs",
-            "per_layer_inputs.activation=silu",
-            "per_layer_inputs.activation=gelu_tanh",
-            "layer",
-            "layer.mixer=None",
-            "layer.mlp=None",
-            "layer.scalar",
-            "norms",
-            "norms.before_mixer=None",
-            "norms.after_mixer",
-            "norms.before_mlp=None",
-            "norms.after_mlp",
-            "attention",
-            "attention.window",
-            "attention.rope=None",
-            "attention.qk_norm=head",
-            "attention.qk_norm=all",
-            "attention.query_scaling",
-            "attention.soft_cap",
-            "attention.sinks",
-            "attention.v_norm",
-            "attention.keys_are_values",
-            "attention.kv_source",
-            "attention.output_gate=q_proj",
-            "attention.output_gate=gate_proj",
-            "attention.head_gate",
-            "latent_attention",
-            "latent_attention.q_rank=None",
-            "latent_attention.query_scaling",
-            "gated_delta_net",
-            "short_conv",
-            "short_conv.bias",
-            "mamba2",
-            "mamba2.conv_bias",
-            "mamba2.time_step_limit",
-            "rope",
-            "rope.scaling=default",
-            "rope.scaling=linear",
-            "rope.scaling=llama3",
-            "rope.scaling=yarn",
-            "rope.scaling=longrope",
-            "rope.scaling=proportional",
-            "rope.dim",
-            "rope.attention_factor",
-            "rope.interleaved",
-            "long_factors",
-            "gated_mlp",
-            "gated_mlp.activation=silu",
-            "gated_mlp.activation=gelu_tanh",
-            "gated_mlp.activation=relu2",
-            "plain_mlp",
-            "plain_mlp.activation=silu",
-            "plain_mlp.activation=gelu_tanh",
-            "plain_mlp.activation=relu2",
-            "experts",
-            "experts.activation=silu",
-            "experts.activation=gelu_tanh",
-            "experts.activation=relu2",
-            "experts.plain",
-            "experts.latent_size",
-            "experts.scoring=softmax",
-            "experts.scoring=sigmoid",
-            "experts.norm_weights",
-            "experts.routed_scale",
-            "experts.correction_bias",
-            "experts.clamp",
-            "experts.limited_groups",
-            "experts.group_rank",
-            "shared_expert",
-            "shared_expert.gated",
-            "mlp_beside_experts",
-        }
-    )
+    features = FEATURES
 
     def unavailable(self) -> str | None:
         return None
@@ -185,6 +105,7 @@ class _Loader:
             self._norm(self.weights.final_norm()) if last else None,
             head,
             self._per_layer_inputs(),
+            self._alt_up(),
             self.report,
         )
 
@@ -202,6 +123,8 @@ class _Loader:
             self._feed_forward(index, spec.mlp),
             per_layer_input=self._per_layer_input(index),
             scalar=scalar,
+            laurel=self._laurel(index, spec.laurel),
+            alt_up=self._alt_up_layer(index),
             **norms,
         )
 
@@ -294,8 +217,9 @@ class _Loader:
 
     def _mlp(self, index: int, mlp: GatedMlp | PlainMlp) -> TorchGatedMlp | TorchPlainMlp:
         up, down = self._groups(index, mlp.groups(self.weights.model.hidden_size))
-        kind = TorchPlainMlp if isinstance(mlp, PlainMlp) else TorchGatedMlp
-        return kind(mlp.activation, up, down)
+        if isinstance(mlp, PlainMlp):
+            return TorchPlainMlp(mlp.activation, up, down)
+        return TorchGatedMlp(mlp.activation, up, down, deviations=mlp.deviations)
 
     def _mlp_beside_experts(self, index: int, spec: MlpBesideExperts) -> TorchMlpBesideExperts:
         weights, hidden = self.weights, self.weights.model.hidden_size
@@ -362,6 +286,31 @@ class _Loader:
         norm = weights.norm(f"{model.prefix}per_layer_projection_norm", spec.width)
         table = weights.per_layer_embedding(self.target.dtype).to(self.target.device)
         return TorchPerLayerInputs(spec, table, self._fused([projection]), self._norm(norm))
+
+    def _alt_up(self) -> TorchAltUp | None:
+        model = self.weights.model
+        if (spec := model.alt_up) is None:
+            return None
+        into, back = (
+            [self.weights.linear(model.prefix + name, *[model.hidden_size] * 2) for name in names]
+            for names in (spec.projections, spec.unprojections)
+        )
+        return TorchAltUp(spec, self._fused(into), [self._fused([each]) for each in back])
+
+    def _alt_up_layer(self, index: int) -> TorchAltUpLayer | None:
+        model = self.weights.model
+        if (spec := model.alt_up) is None:
+            return None
+        weights = self.weights.alt_up(index, spec).to(self.target.device)
+        return TorchAltUpLayer(spec, weights, model.norm_eps)
+
+    def _laurel(self, index: int, spec: Laurel | None) -> TorchLaurel | None:
+        if spec is None:
+            return None
+        hidden, prefix = self.weights.model.hidden_size, self.weights.model.layer_name(index)
+        left, right = spec.groups(hidden)
+        norm = self.weights.norm(f"{prefix}.{spec.norm}", hidden)
+        return TorchLaurel(*self._groups(index, (left, right)), self._norm(norm))
 
     def _groups(self, index: int, groups: Iterable[LinearGroup]) -> list[FusedLinear]:
         return [self._fused(self.weights.group(index, group)) for group in groups]

@@ -28,7 +28,8 @@ class TorchPerLayerInputs:
         projected = self.projection(embedded) * embedded.shape[1] ** -0.5
         projected = self.norm(projected.view(len(embedded), -1, width))
         scale = torch.tensor(width**0.5, dtype=self.table.dtype)
-        own = (F.embedding(token_ids, self.table) * scale).to(embedded)
+        known = torch.where(token_ids < len(self.table), token_ids, 0)
+        own = (F.embedding(known, self.table) * scale).to(embedded)
         given: Tensor = (projected + own.view(projected.shape)) * 2.0**-0.5
         return given
 

@@ -41,6 +41,7 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
     if spec.embedding_norm:
         x = plain_norm(x, spec.norm_eps)
     told = per_layer_inputs(spec, weight, x, ids)
+    streams = start_streams(spec, weight, x)
     kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers that have their own
     for index, layer in enumerate(spec.layers):
         prefix, norms = f"{spec.layer_name(index)}.", layer.norms
@@ -49,6 +50,9 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             return None if name is None else prefix + name
 
         mixer, mlp = layer.mixer, layer.mlp
+        if spec.alt_up is not None:
+            predicted = predict(spec, weight, norm, prefix, streams)
+            x = predicted[spec.alt_up.active]
         h = norm(named(norms.before_mixer), x)
         if mixer is None:
             mixed = torch.zeros_like(x)
@@ -64,6 +68,10 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
             shared = None if mixer.kv_source is None else kept[mixer.kv_source]
             mixed, kept[index] = attention(h, mixer, weight, norm, prefix, shared, spec.norm_eps)
         x = x + spec.residual_scale * norm(named(norms.after_mixer), mixed, spec.after_norm_eps)
+        if layer.laurel is not None:
+            back = h @ weight(f"{prefix}laurel.linear_left.weight").T
+            back = back @ weight(f"{prefix}laurel.linear_right.weight").T
+            x = (x + h + norm(f"{prefix}laurel.post_laurel_norm", back)) / math.sqrt(2)
         h = norm(named(norms.before_mlp), x)
 
         def inside(name: str, prefix: str = prefix) -> Tensor:
@@ -78,15 +86,26 @@ def plain_logits(spec: ModelSpec, checkpoint: Checkpoint, ids: list[int]) -> Ten
         else:
             added = dense_mlp(h, mlp.names, mlp, inside)
         x = x + spec.residual_scale * norm(named(norms.after_mlp), added, spec.after_norm_eps)
+        reads = x
+        if spec.alt_up is not None:
+            streams = correct(spec, weight, norm, prefix, predicted, x)
+            reads = streams[spec.alt_up.active]
+            if spec.alt_up.scaled:
+                reads = reads * weight(f"{prefix}altup.correct_output_scale")
         if spec.per_layer_inputs is not None:
             gate = activate(
-                x @ weight(f"{prefix}per_layer_input_gate.weight").T,
+                reads @ weight(f"{prefix}per_layer_input_gate.weight").T,
                 spec.per_layer_inputs.activation,
             )
             back = (gate * told[:, index]) @ weight(f"{prefix}per_layer_projection.weight").T
-            x = x + norm(f"{prefix}post_per_layer_input_norm", back)
+            back = norm(f"{prefix}post_per_layer_input_norm", back)
+            x = x + back
+            streams = [s + back if i else s for i, s in enumerate(streams)]
         if layer.scalar:
             x = x * weight(f"{prefix}layer_scalar")
+            streams = [s * weight(f"{prefix}layer_scalar") for s in streams]
+    if spec.alt_up is not None:
+        x = end_streams(spec, weight, streams)
     offset = spec.norm_offset if spec.final_norm_offset is None else spec.final_norm_offset
     factor = weight(f"{spec.prefix}{spec.final_norm}.weight") + (1.0 if offset else 0.0)
     x = plain_norm(x, spec.norm_eps) * factor
@@ -110,6 +129,52 @@ def both(
     return norm(after_mlp, mlp) + norm(after_experts, torch.stack(routed))
 
 
+def as_long(x: Tensor, like: Tensor) -> Tensor:
+    rows = []
+    for row, other in zip(x, like, strict=True):
+        wanted, found = (sum(number**2 for number in each.tolist()) for each in (other, row))
+        rows.append(row * math.sqrt(wanted / max(found, 1e-5 * len(row))))
+    return torch.stack(rows)
+
+
+def start_streams(spec: ModelSpec, weight: Any, x: Tensor) -> list[Tensor]:
+    if spec.alt_up is None:
+        return []
+    names = (f"{spec.prefix}{name}.weight" for name in spec.alt_up.projections)
+    return [x, *(as_long(x @ weight(name).T, x) for name in names)]
+
+
+def end_streams(spec: ModelSpec, weight: Any, streams: list[Tensor]) -> Tensor:
+    x = streams[0]
+    for stream, name in zip(streams[1:], spec.alt_up.unprojections, strict=True):
+        x = x + as_long(stream @ weight(f"{spec.prefix}{name}.weight").T, streams[0])
+    return x / len(streams)
+
+
+def router(spec: ModelSpec, weight: Any, norm: Any, prefix: str, x: Tensor) -> Tensor:
+    """[T, streams]"""
+    normed = norm(f"{prefix}altup.router_norm", x) / spec.hidden_size
+    return torch.tanh(normed @ weight(f"{prefix}altup.modality_router.weight").T)
+
+
+def predict(spec: ModelSpec, weight: Any, norm: Any, prefix: str, streams: list[Tensor]) -> Any:
+    n, seen = len(streams), router(spec, weight, norm, prefix, streams[spec.alt_up.active])
+    said = seen @ weight(f"{prefix}altup.prediction_coefs.weight").T
+    return [
+        streams[to] + sum(said[:, to * n + i, None] * streams[i] for i in range(n))
+        for to in range(n)
+    ]
+
+
+def correct(
+    spec: ModelSpec, weight: Any, norm: Any, prefix: str, predicted: list[Tensor], x: Tensor
+) -> list[Tensor]:
+    said = router(spec, weight, norm, prefix, x)
+    said = 1 + said @ weight(f"{prefix}altup.correction_coefs.weight").T
+    news = x - predicted[spec.alt_up.active]
+    return [stream + said[:, i, None] * news for i, stream in enumerate(predicted)]
+
+
 def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) -> Tensor | None:
     """[T, layers, width], from what is embedded, and the token's own."""
     if (told := spec.per_layer_inputs) is None:
@@ -118,7 +183,8 @@ def per_layer_inputs(spec: ModelSpec, weight: Any, x: Tensor, ids: list[int]) ->
     seen = seen.view(len(ids), spec.num_layers, told.width)
     seen = seen / (seen.square().mean(-1, keepdim=True) + spec.norm_eps).sqrt()
     factor = weight(f"{spec.prefix}per_layer_projection_norm.weight")
-    own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[torch.tensor(ids)]
+    rows = torch.tensor([token if token < told.vocab_size else 0 for token in ids])
+    own = weight(f"{spec.prefix}embed_tokens_per_layer.weight")[rows]
     own = own.view(seen.shape) * math.sqrt(told.width)
     return (seen * (factor + (1.0 if spec.norm_offset else 0.0)) + own) / math.sqrt(2)
 
@@ -131,11 +197,18 @@ def dense_mlp(
     if isinstance(of, PlainMlp) or getattr(of, "plain", False):
         return activate(x @ ups[0].T, of.activation) @ down.T
     gate, up = ups if len(ups) == 2 else ups[0].chunk(2)
-    return gated_mlp(x, gate, up, down, of.activation)
+    return gated_mlp(x, gate, up, down, of.activation, getattr(of, "sparsity", 0.0))
 
 
-def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    return (activate(x @ gate.T, activation) * (x @ up.T)) @ down.T
+def gated_mlp(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str, sparsity: float = 0.0
+) -> Tensor:
+    gates = x @ gate.T
+    if sparsity:
+        where = torch.distributions.Normal(0, 1).icdf(torch.tensor(sparsity).double())
+        spread = gates.var(1, correction=0, keepdim=True).sqrt()
+        gates = (gates - gates.mean(1, keepdim=True) - where * spread).clamp(min=0)
+    return (activate(gates, activation) * (x @ up.T)) @ down.T
 
 
 def expert_sum(

@@ -16,12 +16,14 @@ from nibble.architectures import base
 from nibble.architectures.base import (
     NORMS_AFTER,
     SANDWICH,
+    AltUp,
     Attention,
     ExpertNames,
     Experts,
     GatedDeltaNet,
     GatedMlp,
     LatentAttention,
+    Laurel,
     LayerSpec,
     LongFactors,
     Mamba2,
@@ -78,6 +80,7 @@ MIXER_ALONE = LayerSpec(ATTENTION, None, Norms(before_mlp=None))
 MLP_ALONE = LayerSpec(None, GatedMlp(INNER, "silu"), Norms(before_mixer=None))
 READER = replace(ATTENTION, kv_source=0, num_heads=8)
 TOLD = PerLayerInputs(16, VOCAB, "gelu_tanh")
+STREAMS = AltUp(4, 0)
 EXPERTS = Experts(8, 3, 48, "silu")
 BESIDE = MlpBesideExperts(GatedMlp(INNER, "silu"), EXPERTS)
 SUMMED = replace(SANDWICH, before_mlp=None)
@@ -270,6 +273,11 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
         with_layers(mlp=GatedMlp(INNER, "relu2")),
         with_layers(mlp=GatedMlp(INNER, "mish")),  # type: ignore[arg-type]
     ],
+    ("GatedMlp", "sparsity"): [
+        with_layers(mlp=GatedMlp(INNER, "gelu_tanh", 0.8)),
+        with_layers(mlp=GatedMlp(INNER, "silu", 0.5)),
+        with_both(mlp=GatedMlp(48, "gelu_tanh", 0.3)),
+    ],
     ("Experts", "num_experts"): [with_experts(num_experts=5)],
     ("Experts", "top_k"): [with_experts(top_k=1), with_experts(top_k=8)],
     ("Experts", "intermediate_size"): [with_experts(intermediate_size=80)],
@@ -400,13 +408,39 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("ModelSpec", "head"): [replace(MODEL, head="language_model.lm_head")],
     ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
     ("ModelSpec", "num_draft_layers"): [replace(MODEL, num_draft_layers=1)],
+    ("ModelSpec", "alt_up"): [
+        replace(MODEL, alt_up=STREAMS),
+        replace(with_layers(scalar=True), alt_up=STREAMS, embedding_norm=True),
+        replace(MODEL, layers=(MLP_ALONE, LAYER, MIXER_ALONE), alt_up=STREAMS, norm_offset=True),
+    ],
+    ("AltUp", "num_streams"): [
+        replace(MODEL, alt_up=replace(STREAMS, num_streams=2)),
+        replace(MODEL, alt_up=replace(STREAMS, num_streams=17)),
+    ],
+    ("AltUp", "active"): [replace(MODEL, alt_up=replace(STREAMS, active=2), per_layer_inputs=TOLD)],
+    ("AltUp", "scaled"): [
+        replace(
+            with_layers(norms=SANDWICH),
+            alt_up=replace(STREAMS, scaled=True),
+            per_layer_inputs=TOLD,
+            residual_scale=0.3,
+        )
+    ],
+    ("LayerSpec", "laurel"): [
+        with_layers(laurel=Laurel(16)),
+        replace(with_layers(laurel=Laurel(16), norms=NORMS_AFTER), residual_scale=0.3),
+        replace(MODEL, layers=(replace(MIXER_ALONE, laurel=Laurel(32)), LAYER, MLP_ALONE)),
+        replace(MODEL, layers=(replace(LAYER, mixer=MAMBA, laurel=Laurel(16)), LAYER)),
+    ],
+    ("Laurel", "rank"): [with_layers(laurel=Laurel(48)), with_layers(laurel=Laurel(8))],
     ("ModelSpec", "per_layer_inputs"): [replace(MODEL, per_layer_inputs=TOLD)],
     ("PerLayerInputs", "width"): [
         replace(with_layers(norms=SANDWICH), per_layer_inputs=replace(TOLD, width=32)),
         replace(MODEL, per_layer_inputs=replace(TOLD, width=8)),
     ],
     ("PerLayerInputs", "vocab_size"): [
-        replace(MODEL, per_layer_inputs=replace(TOLD, vocab_size=VOCAB + 5))
+        replace(MODEL, per_layer_inputs=replace(TOLD, vocab_size=VOCAB + 5)),
+        replace(MODEL, per_layer_inputs=replace(TOLD, vocab_size=VOCAB // 2)),
     ],
     ("PerLayerInputs", "activation"): [
         replace(MODEL, per_layer_inputs=replace(TOLD, activation="silu"))
@@ -427,7 +461,7 @@ def asked(spec: ModelSpec) -> frozenset[str]:
 def test_every_field_has_a_case() -> None:
     classes = [ModelSpec, LayerSpec, Norms, Attention, GatedDeltaNet, GatedMlp, Experts]
     classes += [LatentAttention, Mamba2, ShortConv, PlainMlp, SharedExpert, MlpBesideExperts]
-    classes += [Rope, LongFactors, PerLayerInputs]
+    classes += [Rope, LongFactors, PerLayerInputs, AltUp, Laurel]
     described = [
         value
         for value in vars(base).values()
@@ -458,6 +492,11 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             for member in group.members():
                 for name, out in zip(member.modules, member.out_features, strict=True):
                     tensors[f"{prefix}{name}.weight"] = normal(out, group.in_features)
+        if layer.laurel is not None:
+            for group in layer.laurel.groups(spec.hidden_size):
+                name, shape = group.modules[0], (group.out_features[0], group.in_features)
+                tensors[f"{prefix}{name}.weight"] = normal(*shape)
+            tensors[f"{prefix}{layer.laurel.norm}.weight"] = 1 + normal(spec.hidden_size)
         if (experts := experts_of(layer.mlp)) is not None:
             router, *gate = (f"{prefix}{name}" for name in experts.routers)
             tensors[f"{router}.weight"] = normal(experts.num_experts, spec.hidden_size)
@@ -513,6 +552,17 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
                 tensors[f"{prefix}{name}.weight"] = 1 + normal(width)
         if layer.mixer.sinks:
             tensors[f"{prefix}self_attn.sinks"] = normal(layer.mixer.num_heads, scale=1.0)
+    if (streams := spec.alt_up) is not None:
+        n, hidden = streams.num_streams, spec.hidden_size
+        for name in (*streams.projections, *streams.unprojections):
+            tensors[f"{spec.prefix}{name}.weight"] = normal(hidden, hidden)
+        for index in range(spec.num_layers):
+            prefix = f"{spec.layer_name(index)}.altup."
+            tensors[f"{prefix}router_norm.weight"] = 1 + normal(hidden)
+            tensors[f"{prefix}modality_router.weight"] = normal(n, hidden, scale=5.0)
+            tensors[f"{prefix}prediction_coefs.weight"] = normal(n * n, n)
+            tensors[f"{prefix}correction_coefs.weight"] = normal(n, n)
+            tensors[f"{prefix}correct_output_scale"] = 1 + normal(hidden)
     if (told := spec.per_layer_inputs) is not None:
         all_inputs = spec.num_layers * told.width
         tensors[f"{spec.prefix}embed_tokens_per_layer.weight"] = normal(told.vocab_size, all_inputs)

@@ -188,6 +188,10 @@ VARIANTS = {
                "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3_text": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32,
                     "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": None},
+    "gemma3n_text": {"head_dim": 32, "sliding_window": 16, "num_hidden_layers": 4, "laurel_rank": 16,
+                     "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": None,
+                     "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 300,
+                     "activation_sparsity_pattern": [0.9, 0.0, 0.5, 0.0]},
     "gemma4_text": {"head_dim": 32, "global_head_dim": 64, "sliding_window": 16, "num_hidden_layers": 4,
                     "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": None,
                     "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 400},
@@ -246,6 +250,7 @@ def _check_folds(source, index, block, hidden, kwargs, want):
     rows += isinstance(layer.mixer, ShortConv | LatentAttention)
     before_either = (layer.norms.before_mixer, layer.norms.before_mlp)
     norms = sum(norm is not None for norm in before_either) + isinstance(layer.mixer, Mamba2)
+    norms -= layer.laurel is not None
     if isinstance(layer.mixer, LatentAttention):
         norms += 1 + (layer.mixer.q_rank is not None)
     assert kinds["norm"] == norms
