@@ -220,6 +220,19 @@ class ModelSpec:
         return {i: m for i, x in enumerate(self.layers) if isinstance(m := x.mixer, kinds)}
 
     @property
+    def windows(self) -> dict[int, int | None]:
+        """For each layer that sees tokens in a cache, how many of the last ones it sees, or another that reads the
+        same; None: all."""
+        sources = {index: getattr(m, "kv_source", None) for index, m in self.cached.items()}
+        seen: dict[int, list[int | None]] = {}
+        for index, mixer in self.cached.items():
+            source = sources[index]
+            own = seen.setdefault(index if source is None else source, [])
+            own.append(getattr(mixer, "window", None))
+        widest = {i: None if None in own else max(filter(None, own)) for i, own in seen.items()}
+        return {i: widest[i if source is None else source] for i, source in sources.items()}
+
+    @property
     def rope_switch(self) -> int | None:
         """Tokens of a request beyond which its ropes have their long factors; None: they have none."""
         return switch_of(mixer.rope for mixer in self.cached.values())

@@ -102,7 +102,7 @@ class Experts:
         inner = self.shared.intermediate_size
         modules = tuple(f"{names.shared}.{name}" for name in names.shared_linears)
         kind: Any = PlainMlp if self.plain else GatedMlp
-        shared = kind(inner, self.activation, modules)
+        shared = kind(inner, self.activation, names=modules)
         shared_up, shared_down = shared.groups(hidden_size)
         return [up, shared_up], [down, shared_down]
 

@@ -7,6 +7,8 @@ them), then one error that says what is missing.
 """
 
 import logging
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import prod
 from typing import Any
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 _CPU_SHARE = 0.4  # of the memory left after loading: the machine has other things to do
 _GPU_SHARE = 0.9
 _SNAPSHOTS = 32  # of recurrent states, kept for prompts that begin as one before them
+_WINDOW_SHARE = 4  # blocks of full attention for each of a window, where memory is scarce
+_ANY = 1 << 40  # blocks
 _STATE_SHARE = 0.5  # of the cache's memory that states may take
 
 
@@ -30,23 +34,33 @@ _STATE_SHARE = 0.5  # of the cache's memory that states may take
 class MemoryPlan:
     """Bytes, and what they buy."""
 
-    num_blocks: int
+    blocks: tuple[int, ...]  # of each KV group
     max_model_len: int
     kv_cache: int
     activations: int
     num_states: int = 0  # slots for recurrent states, of requests and snapshots
     states: int = 0
 
+    @property
+    def num_blocks(self) -> int:
+        """Of the first KV group, which sees the most."""
+        return self.blocks[0]
 
-def kv_bytes_per_token(model: ModelSpec, dtype: torch.dtype, cache_dtype: str = "auto") -> int:
-    """Keys and values, or latents, of all layers that have their own; in 8 bits, with a float32 scale for each
-    vector."""
+
+def kv_bytes_per_token(
+    model: ModelSpec,
+    dtype: torch.dtype,
+    cache_dtype: str = "auto",
+    layers: Collection[int] | None = None,
+) -> int:
+    """Keys and values, or latents, of those of the layers (None: of all) that have their own; in 8 bits, with a float32
+    scale for each vector."""
 
     def vector(dim: int) -> int:
         return dim * dtype.itemsize if cache_dtype == "auto" else dim + 4
 
-    kept = (vectors for mixer in model.cached.values() for vectors in mixer.kept)
-    return sum(count * vector(dim) for count, dim in kept)
+    mixers = [mixer for i, mixer in model.cached.items() if layers is None or i in layers]
+    return sum(count * vector(dim) for mixer in mixers for count, dim in mixer.kept)
 
 
 def state_bytes(model: ModelSpec) -> int:
@@ -117,12 +131,16 @@ def check_weights_fit(weight_bytes: int, model: ModelSpec, device: torch.device)
 
 
 def plan(
-    config: EngineConfig, model: ModelSpec, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    model: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    windows: Sequence[int | None] = (None,),
 ) -> MemoryPlan:
-    """Size the KV cache and the slots of states, after the weights are loaded. Raises UserError if not one useful
-    request fits."""
+    """Size the KV cache and the slots of states, after the weights are loaded. windows: of the KV groups, the widest
+    first. Raises UserError if not one useful request fits."""
     activations = activation_bytes(config, model, dtype, device)
-    block = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * config.block_size
+    groups = _groups(config, model, dtype, windows)
     state = state_bytes(model)
     snapshots = _SNAPSHOTS if config.enable_prefix_caching else 0
     num_states = config.max_num_seqs + snapshots if state else 0
@@ -145,26 +163,83 @@ def plan(
                 f"may be taken of {gib(room.free)} that are free of {room.limit}; lower --max-num-batched-tokens or "
                 "--max-num-seqs, or raise the limit"
             )
-        budget = min(free, enough * block + num_states * state)
+        plenty = sum(group.bytes(min(enough, group.most)) for group in groups)
+        budget = min(free, plenty + num_states * state)
     if state:
         num_states = _fitting_states(num_states, state, budget)
     left = budget - num_states * state
-    num_blocks = left // block if block else enough
-    capacity = num_blocks * config.block_size
+    blocks = [enough] * len(groups)
+    if any(group.block for group in groups):
+        blocks = _share(groups, left, enough if config.kv_cache_memory is None else _ANY)
+    capacity = blocks[0] * config.block_size
     if capacity < min(wanted_len, config.max_model_len or config.block_size):
+        count = -(-wanted_len // config.block_size)
+        needed = sum(group.bytes(group.blocks_beside(count)) for group in groups)
         raise UserError(
             f"the KV cache holds {max(0, capacity)} tokens in {gib(left)}; a context of {wanted_len} "
-            f"needs {gib(-(-wanted_len // config.block_size) * block)}: lower --max-model-len, or "
-            "raise --kv-cache-memory"
+            f"needs {gib(needed)}: lower --max-model-len, or raise --kv-cache-memory"
         )
     return MemoryPlan(
-        num_blocks,
+        tuple(blocks),
         min(wanted_len, capacity),
-        num_blocks * block,
+        sum(group.bytes(count) for group, count in zip(groups, blocks, strict=True)),
         activations,
         num_states,
         num_states * state,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What is to be known of a KV group to give it blocks."""
+
+    block: int  # bytes
+    least: int  # blocks with which a request of any length runs
+    most: int  # with which as many requests run as may
+
+    def bytes(self, blocks: int) -> int:
+        return blocks * self.block
+
+    def blocks_beside(self, widest: int) -> int:
+        """Where memory is scarce: of a window, a share of the `widest` group's. Short requests hold as many in each,
+        long ones only there."""
+        return min(widest, self.most, max(self.least, -(-widest // _WINDOW_SHARE)))
+
+
+def _groups(
+    config: EngineConfig, model: ModelSpec, dtype: torch.dtype, windows: Sequence[int | None]
+) -> list[_Group]:
+    def group(window: int | None) -> _Group:
+        layers = [i for i, own in model.windows.items() if len(windows) == 1 or own == window]
+        kept = kv_bytes_per_token(model, dtype, config.kv_cache_dtype, layers)
+        block = kept * config.block_size
+        if window is None or window == windows[0]:
+            return _Group(block, _ANY, _ANY)
+        # A window begins anywhere in a block, and so does the chunk behind it.
+        chunk = -(-config.max_num_batched_tokens // config.block_size)
+        seen = -(-(window - 1) // config.block_size) + 2
+        return _Group(block, seen + chunk, config.max_num_seqs * seen + chunk)
+
+    return [group(window) for window in windows]
+
+
+def _share(groups: list[_Group], budget: int, most: int) -> list[int]:
+    """Blocks of each group within the budget: of the first as many as fit, `most` at most, then of windows as many as
+    requests may need."""
+
+    def is_too_much(count: int) -> bool:
+        return sum(each.bytes(each.blocks_beside(count)) for each in groups) > budget
+
+    counts = range(budget // groups[0].block + 2)
+    first = min(most, max(0, bisect_left(counts, True, key=is_too_much) - 1))
+    blocks = [group.blocks_beside(first) for group in groups]
+    left = budget - sum(group.bytes(n) for group, n in zip(groups, blocks, strict=True))
+    for index, group in enumerate(groups[1:], 1):
+        wanted = min(blocks[0], group.most) - blocks[index]
+        more = min(wanted, left // group.block)
+        blocks[index] += more
+        left -= group.bytes(more)
+    return blocks
 
 
 def _fitting_states(wanted: int, state: int, budget: int) -> int:

@@ -24,6 +24,7 @@ from . import memory
 from .backends.base import Target
 from .backends.batch import Batch
 from .backends.choose import load_decoder
+from .backends.kv_groups import group_windows
 from .backends.triton.batch import to_device
 from .backends.weights import ModelWeights
 from .config import EngineConfig
@@ -51,12 +52,13 @@ class Runner:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.dtype = resolve_dtype(config.dtype, checkpoint, self.device)
         self._load(checkpoint, progress or (lambda line: None))
-        self.plan = memory.plan(config, self.spec, self.dtype, self.device)
+        self.windows = group_windows(self.spec) if self.model.groups_layers else (None,)
+        self.plan = memory.plan(config, self.spec, self.dtype, self.device, self.windows)
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
         self.num_states, self.rope_switch = self.plan.num_states, self.spec.rope_switch
         self.max_model_len, self.vocab_size = self.plan.max_model_len, self.spec.vocab_size
         self.eos_token_ids = _eos_token_ids(checkpoint)
-        self.cache = self.model.new_cache(self.num_blocks, self.num_states)
+        self.cache = self.model.new_cache(self.plan.blocks, self.num_states)
         self._check_sanity()
         self._check_canary(checkpoint)
         with torch.inference_mode():
@@ -81,8 +83,9 @@ class Runner:
 
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        """One of all layers: every backend keeps all blocks."""
-        return (KVGroup(self.num_blocks),)
+        """Those that the decoder's cache has."""
+        groups = zip(self.plan.blocks, self.windows, strict=True)
+        return tuple(KVGroup(min(count, self.num_blocks), window) for count, window in groups)
 
     def ready(self) -> Ready:
         ledger = {
@@ -147,14 +150,15 @@ class Runner:
     def _fail(self, item: ScheduledRequest, result: StepResult) -> None:
         """Clear this step's blocks (those before may be shared, and are whole), and the state."""
         result.errors[item.request.request_id] = NOT_FINITE
-        blocks = item.request.block_tables[0][item.start // self.block_size :]
+        first = item.start // self.block_size
+        blocks = [table[first:] for table in item.request.block_tables]
         self.cache.clear(blocks, item.request.state_slot)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """float32 [T, vocab] for every position of one sequence. The scheduler's cache is left alone."""
         batch = Batch.of_one(token_ids, self.block_size)
-        hidden = self.model.forward(batch, self.model.new_cache(batch.num_blocks))
+        hidden = self.model.forward(batch, self.model.new_cache([batch.num_blocks]))
         return torch.cat([self.model.logits(rows) for rows in hidden.split(_LOGITS_ROWS)])
 
     def _score_prompt(self, item: ScheduledRequest, hidden: Tensor, result: StepResult) -> None:
@@ -176,7 +180,7 @@ class Runner:
     def _check_sanity(self) -> None:
         """One measured pass, prefill and decode: kernels warm up, and broken weights are found now, not by a user."""
         tokens = [1] * 4
-        cache = self.model.new_cache(1 + len(tokens) // self.block_size)
+        cache = self.model.new_cache([1 + len(tokens) // self.block_size])
         self.model.forward(Batch.of_one(tokens, self.block_size), cache)
         last = Batch.of_one(tokens, self.block_size, start=3)
         logits = self.model.logits(self.model.forward(last, cache))

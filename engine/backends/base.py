@@ -9,7 +9,7 @@ tokens; the last gives *normed* hidden states and has the output head.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,8 +32,8 @@ Progress = Callable[[int], None]  # told the index of each layer that was loaded
 class Cache(Protocol):
     """Keys and values of a decoder's layers, in blocks, and recurrent states, in slots."""
 
-    def clear(self, blocks: list[int], state_slot: int | None) -> None:
-        """Zero what a failed request may have left NaN in."""
+    def clear(self, blocks: Sequence[list[int]], state_slot: int | None) -> None:
+        """Zero what a failed request may have left NaN in. blocks: of each KV group."""
         ...
 
 
@@ -59,6 +59,7 @@ class Decoder(Protocol):
     """Consecutive layers of a model with their weights."""
 
     overlaps: bool  # `forward` and `sample` only launch work: the host looks at no hidden states
+    groups_layers: bool  # its cache has the KV groups of kv_groups.py; else one, of all layers
 
     @property
     def report(self) -> KernelReport: ...
@@ -68,8 +69,9 @@ class Decoder(Protocol):
         """Of weights in memory, mapped ones included."""
         ...
 
-    def new_cache(self, num_blocks: int, num_states: int = 1) -> Any:
-        """A Cache of its own kind; num_states: of requests and snapshots, where layers have recurrent states."""
+    def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> Any:
+        """A Cache of its own kind. num_blocks: of each KV group, or one number for one group of all layers; num_states:
+        of requests and snapshots, where layers have recurrent states."""
         ...
 
     def forward(self, batch: Batch, cache: Any, hidden: Tensor | None = None) -> Tensor:

@@ -2,10 +2,11 @@
 
 Decodes (one token a request) lie first, then the chunks:
 
-    token_ids, positions, slot_mapping   [T]     slot: block * block_size + offset in the KV cache
+    token_ids, positions                 [T]
+    slot_mapping(group)                  [T]     slot: block * block_size + offset in a KV group's cache
     query_start_loc                      [S+1]   where each request's tokens begin
     seq_lens                             [S]     tokens it has then, these included
-    block_tables                         [S][*]  its KV blocks, of the one KV group that backends know
+    block_tables(group)                  [S][*]  its blocks there; instead of one behind the window, one of its others
     states                               [S][4]  slots that its recurrent state is read from (-1: zeros) and written to;
                                                  its first of snapshots, and how many there are
     snapshots                            [*][2]  tokens of the request's in this step, and the slot for the state then
@@ -16,6 +17,7 @@ from functools import cached_property
 
 from ..request import Request, SamplingParams
 from ..scheduling.batch import ScheduledRequest
+from ..scheduling.kv_cache_manager import RELEASED
 
 
 class Batch:
@@ -51,8 +53,8 @@ class Batch:
 
     @property
     def num_blocks(self) -> int:
-        """Of all requests."""
-        return sum(map(len, self.block_tables))
+        """Of all requests, of the first KV group."""
+        return sum(map(len, self.block_tables(0)))
 
     @cached_property
     def num_decodes(self) -> int:
@@ -66,9 +68,8 @@ class Batch:
     def positions(self) -> list[int]:
         return [position for item in self.items for position in range(item.start, item.end)]
 
-    @cached_property
-    def slot_mapping(self) -> list[int]:
-        return [slot for item in self.items for slot in item.slots(self.block_size)]
+    def slot_mapping(self, group: int) -> list[int]:
+        return [slot for item in self.items for slot in item.slots(self.block_size, group)]
 
     @cached_property
     def query_start_loc(self) -> list[int]:
@@ -106,6 +107,14 @@ class Batch:
     def snapshots(self) -> list[tuple[int, int]]:
         return [(at - item.start, slot) for item in self.items for at, slot in item.snapshots]
 
-    @cached_property
-    def block_tables(self) -> list[list[int]]:
-        return [item.request.block_tables[0] for item in self.items]
+    def block_tables(self, group: int) -> list[list[int]]:
+        """A kernel may look at what lies behind a window, and must leave it out then."""
+        return [_all_held(item.request.block_tables[group]) for item in self.items]
+
+
+def _all_held(table: list[int]) -> list[int]:
+    """With the first block that is held in place of those that were released, which lie before it."""
+    if not table or table[0] != RELEASED:
+        return table
+    count = next(i for i, block in enumerate(table) if block != RELEASED)
+    return [table[count]] * count + table[count:]

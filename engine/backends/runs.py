@@ -1,5 +1,6 @@
 """A model whose layers no one backend takes: runs of consecutive layers, each a decoder of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +15,7 @@ class ChainedCache:
 
     caches: list[Cache]
 
-    def clear(self, blocks: list[int], state_slot: int | None) -> None:
+    def clear(self, blocks: Sequence[list[int]], state_slot: int | None) -> None:
         for cache in self.caches:
             cache.clear(blocks, state_slot)
 
@@ -25,6 +26,7 @@ class ChainedDecoder(HostSampling):
 
     def __init__(self, decoders: list[Decoder]):
         self.decoders = decoders
+        self.groups_layers = all(decoder.groups_layers for decoder in decoders)
         self.report = KernelReport()
         for decoder in decoders:
             self.report.merge(decoder.report)
@@ -33,7 +35,7 @@ class ChainedDecoder(HostSampling):
     def weight_bytes(self) -> int:
         return sum(decoder.weight_bytes for decoder in self.decoders)
 
-    def new_cache(self, num_blocks: int, num_states: int = 1) -> ChainedCache:
+    def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> ChainedCache:
         return ChainedCache([each.new_cache(num_blocks, num_states) for each in self.decoders])
 
     def forward(self, batch: Batch, cache: ChainedCache, hidden: Tensor | None = None) -> Tensor:

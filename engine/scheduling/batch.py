@@ -34,7 +34,7 @@ class ScheduledRequest:
         """The tokens to compute."""
         return self.request.token_ids[self.start : self.end]
 
-    def slots(self, block_size: int, group: int = 0) -> list[int]:
+    def slots(self, block_size: int, group: int) -> list[int]:
         """Where in a KV group's cache their keys and values go: block * block_size + offset."""
         table = self.request.block_tables[group]
         return [

@@ -84,7 +84,6 @@ struct NbAttention {
   int32_t head_gate;                 // behind all that one number a head: what it gives is times sigmoid of that
   int32_t reads_only;                // keys and values are another layer's: there are only queries
   int32_t keys_are_values;           // values are the keys before norm and rotation: there are only queries and keys
-  int64_t cache_offset;              // of its keys and values (or those it reads): bytes of a block in what lies before
   const float* q_norm;               // [head_dim] or [heads * head_dim], or null
   const float* k_norm;
   const float* v_norm;               // [head_dim] or null
@@ -100,7 +99,6 @@ struct NbLatentAttention {
   float scale, eps;                  // of queries times keys; of its own norms
   float query_beta;                  // as in NbAttention
   int32_t query_length;
-  int64_t cache_offset;
   const float* q_norm;               // [q_rank] or null
   const float* kv_norm;              // [kv_rank]
   NbLinearGroup in, q_b;             // q or q_a, then kv_a; of q_b, no linears where q_rank is 0
@@ -249,10 +247,10 @@ struct NbModel {
   NbLinearGroup head;                // no linears: it is elsewhere
 };
 
-// One step: the tokens of all items side by side. Item i computes tokens start .. start + count of one request, whose
-// KV blocks are tables[table ...]. is_long: the request has more tokens than the inv_freq of ropes are for.
+// One step: the tokens of all items side by side. Item i computes tokens start .. start + count of one request. is_long:
+// the request has more tokens than the inv_freq of ropes are for.
 struct NbItem {
-  int32_t count, start, table, is_long;
+  int32_t count, start, is_long;
 };
 
 // Where an item's recurrent state is read (-1: it is zero) and written, and which pairs of snapshots are its own.
@@ -264,9 +262,11 @@ struct NbBatch {
   int32_t num_tokens, num_items;
   const int32_t* tokens;             // [num_tokens]
   const NbItem* items;
-  const int32_t* tables;
+  const int32_t* tables;             // blocks of all items, of all KV groups
+  const int32_t* table_starts;       // [groups, items] where those of an item begin
+  const int32_t* layer_groups;       // [layers] the KV group of each layer that sees a cache
   uint8_t* cache;                    // of each layer [blocks][kv_heads][keys, values, scales], see kv_cache.h, or latents
-  int64_t num_blocks;
+  const int64_t* cache_offsets;      // [layers] bytes before that of a layer, or of the one whose keys and values it reads
   int32_t cache_int8;                // else bfloat16
   float* states;                     // of each layer that has one [slots][numbers]: inputs of its convolution, matrices
   int64_t num_slots;

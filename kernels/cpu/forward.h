@@ -80,6 +80,10 @@ struct Step {
 
   // Where a row's token stands: its item is the last that begins at or before it.
   int item_of(int row) const { return b.row_items[row]; }
+  // The blocks of an item that a layer's cache has.
+  const int32_t* table_of(int l, int item) const {
+    return batch.tables + batch.table_starts[batch.layer_groups[l] * batch.num_items + item];
+  }
   int position_of(int row) const {
     int item = item_of(row);
     return batch.items[item].start + row - b.item_rows[item];
@@ -107,13 +111,13 @@ struct Step {
 
   // Norm, rotate and store a row's queries (bfloat16, [kv_heads][tokens][heads of one][head_dim], scaled), keys and
   // values.
-  void rotate_and_store(Worker& worker, int row, const NbAttention& a, const Cache& to) const {
+  void rotate_and_store(Worker& worker, int row, int l, const NbAttention& a, const Cache& to) const {
     int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads, all = a.num_heads * dim;
     int of_head = a.output_gate == NB_GATE_OF_QUERIES ? 2 * dim : dim;
     float *qkv = b.qkv + (int64_t)row * nibble::qkv_width(a), *keys = qkv + a.num_heads * of_head;
     const NbRope& rope = m.ropes[a.rope];
     const float *cosines = b.angles[a.rope] + (int64_t)row * rope.dim, *sines = cosines + rope.dim / 2;
-    int position = position_of(row), block = batch.tables[batch.items[item_of(row)].table + position / m.block_size];
+    int position = position_of(row), block = table_of(l, item_of(row))[position / m.block_size];
     bool norm_heads = a.q_norm && !a.qk_norm_all;
     if (a.q_norm && a.qk_norm_all) {
       rms_norm(qkv, a.q_norm, all, m.eps, qkv);
@@ -138,7 +142,7 @@ struct Step {
   }
 
   // One query tile: tokens [unit.first, unit.first + unit.count) of an item, one kv head.
-  void attend_unit(Worker& worker, const nibble::Unit& unit, int head, const NbAttention& a, const Cache& from) const {
+  void attend_unit(Worker& worker, const nibble::Unit& unit, int head, int l, const NbAttention& a, const Cache& from) const {
     int dim = a.head_dim, shared = a.num_heads / a.num_kv_heads;
     struct Scratch {
       float scores[kQueryRows * kKeys];
@@ -162,7 +166,7 @@ struct Step {
     memset(s.out, 0, sizeof(float) * rows * dim);
     const uint16_t* q = b.queries + ((int64_t)head * batch.num_tokens + row) * shared * dim;
     attend({q, rows, s.first, s.last, s.out, s.top, s.mass, s.scores, s.weights, a.soft_cap}, from,
-           head, batch.tables + item.table, s.unpacked);
+           head, table_of(l, unit.item), s.unpacked);
     for (int r = 0; r < rows; r++)
       memcpy(b.attended + (int64_t)(row + r / shared) * a.num_heads * dim + (head * shared + r % shared) * dim, s.out + r * dim,
              sizeof(float) * dim);
@@ -184,13 +188,13 @@ struct Step {
     products(worker, group, norm ? b.y : x, m.hidden, !norm);
   }
 
-  void attention(Worker& worker, const NbAttention& a, const Cache& kv, const float* after) const {
+  void attention(Worker& worker, int l, const NbAttention& a, const Cache& kv, const float* after) const {
     products(worker, a.qkv, b.qkv, nibble::qkv_width(a), false);
-    for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(worker, row, a, kv); });
+    for_rows(worker, batch.num_tokens, [&](int row) { rotate_and_store(worker, row, l, a, kv); });
     const nibble::Units& units = b.units[nibble::unit_tokens(a)];
     nibble::parallel(worker, units.count * a.num_kv_heads, [&](int chunk) {
       int unit = units.count - 1 - chunk / a.num_kv_heads;  // long ones first
-      attend_unit(worker, units.at[unit], chunk % a.num_kv_heads, a, kv);
+      attend_unit(worker, units.at[unit], chunk % a.num_kv_heads, l, a, kv);
     });
     int all = a.num_heads * a.head_dim;
     for_rows(worker, batch.num_tokens, [&](int row) {
@@ -587,19 +591,18 @@ struct Step {
   }
 
   // states: of the layer, if it has any. Returns those of the next.
-  float* mixer(Worker& worker, const NbLayer& layer, float* states) const {
+  float* mixer(Worker& worker, int l, float* states) const {
+    const NbLayer& layer = m.layers[l];
+    uint8_t* cache = batch.cache + batch.cache_offsets[l];
     if (layer.attention) {
       const NbAttention& a = *layer.attention;
-      Cache kv{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.head_dim, a.num_kv_heads,
-               batch.cache_int8 != 0};
-      attention(worker, a, kv, layer.after_mixer);
+      attention(worker, l, a, {cache, m.block_size, a.head_dim, a.num_kv_heads, batch.cache_int8 != 0}, layer.after_mixer);
       return states;
     }
     if (layer.latent_attention) {
       const NbLatentAttention& a = *layer.latent_attention;
-      LatentCache latents{batch.cache + batch.num_blocks * a.cache_offset, m.block_size, a.kv_rank,
-                          a.kv_rank + a.rope_dim, batch.cache_int8 != 0};
-      LatentStep<Step>{*this, a, latents}.run(worker, layer.after_mixer);
+      LatentCache latents{cache, m.block_size, a.kv_rank, a.kv_rank + a.rope_dim, batch.cache_int8 != 0};
+      LatentStep<Step>{*this, l, a, latents}.run(worker, layer.after_mixer);
       return states;
     }
     if (layer.delta_net) {
@@ -631,7 +634,7 @@ struct Step {
         else if (feeds) norm_for_feed_forward(worker, row, layer);
       });
       if (layer.laurel) laurel(worker, layer);
-      if (mixes) states = mixer(worker, layer, states);
+      if (mixes) states = mixer(worker, l, states);
       if (mixes && feeds)
         for_rows(worker, batch.num_tokens, [&](int row) {
           add_mixed(worker, row, layer);

@@ -158,6 +158,7 @@ struct Sums {
 // One layer in a step (forward.h).
 template <class Step> struct LatentStep {
   const Step& s;
+  int layer;
   const NbLatentAttention& a;
   LatentCache cache;
 
@@ -183,7 +184,7 @@ template <class Step> struct LatentStep {
     int position = s.position_of(row);
     rms_norm(c, a.kv_norm, a.kv_rank, a.eps, c);
     rotate(row, turned);
-    int block = s.batch.tables[s.batch.items[s.item_of(row)].table + position / s.m.block_size];
+    int block = s.table_of(layer, s.item_of(row))[position / s.m.block_size];
     cache.write(block, position % s.m.block_size, c, turned);
   }
 
@@ -245,7 +246,7 @@ template <class Step> struct LatentStep {
       w.last[r] = item.start + unit.first + r / a.num_heads;
     }
     QueryTile tile{nullptr, rows, w.first, w.last, to.out, to.top, to.mass, w.scores, w.weights, 0.0f};
-    attend({tile, queries(row), unit.count, a.num_heads}, cache, segment, s.batch.tables + item.table, w.values,
+    attend({tile, queries(row), unit.count, a.num_heads}, cache, segment, s.table_of(layer, unit.item), w.values,
            w.unpacked);
   }
 

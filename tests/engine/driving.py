@@ -16,14 +16,15 @@ def prompt(length: int, seed: int = 0, first: int = 3) -> list[int]:
 
 
 def make_request(ids: list[int], blocks: list[int], **params) -> Request:
-    """A greedy request that holds these blocks, and a state slot of its own where no two share twenty blocks."""
+    """A greedy request that holds these blocks, in each of at most two KV groups in another order, and a state slot of
+    its own where no two share twenty blocks."""
     return Request(
         f"r{blocks[0]}",
         ids,
         SamplingParams(temperature=0, max_tokens=64, **params),
         frozenset(),
         seed=0,
-        block_tables=[blocks],
+        block_tables=[blocks, blocks[::-1]],
         state_slot=min(blocks) // 20,
     )
 

@@ -95,7 +95,7 @@ def test_a_snapshot_within_a_step_is_the_state_of_the_tokens_before_it(runner) -
 
     def compute(count: int, slot: int, **more) -> None:
         request = Request("r", ids, SamplingParams(), frozenset(), seed=0)
-        request.block_tables, request.state_slot = [[0, 1]], slot
+        request.block_tables, request.state_slot = [[0, 1], [1, 0]], slot
         batch = Batch([ScheduledRequest(request, 0, count, **more)], runner.block_size)
         with torch.inference_mode():
             runner.model.forward(batch, runner.cache)

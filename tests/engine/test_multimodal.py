@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -18,6 +18,7 @@ from nibble.errors import UnsupportedError
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.writer import dequantize_checkpoint
 
+from . import models
 from .multimodal_models import NAMES, build, rename, text_logits
 
 IDS = [9 + 37 * i % 180 for i in range(60)]  # more than Gemma 3's window
@@ -55,6 +56,38 @@ def test_qwen2_vl_described_at_the_top_level(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(flat))
     want = text_logits(model, IDS)
     assert (served(tmp_path) - want).abs().max() < 1e-4 * want.std()
+
+
+def test_gemma_3n_beside_an_encoder_that_transformers_builds_with_timm_alone(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Its own class is built here of its parts: the language model, and tensors of encoders that nobody reads."""
+    model = models.build("gemma3n", tmp_path)
+    with torch.no_grad():
+        want = model(torch.tensor([IDS])).logits[0]
+    rename(tmp_path, "model.", "model.language_model.")
+    tensors = load_file(tmp_path / "model.safetensors")
+    others = {
+        name: torch.randn(48, 32)
+        for name in ("vision_tower.timm_model.conv_stem.conv", "embed_vision.embedding")
+    }
+    tensors |= {f"model.{name}.weight": tensor for name, tensor in others.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    text = json.loads((tmp_path / "config.json").read_text())
+    config = {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}
+    config |= {"text_config": text, "vision_config": {}, "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert (served(tmp_path) - want).abs().max() < 1e-4 * want.std()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / file, tmp_path)
+    out = nibble.convert(tmp_path, tmp_path / "out", "fp8", evaluate=False)
+    stored = load_file(out / "model.safetensors")
+    for name, tensor in others.items():
+        assert torch.equal(stored[f"model.{name}.weight"], tensor)
+    quantized = [name for name in stored if name.endswith(".weight_scale")]
+    readers = 2  # layers without keys and values of their own
+    assert len(quantized) == 7 * model.config.num_hidden_layers - 2 * readers
+    assert all(".self_attn." in name or ".mlp." in name for name in quantized)
 
 
 def test_what_the_language_model_inherits() -> None:

@@ -172,26 +172,31 @@ def add_decoder(
     for pointed_to in (decoder.ropes.struct, decoder.layer_structs):
         image.structure(pointed_to)
     model = image.structure(decoder._struct)
-    cache = decoder.new_cache(10)
+    cache = decoder.new_cache([10])
     image.add(cache.pages)
     tables = torch.tensor([7, 3, 9, 5, 2], dtype=torch.int32)
+    starts = torch.tensor([0, 4], dtype=torch.int32)
+    groups = torch.zeros(len(decoder.layers), dtype=torch.int32)
+    offsets = torch.tensor(list(cache.offsets))
     for what, items in (
-        ("prompts", [(60, 0, 0, 0), (5, 0, 4, 0)]),
-        ("decoding", [(1, 60, 0, 0), (1, 5, 4, 0)]),
+        ("prompts", [(60, 0, 0), (5, 0, 0)]),
+        ("decoding", [(1, 60, 0), (1, 5, 0)]),
     ):
         flat = torch.tensor(items, dtype=torch.int32)
         tokens = torch.randint(
             3, decoder.model.vocab_size, (int(flat[:, 0].sum()),), dtype=torch.int32
         )
-        image.add([flat, tokens, tables])
+        image.add([flat, tokens, tables, starts, groups, offsets])
         batch = NbBatch(
             len(tokens),
             len(items),
             tokens.data_ptr(),
             flat.data_ptr(),
             tables.data_ptr(),
+            starts.data_ptr(),
+            groups.data_ptr(),
             cache.pages.data_ptr(),
-            len(cache.layers[0]),
+            offsets.data_ptr(),
             cache.int8,
         )
         image.forward(group, what, model, batch, decoder.model.hidden_size)

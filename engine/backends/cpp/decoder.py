@@ -3,8 +3,8 @@
 The weights, norms and tables are handed over once, as plain arrays (kernels/cpu/abi.h); a step hands over its tokens,
 what each request computes and its block table. The KV cache has the kernels' own layout (kernels/cpu/kv_cache.h):
 
-    of each layer [num_blocks, num_kv_heads, bytes]   keys and values of block_size tokens; in int8, scales too
-    or            [num_blocks, bytes]                 latents (kernels/cpu/latent_attention.h)
+    of each layer [blocks of its KV group, num_kv_heads, bytes]   keys and values of block_size tokens; int8: scales too
+    or            [blocks of its KV group, bytes]                 latents (kernels/cpu/latent_attention.h)
 
 Recurrent states lie beside it, float32 (kernels/cpu/delta_net.h):
 
@@ -13,7 +13,9 @@ Recurrent states lie beside it, float32 (kernels/cpu/delta_net.h):
 
 import ctypes
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from ....kernels.cpu.library import NbBatch, NbLayer, NbLinearGroup, NbModel, Po
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
+from ..kv_groups import layer_groups
 from ..torch.attention import zero_pages
 from .alt_up import CppAltUp
 from .layers import CppLayer, CppPerLayerInputs, as_bfloat16
@@ -34,8 +37,14 @@ class CppCache:
     """Anonymous pages, so a block and a state cost memory from their first use on."""
 
     pages: Tensor  # uint8
-    layers: list[Tensor]  # of these, each layer's [num_blocks, bytes of a block]
-    num_blocks: int
+    layers: list[
+        Tensor
+    ]  # of these, each layer's [blocks, bytes of a block]; 0 bytes where it has none of its own
+    groups: ctypes.Array[ctypes.c_int32]  # KV group of each layer; 0 where it sees no cache
+    offsets: ctypes.Array[
+        ctypes.c_int64
+    ]  # of each layer's cache in pages, or of that which it reads
+    num_groups: int
     int8: bool
     states: Tensor  # float32
     state_layers: list[Tensor]  # of these, [num_states, numbers] of each layer that has one
@@ -44,27 +53,44 @@ class CppCache:
     @classmethod
     def allocate(
         cls,
-        num_blocks: int,
+        num_blocks: Sequence[int],
+        groups: list[int],
         block_bytes: list[int],
+        sources: list[int],
         int8: bool,
         num_states: int,
         state_sizes: list[int],
     ) -> "CppCache":
-        """block_bytes, state_sizes (in numbers): of each layer that has them."""
-        pages = _zeros(num_blocks * sum(block_bytes), torch.uint8)
+        """num_blocks: of each KV group. groups, block_bytes, sources (whose keys and values it reads): of each layer;
+        state_sizes (in numbers): of each that has a state."""
+        counts = [num_blocks[group] for group in groups]
+        sizes = [count * size for count, size in zip(counts, block_bytes, strict=True)]
+        pages = _zeros(sum(sizes), torch.uint8)
         layers = [
-            part.view(num_blocks, -1) for part in pages.split([num_blocks * n for n in block_bytes])
+            part.view(count, size)
+            for part, count, size in zip(pages.split(sizes), counts, block_bytes, strict=True)
         ]
+        before = list(itertools.accumulate(sizes, initial=0))
         states = _zeros(num_states * sum(state_sizes), torch.float32)
         state_layers = [
             part.view(num_states, -1)
             for part in states.split([num_states * n for n in state_sizes])
         ]
-        return cls(pages, layers, num_blocks, int8, states, state_layers, num_states)
+        return cls(
+            pages,
+            layers,
+            _int32(groups),
+            (ctypes.c_int64 * len(sources))(*(before[source] for source in sources)),
+            len(num_blocks),
+            int8,
+            states,
+            state_layers,
+            num_states,
+        )
 
-    def clear(self, blocks: list[int], state_slot: int | None) -> None:
-        for layer in self.layers:
-            layer[torch.tensor(blocks)] = 0
+    def clear(self, blocks: Sequence[list[int]], state_slot: int | None) -> None:
+        for layer, group in zip(self.layers, self.groups, strict=True):
+            layer[torch.tensor(blocks[group])] = 0
         for layer in self.state_layers:
             if state_slot is not None:
                 layer[state_slot] = 0
@@ -74,9 +100,11 @@ class CppCache:
 class CppDecoder(HostSampling):
     """Embedding, norm and head where the layers are the model's first or last."""
 
+    groups_layers: ClassVar = True
     model: ModelSpec
     pool: Pool
     layers: list[CppLayer]
+    first_layer: int  # of the model's
     block_size: int
     int8_cache: bool
     embedding: Tensor | None  # bfloat16 [vocab, hidden]
@@ -97,10 +125,7 @@ class CppDecoder(HostSampling):
             [mixer for mixer in mixers if isinstance(mixer, (Attention, LatentAttention))]
         )
         self.layer_structs = (NbLayer * len(self.layers))(
-            *(
-                layer.struct(self.ropes, offset)
-                for layer, offset in zip(self.layers, self._cache_offsets(), strict=True)
-            )
+            *(layer.struct(self.ropes) for layer in self.layers)
         )
         told, alt_up = self.per_layer_inputs, self.alt_up
         self._struct = NbModel(
@@ -137,40 +162,35 @@ class CppDecoder(HostSampling):
         embeddings = sum(table.nbytes for table in tables if table is not None)
         return sum(group.nbytes for group in self.groups) + embeddings
 
-    def new_cache(self, num_blocks: int, num_states: int = 1) -> CppCache:
+    def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> CppCache:
+        specs = self.model.layers[self.first_layer : self.first_layer + len(self.layers)]
+        groups = layer_groups(self.model, specs, len(num_blocks))
+        mixers = [layer.spec for layer in self.layers]
+        sources = [mixer.kv_source if isinstance(mixer, Attention) else None for mixer in mixers]
         return CppCache.allocate(
             num_blocks,
-            [size for size in self._block_bytes() if size],
+            [groups.get(index, 0) for index in range(len(mixers))],
+            [layer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers],
+            [index if source is None else source for index, source in enumerate(sources)],
             self.int8_cache,
             num_states,
             [layer.state_size for layer in self.layers if layer.state_size],
         )
 
-    def _block_bytes(self) -> list[int]:
-        """Of a block of tokens in each layer's cache."""
-        return [layer.block_bytes(self.block_size, self.int8_cache) for layer in self.layers]
-
-    def _cache_offsets(self) -> list[int]:
-        """Of each layer's cache or that which it reads: bytes of a block in the layers before."""
-        before = list(itertools.accumulate(self._block_bytes(), initial=0))
-        specs = (layer.spec for layer in self.layers)
-        sources = (spec.kv_source if isinstance(spec, Attention) else None for spec in specs)
-        return [before[i if source is None else source] for i, source in enumerate(sources)]
-
     def forward(self, batch: Batch, cache: CppCache, hidden: Tensor | None = None) -> Tensor:
         """float32 [T, hidden_size]"""
         if (hidden is None) != (self.embedding is not None):
             raise ValueError("the model's first layers take tokens, the others hidden states")
-        tables = batch.block_tables
-        starts = [0, *itertools.accumulate(map(len, tables))]
+        tables = [table for group in range(cache.num_groups) for table in batch.block_tables(group)]
+        starts = _int32([0, *itertools.accumulate(map(len, tables))])
         tokens = _int32(batch.token_ids)
         switch = self.ropes.switch
         longer = [False] * len(batch) if switch is None else batch.longer(switch)
         items = _int32(
             [
                 number
-                for item, table, is_long in zip(batch.items, starts, longer, strict=False)
-                for number in (item.num_tokens, item.start, table, is_long)
+                for item, is_long in zip(batch.items, longer, strict=True)
+                for number in (item.num_tokens, item.start, is_long)
             ]
         )
         blocks = _int32([block for table in tables for block in table])
@@ -184,8 +204,10 @@ class CppDecoder(HostSampling):
             ctypes.addressof(tokens),
             ctypes.addressof(items),
             ctypes.addressof(blocks),
+            ctypes.addressof(starts),
+            ctypes.addressof(cache.groups),
             cache.pages.data_ptr(),
-            cache.num_blocks,
+            ctypes.addressof(cache.offsets),
             cache.int8,
         )
         if cache.state_layers:

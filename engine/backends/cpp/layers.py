@@ -206,9 +206,9 @@ class CppLayer:
         """Of a block of tokens in its cache."""
         return 0 if self.mixer is None else self.mixer.block_bytes(block_size, int8)
 
-    def struct(self, ropes: CppRopes, cache_offset: int) -> NbLayer:
+    def struct(self, ropes: CppRopes) -> NbLayer:
         norms = (self.before_mixer, self.after_mixer, self.before_mlp, self.after_mlp)
-        mixer = None if self.mixer is None else self.mixer.point(ropes, cache_offset)
+        mixer = None if self.mixer is None else self.mixer.point(ropes)
         mlp, experts = self.mlp, self.mlp
         between: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(self.mlp, CppMlpBesideExperts):

@@ -134,6 +134,7 @@ class _Loader:
             model,
             self.pool,
             loaded,
+            layers.start,
             config.block_size,
             config.kv_cache_dtype == "int8",
             embedding if first else None,

@@ -94,8 +94,8 @@ class CppAttention:
         vector = self.spec.head_dim + 4 if int8 else 2 * self.spec.head_dim
         return 2 * self.spec.num_kv_heads * block_size * vector
 
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbAttention:
-        """Make the structure. cache_offset: of the keys and values that it reads (abi.h)."""
+    def point(self, ropes: CppRopes) -> NbAttention:
+        """Make the structure."""
         spec = self.spec
         beta, length = spec.query_scaling or (0.0, 0)
         self.struct = NbAttention(
@@ -113,7 +113,6 @@ class CppAttention:
             spec.head_gate,
             spec.kv_source is not None,
             spec.keys_are_values,
-            cache_offset,
             pointer(self.q_norm),
             pointer(self.k_norm),
             pointer(self.v_norm),
@@ -148,8 +147,8 @@ class CppLatentAttention:
         numbers = self.spec.kv_rank + self.spec.rope_dim
         return block_size * (numbers + 8 if int8 else 2 * numbers)
 
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbLatentAttention:
-        """Make the structure. cache_offset: of its latents (abi.h)."""
+    def point(self, ropes: CppRopes) -> NbLatentAttention:
+        """Make the structure."""
         spec = self.spec
         self.struct = NbLatentAttention(
             spec.num_heads,
@@ -162,7 +161,6 @@ class CppLatentAttention:
             spec.scale,
             spec.norm_eps,
             *(spec.query_scaling or (0.0, 0)),
-            cache_offset,
             pointer(self.q_norm),
             pointer(self.kv_norm),
             self.inputs.struct(),
@@ -192,7 +190,7 @@ class CppDeltaNet:
         """None: it has no keys and values."""
         return 0
 
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbDeltaNet:
+    def point(self, ropes: CppRopes) -> NbDeltaNet:
         """Make the structure."""
         spec, weights = self.spec, self.weights
         self.struct = NbDeltaNet(
@@ -229,7 +227,7 @@ class CppMamba2:
         """None: it has no keys and values."""
         return 0
 
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbMamba2:
+    def point(self, ropes: CppRopes) -> NbMamba2:
         """Make the structure."""
         spec, weights = self.spec, self.weights
         self.struct = NbMamba2(
@@ -270,7 +268,7 @@ class CppShortConv:
         """None: it has no keys and values."""
         return 0
 
-    def point(self, ropes: CppRopes, cache_offset: int) -> NbShortConv:
+    def point(self, ropes: CppRopes) -> NbShortConv:
         """Make the structure."""
         self.struct = NbShortConv(
             self.spec.channels,

@@ -4,7 +4,7 @@ The cache of one layer is one tensor. A block holds block_size consecutive token
 blocks gives a context whose keys (and values) of one head lie side by side, as torch's attention wants them:
 
     cache.layers[l]  [2, num_kv_heads, num_blocks, block_size, head_dim]
-                      ^ 0: keys (rotated), 1: values   ^ request.block_tables[0]
+                      ^ 0: keys (rotated), 1: values   ^ request.block_tables[its group]
     of latents       [1, 1, num_blocks, block_size, kv_rank + rope_dim]
 
 A step's tokens lie flat, decode tokens (one per request) first, then the chunks:
@@ -14,6 +14,7 @@ A step's tokens lie flat, decode tokens (one per request) first, then the chunks
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,28 +30,32 @@ from .layers import soft_cap
 @dataclass(slots=True)
 class KVCache:
     layers: dict[int, Tensor]  # of those that attend
+    groups: dict[int, int]  # KV group of each of them
     block_size: int
 
     @classmethod
     def allocate(
         cls,
         mixers: dict[int, Attention | LatentAttention],
-        num_blocks: int,
+        groups: dict[int, int],
+        num_blocks: Sequence[int],
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Zeros: what lies behind a request's last token is gathered with its block and masked, but 0 * NaN is NaN.
+        """groups: of each mixer; num_blocks: of each group.
+
+        Zeros: what lies behind a request's last token is gathered with its block and masked, but 0 * NaN is NaN.
 
         On a CPU they are anonymous pages (torch's own zeros are written out), so a block costs memory from its first
         use on, and a start-up nothing. Not huge pages: the first block would touch one for every head of every layer,
         hundreds of megabytes and half a second of zeroing.
         """
 
-        def zeros(mixer: Attention | LatentAttention) -> Tensor:
-            shape: tuple[int, ...] = 1, 1, num_blocks, block_size, sum(dim for _, dim in mixer.kept)
+        def zeros(mixer: Attention | LatentAttention, count: int) -> Tensor:
+            shape: tuple[int, ...] = 1, 1, count, block_size, sum(dim for _, dim in mixer.kept)
             if isinstance(mixer, Attention):
-                shape = 2, mixer.num_kv_heads, num_blocks, block_size, mixer.head_dim
+                shape = 2, mixer.num_kv_heads, count, block_size, mixer.head_dim
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
             return torch.frombuffer(
@@ -60,13 +65,14 @@ class KVCache:
         layers: dict[int, Tensor] = {}
         for index, mixer in mixers.items():
             source = mixer.kv_source if isinstance(mixer, Attention) else None
-            layers[index] = zeros(mixer) if source is None else layers[source]
-        return cls(layers, block_size)
+            own = zeros(mixer, num_blocks[groups[index]]) if source is None else layers[source]
+            layers[index] = own
+        return cls(layers, groups, block_size)
 
-    def clear(self, blocks: list[int]) -> None:
-        """Zero blocks that a failed request may have left NaN in."""
-        for layer in self.layers.values():
-            layer[:, :, torch.tensor(blocks, device=layer.device)] = 0
+    def clear(self, blocks: Sequence[list[int]]) -> None:
+        """Zero blocks that a failed request may have left NaN in; blocks: of each group."""
+        for index, layer in self.layers.items():
+            layer[:, :, torch.tensor(blocks[self.groups[index]], device=layer.device)] = 0
 
     def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
         """keys_values [T, 2, num_kv_heads, head_dim], or latents [T, 1, 1, dim], to slots [T] (block * block_size +
@@ -102,10 +108,11 @@ class _DecodeView:
 
 @dataclass(slots=True)
 class AttentionMetadata:
-    """Where this step's tokens live; made once a step and shared by all layers."""
+    """Where this step's tokens live; made once a step and shared by all layers of a KV group."""
 
     slots: Tensor  # int64 [T]
     items: list[ScheduledRequest]
+    group: int
     num_decodes: int
     block_size: int
     dtype: torch.dtype
@@ -116,9 +123,11 @@ class AttentionMetadata:
     )
 
     @classmethod
-    def build(cls, batch: Batch, dtype: torch.dtype, device: torch.device) -> "AttentionMetadata":
-        slots = torch.tensor(batch.slot_mapping, device=device)
-        return cls(slots, batch.items, batch.num_decodes, batch.block_size, dtype, device)
+    def build(
+        cls, batch: Batch, group: int, dtype: torch.dtype, device: torch.device
+    ) -> "AttentionMetadata":
+        slots = torch.tensor(batch.slot_mapping(group), device=device)
+        return cls(slots, batch.items, group, batch.num_decodes, batch.block_size, dtype, device)
 
     @property
     def decodes(self) -> list[ScheduledRequest]:
@@ -143,7 +152,7 @@ class AttentionMetadata:
         size = self.block_size
         firsts = [self._first_block(item.start, window) for item in self.decodes]
         tables = [
-            item.request.block_tables[0][first : -(-item.end // size)]
+            item.request.block_tables[self.group][first : -(-item.end // size)]
             for item, first in zip(self.decodes, firsts, strict=True)
         ]
         longest = max(map(len, tables))
@@ -167,7 +176,7 @@ class AttentionMetadata:
     ) -> tuple[Tensor | slice, Tensor]:
         size = self.block_size
         first = self._first_block(item.start, window)
-        table = item.request.block_tables[0][first : -(-item.end // size)]
+        table = item.request.block_tables[self.group][first : -(-item.end // size)]
         key = torch.arange(first * size, (first + len(table)) * size)
         query = torch.arange(item.start, item.end)[:, None]
         seen = key <= query

@@ -7,7 +7,9 @@ One layer, on a flat batch of T tokens from many requests (there is no batch or 
 What is added to x is multiplied by the model's residual_scale. With AltUp, x is one of several streams (alt_up.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from ....architectures.rope import switch_of
 from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
+from ..kv_groups import layer_groups
 from .alt_up import TorchAltUp, TorchAltUpLayer, TorchLaurel
 from .attention import AttentionMetadata, KVCache
 from .feed_forward import TorchFeedForward
@@ -52,7 +55,7 @@ class TorchCache:
     kv: KVCache
     states: StateCache
 
-    def clear(self, blocks: list[int], state_slot: int | None) -> None:
+    def clear(self, blocks: Sequence[list[int]], state_slot: int | None) -> None:
         self.kv.clear(blocks)
         if state_slot is not None:
             self.states.clear(state_slot)
@@ -62,6 +65,7 @@ class TorchCache:
 class TorchDecoder(HostSampling):
     """Consecutive layers; embedding, norm and head where they are the model's first or last."""
 
+    groups_layers: ClassVar = True
     model: ModelSpec
     layers: list[TorchLayer]
     ropes: dict[tuple[Rope | None, int], RopeTable]  # of a rope and a size of heads
@@ -81,11 +85,12 @@ class TorchDecoder(HostSampling):
         parts = [self.layers, self.embedding, self.head, self.per_layer_inputs, self.alt_up]
         return tensor_bytes(parts)
 
-    def new_cache(self, num_blocks: int, num_states: int = 1) -> TorchCache:
+    def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> TorchCache:
         specs = [layer.spec for layer in self.layers]
         mixers = replace(self.model, layers=tuple(specs)).cached
+        groups = layer_groups(self.model, specs, len(num_blocks))
         return TorchCache(
-            KVCache.allocate(mixers, num_blocks, self.block_size, self.dtype, self.device),
+            KVCache.allocate(mixers, groups, num_blocks, self.block_size, self.dtype, self.device),
             StateCache.allocate(specs, num_states, self.device),
         )
 
@@ -159,7 +164,10 @@ class TorchDecoder(HostSampling):
         if (switch := switch_of(rope for rope, _ in self.ropes)) is not None:
             long = torch.tensor(batch.long_rows(switch), device=self.device)
         angles = {kind: table.at(positions, long) for kind, table in self.ropes.items()}
-        attention = AttentionMetadata.build(batch, self.dtype, self.device)
+        attention = {
+            group: AttentionMetadata.build(batch, group, self.dtype, self.device)
+            for group in set(cache.kv.groups.values())
+        }
         states = StateStep.build(batch, self.device) if cache.states.layers else None
         return Step(positions, angles, attention, cache.kv, states, cache.states)
 

@@ -102,7 +102,7 @@ class TorchExperts:
 class TorchMlpBesideExperts:
     """norm(mlp(norm(x))) + norm(experts(norm(x)))"""
 
-    mlp: TorchGatedMlp
+    mlp: TorchGatedMlp | TorchPlainMlp
     experts: TorchExperts
     before_mlp: RMSNorm
     after_mlp: RMSNorm

@@ -227,12 +227,11 @@ class _Loader:
         experts = self._experts(index, spec.experts, weights.scaled_router(index, spec))
         scales = weights.vector(f"{prefix}{spec.expert_scales}", spec.experts.num_experts)
         experts.scales = scales.to(self.target.device)
-        gate_up, down = self._groups(index, spec.mlp.groups(hidden))
         before_mlp, after_mlp, before_experts, after_experts = (
             self._norm(weights.norm(prefix + name, hidden)) for name in spec.norms
         )
         return TorchMlpBesideExperts(
-            TorchGatedMlp(spec.mlp.activation, gate_up, down),
+            self._mlp(index, spec.mlp),
             experts,
             before_mlp,
             after_mlp,

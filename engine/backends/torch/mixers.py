@@ -29,10 +29,13 @@ class Step:
 
     positions: Tensor  # int64 [T]
     angles: dict[tuple[Rope | None, int], tuple[Tensor, Tensor]]  # of a rope and a size of heads
-    attention: AttentionMetadata
+    attention: dict[int, AttentionMetadata]  # of each KV group
     cache: KVCache
     states: StateStep | None  # None: no layer has any
     state_cache: StateCache
+
+    def attention_of(self, layer: int) -> AttentionMetadata:
+        return self.attention[self.cache.groups[layer]]
 
 
 @dataclass(slots=True)
@@ -67,7 +70,7 @@ class TorchAttention:
         if spec.query_scaling is not None:
             factors = position_factors(step.positions, spec.query_scaling)
             qkv[:, : spec.num_heads] *= factors.to(qkv)
-        mixed = paged_attention(qkv, spec, step.cache, layer, step.attention, self.sinks)
+        mixed = paged_attention(qkv, spec, step.cache, layer, step.attention_of(layer), self.sinks)
         if self.head_gate is not None:
             gate = self.head_gate(h).repeat_interleave(spec.head_dim, 1)
         return self.o(mixed if gate is None else mixed * gate.sigmoid())
@@ -120,7 +123,7 @@ class TorchLatentAttention:
         if spec.query_scaling is not None:
             q = q * position_factors(step.positions, spec.query_scaling).to(q)
         mixed = latent_attention(
-            q, seen, self.kv_b, self.kv_bias, spec, step.cache, layer, step.attention
+            q, seen, self.kv_b, self.kv_bias, spec, step.cache, layer, step.attention_of(layer)
         )
         return self.o(mixed)
 

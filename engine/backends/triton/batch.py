@@ -57,15 +57,16 @@ def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def upload(batch: Batch, previous: SampledTokens | None, device: torch.device) -> DeviceBatch:
     """A step of any shape."""
-    tables = np.zeros((len(batch), max(map(len, batch.block_tables))), dtype=np.int32)
-    for row, table in zip(tables, batch.block_tables, strict=True):
+    of_all = batch.block_tables(0)
+    tables = np.zeros((len(batch), max(map(len, of_all))), dtype=np.int32)
+    for row, table in zip(tables, of_all, strict=True):
         row[: len(table)] = table
     token_ids = to_device(batch.token_ids, torch.int64, device)
     fill_in(token_ids, batch, previous)
     return DeviceBatch(
         token_ids,
         to_device(batch.positions, torch.int64, device),
-        to_device(batch.slot_mapping, torch.int64, device),
+        to_device(batch.slot_mapping(0), torch.int64, device),
         to_device(batch.query_start_loc, torch.int32, device),
         to_device(batch.seq_lens, torch.int32, device),
         to_device(tables, torch.int32, device),
@@ -119,7 +120,7 @@ class StaticBatch:
     def load(self, batch: Batch, size: int, previous: SampledTokens | None) -> None:
         """Overwrite the first `size` rows with a batch of decodes and padding."""
         padding = size - len(batch)
-        values = (batch.token_ids, batch.positions, batch.slot_mapping)
+        values = (batch.token_ids, batch.positions, batch.slot_mapping(0))
         for target, numbers, pad in zip(self._longs, values, (0, 0, -1), strict=True):
             padded = [*numbers, *[pad] * padding]
             target[:size].copy_(to_device(padded, torch.int64, self.device))

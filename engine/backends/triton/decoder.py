@@ -12,6 +12,7 @@ Steps of decodes alone are replayed from CUDA graphs (graphs.py), others are lau
 on the device, and the next step may be launched before the host knows them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,7 @@ class TritonCache:
 
         return cls([layer(mixer) for mixer in mixers], config.block_size)
 
-    def clear(self, blocks: list[int], state_slot: int | None) -> None:
+    def clear(self, blocks: Sequence[list[int]], state_slot: int | None) -> None:
         """Nothing: the attention kernel never reads behind a request's last token."""
 
 
@@ -93,6 +94,7 @@ class TritonDecoder:
     """The weights of a TorchDecoder, run by the kernels."""
 
     overlaps = True
+    groups_layers = False
 
     def __init__(self, weights: TorchDecoder, config: EngineConfig):
         self.weights, self.config, self.model = weights, config, weights.model
@@ -108,10 +110,11 @@ class TritonDecoder:
     def weight_bytes(self) -> int:
         return self.weights.weight_bytes
 
-    def new_cache(self, num_blocks: int, num_states: int = 1) -> TritonCache:
+    def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> TritonCache:
+        (count,) = num_blocks
         specs = [layer.spec.mixer for layer in self.weights.layers]
         mixers = [mixer for mixer in specs if isinstance(mixer, Attention)]
-        return TritonCache.allocate(mixers, num_blocks, self.config, self.dtype, self.device)
+        return TritonCache.allocate(mixers, count, self.config, self.dtype, self.device)
 
     def warm_up(self, cache: TritonCache, max_model_len: int) -> None:
         """Prompts of each size that the products have a path of their own for, then graphs of decode steps. Compiled
@@ -119,7 +122,7 @@ class TritonDecoder:
         for tokens in _WARM_UP_TOKENS:
             count = min(tokens, self.config.max_num_batched_tokens, max_model_len)
             batch = Batch.of_one([1] * count, cache.block_size)
-            self.forward(batch, self.new_cache(batch.num_blocks))
+            self.forward(batch, self.new_cache([batch.num_blocks]))
         self.capture(CudaRecorder(self.device), cache, max_model_len)
 
     def capture(self, record: Record, cache: TritonCache, max_model_len: int) -> None:

@@ -136,14 +136,20 @@ def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
         kind: make_runner(folder, kv_cache_dtype=kind).num_blocks for kind in ("auto", "int8")
     }
     ratio = sum(n * 2 * dim for n, dim in sizes) / sum(n * (dim + 4) for n, dim in sizes)
-    assert tokens["int8"] / tokens["auto"] == pytest.approx(ratio, rel=0.02)
+    # windows take no more than requests can see, and leave the rest to the other layers
+    assert tokens["int8"] / tokens["auto"] >= 0.98 * ratio
 
 
 def test_the_ledger_counts_what_lies_in_memory(runner: Runner) -> None:
     """The cache is as large as was planned for its tokens, and the weights of no linear are left out."""
     spec, kind = runner.spec, "int8" if runner.model.int8_cache else "auto"
-    planned = memory.kv_bytes_per_token(spec, torch.bfloat16, kind) * runner.block_size
-    assert runner.cache.pages.nbytes == planned * runner.num_blocks
+    blocks = {group.window: group.num_blocks for group in runner.kv_groups}
+    planned = [
+        memory.kv_bytes_per_token(spec, torch.bfloat16, kind, [layer]) * blocks[window]
+        for layer, window in spec.windows.items()
+    ]
+    assert runner.cache.pages.nbytes == runner.block_size * sum(planned)
+    assert runner.ready().ledger["kv_cache"] == runner.cache.pages.nbytes
     groups = [group for index in range(spec.num_layers) for group in spec.groups(index)]
     numbers = sum(sum(g.out_features) * g.in_features * (g.num_experts or 1) for g in groups)
     assert runner.model.weight_bytes >= 2 * (numbers + spec.vocab_size * spec.hidden_size)
@@ -177,7 +183,7 @@ def test_prompt_logprobs(runner: Runner) -> None:
         SamplingParams(temperature=0, prompt_logprobs=2),
         frozenset(),
         seed=0,
-        block_tables=[[0, 1]],
+        block_tables=[[0, 1], [1, 0]],
         state_slot=0,
     )
     got = runner.execute(ScheduledBatch([ScheduledRequest(request, 0, 20)])).prompt_logprobs["r"]

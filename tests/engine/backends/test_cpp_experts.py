@@ -123,7 +123,7 @@ def logits(folder: Path, checkpoint, spec: ModelSpec, ids: list[int], chunks, **
     backend = CppBackend(Target(config, torch.bfloat16, torch.device("cpu")))
     assert all(backend.why_not(layer, spec) is None for layer in spec.layers)
     decoder = backend.load(checkpoint, spec, range(1), lambda index: None)
-    cache, rows = decoder.new_cache(16), []
+    cache, rows = decoder.new_cache([16]), []
     for start, count in chunks:
         batch = Batch.of_one(ids, 16, start, count)
         rows.append(decoder.logits(decoder.forward(batch, cache)))
@@ -180,7 +180,7 @@ def test_experts_that_nobody_chose_are_not_read(tmp_path: Path) -> None:
     backend = CppBackend(Target(config, torch.bfloat16, torch.device("cpu")))
     decoder = backend.load(checkpoint, spec, range(1), lambda index: None)
     batch = Batch.of_one(ids, 16, 0, 1)
-    want = decoder.forward(batch, decoder.new_cache(1))
+    want = decoder.forward(batch, decoder.new_cache([1]))
     experts = decoder.layers[0].mlp
     x = checkpoint.tensor("model.embed_tokens.weight").double()[ids[0]]
     x = x / (x.square().mean() + 1e-6).sqrt()
@@ -191,7 +191,7 @@ def test_experts_that_nobody_chose_are_not_read(tmp_path: Path) -> None:
             for linear in group.arrays[1]:
                 linear.data = ctypes.c_void_p(16).value
     assert isinstance(experts.array[0], NbGatedMlp)
-    assert torch.equal(decoder.forward(batch, decoder.new_cache(1)), want)
+    assert torch.equal(decoder.forward(batch, decoder.new_cache([1])), want)
 
 
 def test_widths_that_the_kernels_do_not_know_are_refused(tmp_path: Path) -> None:

@@ -597,7 +597,7 @@ CHUNKS = ((0, 20), (20, 18), (38, 1), (39, 1), (40, 1))
 
 def decoded_logits(decoder, ids: list[int], chunks: tuple = CHUNKS) -> torch.Tensor:
     """The tokens computed in chunks (start, count)."""
-    cache = decoder.new_cache(4)
+    cache = decoder.new_cache([4])
     rows = []
     with torch.inference_mode():
         for start, count in chunks:

@@ -73,7 +73,7 @@ def triton_runner(folder: Path, cache: str = "auto", **options) -> Runner:
     fields = {name: getattr(runner.config, name) for name in runner.config.__struct_fields__}
     runner.config = EngineConfig(**{**fields, "kv_cache_dtype": cache})
     runner.model = TritonDecoder(runner.model, runner.config)
-    runner.cache = runner.model.new_cache(runner.num_blocks)
+    runner.cache = runner.model.new_cache([runner.num_blocks])
     with torch.inference_mode():
         runner.model.capture(again, runner.cache, runner.max_model_len)
     return runner

@@ -215,6 +215,8 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
     want = model.base_model(ids, output_hidden_states=True).hidden_states
     if model_type == "mamba2":  # it does not count what enters the first block
         want = (model.get_input_embeddings()(ids), *want)
+    if source.spec.alt_up is not None:  # streams, which activations have side by side
+        want = tuple(each.permute(1, 2, 0, 3).flatten(2) for each in want)
     hidden = source.embed(ids)
     arguments = source.keyword_arguments(hidden[:1])
     # Gemma rounds its embedding scale by dtype
@@ -228,6 +230,11 @@ def test_blocks_run_as_transformers_runs_the_model_and_folds_change_nothing(
             torch.testing.assert_close(found, want[index + 1], rtol=1e-4, atol=1e-4)
         _check_folds(source, index, block, hidden, arguments[index], out)
         hidden = out
+    if source.spec.alt_up is not None:
+        found = source.last_hidden(hidden)
+        scale = torch.rsqrt(found.square().mean(-1, keepdim=True) + source.spec.norm_eps)
+        got = found * scale * model.base_model.norm.weight
+        torch.testing.assert_close(got, model.base_model(ids)[0], rtol=1e-4, atol=1e-4)
 
 
 def _check_folds(source, index, block, hidden, kwargs, want):
