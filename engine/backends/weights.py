@@ -84,9 +84,12 @@ class AltUpWeights:
     scale: Tensor | None  # [hidden] of what per-layer gates read
 
     def to(self, device: torch.device) -> "AltUpWeights":
-        matrices = (self.router, self.predictions, self.corrections)
-        scale = None if self.scale is None else self.scale.to(device)
-        return AltUpWeights(*(each.to(device) for each in matrices), scale)
+        return AltUpWeights(
+            self.router.to(device),
+            self.predictions.to(device),
+            self.corrections.to(device),
+            None if self.scale is None else self.scale.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True)

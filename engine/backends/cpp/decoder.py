@@ -15,7 +15,6 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -100,7 +99,7 @@ class CppCache:
 class CppDecoder(HostSampling):
     """Embedding, norm and head where the layers are the model's first or last."""
 
-    groups_layers: ClassVar = True
+    groups_layers = True
     model: ModelSpec
     pool: Pool
     layers: list[CppLayer]

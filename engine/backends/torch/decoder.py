@@ -9,7 +9,6 @@ What is added to x is multiplied by the model's residual_scale. With AltUp, x is
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +64,7 @@ class TorchCache:
 class TorchDecoder(HostSampling):
     """Consecutive layers; embedding, norm and head where they are the model's first or last."""
 
-    groups_layers: ClassVar = True
+    groups_layers = True
     model: ModelSpec
     layers: list[TorchLayer]
     ropes: dict[tuple[Rope | None, int], RopeTable]  # of a rope and a size of heads

@@ -307,9 +307,9 @@ class _Loader:
         if spec is None:
             return None
         hidden, prefix = self.weights.model.hidden_size, self.weights.model.layer_name(index)
-        left, right = spec.groups(hidden)
+        left, right = self._groups(index, spec.groups(hidden))
         norm = self.weights.norm(f"{prefix}.{spec.norm}", hidden)
-        return TorchLaurel(*self._groups(index, (left, right)), self._norm(norm))
+        return TorchLaurel(left, right, self._norm(norm))
 
     def _groups(self, index: int, groups: Iterable[LinearGroup]) -> list[FusedLinear]:
         return [self._fused(self.weights.group(index, group)) for group in groups]
