@@ -3,6 +3,7 @@ weights. In float32 both compute the same sums in another order, hence a toleran
 bfloat16 the engine may err as much as transformers' own bfloat16 does (checked on real models in tests/interop).
 """
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from safetensors.torch import load_file, save_file
 
+from nibble.engine.backends.cpp.decoder import CppDecoder
 from nibble.engine.config import EngineConfig
 from nibble.engine.runner import Runner
 from nibble.kernels.cpu import library
 from nibble.quant import formats
+from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.scheme import LayerScheme, QuantScheme
 from nibble.quant.weight import QuantizedWeight
 
@@ -111,33 +114,36 @@ def fp4_tensors(weight: torch.Tensor, group_size: int) -> dict[str, torch.Tensor
     return {"weight_packed": packed, "weight_scale": stored} | more
 
 
-def write_checkpoint(folder: Path, scheme: QuantScheme, name: str) -> torch.nn.Module:
-    """A tiny model with every projection quantized, in `folder`; returned: the same model, dequantized."""
+def write_checkpoint(
+    folder: Path, scheme: QuantScheme, name: str, head: bool = False, **changes
+) -> torch.nn.Module:
+    """A tiny model with every projection quantized, in `folder`, and its output head if asked; returned: the same
+    model, dequantized. changes: to its config."""
     models.CONFIGS["wide"] = type(models.CONFIGS[name])(
-        **models.CONFIGS[name].to_dict() | {"intermediate_size": 128}
+        **models.CONFIGS[name].to_dict() | {"intermediate_size": 128} | changes
     )
     reference = models.build("wide", folder)
     tensors = load_file(folder / "model.safetensors")
     writer = formats.by_method(scheme.method)
-    for index, (module, linear) in enumerate(sorted(reference.model.layers.named_modules())):
-        if not isinstance(linear, torch.nn.Linear):
+    for index, (prefix, linear) in enumerate(sorted(reference.named_modules())):
+        if not isinstance(linear, torch.nn.Linear) or (prefix == "lm_head" and not head):
             continue
         # act-order shards that are fused must share one order; seeds by layer give them that for q, k, v
         layer = scheme.default
-        seed = int(module.split(".")[0]) if layer.desc_act else index
+        seed = int(prefix.split(".")[2]) if layer.desc_act else index
         if layer.kind == "fp4":
             written = fp4_tensors(linear.weight.detach(), layer.group_size)
             weight = writer.read(written, layer)
         else:
             weight = quantize(linear.weight.detach(), layer, seed)
             written = writer.write(weight, scheme.format)
-        prefix = f"model.layers.{module}"
         del tensors[f"{prefix}.weight"]
         tensors |= {f"{prefix}.{s}": t.contiguous() for s, t in written.items()}
         linear.weight.data = weight.dequantize()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = scheme.raw or replace(scheme, ignore=("lm_head",)).to_config()
+    ignore = () if head else ("lm_head",)
+    config["quantization_config"] = scheme.raw or replace(scheme, ignore=ignore).to_config()
     (folder / "config.json").write_text(json.dumps(config))
     return reference
 
@@ -151,6 +157,69 @@ def test_logits_equal_the_dequantized_model(tmp_path, kind: str, name: str) -> N
     runner = Runner(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_memory=1 << 23))
     assert runner.quantization != "none"
     assert torch.allclose(runner.logits(IDS), want, atol=1e-4 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCHEMES if "fp8" in kind])
+def test_an_output_head_in_fp8(tmp_path, kind: str) -> None:
+    """As it is stored: neither left dense nor rounded to 8-bit integers, which is done to a head in 16 bits."""
+    untied = {"tie_word_embeddings": False}
+    reference = write_checkpoint(tmp_path, SCHEMES[kind], "llama", head=True, **untied)
+    assert open_checkpoint(tmp_path).is_quantized("lm_head")
+    exact, theirs = bfloat16_error(copy.deepcopy(reference))
+    runner = Runner(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_memory=1 << 23))
+    assert torch.allclose(runner.logits(IDS), exact, atol=1e-4 * float(exact.abs().max()), rtol=0)
+    if library.why_missing() is None:
+        served = Runner(
+            EngineConfig(model=str(tmp_path), dtype="bfloat16", kv_cache_memory=1 << 23)
+        )
+        assert served.model.head.linears[0].format == library.FP8
+        assert (served.logits(IDS) - exact).norm() <= theirs
+
+
+GOOGLES = {  # of gemma-4-E2B-it-qat-w4a16-ct: every linear but what sees, hears, routes or speaks
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 32,
+                "dynamic": False,
+                "actorder": None,
+                "block_structure": None,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    },
+    "ignore": ["lm_head", "re:.*vision_tower.*", "re:.*audio_tower.*", "re:.*router.*"],
+    "kv_cache_scheme": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("gemma4-shared", {"hidden_size_per_layer_input": 32}), ("gemma4", {})]
+)
+def test_googles_own_4_bit_gemma(tmp_path, name: str, changes: dict) -> None:
+    """What small ones are told of each token once more is quantized there, too."""
+    scheme = QuantScheme.from_config(GOOGLES)
+    exact, theirs = bfloat16_error(write_checkpoint(tmp_path, scheme, name, **changes))
+    stored = open_checkpoint(tmp_path)
+    names = {module.rpartition(".")[2] for module in stored.modules()}
+    assert {"per_layer_input_gate", "per_layer_model_projection"} <= names or not changes
+    runner = Runner(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_memory=1 << 23))
+    assert torch.allclose(runner.logits(IDS), exact, atol=1e-4 * float(exact.abs().max()), rtol=0)
+    if library.why_missing() is None:
+        options = {"kv_cache_memory": 1 << 23, "cpu_activations": "bf16", "lm_head_bits": 16}
+        served = Runner(EngineConfig(model=str(tmp_path), dtype="bfloat16", **options))
+        assert isinstance(served.model, CppDecoder)
+        assert (served.logits(IDS) - exact).norm() <= theirs
 
 
 @torch.inference_mode()
