@@ -6,6 +6,7 @@ Decode tokens lie first, one a request, then the chunks; `tables` has a row for 
     starts                        [S+1]  int32   where each request's tokens begin
     lengths                       [S]    int32   tokens it has then, these included
     tables                        [S, W] int32   its KV blocks
+    states                                       its recurrent state (states.py), where layers have any
 
 `upload` makes new tensors, for any step. `StaticBatch` keeps one set of them for steps of decodes only, so that a CUDA
 graph finds every step in the same place; rows behind the last request are padded with what reads and writes nothing.
@@ -13,15 +14,17 @@ graph finds every step in the same place; rows behind the last request are padde
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ....kernels.recurrent.batch import StateBatch
 from ...request import UNKNOWN, Request
 from ...scheduling.batch import ScheduledRequest
 from ..batch import Batch
+from .states import StaticStates, upload_states
+from .transfer import to_device
 
 
 @dataclass(slots=True)
@@ -43,33 +46,28 @@ class DeviceBatch:
     lengths: Tensor
     tables: Tensor
     num_decodes: int
+    states: StateBatch | None
 
 
-def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers (a list or an array) as a tensor there. From pinned memory, so that the stream is not waited for."""
-    host = torch.as_tensor(values, dtype=dtype)
-    return (
-        host.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else host.to(device)
-    )
-
-
-def upload(batch: Batch, previous: SampledTokens | None, device: torch.device) -> DeviceBatch:
-    """A step of any shape."""
+def upload(
+    batch: Batch, previous: SampledTokens | None, device: torch.device, has_states: bool
+) -> DeviceBatch:
+    """A step of any shape. has_states: of layers that carry them."""
     tables = np.zeros((len(batch), max(map(len, batch.block_tables))), dtype=np.int32)
     for row, table in zip(tables, batch.block_tables, strict=True):
         row[: len(table)] = table
     token_ids = to_device(batch.token_ids, torch.int64, device)
     fill_in(token_ids, batch, previous)
+    starts = to_device(batch.query_start_loc, torch.int32, device)
     return DeviceBatch(
         token_ids,
         to_device(batch.positions, torch.int64, device),
         to_device(batch.slot_mapping, torch.int64, device),
-        to_device(batch.query_start_loc, torch.int32, device),
+        starts,
         to_device(batch.seq_lens, torch.int32, device),
         to_device(tables, torch.int32, device),
         batch.num_decodes,
+        upload_states(batch, starts) if has_states else None,
     )
 
 
@@ -90,7 +88,14 @@ def fill_in(token_ids: Tensor, batch: Batch, previous: SampledTokens | None) -> 
 class StaticBatch:
     """One decode token each of up to `capacity` requests."""
 
-    def __init__(self, capacity: int, max_blocks: int, block_size: int, device: torch.device):
+    def __init__(
+        self,
+        capacity: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+        has_states: bool,
+    ):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -100,21 +105,31 @@ class StaticBatch:
         self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._lengths = zeros(capacity, dtype=torch.int32)
         self._tables = zeros(capacity, max_blocks, dtype=torch.int32)
+        self._states = StaticStates(capacity, device) if has_states else None
         # Of each row: whose blocks, after how many preemptions, how many.
         self._held: list[tuple[weakref.ref[Request] | None, int, int]] = [(None, 0, 0)] * capacity
 
     def view(self, size: int) -> DeviceBatch:
         """The first `size` rows: the same memory at every call."""
         ids, positions, slots = (tensor[:size] for tensor in self._longs)
+        starts = self._starts[: size + 1]
         return DeviceBatch(
             ids,
             positions,
             slots,
-            self._starts[: size + 1],
+            starts,
             self._lengths[:size],
             self._tables[:size],
             size,
+            None if self._states is None else self._states.view(starts),
         )
+
+    def clear(self) -> None:
+        """Padding in all rows."""
+        self._longs[2].fill_(-1)
+        self._lengths.zero_()
+        if self._states is not None:
+            self._states.clear()
 
     def load(self, batch: Batch, size: int, previous: SampledTokens | None) -> None:
         """Overwrite the first `size` rows with a batch of decodes and padding."""
@@ -125,6 +140,8 @@ class StaticBatch:
             target[:size].copy_(to_device(padded, torch.int64, self.device))
         lengths = batch.seq_lens + [0] * padding
         self._lengths[:size].copy_(to_device(lengths, torch.int32, self.device))
+        if self._states is not None:
+            self._states.load(batch, size)
         fill_in(self._longs[0], batch, previous)
         self._update_tables(batch.items)
 

@@ -30,10 +30,8 @@ from nibble.kernels import device as machine
 
 from .. import models
 
-# Norms of all query and key heads or of values, none before a mixer, two sets of factors, experts, recurrent states:
-# torch computes these.
-NOT_TAKEN = {"phi3-longrope", "olmo2", "olmo3", "gemma4", "gemma4-shared", "gemma4-unified"}
-NOT_TAKEN |= models.MOE | models.RECURRENT | models.LATENT
+# Two sets of factors, experts, latents: torch computes these.
+NOT_TAKEN = {"phi3-longrope"} | models.MOE | models.LATENT
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +49,20 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     models.build("qwen2", folder, num_hidden_layers=2, layer_types=["full_attention"] * 2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> Path:
+    """A layer with a state, one with keys and values."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    kinds = ["linear_attention", "full_attention"]
+    models.build("qwen3.5", folder, num_hidden_layers=2, layer_types=kinds)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["small", "hybrid"])
+def either(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 def torch_runner(folder: Path, dtype: str = "float16", **options) -> Runner:
@@ -73,7 +85,7 @@ def triton_runner(folder: Path, cache: str = "auto", **options) -> Runner:
     fields = {name: getattr(runner.config, name) for name in runner.config.__struct_fields__}
     runner.config = EngineConfig(**{**fields, "kv_cache_dtype": cache})
     runner.model = TritonDecoder(runner.model, runner.config)
-    runner.cache = runner.model.new_cache(runner.num_blocks)
+    runner.cache = runner.model.new_cache(runner.num_blocks, runner.num_states)
     with torch.inference_mode():
         runner.model.capture(again, runner.cache, runner.max_model_len)
     return runner
@@ -132,26 +144,44 @@ def test_a_cache_of_8_bits(folders, cache: str, bound: float) -> None:
     assert 0 < (got - exact).norm() <= bound * exact.norm()
 
 
-def test_tokens_do_not_depend_on_the_batch(small) -> None:
+def test_tokens_do_not_depend_on_the_batch(either) -> None:
     """Steps from graphs with padding, mixed steps, chunks, an overlapped loop: all as when alone and one at a time."""
     asked = [
         (prompt(length, seed), {"temperature": 0.0})
         for seed, length in enumerate((5, 21, 1, 40, 9))
     ]
-    alone = generate(torch_runner(small, "float32"), asked, at_once=False)
-    runner = triton_runner(small, max_num_batched_tokens=24)
+    alone = generate(torch_runner(either, "float32"), asked, at_once=False)
+    runner = triton_runner(either, max_num_batched_tokens=24)
     assert generate(runner, asked) == alone
     assert {1, 2, 4} >= set(
         runner.model.captured.graphs._recorded
     ) and 4 in runner.model.captured.graphs._recorded
 
 
-def test_few_blocks_mean_preemption_and_the_same_tokens(small) -> None:
+def test_few_blocks_mean_preemption_and_the_same_tokens(either) -> None:
     asked = [(prompt(14, seed), {"temperature": 0.0, "max_tokens": 6}) for seed in range(3)]
-    alone = generate(torch_runner(small, "float32"), asked, at_once=False)
-    runner = triton_runner(small)
+    alone = generate(torch_runner(either, "float32"), asked, at_once=False)
+    runner = triton_runner(either)
     runner.num_blocks = 5  # of 16 tokens: three requests of 20 do not fit
     assert generate(runner, asked) == alone
+
+
+def test_turns_go_on_from_snapshots_of_states(hybrid) -> None:
+    """Of the ends of chunks and of blocks in answers; these are taken within graphs."""
+    runner = triton_runner(hybrid, max_num_batched_tokens=17)
+    core = EngineCore(runner.config, runner)
+    asked = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 14}
+    ids = prompt(20)
+    for cached in (0, 32):
+        [alone] = generate(torch_runner(hybrid, "float32"), [(ids, asked)])
+        core.add(AddRequest("turn", ids, SamplingParams(**asked)))
+        answer = []
+        while core.has_work:
+            for output in core.step():
+                answer += output.token_ids
+        assert (answer, output.num_cached_tokens) == (alone, cached)
+        ids = ids + answer + prompt(3)
+    core.check_idle()
 
 
 SAMPLED = [
@@ -230,7 +260,7 @@ def test_a_size_that_cannot_be_captured_is_launched() -> None:
 
     graphs = DecodeGraphs(4, fails, torch.zeros)
     assert graphs.size_for(4) is None and graphs.size_for(1) == 1
-    assert graphs.replay(1) is None and graphs.size_for(1) == 2
+    assert not graphs.record(1) and graphs.size_for(1) == 2
 
 
 def test_sizes_of_graphs() -> None:
