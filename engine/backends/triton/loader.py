@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 from ....architectures.base import (
     Attention,
     GatedDeltaNet,
+    LatentAttention,
     LayerSpec,
     Mamba2,
     Mixer,
     ModelSpec,
 )
-from ....kernels.device import why_no_triton
+from ....kernels.device import cuda_capability, why_no_triton
 from ....quant.checkpoint import Checkpoint
 from ..base import Progress, Target, unknown_feature
 from ..torch.loader import TorchBackend
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .decoder import TritonDecoder
 
 _MAX_NORM_WIDTH = 32768  # kernels/fused/norm.py: a row in the registers of one program
+_MAX_RANK = 512  # kernels/attention/latent.py
 _MAX_STATE_ROWS = 512  # kernels/recurrent: some columns of a state in the registers of one warp
 
 
@@ -66,6 +68,9 @@ class TritonBackend:
             "attention.output_gate=q_proj",
             "attention.output_gate=gate_proj",
             "attention.head_gate",
+            "latent_attention",
+            "latent_attention.q_rank=None",
+            "latent_attention.query_scaling",
             "gated_delta_net",
             "short_conv",
             "short_conv.bias",
@@ -103,8 +108,18 @@ class TritonBackend:
             return reason
         if layer.mixer is not None and (reason := _why_not_mixer(layer.mixer)):
             return reason
+        if isinstance(layer.mixer, LatentAttention) and (reason := self._why_no_latents()):
+            return reason
         if (width := _widest_norm(layer.mixer, model)) > _MAX_NORM_WIDTH:
             return f"has no norm for {width} numbers"
+        return None
+
+    def _why_no_latents(self) -> str | None:
+        if self.target.config.kv_cache_dtype != "auto":
+            return "keeps latents in 16 bits alone"
+        cc = cuda_capability(self.target.device)
+        if cc is not None and cc < 80:
+            return f"attends to latents from compute capability 8.0 on, this card has {cc / 10}"
         return None
 
     def load(
@@ -122,6 +137,9 @@ def _why_not_mixer(mixer: Mixer) -> str | None:
     if isinstance(mixer, Attention):
         if not 16 <= mixer.head_dim <= 256 or mixer.head_dim % 2:
             return f"has no attention for heads of {mixer.head_dim} dimensions"
+    elif isinstance(mixer, LatentAttention):
+        if mixer.kv_rank > _MAX_RANK:
+            return f"has no attention over latents of {mixer.kv_rank} dimensions"
     elif isinstance(mixer, GatedDeltaNet | Mamba2):
         rows = mixer.state_shapes[1][1]
         if rows > _MAX_STATE_ROWS:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ....architectures.base import Rope
+from ....kernels.attention.latent import latent_attention, latent_rope_and_cache
 from ....kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
 from ....kernels.fused.norm import rms_norm
 from ....kernels.fused.rope import rope_and_cache
@@ -21,6 +22,7 @@ from ..torch.layers import RMSNorm, RopeTable, position_factors
 from ..torch.mixers import (
     TorchAttention,
     TorchGatedDeltaNet,
+    TorchLatentAttention,
     TorchMamba2,
     TorchMixer,
     TorchShortConv,
@@ -67,13 +69,13 @@ def mix(mixer: TorchMixer, h: Tensor, layer: int, step: Step) -> Tensor:
     """h [T, hidden], normed -> [T, hidden]. layer: whose part of the cache."""
     if isinstance(mixer, TorchAttention):
         return _attention(mixer, h, layer, step)
+    if isinstance(mixer, TorchLatentAttention):
+        return _latent_attention(mixer, h, layer, step)
     if isinstance(mixer, TorchGatedDeltaNet):
         return _gated_delta_net(mixer, h, *step.states_of(layer))
     if isinstance(mixer, TorchMamba2):
         return _mamba2(mixer, h, *step.states_of(layer))
-    if isinstance(mixer, TorchShortConv):
-        return _short_conv(mixer, h, *step.states_of(layer))
-    raise TypeError(f"{type(mixer).__name__} was refused, and is loaded")
+    return _short_conv(mixer, h, *step.states_of(layer))
 
 
 def _attention(mixer: TorchAttention, h: Tensor, layer: int, step: Step) -> Tensor:
@@ -139,6 +141,38 @@ def _normed_together(mixer: TorchAttention, qkv: Tensor) -> Tensor:
         for x, norm in zip(parts, norms, strict=True)
     ]
     return torch.cat((*normed, rest), 1)
+
+
+def _latent_attention(mixer: TorchLatentAttention, h: Tensor, layer: int, step: Step) -> Tensor:
+    """q_a -> norm -> q_b -> RoPE; kv_a -> norm, RoPE -> latents in the cache; attention over them -> o"""
+    spec, batch, cache = mixer.spec, step.batch, step.cache.latents[layer]
+    q, latents = mixer.inputs(h).tensor_split((-spec.kv_rank - spec.rope_dim,), dim=1)
+    if mixer.q_b is not None and mixer.q_norm is not None:
+        q = mixer.q_b(rms_norm(q, mixer.q_norm.weight, mixer.q_norm.eps))
+    q = q.unflatten(1, (spec.num_heads, spec.head_dim))
+    if spec.query_scaling is not None:
+        q = q * position_factors(batch.positions, spec.query_scaling).to(q)
+    table = step.ropes[spec.rotation]
+    latent_rope_and_cache(
+        q,
+        latents,
+        mixer.kv_norm.weight,
+        mixer.kv_norm.eps,
+        table.cos,
+        table.sin,
+        batch.positions,
+        batch.slots,
+        cache,
+        interleaved=spec.rope.interleaved,
+    )
+    nope, turned = q.split((spec.nope_dim, spec.rope_dim), dim=2)
+    keys, values = mixer.kv_b.split((spec.nope_dim, spec.value_dim), dim=1)
+    absorbed = torch.einsum("thn,hnr->thr", nope, keys)
+    mixed = latent_attention(absorbed, turned, cache, step.paged, spec.scale)
+    mixed = torch.einsum("thr,hvr->thv", mixed, values)
+    if mixer.kv_bias is not None:  # that of keys adds the same to all scores of a query
+        mixed = mixed + mixer.kv_bias[:, spec.nope_dim :]
+    return mixer.o(mixed.flatten(1))
 
 
 def _gated_delta_net(

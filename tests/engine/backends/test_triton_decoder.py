@@ -30,8 +30,8 @@ from nibble.kernels import device as machine
 
 from .. import models
 
-# Two sets of factors, experts, latents: torch computes these.
-NOT_TAKEN = {"phi3-longrope"} | models.MOE | models.LATENT
+# Two sets of factors, experts: torch computes these.
+NOT_TAKEN = {"phi3-longrope"} | models.MOE
 
 
 @pytest.fixture(scope="module")
