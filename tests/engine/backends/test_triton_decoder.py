@@ -13,9 +13,20 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from nibble.architectures.base import (
+    Attention,
+    GatedDeltaNet,
+    GatedMlp,
+    LatentAttention,
+    LayerSpec,
+    Mamba2,
+    ModelSpec,
+    Rope,
+)
 from nibble.architectures.registry import model_spec
 from nibble.engine.backends.base import HostSampling, Target
 from nibble.engine.backends.choose import assign
+from nibble.engine.backends.triton import loader
 from nibble.engine.backends.triton.decoder import TritonDecoder
 from nibble.engine.backends.triton.graphs import DecodeGraphs, graph_sizes
 from nibble.engine.backends.triton.loader import TritonBackend
@@ -285,3 +296,29 @@ def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
         assert assignment.runs[0].backend.name == ("torch" if reason else "triton")
     with pytest.raises(UserError, match="fp8 needs a CUDA device"):
         torch_runner(small, kv_cache_dtype="fp8")
+
+
+LATENTS = LatentAttention(4, 48, 32, 32, 16, 16, 0.15, Rope(10000.0), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "cache", "cc", "reason"),
+    [
+        (LATENTS, "auto", 80, None),
+        (LATENTS, "int8", 80, "16 bits alone"),
+        (LATENTS, "auto", 75, "8.0 on, this card has 7.5"),
+        (LatentAttention(4, 48, 576, 32, 16, 16, 0.1, Rope(1e4), 1e-3), "auto", 80, "of 576"),
+        (Attention(4, 2, 288, 0.1, None), "auto", 75, "heads of 288"),
+        (Attention(256, 2, 256, 0.1, None, qk_norm="all"), "auto", 75, "norm for 65536"),
+        (GatedDeltaNet(2, 2, 1024, 64, 4), "auto", 75, "states of 1024 rows"),
+        (Mamba2(8, 64, 1024, 1, 4), "auto", 75, "states of 1024 rows"),
+        (Mamba2(1024, 64, 128, 1, 4), "auto", 75, "norm for 65536"),
+    ],
+)
+def test_sizes_that_no_kernel_has_are_refused(mixer, cache, cc, reason, monkeypatch) -> None:
+    monkeypatch.setattr(loader, "cuda_capability", lambda device: cc)
+    model = ModelSpec(64, 199, 256, 1e-6, (LayerSpec(mixer, GatedMlp(96, "silu")),), False)
+    config = EngineConfig(model="", kv_cache_dtype=cache)
+    target = Target(config, torch.float16, torch.device("cuda"))
+    told = TritonBackend(target).why_not(model.layers[0], model)
+    assert told is None if reason is None else reason in str(told)
