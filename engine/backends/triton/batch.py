@@ -3,6 +3,7 @@
 Decode tokens lie first, one a request, then the chunks; `tables` has a row for each request:
 
     token_ids, positions, slots   [T]    int64   slot: block * block_size + offset, -1: nothing is cached
+    rope_rows                     [T]    int64   of the ropes' tables (mixers.py): positions, or those of long factors
     starts                        [S+1]  int32   where each request's tokens begin
     lengths                       [S]    int32   tokens it has then, these included
     tables                        [S, W] int32   its KV blocks
@@ -35,12 +36,30 @@ class SampledTokens:
     rows: dict[str, int]  # request_id -> row of `tokens`
 
 
+@dataclass(frozen=True, slots=True)
+class BatchForm:
+    """What steps carry beside tokens and blocks, as a decoder's layers need it."""
+
+    has_states: bool = False
+    # Tokens of a request beyond which its ropes have their long factors, and how far behind the others these lie in the
+    # tables; None: all have one set.
+    long: tuple[int, int] | None = None
+
+    def rope_rows(self, batch: Batch) -> list[int]:
+        if self.long is None:
+            return batch.positions
+        switch, rows = self.long
+        behind = (rows * long for long in batch.long_rows(switch))
+        return [sum(each) for each in zip(batch.positions, behind, strict=True)]
+
+
 @dataclass(slots=True)
 class DeviceBatch:
     """As the module's docstring has it, on the device."""
 
     token_ids: Tensor
     positions: Tensor
+    rope_rows: Tensor
     slots: Tensor
     starts: Tensor
     lengths: Tensor
@@ -50,9 +69,9 @@ class DeviceBatch:
 
 
 def upload(
-    batch: Batch, previous: SampledTokens | None, device: torch.device, has_states: bool
+    batch: Batch, previous: SampledTokens | None, device: torch.device, form: BatchForm
 ) -> DeviceBatch:
-    """A step of any shape. has_states: of layers that carry them."""
+    """A step of any shape."""
     tables = np.zeros((len(batch), max(map(len, batch.block_tables))), dtype=np.int32)
     for row, table in zip(tables, batch.block_tables, strict=True):
         row[: len(table)] = table
@@ -62,12 +81,13 @@ def upload(
     return DeviceBatch(
         token_ids,
         to_device(batch.positions, torch.int64, device),
+        to_device(form.rope_rows(batch), torch.int64, device),
         to_device(batch.slot_mapping, torch.int64, device),
         starts,
         to_device(batch.seq_lens, torch.int32, device),
         to_device(tables, torch.int32, device),
         batch.num_decodes,
-        upload_states(batch, starts) if has_states else None,
+        upload_states(batch, starts) if form.has_states else None,
     )
 
 
@@ -94,28 +114,29 @@ class StaticBatch:
         max_blocks: int,
         block_size: int,
         device: torch.device,
-        has_states: bool,
+        form: BatchForm,
     ):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.block_size, self.device = block_size, device
-        self._longs = [zeros(capacity) for _ in range(3)]  # token ids, positions, slots
-        self._longs[2].fill_(-1)
+        self.block_size, self.device, self.form = block_size, device, form
+        self._longs = [zeros(capacity) for _ in range(4)]  # token ids, positions, rope rows, slots
+        self._longs[3].fill_(-1)
         self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._lengths = zeros(capacity, dtype=torch.int32)
         self._tables = zeros(capacity, max_blocks, dtype=torch.int32)
-        self._states = StaticStates(capacity, device) if has_states else None
+        self._states = StaticStates(capacity, device) if form.has_states else None
         # Of each row: whose blocks, after how many preemptions, how many.
         self._held: list[tuple[weakref.ref[Request] | None, int, int]] = [(None, 0, 0)] * capacity
 
     def view(self, size: int) -> DeviceBatch:
         """The first `size` rows: the same memory at every call."""
-        ids, positions, slots = (tensor[:size] for tensor in self._longs)
+        ids, positions, rope_rows, slots = (tensor[:size] for tensor in self._longs)
         starts = self._starts[: size + 1]
         return DeviceBatch(
             ids,
             positions,
+            rope_rows,
             slots,
             starts,
             self._lengths[:size],
@@ -126,7 +147,7 @@ class StaticBatch:
 
     def clear(self) -> None:
         """Padding in all rows."""
-        self._longs[2].fill_(-1)
+        self._longs[3].fill_(-1)
         self._lengths.zero_()
         if self._states is not None:
             self._states.clear()
@@ -134,8 +155,9 @@ class StaticBatch:
     def load(self, batch: Batch, size: int, previous: SampledTokens | None) -> None:
         """Overwrite the first `size` rows with a batch of decodes and padding."""
         padding = size - len(batch)
-        values = (batch.token_ids, batch.positions, batch.slot_mapping)
-        for target, numbers, pad in zip(self._longs, values, (0, 0, -1), strict=True):
+        rows = self.form.rope_rows(batch)
+        values = (batch.token_ids, batch.positions, rows, batch.slot_mapping)
+        for target, numbers, pad in zip(self._longs, values, (0, 0, 0, -1), strict=True):
             padded = [*numbers, *[pad] * padding]
             target[:size].copy_(to_device(padded, torch.int64, self.device))
         lengths = batch.seq_lens + [0] * padding

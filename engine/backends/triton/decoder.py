@@ -29,10 +29,10 @@ from ..batch import Batch
 from ..torch.decoder import TorchDecoder
 from ..torch.feed_forward import TorchFeedForward, TorchGatedMlp, TorchPlainMlp
 from ..torch.layers import scaled, soft_cap
-from .batch import DeviceBatch, StaticBatch, upload
+from .batch import BatchForm, DeviceBatch, StaticBatch, upload
 from .cache import TritonCache
 from .graphs import CudaRecorder, DecodeGraphs, Record
-from .mixers import Step, mix
+from .mixers import Step, joined_tables, mix
 from .residual import Residual
 from .sampler import DeviceSampler
 
@@ -58,6 +58,9 @@ class TritonDecoder:
         self.dtype, self.device = weights.dtype, weights.device
         self.sampler = DeviceSampler(self.model.vocab_size, config.max_num_seqs, self.device)
         self.captured: _Captured | None = None
+        self.ropes, long = joined_tables(weights.ropes)
+        has_states = any(layer.spec.state_shapes for layer in weights.layers)
+        self.form = BatchForm(has_states, long)
 
     @property
     def report(self) -> KernelReport:
@@ -85,9 +88,7 @@ class TritonDecoder:
     def capture(self, record: Record, cache: TritonCache, max_model_len: int) -> None:
         """From now on, steps of decodes over `cache` come from graphs."""
         capacity, max_blocks = self.config.max_num_seqs, -(-max_model_len // cache.block_size)
-        static = StaticBatch(
-            capacity, max_blocks, cache.block_size, self.device, bool(cache.states.layers)
-        )
+        static = StaticBatch(capacity, max_blocks, cache.block_size, self.device, self.form)
         graphs = DecodeGraphs(
             capacity, record, lambda size: self._hidden_states(static.view(size), cache)
         )
@@ -98,8 +99,7 @@ class TritonDecoder:
         replayed = self._replayed(batch, cache) if hidden is None else None
         if replayed is not None:
             return replayed
-        has_states = bool(cache.states.layers)
-        uploaded = upload(batch, self.sampler.previous, self.device, has_states)
+        uploaded = upload(batch, self.sampler.previous, self.device, self.form)
         return self._hidden_states(uploaded, cache, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class TritonDecoder:
         if weights.per_layer_inputs is not None:
             told = weights.per_layer_inputs(batch.token_ids, x)
         residual = Residual(x, self.model.residual_scale)
-        step = Step.of(batch, cache, weights.ropes, self.model.norm_eps)
+        step = Step.of(batch, cache, self.ropes, self.model.norm_eps)
         for index, layer in enumerate(weights.layers):
             if layer.mixer is not None:
                 h = residual.normed(layer.before_mixer)

@@ -87,6 +87,7 @@ class TritonBackend:
             "rope.dim",
             "rope.attention_factor",
             "rope.interleaved",
+            "long_factors",
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ....architectures.base import Rope
+from ....architectures.rope import switch_of
 from ....kernels.attention.latent import latent_attention, latent_rope_and_cache
 from ....kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
 from ....kernels.fused.norm import rms_norm
@@ -65,6 +66,20 @@ class Step:
         return self.cache.states.layers[layer], self.batch.states
 
 
+def joined_tables(
+    ropes: dict[tuple[Rope | None, int], RopeTable],
+) -> tuple[dict[tuple[Rope | None, int], RopeTable], tuple[int, int] | None]:
+    """Tables with the rows of long factors behind the others, if any rope has them; BatchForm.long."""
+    switch = switch_of(rope for rope, _ in ropes)
+    if switch is None:
+        return ropes, None
+    joined = {}
+    for kind, table in ropes.items():
+        long = table.long or table
+        joined[kind] = RopeTable(torch.cat((table.cos, long.cos)), torch.cat((table.sin, long.sin)))
+    return joined, (switch, min(len(table.cos) for table in ropes.values()))
+
+
 def mix(mixer: TorchMixer, h: Tensor, layer: int, step: Step) -> Tensor:
     """h [T, hidden], normed -> [T, hidden]. layer: whose part of the cache."""
     if isinstance(mixer, TorchAttention):
@@ -89,7 +104,7 @@ def _attention(mixer: TorchAttention, h: Tensor, layer: int, step: Step) -> Tens
         spec.num_heads,
         table.cos,
         table.sin,
-        batch.positions,
+        batch.rope_rows,
         batch.slots,
         cache,
         q_weight=_weight(mixer.q_norm) if by_head else None,
@@ -160,7 +175,7 @@ def _latent_attention(mixer: TorchLatentAttention, h: Tensor, layer: int, step: 
         mixer.kv_norm.eps,
         table.cos,
         table.sin,
-        batch.positions,
+        batch.rope_rows,
         batch.slots,
         cache,
         interleaved=spec.rope.interleaved,

@@ -41,8 +41,7 @@ from nibble.kernels import device as machine
 
 from .. import models
 
-# Two sets of factors, experts: torch computes these.
-NOT_TAKEN = {"phi3-longrope"} | models.MOE
+NOT_TAKEN = models.MOE  # torch computes experts
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +174,14 @@ def test_few_blocks_mean_preemption_and_the_same_tokens(either) -> None:
     runner = triton_runner(either)
     runner.num_blocks = 5  # of 16 tokens: three requests of 20 do not fit
     assert generate(runner, asked) == alone
+
+
+def test_a_request_that_grows_long_has_the_other_factors(tmp_path) -> None:
+    """From 33 tokens on, beside one that stays short and one that was long from the start; graphs for all of them."""
+    models.build("phi3-longrope", tmp_path, num_hidden_layers=2)
+    asked = [(prompt(length, length), {"temperature": 0.0}) for length in (9, 30, 40)]
+    alone = generate(torch_runner(tmp_path, "float32"), asked, at_once=False)
+    assert generate(triton_runner(tmp_path), asked) == alone
 
 
 def test_turns_go_on_from_snapshots_of_states(hybrid) -> None:
