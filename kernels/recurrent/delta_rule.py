@@ -2,9 +2,10 @@
 
     q = q / |q| / sqrt(K), k = k / |k|, beta = sigmoid(b), decay = exp(rate * softplus(a + dt_bias))
     S = decay S;  S = S + k (beta (v - S^T k))^T;  o = S^T q
+      = decay S + k d^T                              = decay S^T q + (k . q) d,  d = beta (v - decay S^T k)
 
     S [K, V] of one head    a program takes BLOCK_V columns of it through all tokens of a request, in registers:
-    | p0 | p1 | p2 | p3 |   what a token reads of its row (q, k, v, a, b) comes from L2 for all but the first of them
+    | p0 | p1 | p2 | p3 |   the next tokens' q, k and v are on their way meanwhile
 
 Each key head serves VALUE_HEADS / KEY_HEADS consecutive value heads.
 """
@@ -19,6 +20,7 @@ from .batch import StateBatch
 from .elementwise import sigmoid, softplus
 
 NUMBERS = 2048  # of a state in one program: 64 registers a thread of one warp
+STAGES = tl.constexpr(3)  # tokens whose rows are being loaded
 
 
 @triton.jit
@@ -63,18 +65,21 @@ def delta_rule_kernel(
     out = out_ptr + (token.to(tl.int64) * VALUE_HEADS + head) * V + column
     for stop in range(tl.load(stop_start_ptr + sequence), tl.load(stop_start_ptr + sequence + 1)):
         end = tl.load(stop_row_ptr + stop)
-        for _ in range(token, end):
+        for _ in tl.range(token, end, num_stages=STAGES):
             q = tl.load(q_at, mask=in_k, other=0.0)
             k = tl.load(q_at + KEY_HEADS * K, mask=in_k, other=0.0)
             v = tl.load(v_at, mask=in_v, other=0.0)
             beta = sigmoid(tl.load(b_at).to(tl.float32))
             a = tl.load(b_at + VALUE_HEADS).to(tl.float32)
-            q *= tl.rsqrt((tl.sum(q * q, 0) + 1e-6) * K)
-            k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
-            s *= tl.exp(rate * softplus(a + dt_bias))
-            delta = (v - tl.sum(s * k[:, None], 0)) * beta
-            s += k[:, None] * delta[None, :]
-            tl.store(out, tl.sum(s * q[:, None], 0), mask=in_v)
+            decay = tl.exp(rate * softplus(a + dt_bias))
+            # All sums are of what was there before the token: none of them waits for another.
+            found_k, found_q = tl.sum(s * k[:, None], 0), tl.sum(s * q[:, None], 0)
+            k_factor = tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+            q_factor = tl.rsqrt((tl.sum(q * q, 0) + 1e-6) * K)
+            delta = (v - decay * k_factor * found_k) * (beta * k_factor)
+            y = (decay * found_q + tl.sum(q * k, 0) * delta) * q_factor
+            tl.store(out, y, mask=in_v)
+            s = s * decay + k[:, None] * delta[None, :]
             q_at += qkv_stride
             v_at += qkv_stride
             b_at += ba_stride

@@ -1,7 +1,7 @@
 """Mamba-2's state space (Dao and Gu 2024, "Transformers are SSMs"), token by token, per head:
 
     dt = softplus(dt + dt_bias), within limits;  decay = exp(rate * dt)
-    S = decay S + B (dt x)^T;  y = S^T C + skip * x
+    S = decay S + B (dt x)^T;  y = S^T C + skip * x = decay S^T C, of the S before, + (dt (B . C) + skip) x
 
     a row of xbc   [ x of all heads | B of all groups | C of all groups ]
     S [N, P] of one head: a program takes BLOCK_P columns through all tokens of a request, as in delta_rule.py
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..fused.rows import FLOATS, need, need_rows
 from .batch import StateBatch
-from .delta_rule import columns
+from .delta_rule import STAGES, columns
 from .elementwise import softplus
 
 
@@ -65,15 +65,18 @@ def state_space_kernel(
     out = out_ptr + (token.to(tl.int64) * HEADS + head) * P + column
     for stop in range(tl.load(stop_start_ptr + sequence), tl.load(stop_start_ptr + sequence + 1)):
         end = tl.load(stop_row_ptr + stop)
-        for _ in range(token, end):
+        for _ in tl.range(token, end, num_stages=STAGES):
             x = tl.load(x_at, mask=in_p, other=0.0)
             b = tl.load(b_at, mask=in_n, other=0.0)
             c = tl.load(b_at + GROUPS * N, mask=in_n, other=0.0)
             dt = softplus(tl.load(dt_at).to(tl.float32) + dt_bias)
             dt = tl.maximum(dt, least_dt, propagate_nan=tl.PropagateNan.ALL)
             dt = tl.minimum(dt, most_dt, propagate_nan=tl.PropagateNan.ALL)
-            s = s * tl.exp(rate * dt) + b[:, None] * (dt * x)[None, :]
-            tl.store(out, tl.sum(s * c[:, None], 0) + skip * x, mask=in_p)
+            decay = tl.exp(rate * dt)
+            # Both sums are of what was there before the token: neither waits for the other.
+            y = decay * tl.sum(s * c[:, None], 0) + (tl.sum(b * c, 0) * dt + skip) * x
+            tl.store(out, y, mask=in_p)
+            s = s * decay + b[:, None] * (dt * x)[None, :]
             x_at += xbc_stride
             b_at += xbc_stride
             dt_at += dt_stride
