@@ -37,20 +37,24 @@ class SampledTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class LongRows:
+    """Where ropes' long factors lie in the tables: so many rows behind the others."""
+
+    switch: int  # tokens beyond which a request has them
+    behind: int
+
+    def of(self, batch: Batch) -> list[int]:
+        """The row of each token."""
+        long = batch.long_rows(self.switch)
+        return [p + self.behind * is_long for p, is_long in zip(batch.positions, long, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchForm:
     """What steps carry beside tokens and blocks, as a decoder's layers need it."""
 
-    has_states: bool = False
-    # Tokens of a request beyond which its ropes have their long factors, and how far behind the others these lie in the
-    # tables; None: all have one set.
-    long: tuple[int, int] | None = None
-
-    def rope_rows(self, batch: Batch) -> list[int]:
-        if self.long is None:
-            return batch.positions
-        switch, rows = self.long
-        behind = (rows * long for long in batch.long_rows(switch))
-        return [sum(each) for each in zip(batch.positions, behind, strict=True)]
+    has_states: bool
+    long: LongRows | None  # None: all requests have one set of factors, and rows are positions
 
 
 @dataclass(slots=True)
@@ -78,10 +82,13 @@ def upload(
     token_ids = to_device(batch.token_ids, torch.int64, device)
     fill_in(token_ids, batch, previous)
     starts = to_device(batch.query_start_loc, torch.int32, device)
+    positions = rope_rows = to_device(batch.positions, torch.int64, device)
+    if form.long is not None:
+        rope_rows = to_device(form.long.of(batch), torch.int64, device)
     return DeviceBatch(
         token_ids,
-        to_device(batch.positions, torch.int64, device),
-        to_device(form.rope_rows(batch), torch.int64, device),
+        positions,
+        rope_rows,
         to_device(batch.slot_mapping, torch.int64, device),
         starts,
         to_device(batch.seq_lens, torch.int32, device),
@@ -120,8 +127,9 @@ class StaticBatch:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.block_size, self.device, self.form = block_size, device, form
-        self._longs = [zeros(capacity) for _ in range(4)]  # token ids, positions, rope rows, slots
-        self._longs[3].fill_(-1)
+        self._longs = [zeros(capacity) for _ in range(3)]  # token ids, positions, slots
+        self._longs[2].fill_(-1)
+        self._rope_rows = self._longs[1] if form.long is None else zeros(capacity)
         self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._lengths = zeros(capacity, dtype=torch.int32)
         self._tables = zeros(capacity, max_blocks, dtype=torch.int32)
@@ -131,12 +139,12 @@ class StaticBatch:
 
     def view(self, size: int) -> DeviceBatch:
         """The first `size` rows: the same memory at every call."""
-        ids, positions, rope_rows, slots = (tensor[:size] for tensor in self._longs)
+        ids, positions, slots = (tensor[:size] for tensor in self._longs)
         starts = self._starts[: size + 1]
         return DeviceBatch(
             ids,
             positions,
-            rope_rows,
+            self._rope_rows[:size],
             slots,
             starts,
             self._lengths[:size],
@@ -147,7 +155,7 @@ class StaticBatch:
 
     def clear(self) -> None:
         """Padding in all rows."""
-        self._longs[3].fill_(-1)
+        self._longs[2].fill_(-1)
         self._lengths.zero_()
         if self._states is not None:
             self._states.clear()
@@ -155,13 +163,15 @@ class StaticBatch:
     def load(self, batch: Batch, size: int, previous: SampledTokens | None) -> None:
         """Overwrite the first `size` rows with a batch of decodes and padding."""
         padding = size - len(batch)
-        rows = self.form.rope_rows(batch)
-        values = (batch.token_ids, batch.positions, rows, batch.slot_mapping)
-        for target, numbers, pad in zip(self._longs, values, (0, 0, 0, -1), strict=True):
+        values = (batch.token_ids, batch.positions, batch.slot_mapping)
+        for target, numbers, pad in zip(self._longs, values, (0, 0, -1), strict=True):
             padded = [*numbers, *[pad] * padding]
             target[:size].copy_(to_device(padded, torch.int64, self.device))
         lengths = batch.seq_lens + [0] * padding
         self._lengths[:size].copy_(to_device(lengths, torch.int32, self.device))
+        if self.form.long is not None:
+            rows = to_device(self.form.long.of(batch), torch.int64, self.device)
+            self._rope_rows[: len(batch)].copy_(rows)
         if self._states is not None:
             self._states.load(batch, size)
         fill_in(self._longs[0], batch, previous)

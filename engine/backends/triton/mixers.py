@@ -28,7 +28,7 @@ from ..torch.mixers import (
     TorchMixer,
     TorchShortConv,
 )
-from .batch import DeviceBatch
+from .batch import DeviceBatch, LongRows
 from .cache import TritonCache
 
 
@@ -68,8 +68,8 @@ class Step:
 
 def joined_tables(
     ropes: dict[tuple[Rope | None, int], RopeTable],
-) -> tuple[dict[tuple[Rope | None, int], RopeTable], tuple[int, int] | None]:
-    """Tables with the rows of long factors behind the others, if any rope has them; BatchForm.long."""
+) -> tuple[dict[tuple[Rope | None, int], RopeTable], LongRows | None]:
+    """Tables with the rows of long factors behind the others, if any rope has them, and where."""
     switch = switch_of(rope for rope, _ in ropes)
     if switch is None:
         return ropes, None
@@ -77,7 +77,7 @@ def joined_tables(
     for kind, table in ropes.items():
         long = table.long or table
         joined[kind] = RopeTable(torch.cat((table.cos, long.cos)), torch.cat((table.sin, long.sin)))
-    return joined, (switch, min(len(table.cos) for table in ropes.values()))
+    return joined, LongRows(switch, min(len(table.cos) for table in ropes.values()))
 
 
 def mix(mixer: TorchMixer, h: Tensor, layer: int, step: Step) -> Tensor:

@@ -45,7 +45,8 @@ CHUNKS = [
 
 
 def randn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) * scale
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu").to(DEVICE) * scale
 
 
 def starts_of(batch: Batch) -> Tensor:
