@@ -18,7 +18,7 @@ from .batch import StateBatch
 from .elementwise import silu
 
 TOKENS, CHANNELS = 16, 64  # of a program, where a request has several
-CHANNELS_OF_ONE = 256  # where it has one
+CHANNELS_OF_ONE = 128  # where it has one; 256 spill on cc 8.9
 
 
 @triton.jit

@@ -24,11 +24,13 @@ def upload_states(batch: Batch, starts: Tensor) -> StateBatch:
         slots.append(own)
         stop_starts.append(len(rows))
     reads = [read for read, *_ in batch.states]
-    lists = (reads, stop_starts, rows, slots)
+
+    def there(values: list[int]) -> Tensor:
+        return to_device(values, torch.int32, starts.device)
+
+    alone = batch.num_decodes == len(batch)
     return StateBatch(
-        starts,
-        *(to_device(each, torch.int32, starts.device) for each in lists),
-        one_token_each=batch.num_decodes == len(batch),
+        starts, there(reads), there(stop_starts), there(rows), there(slots), one_token_each=alone
     )
 
 
