@@ -25,7 +25,7 @@ from .backends.base import Target
 from .backends.batch import Batch
 from .backends.choose import load_decoder
 from .backends.kv_groups import group_windows
-from .backends.triton.batch import to_device
+from .backends.triton.transfer import to_device
 from .backends.weights import ModelWeights
 from .config import EngineConfig
 from .messages import Ready, TokenLogprobs

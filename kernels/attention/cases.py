@@ -8,6 +8,7 @@ import triton.language as tl
 from ..measure.compile_cases import CompileCase
 from .attend import attend_kernel, reduce_kernel
 from .config import TileConfig, decode_config, padded_dim, prefill_config
+from .latent_cases import latent_cases
 from .paged import MIN_SPLIT
 
 CARDS = (75, 80, 86, 89, 90, 100, 120)
@@ -55,7 +56,7 @@ def compile_cases() -> list[CompileCase]:
             _attend(cc, 128, dtype, dtype, "none", True, window=1024, soft_cap=50.0, sinks=True),
         ]
         cases += [_reduce(cc, dim, dtype) for dim in (64, 96, 128, 256)]
-    return cases
+    return cases + latent_cases()
 
 
 def _attend(

@@ -28,6 +28,11 @@ def compile_cases() -> list[CompileCase]:
         for code, native in (("none", False), ("int8", False), ("fp8", False), ("fp8", True))
         for heads, dim, norm in ((9, 64, False), (32, 128, True), (4, 256, True), (32, 96, False))
     ]
+    cases += [
+        _rope("none", False, False, 32, 128, True, interleaved=True),
+        _rope("int8", False, True, 8, 256, True, v_norm=True),
+        _rope("none", False, False, 8, 256, True, cached=False),
+    ]
     return [
         *cases,
         _norm(4096, dtype="bf16", gemma=True),
@@ -46,7 +51,8 @@ def _norm(width: int, dtype: str = "fp16", gemma: bool = False) -> CompileCase:
         "post_weight_ptr": "*fp32" if gemma else None,
         "out_ptr": f"*{dtype}",
     }
-    numbers = {"x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
+    numbers = dict.fromkeys(("x_stride", "residual_stride"), "i32")
+    numbers |= dict.fromkeys(("eps", "post_eps", "scale"), "fp32")
     constants = {"WIDTH": width, "BLOCK": block, "OFFSET": 1.0 if gemma else 0.0}
     name = f"norm-{width}-{dtype}{'-gemma' * gemma}"
     return _case(name, _rms_norm_kernel, pointers, numbers, constants, warps(block))
@@ -61,7 +67,17 @@ def _gated(width: int, activation: str, dtype: str = "fp16") -> CompileCase:
 
 
 def _rope(
-    code: str, native: bool, per_head: bool, heads: int, dim: int, norm: bool, dtype: str = "fp16"
+    code: str,
+    native: bool,
+    per_head: bool,
+    heads: int,
+    dim: int,
+    norm: bool,
+    dtype: str = "fp16",
+    *,
+    v_norm: bool = False,
+    interleaved: bool = False,
+    cached: bool = True,
 ) -> CompileCase:
     pairs = triton.next_power_of_2(dim // 2)
     program_heads = min(triton.next_power_of_2(heads), PROGRAM // (2 * pairs))
@@ -91,7 +107,7 @@ def _rope(
     )
     constants = {
         "Q_HEADS": heads,
-        "KV_HEADS": max(1, heads // 4),
+        "KV_HEADS": max(1, heads // 4) if cached else 0,
         "DIM": dim,
         "ROTARY": dim,
         "HEADS": program_heads,
@@ -100,10 +116,13 @@ def _rope(
         "CODE": code,
         "PER_HEAD": per_head,
         "NATIVE_FP8": native,
+        "V_NORM": v_norm,
+        "INTERLEAVED": interleaved,
     }
     kind = "head" if per_head else "tensor" if code != "none" else "16bit"
+    extra = "-vnorm" * v_norm + "-interleaved" * interleaved + "-queries" * (not cached)
     return _case(
-        f"rope-{heads}x{dim}-{dtype}-{code}-{kind}",
+        f"rope-{heads}x{dim}-{dtype}-{code}-{kind}{extra}",
         rope_kernel,
         pointers,
         numbers,

@@ -1,6 +1,6 @@
 """RMSNorm with the residual addition before it.
 
-    x [T, H] --(post norm: Gemma)--> + residual [T, H], written back --> norm * (offset + weight)
+    x [T, H] --(post norm: Gemma)--> * scale --> + residual [T, H], written back --> norm * (offset + weight)
 
 One program a row; the row stays in registers: x and the residual are read once, the sum and the output written once.
 The norm is that of the sum as it is kept, in the residual's dtype. Zhang and Sennrich 2019, arXiv 1910.07467.
@@ -31,6 +31,8 @@ def _rms_norm_kernel(
     x_stride,
     residual_stride,
     eps,
+    post_eps,
+    scale,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -43,10 +45,10 @@ def _rms_norm_kernel(
         post_weight = (
             tl.load(post_weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
         )
-        x = _normalized(x, post_weight, eps, WIDTH)
+        x = _normalized(x, post_weight, post_eps, WIDTH)
     if residual_ptr is not None:
         residual = residual_ptr + row * residual_stride + column
-        x += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+        x = x * scale + tl.load(residual, mask=inside, other=0.0).to(tl.float32)
         kept = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual, kept, mask=inside)
         x = kept.to(tl.float32)
@@ -63,11 +65,14 @@ def rms_norm(
     *,
     offset: float = 0.0,
     post_weight: Tensor | None = None,
+    post_eps: float | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """RMSNorm of x, or of residual + x, over the last axis.
+    """RMSNorm of x, or of residual + scale * x, over the last axis.
 
     x [T, H] float16, bfloat16 or float32, its rows contiguous. weight [H]; the factor is offset + weight (Gemma stores
-    w and means 1 + w). residual [T, H]: becomes residual + x. post_weight [H]: x is normalized with it first.
+    w and means 1 + w). residual [T, H]: becomes residual + scale * x. post_weight [H]: x is normalized with it first,
+    with post_eps (None: eps).
 
     Returns [T, H] in x's dtype. Raises KernelArgumentError naming the argument that does not fit.
     """
@@ -82,6 +87,8 @@ def rms_norm(
     need_rows(name, "weight", weight, FLOATS, width)
     if residual is not None:
         need_rows(name, "residual", residual, FLOATS, rows, width)
+    else:
+        need(scale == 1.0, name, "scale is given without a residual")
     if post_weight is not None:
         need(residual is not None, name, "post_weight is given without a residual")
         need_rows(name, "post_weight", post_weight, FLOATS, width)
@@ -97,6 +104,8 @@ def rms_norm(
             x.stride(0),
             residual.stride(0) if residual is not None else 0,
             eps,
+            eps if post_eps is None else post_eps,
+            scale,
             WIDTH=width,
             BLOCK=block,
             OFFSET=offset,

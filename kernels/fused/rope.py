@@ -7,8 +7,9 @@
 A program takes one token and HEADS heads of one kind. Each thread holds both numbers of the pairs it rotates, so that q
 can be rotated in place: pair p of a head is
 
-    p < R/2     (p, p + R/2), rotated: neox order, as Hugging Face checkpoints have it
+    p < R/2     (p, p + R/2), rotated: neox order, as most Hugging Face checkpoints have it
     p >= R/2    (p + R/2, p + D/2), which lie behind a partial rotary dimension R and pass through
+    (2p, 2p + 1) of either kind, interleaved
 
 Cosines and sines come as the engine's tables, so every scaling of frequencies is the same kernel. The cache's layout
 and scales are those of `kernels/attention`. Slots are block * block_size + offset; a negative one (padding of a CUDA
@@ -45,13 +46,16 @@ def rope_and_cache(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     offset: float = 0.0,
+    v_norm: bool = False,
+    interleaved: bool = False,
 ) -> None:
     """Rotate q in place; write rotated k, and v, to the cache.
 
-    qkv [T, num_heads + 2 KH, D] of 16 bits or float32, a token's heads contiguous. cos, sin [positions, R / 2], R <= D,
-    in any float dtype. positions, slots int64 [T]; slot -1: nothing is cached. q_weight, k_weight [D]: every head is
-    normalized first, with factor offset + weight. The k heads of qkv stay as they were: attention reads the cache.
-    Raises KernelArgumentError naming the argument that does not fit.
+    qkv [T, num_heads + 2 KH, D] of 16 bits or float32, a token's heads contiguous; or [T, num_heads, D], and nothing is
+    cached. cos, sin [positions, R / 2], R <= D, in any float dtype. positions, slots int64 [T]; slot -1: nothing is
+    cached. q_weight, k_weight [D]: every head is normalized first, with factor offset + weight; v_norm: every v head,
+    with factor 1. The k heads of qkv stay as they were: attention reads the cache. Raises KernelArgumentError naming
+    the argument that does not fit.
     """
     tokens, dim, kv_heads = _check(
         qkv, num_heads, cos, sin, positions, slots, cache, q_weight, k_weight
@@ -73,7 +77,7 @@ def rope_and_cache(
         positions,
         slots,
         q_weight,
-        k_weight,
+        k_weight if kv_heads else q_weight,
         bytes_of(cache.keys),
         bytes_of(cache.values),
         cache.key_scales,
@@ -96,6 +100,8 @@ def rope_and_cache(
         CODE=CACHE_CODES[cache.keys.dtype],
         PER_HEAD=cache.scales == "token",
         NATIVE_FP8=native_fp8(qkv),
+        V_NORM=v_norm,
+        INTERLEAVED=interleaved,
         num_warps=warps(2 * heads * pairs),
     )
 
@@ -117,7 +123,7 @@ def _check(
     tokens, all_heads, dim = qkv.shape
     kv_heads = (all_heads - num_heads) // 2
     need(
-        num_heads > 0 and kv_heads > 0 and all_heads == num_heads + 2 * kv_heads,
+        num_heads > 0 and kv_heads >= 0 and all_heads == num_heads + 2 * kv_heads,
         name,
         f"{all_heads} heads are not {num_heads} of q and as many of k as of v",
     )
@@ -133,11 +139,15 @@ def _check(
     need_rows(name, "positions", positions, (torch.int64,), tokens)
     need_rows(name, "slots", slots, (torch.int64,), tokens)
     need(
-        cache.keys.shape[0] == kv_heads and cache.keys.shape[3] == dim,
+        kv_heads in (0, cache.keys.shape[0]) and cache.keys.shape[3] == dim,
         name,
         f"keys has shape {list(cache.keys.shape)}, want [{kv_heads}, any, any, {dim}]",
     )
-    need((q_weight is None) == (k_weight is None), name, "q_weight and k_weight come together")
+    need(
+        (q_weight is None) == (k_weight is None) or not kv_heads,
+        name,
+        "q_weight and k_weight come together",
+    )
     for weight_name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             need_rows(name, weight_name, weight, FLOATS, dim)

@@ -86,8 +86,16 @@ def _head_norm(
 
 
 @triton.jit
+def _value_norm(first, second, is_v, eps, DIM: tl.constexpr):
+    """RMSNorm of each v head, without a weight; q and k pass."""
+    squares = tl.sum(first * first + second * second, axis=1)
+    factor = tl.where(is_v, tl.rsqrt(squares / DIM + eps), 1.0)[:, None]
+    return first * factor, second * factor
+
+
+@triton.jit
 def rope_kernel(
-    qkv_ptr,  # [T, H + 2 KH, DIM]; q is written
+    qkv_ptr,  # [T, H + 2 KH, DIM]; q is written. KH 0: [T, H, DIM], and nothing is cached
     cos_ptr,
     sin_ptr,  # [positions, ROTARY / 2]
     position_ptr,
@@ -124,6 +132,8 @@ def rope_kernel(
     CODE: tl.constexpr,
     PER_HEAD: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
+    V_NORM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -138,7 +148,10 @@ def rope_kernel(
 
     pair = tl.arange(0, PAIRS)
     pair_inside = pair < DIM // 2
-    if ROTARY == DIM:  # said apart, so that loads are wide
+    if INTERLEAVED:
+        at_first = 2 * pair
+        at_second = 2 * pair + 1
+    elif ROTARY == DIM:  # said apart, so that loads are wide
         at_first = pair
         at_second = pair + DIM // 2
     else:
@@ -165,6 +178,8 @@ def rope_kernel(
             OFFSET,
             DIM,
         )
+    if V_NORM:
+        first, second = _value_norm(first, second, is_v, eps, DIM)
     table = tl.load(position_ptr + token) * table_stride + pair
     turn = pair < tl.where(is_v, 0, ROTARY // 2)
     cos = tl.load(cos_ptr + table, mask=turn, other=1.0).to(tl.float32)[None, :]

@@ -1,12 +1,13 @@
-"""Consecutive layers from Triton's kernels, nine or ten launches a layer (kernels/fused lists them).
+"""Consecutive layers from Triton's kernels, nine or ten launches for most (kernels/fused lists them).
 
-x [T, hidden] runs through the layers as `residual`, which every norm adds to and reads in one launch:
+x [T, hidden] runs through the layers as a `Residual`, which every norm adds to and reads in one launch:
 
-    residual = embedding             h = input norm(residual)
-    qkv -> (q, k norms), RoPE, K and V to their pages -> paged attention -> o
-    residual += (norm of) o          h = mlp norm(residual)
-    gate_up -> act(gate) * up -> down
-    residual += (norm of) down       h = next layer's input norm(residual), or the final norm
+    h = input norm(x) -> mixer (mixers.py)     x += (norm of) its output
+    h = mlp norm(x)   -> feed-forward          x += (norm of) its output
+    ...                                        the final norm of x
+
+A layer may lack any of these, norms too; what some models have beside them (inputs for each layer, a scalar) is
+computed by torch's operators in between.
 
 Steps of decodes alone are replayed from CUDA graphs (graphs.py), others are launched as they come. Tokens are sampled
 on the device, and the next step may be launched before the host knows them.
@@ -19,12 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....architectures.base import Attention
-from ....kernels.attention.cache import PagedCache, allocate_scales
-from ....kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
-from ....kernels.fused.activation import gated
-from ....kernels.fused.norm import rms_norm
-from ....kernels.fused.rope import rope_and_cache
+from ....kernels.fused.activation import ACTIVATIONS, gated
 from ...config import EngineConfig
 from ...request import Request
 from ...sampler import sample
@@ -32,53 +28,16 @@ from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
 from ..torch.decoder import TorchDecoder
-from ..torch.feed_forward import TorchGatedMlp
-from ..torch.layers import RMSNorm, position_factors, scaled, soft_cap
-from ..torch.mixers import TorchAttention
-from .batch import DeviceBatch, StaticBatch, upload
+from ..torch.feed_forward import TorchFeedForward, TorchGatedMlp, TorchPlainMlp
+from ..torch.layers import scaled, soft_cap
+from .batch import BatchForm, DeviceBatch, StaticBatch, upload
+from .cache import TritonCache
 from .graphs import CudaRecorder, DecodeGraphs, Record
+from .mixers import Step, joined_tables, mix
+from .residual import Residual
 from .sampler import DeviceSampler
 
-_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _WARM_UP_TOKENS = (16, 32, 64, 128, 512)
-
-
-@dataclass(slots=True)
-class TritonCache:
-    """Keys and values of each layer, [num_kv_heads, num_blocks, block_size, head_dim]; in 8 bits with a float32 scale
-    for each token and head."""
-
-    layers: list[PagedCache]
-    block_size: int
-
-    @classmethod
-    def allocate(
-        cls,
-        mixers: list[Attention],
-        num_blocks: int,
-        config: EngineConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> "TritonCache":
-        stored = _CACHE_DTYPES.get(config.kv_cache_dtype, dtype)
-        bits8 = stored.itemsize == 1
-
-        def layer(mixer: Attention) -> PagedCache:
-            shape = (2, mixer.num_kv_heads, num_blocks, config.block_size, mixer.head_dim)
-            zeros = torch.zeros(shape, dtype=torch.uint8 if bits8 else stored, device=device)
-            keys, values = zeros.view(stored)
-            scales = [
-                allocate_scales(num_blocks, config.block_size, mixer.num_kv_heads, device)
-                if bits8
-                else None
-                for _ in range(2)
-            ]
-            return PagedCache(keys, values, *scales)
-
-        return cls([layer(mixer) for mixer in mixers], config.block_size)
-
-    def clear(self, blocks: Sequence[list[int]], state_slot: int | None) -> None:
-        """Nothing: the attention kernel never reads behind a request's last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +60,9 @@ class TritonDecoder:
         self.dtype, self.device = weights.dtype, weights.device
         self.sampler = DeviceSampler(self.model.vocab_size, config.max_num_seqs, self.device)
         self.captured: _Captured | None = None
+        self.ropes, long = joined_tables(weights.ropes)
+        has_states = any(layer.spec.state_shapes for layer in weights.layers)
+        self.form = BatchForm(has_states, long)
 
     @property
     def report(self) -> KernelReport:
@@ -112,9 +74,10 @@ class TritonDecoder:
 
     def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> TritonCache:
         (count,) = num_blocks
-        specs = [layer.spec.mixer for layer in self.weights.layers]
-        mixers = [mixer for mixer in specs if isinstance(mixer, Attention)]
-        return TritonCache.allocate(mixers, count, self.config, self.dtype, self.device)
+        specs = [layer.spec for layer in self.weights.layers]
+        return TritonCache.allocate(
+            specs, count, num_states, self.config, self.dtype, self.device
+        )
 
     def warm_up(self, cache: TritonCache, max_model_len: int) -> None:
         """Prompts of each size that the products have a path of their own for, then graphs of decode steps. Compiled
@@ -127,10 +90,8 @@ class TritonDecoder:
 
     def capture(self, record: Record, cache: TritonCache, max_model_len: int) -> None:
         """From now on, steps of decodes over `cache` come from graphs."""
-        capacity = self.config.max_num_seqs
-        static = StaticBatch(
-            capacity, -(-max_model_len // cache.block_size), cache.block_size, self.device
-        )
+        capacity, max_blocks = self.config.max_num_seqs, -(-max_model_len // cache.block_size)
+        static = StaticBatch(capacity, max_blocks, cache.block_size, self.device, self.form)
         graphs = DecodeGraphs(
             capacity, record, lambda size: self._hidden_states(static.view(size), cache)
         )
@@ -141,7 +102,8 @@ class TritonDecoder:
         replayed = self._replayed(batch, cache) if hidden is None else None
         if replayed is not None:
             return replayed
-        return self._hidden_states(upload(batch, self.sampler.previous, self.device), cache, hidden)
+        uploaded = upload(batch, self.sampler.previous, self.device, self.form)
+        return self._hidden_states(uploaded, cache, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.weights.head is None:
@@ -166,93 +128,59 @@ class TritonDecoder:
         captured = self.captured
         if captured is None or cache is not captured.cache or batch.num_decodes < len(batch):
             return None
-        size = captured.graphs.size_for(len(batch))
+        graphs, static = captured.graphs, captured.static
+        size = graphs.size_for(len(batch))
         if size is None:
             return None
-        captured.static.load(batch, size, self.sampler.previous)
-        hidden = captured.graphs.replay(size)
-        return None if hidden is None else hidden[: len(batch)]
+        if not graphs.is_recorded(size):
+            static.clear()  # a state that went through its tokens twice would be another
+            if not graphs.record(size):
+                return None
+        static.load(batch, size, self.sampler.previous)
+        return graphs.replay(size)[: len(batch)]
 
     def _hidden_states(
         self, batch: DeviceBatch, cache: TritonCache, hidden: Tensor | None = None
     ) -> Tensor:
-        weights, eps, scale = self.weights, self.model.norm_eps, self.model.residual_scale
-        given = None if hidden is None else hidden.to(self.device, self.dtype, copy=True)
-        residual = self._embed(batch) if given is None else given  # norms add to it
-        paged = PagedBatch(
-            batch.tables,
-            batch.starts,
-            batch.lengths,
-            batch.num_decodes,
-            max_context=batch.tables.shape[1] * cache.block_size,
-        )
-        h = rms_norm(residual.clone(), _needed(weights.layers[0].before_mixer), eps)
-        following = [layer.before_mixer for layer in weights.layers[1:]] + [weights.norm]
-        for layer, pages, next_norm in zip(weights.layers, cache.layers, following, strict=True):
-            if not isinstance(layer.mixer, TorchAttention):
-                raise TypeError(f"{layer.spec.mixer} was refused, and is loaded")
-            mixed = scaled(self._attention(layer.mixer, h, batch, pages, paged), scale)
-            after = _weight(layer.after_mixer)
-            h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)
-            mixed, after_mlp = scaled(_gated_mlp(layer.mlp, h), scale), layer.after_mlp
-            if next_norm is None:  # more layers follow elsewhere
-                return residual + (mixed if after_mlp is None else after_mlp(mixed))
-            h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after_mlp))
-        return h
+        weights = self.weights
+        x = self._embed(batch) if hidden is None else hidden.to(self.device, self.dtype, copy=True)
+        told = None
+        if weights.per_layer_inputs is not None:
+            told = weights.per_layer_inputs(batch.token_ids, x)
+        residual = Residual(x, self.model.residual_scale)
+        step = Step.of(batch, cache, self.ropes, self.model.norm_eps)
+        for index, layer in enumerate(weights.layers):
+            if layer.mixer is not None:
+                h = residual.normed(layer.before_mixer)
+                residual.add(mix(layer.mixer, h, index, step), layer.after_mixer)
+            if layer.mlp is not None:
+                h = residual.normed(layer.before_mlp)
+                residual.add(_feed_forward(layer.mlp, h), layer.after_mlp)
+            if layer.per_layer_input is not None and told is not None:
+                x = residual.sum()
+                residual.become(x + layer.per_layer_input(x, told[:, index]))
+            if layer.scalar is not None:
+                residual.become(residual.sum() * layer.scalar)
+        return residual.normed(weights.norm)
 
     def _embed(self, batch: DeviceBatch) -> Tensor:
         if self.weights.embedding is None:
             raise ValueError("these are not the model's first layers")
         x = F.embedding(batch.token_ids, self.weights.embedding)
+        if self.weights.embedding_norm is not None:
+            x = self.weights.embedding_norm(x)
         if self.model.embedding_scale != 1.0:
             x = x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)
         return x
 
-    def _attention(
-        self,
-        mixer: TorchAttention,
-        hidden: Tensor,
-        batch: DeviceBatch,
-        cache: PagedCache,
-        paged: PagedBatch,
-    ) -> Tensor:
-        spec = mixer.spec
-        heads = spec.num_heads
-        qkv = mixer.qkv(hidden).view(-1, heads + 2 * spec.num_kv_heads, spec.head_dim)
-        if spec.query_scaling is not None:  # a rotation keeps it
-            factors = position_factors(batch.positions, spec.query_scaling)
-            qkv[:, :heads] *= factors.to(qkv)
-        table = self.weights.ropes[spec.rope, spec.head_dim]
-        rope_and_cache(
-            qkv,
-            heads,
-            table.cos,
-            table.sin,
-            batch.positions,
-            batch.slots,
-            cache,
-            q_weight=_weight(mixer.q_norm),
-            k_weight=_weight(mixer.k_norm),
-            eps=self.model.norm_eps,
-        )
-        how = AttentionSpec(spec.scale, spec.window, spec.soft_cap, mixer.sinks)
-        return mixer.o(paged_attention(qkv[:, :heads], cache, paged, how).flatten(1))
 
-
-def _gated_mlp(mlp: object, h: Tensor) -> Tensor:
-    if not isinstance(mlp, TorchGatedMlp):
-        raise TypeError(f"{type(mlp).__name__} was refused, and is loaded")
-    return mlp.down(gated(mlp.gate_up(h), mlp.activation))
-
-
-def _needed(norm: RMSNorm | None) -> Tensor:
-    if norm is None:
-        raise ValueError("a layer that why_not refuses")
-    return norm.weight
-
-
-def _weight(norm: RMSNorm | None) -> Tensor | None:
-    return None if norm is None else norm.weight
+def _feed_forward(mlp: TorchFeedForward, h: Tensor) -> Tensor:
+    """h [T, hidden], normed or not as the layer has it."""
+    if isinstance(mlp, TorchGatedMlp) and mlp.activation in ACTIVATIONS:
+        return mlp.down(gated(mlp.gate_up(h), mlp.activation))
+    if isinstance(mlp, TorchGatedMlp | TorchPlainMlp):
+        return mlp(h)
+    raise TypeError(f"{type(mlp).__name__} was refused, and is loaded")
 
 
 def _wants_logprobs(request: Request) -> bool:

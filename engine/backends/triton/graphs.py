@@ -33,7 +33,7 @@ class DecodeGraphs:
         self.sizes = graph_sizes(max_num_seqs)
         self._record, self._compute = record, compute
         self._recorded: dict[int, tuple[Replay, Tensor]] = {}
-        self._graph(max_num_seqs)
+        self.record(max_num_seqs)
         for size in (
             2**power for power in range(max_num_seqs.bit_length()) if 2**power < max_num_seqs
         ):
@@ -43,24 +43,23 @@ class DecodeGraphs:
         """The graph for so many rows; None: there is none."""
         return next((size for size in self.sizes if rows <= size), None)
 
-    def replay(self, size: int) -> Tensor | None:
-        """What the graph of this size gives now; overwritten by its next replay. None: it could not be captured."""
-        graph = self._graph(size)
-        if graph is None:
-            return None
-        replay, output = graph
+    def is_recorded(self, size: int) -> bool:
+        return size in self._recorded
+
+    def record(self, size: int) -> bool:
+        """Make the graph of this size, which computes it once or twice. False: it cannot be captured."""
+        try:
+            self._recorded[size] = self._record(lambda: self._compute(size))
+        except RuntimeError as error:  # memory, or an operator that cannot be captured
+            logger.warning("no CUDA graph for decode steps of %d requests: %s", size, error)
+            self.sizes.remove(size)
+        return size in self._recorded
+
+    def replay(self, size: int) -> Tensor:
+        """What the recorded graph of this size gives now; overwritten by its next replay."""
+        replay, output = self._recorded[size]
         replay()
         return output
-
-    def _graph(self, size: int) -> tuple[Replay, Tensor] | None:
-        if size not in self._recorded:
-            try:
-                self._recorded[size] = self._record(lambda: self._compute(size))
-            except RuntimeError as error:  # memory, or an operator that cannot be captured
-                logger.warning("no CUDA graph for decode steps of %d requests: %s", size, error)
-                self.sizes.remove(size)
-                return None
-        return self._recorded[size]
 
 
 class CudaRecorder:

@@ -16,7 +16,8 @@ from ....kernels.sampling import sample as kernels
 from ...request import Request
 from ...sampler import NOT_FINITE, is_penalized, stop_ids_forbidden
 from ...scheduling.batch import StepResult
-from .batch import SampledTokens, to_device
+from .batch import SampledTokens
+from .transfer import to_device
 
 
 @dataclass(slots=True)

@@ -13,9 +13,20 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from nibble.architectures.base import (
+    Attention,
+    GatedDeltaNet,
+    GatedMlp,
+    LatentAttention,
+    LayerSpec,
+    Mamba2,
+    ModelSpec,
+    Rope,
+)
 from nibble.architectures.registry import model_spec
 from nibble.engine.backends.base import HostSampling, Target
 from nibble.engine.backends.choose import assign
+from nibble.engine.backends.triton import loader
 from nibble.engine.backends.triton.decoder import TritonDecoder
 from nibble.engine.backends.triton.graphs import DecodeGraphs, graph_sizes
 from nibble.engine.backends.triton.loader import TritonBackend
@@ -30,10 +41,7 @@ from nibble.kernels import device as machine
 
 from .. import models
 
-# Norms of all query and key heads or of values, none before a mixer, two sets of factors, experts, recurrent states:
-# torch computes these.
-NOT_TAKEN = {"phi3-longrope", "olmo2", "olmo3", "gemma4", "gemma4-shared", "gemma4-unified"}
-NOT_TAKEN |= models.MOE | models.RECURRENT | models.LATENT
+NOT_TAKEN = models.MOE  # torch computes experts
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +59,20 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     models.build("qwen2", folder, num_hidden_layers=2, layer_types=["full_attention"] * 2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> Path:
+    """A layer with a state, one with keys and values."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    kinds = ["linear_attention", "full_attention"]
+    models.build("qwen3.5", folder, num_hidden_layers=2, layer_types=kinds)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["small", "hybrid"])
+def either(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 def torch_runner(folder: Path, dtype: str = "float16", **options) -> Runner:
@@ -73,7 +95,7 @@ def triton_runner(folder: Path, cache: str = "auto", **options) -> Runner:
     fields = {name: getattr(runner.config, name) for name in runner.config.__struct_fields__}
     runner.config = EngineConfig(**{**fields, "kv_cache_dtype": cache})
     runner.model = TritonDecoder(runner.model, runner.config)
-    runner.cache = runner.model.new_cache([runner.num_blocks])
+    runner.cache = runner.model.new_cache([runner.num_blocks], runner.num_states)
     with torch.inference_mode():
         runner.model.capture(again, runner.cache, runner.max_model_len)
     return runner
@@ -132,26 +154,52 @@ def test_a_cache_of_8_bits(folders, cache: str, bound: float) -> None:
     assert 0 < (got - exact).norm() <= bound * exact.norm()
 
 
-def test_tokens_do_not_depend_on_the_batch(small) -> None:
+def test_tokens_do_not_depend_on_the_batch(either) -> None:
     """Steps from graphs with padding, mixed steps, chunks, an overlapped loop: all as when alone and one at a time."""
     asked = [
         (prompt(length, seed), {"temperature": 0.0})
         for seed, length in enumerate((5, 21, 1, 40, 9))
     ]
-    alone = generate(torch_runner(small, "float32"), asked, at_once=False)
-    runner = triton_runner(small, max_num_batched_tokens=24)
+    alone = generate(torch_runner(either, "float32"), asked, at_once=False)
+    runner = triton_runner(either, max_num_batched_tokens=24)
     assert generate(runner, asked) == alone
     assert {1, 2, 4} >= set(
         runner.model.captured.graphs._recorded
     ) and 4 in runner.model.captured.graphs._recorded
 
 
-def test_few_blocks_mean_preemption_and_the_same_tokens(small) -> None:
+def test_few_blocks_mean_preemption_and_the_same_tokens(either) -> None:
     asked = [(prompt(14, seed), {"temperature": 0.0, "max_tokens": 6}) for seed in range(3)]
-    alone = generate(torch_runner(small, "float32"), asked, at_once=False)
-    runner = triton_runner(small)
+    alone = generate(torch_runner(either, "float32"), asked, at_once=False)
+    runner = triton_runner(either)
     runner.num_blocks = 5  # of 16 tokens: three requests of 20 do not fit
     assert generate(runner, asked) == alone
+
+
+def test_a_request_that_grows_long_has_the_other_factors(tmp_path) -> None:
+    """From 33 tokens on, beside one that stays short and one that was long from the start; graphs for all of them."""
+    models.build("phi3-longrope", tmp_path, num_hidden_layers=2)
+    asked = [(prompt(length, length), {"temperature": 0.0}) for length in (9, 30, 40)]
+    alone = generate(torch_runner(tmp_path, "float32"), asked, at_once=False)
+    assert generate(triton_runner(tmp_path), asked) == alone
+
+
+def test_turns_go_on_from_snapshots_of_states(hybrid) -> None:
+    """Of the ends of chunks and of blocks in answers; these are taken within graphs."""
+    runner = triton_runner(hybrid, max_num_batched_tokens=17)
+    core = EngineCore(runner.config, runner)
+    asked = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 14}
+    ids = prompt(20)
+    for cached in (0, 32):
+        [alone] = generate(torch_runner(hybrid, "float32"), [(ids, asked)])
+        core.add(AddRequest("turn", ids, SamplingParams(**asked)))
+        answer = []
+        while core.has_work:
+            for output in core.step():
+                answer += output.token_ids
+        assert (answer, output.num_cached_tokens) == (alone, cached)
+        ids = ids + answer + prompt(3)
+    core.check_idle()
 
 
 SAMPLED = [
@@ -230,7 +278,7 @@ def test_a_size_that_cannot_be_captured_is_launched() -> None:
 
     graphs = DecodeGraphs(4, fails, torch.zeros)
     assert graphs.size_for(4) is None and graphs.size_for(1) == 1
-    assert graphs.replay(1) is None and graphs.size_for(1) == 2
+    assert not graphs.record(1) and graphs.size_for(1) == 2
 
 
 def test_sizes_of_graphs() -> None:
@@ -255,3 +303,29 @@ def test_what_it_cannot_serve_is_said(small, monkeypatch) -> None:
         assert assignment.runs[0].backend.name == ("torch" if reason else "triton")
     with pytest.raises(UserError, match="fp8 needs a CUDA device"):
         torch_runner(small, kv_cache_dtype="fp8")
+
+
+LATENTS = LatentAttention(4, 48, 32, 32, 16, 16, 0.15, Rope(10000.0), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "cache", "cc", "reason"),
+    [
+        (LATENTS, "auto", 80, None),
+        (LATENTS, "int8", 80, "16 bits alone"),
+        (LATENTS, "auto", 75, "8.0 on, this card has 7.5"),
+        (LatentAttention(4, 48, 576, 32, 16, 16, 0.1, Rope(1e4), 1e-3), "auto", 80, "of 576"),
+        (Attention(4, 2, 288, 0.1, None), "auto", 75, "heads of 288"),
+        (Attention(256, 2, 256, 0.1, None, qk_norm="all"), "auto", 75, "norm for 65536"),
+        (GatedDeltaNet(2, 2, 1024, 64, 4), "auto", 75, "states of 1024 rows"),
+        (Mamba2(8, 64, 1024, 1, 4), "auto", 75, "states of 1024 rows"),
+        (Mamba2(1024, 64, 128, 1, 4), "auto", 75, "norm for 65536"),
+    ],
+)
+def test_sizes_that_no_kernel_has_are_refused(mixer, cache, cc, reason, monkeypatch) -> None:
+    monkeypatch.setattr(loader, "cuda_capability", lambda device: cc)
+    model = ModelSpec(64, 199, 256, 1e-6, (LayerSpec(mixer, GatedMlp(96, "silu")),), False)
+    config = EngineConfig(model="", kv_cache_dtype=cache)
+    target = Target(config, torch.float16, torch.device("cuda"))
+    told = TritonBackend(target).why_not(model.layers[0], model)
+    assert told is None if reason is None else reason in str(told)

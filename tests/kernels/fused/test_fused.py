@@ -88,6 +88,24 @@ def test_gemma_norms_before_and_after_the_addition() -> None:
     _near(out, _rms(residual, 1 + weight, 1e-6), torch.float16)
 
 
+@pytest.mark.parametrize("post", [False, True])
+def test_what_is_added_is_scaled_after_its_own_norm(post: bool) -> None:
+    x, residual = _randn(3, 70, dtype=torch.float16), _randn(3, 70, dtype=torch.float16, seed=1)
+    after, weight = _randn(70, seed=2), _randn(70, seed=3)
+    summed = residual.double() + 0.3 * (_rms(x, after, 0.5) if post else x.double())
+    out = rms_norm(
+        x,
+        weight,
+        1e-6,
+        residual,
+        post_weight=after if post else None,
+        post_eps=0.5,
+        scale=0.3,
+    )
+    _near(residual, summed, torch.float16)
+    _near(out, _rms(residual, weight, 1e-6), torch.float16)
+
+
 def _cached(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(codes, scales) of rows that are written to the cache as they are, as v heads of one token each."""
     tokens, dim = values.shape
@@ -157,14 +175,18 @@ def _rotated(
     positions: Tensor,
     rotary: int,
     norms: tuple[Tensor, Tensor] | None,
+    v_norm: bool = False,
+    interleaved: bool = False,
 ) -> Tensor:
     """What the engine does, in float64."""
-    qkv = qkv.double()
+    q, k, v = qkv.double().split([heads, kv_heads, kv_heads], 1)
     if norms is not None:
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-        qkv = torch.cat((_rms(q, norms[0], 1e-6), _rms(k, norms[1], 1e-6), v), 1)
+        q, k = _rms(q, norms[0], 1e-6), _rms(k, norms[1], 1e-6)
+    if v_norm:
+        v = _rms(v, torch.ones(qkv.shape[2]), 1e-6)
+    qkv = torch.cat((q, k, v), 1)
     cos, sin = table.at(positions)
-    apply_rope(qkv[:, : heads + kv_heads, :rotary], cos.double(), sin.double())
+    apply_rope(qkv[:, : heads + kv_heads, :rotary], cos.double(), sin.double(), interleaved)
     return qkv
 
 
@@ -234,6 +256,52 @@ def test_rope_and_cache(
                 )
 
 
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (48, 20)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("v_norm", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_neighbours_turn_and_values_are_normed(
+    dim: int, rotary: int, norm: bool, v_norm: bool, interleaved: bool
+) -> None:
+    heads, kv_heads = 3, 2
+    qkv = _randn(2, heads + 2 * kv_heads, dim, dtype=torch.float16)
+    norms = (_randn(dim, seed=5), _randn(dim, seed=6)) if norm else None
+    table = RopeTable.build(rotary, Rope(100.0), 64, torch.float32, DEVICE)
+    positions, slots = torch.tensor([3, 40]), torch.tensor([1, 6])
+    want = _rotated(qkv, heads, kv_heads, table, positions, rotary, norms, v_norm, interleaved)
+    pages = _pages(torch.float16, kv_heads, dim, "none")
+    rope_and_cache(
+        qkv,
+        heads,
+        table.cos,
+        table.sin,
+        positions,
+        slots,
+        pages,
+        q_weight=norms[0] if norms else None,
+        k_weight=norms[1] if norms else None,
+        v_norm=v_norm,
+        interleaved=interleaved,
+    )
+    _near(qkv[:, :heads], want[:, :heads], torch.float16)
+    for token, slot in enumerate(slots.tolist()):
+        _near(_read(pages.keys, slot), want[token, heads : heads + kv_heads], torch.float16)
+        _near(_read(pages.values, slot), want[token, heads + kv_heads :], torch.float16)
+
+
+def test_queries_alone_turn_and_nothing_is_cached() -> None:
+    """Of a layer that reads what another has cached."""
+    q, weight = _randn(2, 5, 32, dtype=torch.float16), _randn(32, seed=5)
+    table = RopeTable.build(32, Rope(100.0), 64, torch.float32, DEVICE)
+    positions, slots = torch.tensor([3, 40]), torch.tensor([1, 6])
+    want = _rms(q, weight, 1e-6)
+    apply_rope(want, *(each.double() for each in table.at(positions)))
+    pages = _pages(torch.float16, 2, 32, "none")
+    rope_and_cache(q, 5, table.cos, table.sin, positions, slots, pages, q_weight=weight)
+    _near(q, want, torch.float16)
+    assert not pages.keys.any() and not pages.values.any()
+
+
 def test_wrong_arguments_are_named() -> None:
     x = _randn(2, 64)
     with pytest.raises(
@@ -242,6 +310,8 @@ def test_wrong_arguments_are_named() -> None:
         rms_norm(x, torch.ones(63), 1e-6)
     with pytest.raises(KernelArgumentError, match="residual is torch.float64"):
         rms_norm(x, torch.ones(64), 1e-6, x.double())
+    with pytest.raises(KernelArgumentError, match="scale is given without a residual"):
+        rms_norm(x, torch.ones(64), 1e-6, scale=0.5)
     with pytest.raises(KernelArgumentError, match="activation is 'relu'"):
         gated(x, "relu")
     with pytest.raises(KernelArgumentError, match="last axis of gate_up is not contiguous"):

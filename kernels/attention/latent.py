@@ -1,0 +1,177 @@
+"""Latent attention over a paged cache of latents (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1), in its absorbed form.
+
+    cache   [num_blocks, block_size, RANK + ROPE]    of a token: its normed latent c, its rotated key r
+    scores  q W_k . c + turned . r                   what makes keys of latents is applied to the queries instead,
+    result  W_v (weights . c)                        and what makes values to what they find
+
+All heads read one vector of each token, so a decode step reads RANK + ROPE numbers a token, and chunks do as decodes
+do: a prompt costs some three times the products that keys and values made of its latents would, and no memory for them.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..fused.rows import FLOATS, need, need_rows
+from .attend import reduce_kernel
+from .config import TileConfig, num_splits, padded_dim
+from .latent_kernels import latent_attend_kernel, latent_rope_kernel
+from .paged import ACTIVATIONS, MIN_SPLIT, PagedBatch, _card, _compute_type
+
+MAX_RANK = 512
+MAX_SPLITS = 16  # float32 results of all of them stand in the registers of one program
+CONFIG = TileConfig(16, 32, 4, 2)
+
+
+def latent_rope_and_cache(
+    q: Tensor,
+    latents: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    *,
+    interleaved: bool,
+) -> None:
+    """Rotate the last dimensions of each query head in place; write normed latents and rotated keys to the cache.
+
+    q [T, heads, NOPE + ROPE], a token's heads contiguous. latents [T, RANK + ROPE]. weight [RANK], of their norm.
+    cos, sin [positions, ROPE / 2]. positions, slots int64 [T]; slot -1: nothing is cached. cache [num_blocks,
+    block_size, RANK + ROPE], contiguous. Raises KernelArgumentError naming the argument that does not fit.
+    """
+    name = "latent_rope_and_cache"
+    need_rows(name, "q", q, FLOATS, None, None, None)
+    tokens, heads, head_dim = q.shape
+    need(q.stride(1) == head_dim, name, "the heads of a token in q are not contiguous")
+    rank, rope = len(weight), 2 * cos.shape[-1]
+    need(0 < rope <= head_dim, name, f"heads of {head_dim} cannot turn {rope} dimensions")
+    need_rows(name, "latents", latents, FLOATS, tokens, rank + rope)
+    need_rows(name, "weight", weight, FLOATS, rank)
+    need_rows(name, "cos", cos, FLOATS, None, None)
+    need_rows(name, "sin", sin, FLOATS, *cos.shape)
+    need(cos.stride() == sin.stride(), name, "cos and sin lie differently in memory")
+    need_rows(name, "positions", positions, (torch.int64,), tokens)
+    need_rows(name, "slots", slots, (torch.int64,), tokens)
+    need_rows(name, "cache", cache, FLOATS, None, None, rank + rope)
+    need(cache.is_contiguous(), name, "the cache has gaps")
+    if tokens:
+        latent_rope_kernel[(tokens, heads + 1)](
+            q,
+            latents,
+            weight,
+            cos,
+            sin,
+            positions,
+            slots,
+            cache,
+            q.stride(0),
+            latents.stride(0),
+            cos.stride(0),
+            eps,
+            HEADS=heads,
+            NOPE=head_dim - rope,
+            ROPE=rope,
+            RANK=rank,
+            PAIRS=triton.next_power_of_2(rope // 2),
+            DIM=triton.next_power_of_2(rank),
+            INTERLEAVED=interleaved,
+            num_warps=1,
+        )
+
+
+def latent_attention(
+    q: Tensor, turned: Tensor, cache: Tensor, batch: PagedBatch, scale: float
+) -> Tensor:
+    """Causal attention of a step's tokens over their sequences' latents, their own included.
+
+    q [T, heads, RANK]: queries times what makes keys; turned [T, heads, ROPE], rotated; float16 or bfloat16, the last
+    dimension contiguous. cache as above, of q's dtype; the latents of these tokens must have been written. Returns a
+    contiguous [T, heads, RANK]: weighted latents. Raises KernelArgumentError naming the argument that does not fit.
+    """
+    name = "latent_attention"
+    need_rows(name, "q", q, tuple(ACTIVATIONS), None, None, None)
+    tokens, heads, rank = q.shape
+    need(0 < rank <= MAX_RANK, name, f"latents of {rank} dimensions; at most {MAX_RANK}")
+    need_rows(name, "turned", turned, (q.dtype,), tokens, heads, None)
+    need_rows(name, "cache", cache, (q.dtype,), None, None, rank + turned.shape[2])
+    need(cache.is_contiguous(), name, "the cache has gaps")
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    count = batch.num_decodes
+    if count:
+        seen = batch.max_context or batch.block_tables.shape[1] * cache.shape[1]
+        tiles = triton.cdiv(heads, CONFIG.block_m)
+        wanted = num_splits(count, tiles, seen, MIN_SPLIT, _card(q.device)[1])
+        _attend(q, turned, cache, out, batch, scale, range(count), min(wanted, MAX_SPLITS))
+    if tokens > count:
+        _attend(q, turned, cache, out, batch, scale, range(count, tokens), 1)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    turned: Tensor,
+    cache: Tensor,
+    out: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    tokens: range,
+    splits: int,
+) -> None:
+    _, heads, rank = q.shape
+    rope = turned.shape[2]
+    parts, mass = out, None
+    if splits > 1:  # the first tokens, one of each sequence
+        shape = (len(tokens), heads, splits)
+        parts = torch.empty(*shape, rank, dtype=torch.float32, device=q.device)
+        mass = torch.empty(shape, dtype=torch.float32, device=q.device)
+    latent_attend_kernel[(len(tokens), triton.cdiv(heads, CONFIG.block_m), splits)](
+        q,
+        turned,
+        cache,
+        parts,
+        mass,
+        batch.block_tables,
+        batch.query_starts,
+        batch.context_lengths,
+        len(batch.context_lengths),
+        tokens.start,
+        q.stride(0),
+        q.stride(1),
+        turned.stride(0),
+        turned.stride(1),
+        batch.block_tables.stride(0),
+        scale,
+        HEADS=heads,
+        RANK=rank,
+        ROPE=rope,
+        DIM=padded_dim(rank),
+        ROPE_DIM=max(16, padded_dim(rope)),
+        BLOCK_SIZE=cache.shape[1],
+        BLOCK_M=CONFIG.block_m,
+        TILE=CONFIG.tile,
+        SPLITS=splits,
+        MIN_SPLIT=MIN_SPLIT,
+        COMPUTE=_compute_type(q.dtype, triton.knobs.runtime.interpret),
+        num_warps=CONFIG.num_warps,
+        num_stages=CONFIG.num_stages,
+    )
+    if mass is not None:
+        reduce_kernel[(len(tokens), heads)](
+            parts,
+            mass,
+            out,
+            batch.query_starts,
+            batch.context_lengths,
+            out.stride(0),
+            out.stride(1),
+            HEAD_DIM=rank,
+            DIM=padded_dim(rank),
+            TILE=CONFIG.tile,
+            SPLITS=splits,
+            MIN_SPLIT=MIN_SPLIT,
+            WINDOW=0,
+            num_warps=4,
+        )
