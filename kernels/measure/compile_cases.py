@@ -8,7 +8,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-PACKAGES = ("awq", "gptq", "gguf", "fp8", "attention", "fused", "sampling")
+PACKAGES = ("awq", "gptq", "gguf", "fp8", "fp4", "moe", "attention", "fused", "sampling")
 
 
 @dataclass(frozen=True)

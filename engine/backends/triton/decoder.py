@@ -21,7 +21,6 @@ from torch import Tensor
 from ....architectures.base import Attention
 from ....kernels.attention.cache import PagedCache, allocate_scales
 from ....kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
-from ....kernels.fused.activation import gated
 from ....kernels.fused.norm import rms_norm
 from ....kernels.fused.rope import rope_and_cache
 from ...config import EngineConfig
@@ -31,10 +30,10 @@ from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
 from ..torch.decoder import TorchDecoder
-from ..torch.feed_forward import TorchGatedMlp
 from ..torch.layers import RMSNorm, position_factors, scaled, soft_cap
 from ..torch.mixers import TorchAttention
 from .batch import DeviceBatch, StaticBatch, upload
+from .feed_forward import feed_forward
 from .graphs import CudaRecorder, DecodeGraphs, Record
 from .sampler import DeviceSampler
 
@@ -191,7 +190,7 @@ class TritonDecoder:
             mixed = scaled(self._attention(layer.mixer, h, batch, pages, paged), scale)
             after = _weight(layer.after_mixer)
             h = rms_norm(mixed, _needed(layer.before_mlp), eps, residual, post_weight=after)
-            mixed, after_mlp = scaled(_gated_mlp(layer.mlp, h), scale), layer.after_mlp
+            mixed, after_mlp = scaled(feed_forward(layer.mlp, h), scale), layer.after_mlp
             if next_norm is None:  # more layers follow elsewhere
                 return residual + (mixed if after_mlp is None else after_mlp(mixed))
             h = rms_norm(mixed, next_norm.weight, eps, residual, post_weight=_weight(after_mlp))
@@ -234,12 +233,6 @@ class TritonDecoder:
         )
         how = AttentionSpec(spec.scale, spec.window, spec.soft_cap, mixer.sinks)
         return mixer.o(paged_attention(qkv[:, :heads], cache, paged, how).flatten(1))
-
-
-def _gated_mlp(mlp: object, h: Tensor) -> Tensor:
-    if not isinstance(mlp, TorchGatedMlp):
-        raise TypeError(f"{type(mlp).__name__} was refused, and is loaded")
-    return mlp.down(gated(mlp.gate_up(h), mlp.activation))
 
 
 def _needed(norm: RMSNorm | None) -> Tensor:

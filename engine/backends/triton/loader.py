@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ....architectures.base import Attention, LayerSpec, ModelSpec
+from ....architectures.base import Attention, Experts, LayerSpec, ModelSpec, experts_of
 from ....kernels.device import why_no_triton
 from ....quant.checkpoint import Checkpoint
-from ..base import Progress, Target, unknown_feature
-from ..torch.loader import TorchBackend
+from ..base import KernelReport, Progress, Target, unknown_feature
+from ..weights import ModelWeights
 
 if TYPE_CHECKING:
     from .decoder import TritonDecoder
 
 _MAX_NORM_WIDTH = 32768  # kernels/fused/norm.py: a row in the registers of one program
+_MAX_EXPERTS = 1024  # kernels/moe/route.py: a token's scores in those of one warp
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,28 @@ class TritonBackend:
             "gated_mlp",
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
+            "gated_mlp.activation=relu2",
+            "plain_mlp",
+            "plain_mlp.activation=silu",
+            "plain_mlp.activation=gelu_tanh",
+            "plain_mlp.activation=relu2",
+            "experts",
+            "experts.activation=silu",
+            "experts.activation=gelu_tanh",
+            "experts.activation=relu2",
+            "experts.plain",
+            "experts.latent_size",
+            "experts.scoring=softmax",
+            "experts.scoring=sigmoid",
+            "experts.norm_weights",
+            "experts.routed_scale",
+            "experts.correction_bias",
+            "experts.clamp",
+            "experts.limited_groups",
+            "experts.group_rank",
+            "shared_expert",
+            "shared_expert.gated",
+            "mlp_beside_experts",
         }
     )
 
@@ -73,14 +96,25 @@ class TritonBackend:
             return f"has no attention for heads of {mixer.head_dim} dimensions"
         if model.hidden_size > _MAX_NORM_WIDTH:
             return f"has no norm for a hidden size of {model.hidden_size}"
-        return None
+        found = experts_of(layer.mlp)
+        return None if found is None else _why_not_routed(found)
 
     def load(
         self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
     ) -> "TritonDecoder":
-        from .decoder import (
-            TritonDecoder,
-        )  # imports Triton, which a machine without a GPU need not have
+        # imports Triton, which a machine without a GPU need not have
+        from .decoder import TritonDecoder
+        from .feed_forward import TritonLoader
 
-        weights = TorchBackend(self.target).load(checkpoint, model, layers, progress)
-        return TritonDecoder(weights, self.target.config)
+        loader = TritonLoader(ModelWeights(checkpoint, model), self.target, KernelReport())
+        return TritonDecoder(loader.load(layers, progress), self.target.config)
+
+
+def _why_not_routed(experts: Experts) -> str | None:
+    if experts.num_experts > _MAX_EXPERTS:
+        return f"does not choose among {experts.num_experts} experts"
+    if experts.limited_groups is not None:
+        groups, best = experts.limited_groups
+        if experts.top_k > (left := best * experts.num_experts // groups):
+            return f"does not choose {experts.top_k} experts of the {left} in the best groups"
+    return None
