@@ -99,7 +99,7 @@ def route_kernel(
     member = tl.arange(0, PADDED_SIZE)[None, :]
     expert = group[:, None] * SIZE + member
     inside = (group[:, None] < GROUPS) & (member < SIZE)
-    x = tl.load(logits + token * NUM_EXPERTS + expert, mask=inside, other=-1e30)
+    x = tl.load(logits + token * NUM_EXPERTS + expert, mask=inside, other=0.0 if SIGMOID else -1e30)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-x))
     else:

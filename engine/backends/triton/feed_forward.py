@@ -51,9 +51,13 @@ def feed_forward(mlp: TorchFeedForward | None, h: Tensor) -> Tensor:
         raise TypeError("a layer without a feed-forward has nothing to compute")
     if isinstance(mlp, TorchGatedMlp) and mlp.clamp is None:
         return mlp.down(gated(mlp.gate_up(h), mlp.activation))
-    if h.is_cuda and torch.cuda.is_current_stream_capturing() and _host_chooses(mlp):
+    if _host_chooses(mlp) and _is_captured(h):
         raise RuntimeError("the host looks at which experts are chosen")
     return mlp(h)
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _host_chooses(mlp: TorchFeedForward) -> bool:
