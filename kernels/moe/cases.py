@@ -16,7 +16,8 @@ from ..gguf.decode import scale_and_minimum
 from ..measure.compile_cases import CompileCase
 from .align import BLOCK, align_kernel
 from .products import grouped_gemm, grouped_gemv
-from .route import Routing, constants, route_kernel
+from .route import constants, route_kernel
+from .routing import Routing
 from .tiles import GEMV_BLOCK_N, GEMV_WARPS, gemv_tokens, tile
 from .weight import DENSE_BITS
 

@@ -8,48 +8,13 @@ A program routes one token; logits lie in its registers as [groups, experts of a
 Of equal ranks the lower number is chosen. A token whose logits are not numbers gets weights that are none.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..fused.rows import need, need_rows
-
-MAX_EXPERTS = 1024  # in the registers of one warp
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How a router's logits are read."""
-
-    num_experts: int
-    top_k: int
-    scoring: str  # "softmax" or "sigmoid"
-    norm_weights: bool = False  # the chosen scores are divided by their sum
-    routed_scale: float = 1.0
-    groups: int = 1
-    best_groups: int = 1  # of groups, these are left
-    group_rank: int = 1  # of a group, so many of its best are summed to rank it
-
-    def __post_init__(self) -> None:
-        name = "route"
-        need(
-            0 < self.num_experts <= MAX_EXPERTS,
-            name,
-            f"{self.num_experts} experts; at most {MAX_EXPERTS} fit one program",
-        )
-        need(self.scoring in ("softmax", "sigmoid"), name, f"scoring is {self.scoring!r}")
-        need(
-            self.groups >= self.best_groups >= 1 and self.num_experts % self.groups == 0,
-            name,
-            f"{self.num_experts} experts do not form {self.groups} groups of which {self.best_groups} are left",
-        )
-        size = self.num_experts // self.groups
-        need(1 <= self.group_rank <= size, name, f"a group has no {self.group_rank} experts")
-        left = self.best_groups * size
-        need(1 <= self.top_k <= left, name, f"{self.top_k} experts are chosen, of {left}")
+from .routing import Routing
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from torch import Tensor
 from ....architectures.base import Experts
 from ....kernels.fused.activation import gated
 from ....kernels.moe.experts import ExpertMlps, Gating, experts
-from ....kernels.moe.route import Routing, route
+from ....kernels.moe.route import route
+from ....kernels.moe.routing import Routing
 from ....kernels.moe.weight import ExpertWeight, stack, why_not_stacked
 from ..torch.feed_forward import (
     TorchExperts,

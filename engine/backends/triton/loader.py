@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ....architectures.base import Attention, Experts, LayerSpec, ModelSpec, experts_of
 from ....kernels.device import why_no_triton
+from ....kernels.moe.routing import MAX_EXPERTS
 from ....quant.checkpoint import Checkpoint
 from ..base import KernelReport, Progress, Target, unknown_feature
 from ..weights import ModelWeights
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from .decoder import TritonDecoder
 
 _MAX_NORM_WIDTH = 32768  # kernels/fused/norm.py: a row in the registers of one program
-_MAX_EXPERTS = 1024  # kernels/moe/route.py: a token's scores in those of one warp
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class TritonBackend:
 
 
 def _why_not_routed(experts: Experts) -> str | None:
-    if experts.num_experts > _MAX_EXPERTS:
+    if experts.num_experts > MAX_EXPERTS:
         return f"does not choose among {experts.num_experts} experts"
     if experts.limited_groups is not None:
         groups, best = experts.limited_groups

@@ -10,7 +10,8 @@ from nibble.architectures.base import Experts
 from nibble.engine.backends.torch import feed_forward as torchs
 from nibble.engine.backends.triton.feed_forward import routing
 from nibble.kernels.errors import KernelArgumentError
-from nibble.kernels.moe.route import Routing, route
+from nibble.kernels.moe.route import route
+from nibble.kernels.moe.routing import Routing
 
 BASE = Experts(12, 3, 48, "silu")
 KINDS = {
