@@ -151,6 +151,16 @@ def test_tokens_do_not_depend_on_the_batch(small) -> None:
     ) and 4 in runner.model.captured.graphs._recorded
 
 
+def test_experts_are_chosen_in_graphs(tmp_path: Path) -> None:
+    """Of other tokens than the graph was recorded with, in batches of other sizes."""
+    models.build("qwen3-moe", tmp_path, num_hidden_layers=2, num_experts=4)
+    asked = [(prompt(length, length), {"temperature": 0.0, "max_tokens": 3}) for length in (4, 9)]
+    alone = generate(triton_runner(tmp_path, graphs=False), asked, at_once=False)
+    runner = triton_runner(tmp_path, max_num_seqs=2)
+    assert generate(runner, asked) == alone
+    assert set(runner.model.captured.graphs._recorded) == {2}
+
+
 def test_few_blocks_mean_preemption_and_the_same_tokens(small) -> None:
     asked = [(prompt(14, seed), {"temperature": 0.0, "max_tokens": 6}) for seed in range(3)]
     alone = generate(torch_runner(small, "float32"), asked, at_once=False)

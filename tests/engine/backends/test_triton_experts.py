@@ -23,7 +23,15 @@ from nibble.quant import formats
 from nibble.quant.checkpoint import FolderCheckpoint
 from nibble.quant.weight import QuantizedWeight
 
-from .test_declared_features import ATTENTION, LAYER, MODEL, checkpoint_of
+from .test_declared_features import (
+    ATTENTION,
+    BESIDE,
+    LAYER,
+    MODEL,
+    PLAIN_NAMES,
+    SUMMED,
+    checkpoint_of,
+)
 from .test_quantized_models import SCHEMES, fp4_tensors, quantize
 
 CPU = torch.device("cpu")
@@ -43,11 +51,16 @@ def backend(kind: type, folder: Path):
     return kind(Target(config, torch.float16, CPU))
 
 
+def loaded(kind: type, checkpoint: FolderCheckpoint, spec: ModelSpec):
+    with torch.inference_mode():
+        found = backend(kind, checkpoint.path)
+        return found.load(checkpoint, spec, range(spec.num_layers), lambda index: None)
+
+
 def decoder(kind: type, checkpoint: FolderCheckpoint, spec: ModelSpec):
     found = backend(kind, checkpoint.path)
     assert all(found.why_not(layer, spec) is None for layer in spec.layers)
-    with torch.inference_mode():
-        return found.load(checkpoint, spec, range(spec.num_layers), lambda index: None)
+    return loaded(kind, checkpoint, spec)
 
 
 def quantized(folder: Path, spec: ModelSpec, kind: str) -> FolderCheckpoint:
@@ -88,6 +101,40 @@ def test_every_format_is_what_torch_computes(kind: str, tmp_path: Path) -> None:
     assert isinstance(weight, QuantizedWeight)
     want = hidden(decoder(TorchBackend, checkpoint, spec))
     assert (hidden(ours) - want).norm() < 4e-3 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        SHARED,
+        replace(SHARED, plain=True, activation="relu2", names=PLAIN_NAMES, latent_size=32),
+        replace(EXPERTS, activation="relu2", routed_scale=0.5),
+    ],
+    ids=["shared", "plain in a latent space", "relu2"],
+)
+def test_what_is_around_experts_is_torchs(experts: Experts, tmp_path: Path) -> None:
+    spec = model(experts)
+    checkpoint = checkpoint_of(spec, tmp_path)
+    h = torch.randn(3, spec.hidden_size, generator=torch.Generator().manual_seed(2)).half()
+    theirs = decoder(TorchBackend, checkpoint, spec).layers[0].mlp
+    ours = decoder(TritonBackend, checkpoint, spec).weights.layers[0].mlp
+    with torch.inference_mode():
+        want, got = theirs(h).float(), feed_forward(ours, h).float()
+    assert (got - want).norm() < 4e-3 * want.norm()
+
+
+def test_experts_beside_an_mlp(tmp_path: Path) -> None:
+    """With the scales of experts, and a router that reads something else."""
+    both = replace(BESIDE, experts=replace(EXPERTS, shared=None))
+    spec = replace(MODEL, layers=(replace(LAYER, mlp=both, norms=SUMMED),))
+    checkpoint = checkpoint_of(spec, tmp_path)
+    x = torch.randn(3, spec.hidden_size, generator=torch.Generator().manual_seed(2)).half()
+    theirs = loaded(TorchBackend, checkpoint, spec).layers[0].mlp
+    ours = loaded(TritonBackend, checkpoint, spec).weights.layers[0].mlp
+    assert isinstance(ours.experts, TritonExperts)
+    with torch.inference_mode():
+        want, got = theirs(x).float(), feed_forward(ours, x).float()
+    assert (got - want).norm() < 4e-3 * want.norm()
 
 
 def test_experts_of_two_kinds_are_computed_one_after_another(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from nibble.kernels.moe.align import align, max_tiles
 def chosen_of(tokens: int, top_k: int, experts: list[int], seed: int = 0) -> torch.Tensor:
     """Each token goes through different ones of these."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    rows = [torch.randperm(len(experts), generator=generator)[:top_k] for _ in range(tokens)]
+    how = {"generator": generator, "device": "cpu"}
+    rows = [torch.randperm(len(experts), **how)[:top_k] for _ in range(tokens)]
     return torch.tensor(experts, device="cpu")[torch.stack(rows)].int().to(DEVICE)
 
 
