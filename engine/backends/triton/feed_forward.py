@@ -2,9 +2,10 @@
 
 Experts are stacked when they are loaded (kernels/moe/weight.py), a layer at a time, so that which of them a token goes
 through never has to be known to the host. Those that cannot be stacked are computed one after the other, as torch's
-backend does it; the report says why. Then the host waits in each such layer, and no CUDA graph can hold the step.
+backend does it; the log says why. Then the host waits in each such layer, and no CUDA graph can hold the step.
 """
 
+import logging
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,6 +25,8 @@ from ..torch.feed_forward import (
     TorchPlainMlp,
 )
 from ..torch.loader import Loader
+
+logger = logging.getLogger(__name__)
 
 KERNEL = "moe-triton"  # in reports
 
@@ -91,6 +94,8 @@ class TritonLoader(Loader):
         linears = [self.weights.group(index, pair[side]) for pair in members]
         weights = [[linear.weight for linear in each] for each in linears]
         if (reason := why_not_stacked(weights)) is not None:
+            if KERNEL not in self.report.refused:
+                logger.warning("experts are computed one after another: %s %s", KERNEL, reason)
             self.report.refused.setdefault(KERNEL, reason)
             return None
         biases = [[linear.bias for linear in each] for each in linears]

@@ -137,7 +137,9 @@ def test_experts_beside_an_mlp(tmp_path: Path) -> None:
     assert (got - want).norm() < 4e-3 * want.norm()
 
 
-def test_experts_of_two_kinds_are_computed_one_after_another(tmp_path: Path) -> None:
+def test_experts_of_two_kinds_are_computed_one_after_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     spec = model(SHARED)
     checkpoint = quantized(tmp_path, spec, "awq")
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
@@ -150,6 +152,7 @@ def test_experts_of_two_kinds_are_computed_one_after_another(tmp_path: Path) -> 
     ours = decoder(TritonBackend, mixed, spec)
     assert type(ours.weights.layers[0].mlp) is TorchExperts
     assert ours.report.refused["moe-triton"] == "needs experts that are all quantized, or none"
+    assert "one after another: moe-triton needs experts that are all" in caplog.text
     want = hidden(decoder(TorchBackend, checkpoint, spec))
     assert (hidden(ours) - want).norm() < 4e-3 * want.norm()
 
