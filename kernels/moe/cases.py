@@ -66,8 +66,8 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _products(target: _Target, rows: tuple[int, ...]) -> list[CompileCase]:
-    group = target.form.group if target.form else 0
-    tiles = dict.fromkeys(tile(target.min_cc, count, group) for count in rows)
+    bits, group = (target.form.bits, target.form.group) if target.form else (DENSE_BITS, 0)
+    tiles = dict.fromkeys(tile(target.min_cc, count, bits, group) for count in rows)
     found = [_gemm(target, each, "silu", True) for each in tiles]
     first = next(iter(tiles))
     if target.form is INT4:

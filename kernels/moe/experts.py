@@ -102,7 +102,7 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, mlps: ExpertMlps) -> Ten
         added = gemv(gemv(x, up, chosen), down, chosen)
     else:
         rows = -(-chosen.numel() // mlps.up.num_experts)
-        tiles = tile(cc, rows, mlps.up.group), tile(cc, rows, mlps.down.group)
+        tiles = [tile(cc, rows, each.bits, each.group) for each in (mlps.up, mlps.down)]
         plan = align(chosen, mlps.up.num_experts, tiles[0].block_m)
         inner = gemm(x, up, plan, chosen.numel(), tiles[0])
         added = gemm(inner, down, plan, chosen.numel(), tiles[1])

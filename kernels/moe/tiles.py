@@ -28,8 +28,8 @@ def gemv_tokens(cc: int) -> int:
     return 0 if cc in (80, 90) or 100 <= cc < 120 else 1
 
 
-def tile(cc: int, rows: int, group: int) -> Tile:
-    """For `rows` rows an expert on average, and weights in groups of `group` features (0: a whole row)."""
+def tile(cc: int, rows: int, bits: int, group: int) -> Tile:
+    """For `rows` rows an expert on average, and codes of `bits` in groups of `group` features (0: a whole row)."""
     if cc < 80:  # no tensor cores: Triton multiplies by FMA
         return Tile(_MANY, 16, 32, 4, 1)
     if rows > 64:
@@ -37,5 +37,8 @@ def tile(cc: int, rows: int, group: int) -> Tile:
     if rows > 16:
         return Tile(64, 64, 64, 4, 3, True)
     block_m = 16 if rows <= 8 else 32
-    narrow = 0 < group <= 32 and 86 <= cc < 90 and block_m == 16
-    return Tile(block_m // 2, block_m, 64, 4, 3 if narrow else 4, not 100 <= cc < 120)
+    consumer = 86 <= cc < 90 and block_m == 16
+    # on those a fourth stage spills some registers with narrow groups, and the swapped form with 2 bits
+    stages = 3 if consumer and 0 < group <= 32 else 4
+    swap = not 100 <= cc < 120 and not (consumer and bits == 2)
+    return Tile(block_m // 2, block_m, 64, 4, stages, swap)

@@ -296,5 +296,5 @@ def test_arguments_are_checked() -> None:
 @pytest.mark.parametrize("cc", [75, 80, 86, 89, 90, 100, 120])
 def test_every_card_has_a_path(cc: int) -> None:
     assert (gemv_tokens(cc) > 0) == (cc in (75, 86, 89, 120))
-    sizes = [tile(cc, rows, 128).block_m for rows in (1, 8, 9, 16, 17, 64, 1000)]
+    sizes = [tile(cc, rows, 4, 128).block_m for rows in (1, 8, 9, 16, 17, 64, 1000)]
     assert sizes == ([16] * 7 if cc == 75 else [16, 16, 32, 32, 64, 64, 64])
