@@ -117,7 +117,7 @@ bench-cpu: $(VENV)/.installed
 # longest, so several processes test; each needs some 4 GB of the card.
 test-gpu: $(VENV)/.installed-dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q tests/gpu tests/kernels/fp8/test_w8a16.py \
-	  $(addprefix tests/kernels/,dequant_gemm awq gptq gguf attention fused recurrent sampling) -n $(GPU_TESTERS) $(ARGS)
+	  $(addprefix tests/kernels/,dequant_gemm awq gptq gguf fp4 moe attention fused recurrent sampling) -n $(GPU_TESTERS) $(ARGS)
 
 # The tests under every Python that Nibble supports and this machine has, each in an environment of its own.
 PYTHONS ?= python3.11 python3.12 python3.13

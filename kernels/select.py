@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .awq.linear import AwqKernel
 from .cpu.torch_ops import Int4PackKernel, OneDnnDenseKernel
+from .fp4.linear import Fp4Kernel
 from .fp8.w8a8 import Fp8W8A8Kernel
 from .fp8.w8a16 import Fp8W8A16Kernel
 from .gguf.linear import GgufKernel
@@ -21,6 +22,7 @@ KERNELS: tuple[Kernel, ...] = (
     GgufKernel(),
     Fp8W8A8Kernel(),
     Fp8W8A16Kernel(),
+    Fp4Kernel(),
     _ONEDNN,
     Int4PackKernel(),
     DequantizeOnceKernel(_ONEDNN),

@@ -19,7 +19,7 @@ class LinearSpec:
 
     in_features: int
     out_features: int
-    kind: str  # "dense", "int", "fp8"
+    kind: str  # "dense", "int", "fp8", "table"
     bits: int
     block: tuple[int, int]
     zero: str  # "mid" (symmetric), "zeros", "mins"
@@ -30,6 +30,7 @@ class LinearSpec:
     act_quant: str  # "none", "token", "group", "tensor"
     act_dtype: torch.dtype
     device: torch.device
+    table: tuple[int, ...] | None = None  # of kind "table"
 
     @classmethod
     def of(
@@ -64,15 +65,21 @@ class LinearSpec:
             weight.act_quant,
             act_dtype,
             device,
+            weight.table,
         )
 
 
 def scale_dtype(scales: Tensor) -> torch.dtype:
     """The narrowest of float16, bfloat16 and float32 that holds every one of these exactly."""
     for dtype in (torch.float16, torch.bfloat16):
-        if scales.dtype == dtype or torch.equal(scales.to(dtype).float(), scales.float()):
+        if fits(scales, dtype):
             return dtype
     return torch.float32
+
+
+def fits(scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether dtype holds every one of these exactly."""
+    return scales.dtype == dtype or torch.equal(scales.to(dtype).float(), scales.float())
 
 
 class Kernel(Protocol):

@@ -40,14 +40,17 @@ class AwqKernel:
         return linear(x, prepared, bias)
 
 
-def repack(weight: QuantizedWeight) -> ShuffledWeight:
-    """With zero points, and scales that float16 or bfloat16 hold. Also of other bits than AWQ has."""
+def repack(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> ShuffledWeight:
+    """With zero points, and scales that float16 or bfloat16 hold. Also of other bits than AWQ has.
+
+    dtype: of the two, the one that holds them; None: float16 if it does.
+    """
     from ..dequant_gemm.decode import integers
     from .decode import bfloat16_scale_and_zero, half_scale_and_zero
 
     if weight.zeros is None:
         raise KernelArgumentError("a weight without zero points was given to a kernel for them")
-    dtype = scale_dtype(weight.scales)
+    dtype = dtype or scale_dtype(weight.scales)
     scale = half_scale_and_zero if dtype == torch.float16 else bfloat16_scale_and_zero
     words = (weight.scales.to(dtype).view(torch.int16).int() << 16) | weight.zeros.int()
     return shuffle(weight, Decode(integers, scale), words)

@@ -20,46 +20,41 @@ def mma(a, b, acc):
 
 
 @triton.jit
-def gemm(
-    x,  # [M, K] float16 or bfloat16, contiguous
+def accumulate(
+    x,  # [rows, K] float16 or bfloat16, contiguous
+    rows,  # int64 [BLOCK_M]: which of them
+    live,  # bool [BLOCK_M]: the others are no rows
+    perm,  # int32 [K]: which feature of x column j of the codes is; None: j
     words,
     scales,  # ShuffledWeight's
-    bias,  # [N] like x
-    y,  # [M, N] like x
-    partials,  # float32 [SPLIT_K, M, N]
-    locks,
-    M,
-    N,
+    n,  # [BLOCK_N]: outputs
     K,
     padded_out,
     k_tiles,
     groups,
+    split,
     CODE: tl.constexpr,  # functions: see decode.py
     SCALE: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # features, 0: all
-    HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP: tl.constexpr,
 ):
-    """An iteration takes one tile of K. SWAP computes y^T = W x^T: on cc 90 the decoded weight is then the operand that
-    a warp-group MMA takes from registers, and few rows need no padding to 64. Grid (M tiles * N tiles, SPLIT_K), M
-    fastest: the tiles that read the same weights run together."""
+    """float32 [BLOCK_M, BLOCK_N]: the rows times the outputs' weights, over every SPLIT_K-th tile of K from `split` on.
+
+    An iteration takes one tile of K. SWAP computes y^T = W x^T: on cc 90 the decoded weight is then the operand that
+    a warp-group MMA takes from registers, and few rows need no padding to 64."""
     PLANES: tl.constexpr = 16 // BITS
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     PER_GROUP: tl.constexpr = planes_per_group(PLANES, GROUP)
     HALVES: tl.constexpr = 2 if GROUP == 16 else 1
-    m_tiles = tl.cdiv(M, BLOCK_M)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    m = (tile % m_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile // m_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_at = words + n[:, None] * 16 + tl.arange(0, 16)[None, :]
     feature = tl.arange(0, 32)
-    row = x + m[:, None].to(tl.int64) * K
+    row = x + rows[:, None] * K
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for k_tile in range(split, k_tiles, SPLIT_K):
         packed = tl.load(weight_at + k_tile * padded_out * 16, eviction_policy="evict_first")
@@ -70,8 +65,10 @@ def gemm(
         for plane in tl.static_range(PLANES):
             first = k_tile * (32 * PLANES) + plane * 32
             k = first + feature
-            live = (m[:, None] < M) if EVEN_K else (m[:, None] < M) & (k[None, :] < K)
-            a = tl.load(row + k[None, :], mask=live, other=0.0)
+            inside = live[:, None] if EVEN_K else live[:, None] & (k[None, :] < K)
+            if perm is not None:
+                k = tl.load(perm + k, mask=k < K, other=0)
+            a = tl.load(row + k[None, :], mask=inside, other=0.0)
             for half in tl.static_range(HALVES):
                 if plane % PER_GROUP == 0:
                     group = 0 if GROUP == 0 else (first + 16 * half) // GROUP
@@ -98,6 +95,64 @@ def gemm(
                         acc += group_acc * scale[None, :]
                         if HAS_MINIMUM:
                             acc += row_sum[:, None] * minimum[None, :]
-    if SWAP:
-        acc = tl.trans(acc)
+    return tl.trans(acc) if SWAP else acc
+
+
+@triton.jit
+def gemm(
+    x,  # [M, K] float16 or bfloat16, contiguous
+    words,
+    scales,  # ShuffledWeight's
+    bias,  # [N] like x
+    y,  # [M, N] like x
+    partials,  # float32 [SPLIT_K, M, N]
+    locks,
+    M,
+    N,
+    K,
+    padded_out,
+    k_tiles,
+    groups,
+    CODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """Constants as accumulate's. Grid (M tiles * N tiles, SPLIT_K), M fastest: the tiles that read the same weights run
+    together."""
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    m = (tile % m_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile // m_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = accumulate(
+        x,
+        m.to(tl.int64),
+        m < M,
+        None,
+        words,
+        scales,
+        n,
+        K,
+        padded_out,
+        k_tiles,
+        groups,
+        split,
+        CODE,
+        SCALE,
+        HAS_MINIMUM,
+        BITS,
+        GROUP,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        SPLIT_K,
+        SWAP,
+    )
     finish(acc, y, bias, partials, locks, m, n, M, N, tile, split, SPLIT_K, HAS_BIAS)

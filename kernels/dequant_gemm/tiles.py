@@ -75,8 +75,8 @@ class Table:
 
 
 def weights_name(kind: str, bits: int) -> str:
-    """What tables call a kind of weight: "int4", "fp8"."""
-    return "fp8" if kind == "fp8" else f"int{bits}"
+    """What tables call a kind of weight: "int4", "fp8", "fp4"."""
+    return {"fp8": "fp8", "table": "fp4"}.get(kind, f"int{bits}")
 
 
 def file_name(device_name: str) -> str:

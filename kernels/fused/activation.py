@@ -12,21 +12,26 @@ from torch import Tensor
 
 from .rows import FLOATS, need, need_rows, warps
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "relu2")
 PIECE = 1024
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        return x * _sigmoid(x)
-    # x / 2 * (1 + tanh(u)) = x * sigmoid(2 u),  u = sqrt(2 / pi) * (x + 0.044715 x^3)
-    return x * _sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        y = x * sigmoid(x)
+    elif ACTIVATION == "relu2":
+        y = tl.where(x < 0.0, 0.0, x)  # NaN stays
+        y = y * y
+    else:
+        # x / 2 * (1 + tanh(u)) = x * sigmoid(2 u),  u = sqrt(2 / pi) * (x + 0.044715 x^3)
+        y = x * sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    return y
 
 
 @triton.jit
@@ -44,14 +49,14 @@ def _gated_kernel(
     gate_at = gate_up_ptr + row * gate_up_stride + column
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + WIDTH, mask=inside, other=0.0).to(tl.float32)
-    y = _activate(gate, ACTIVATION) * up
+    y = activate(gate, ACTIVATION) * up
     tl.store(out_ptr + row * WIDTH + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
     """act(gate) * up. gate_up [T, 2 I] float16, bfloat16 or float32, gate in the first half of each row.
 
-    activation: "silu" or "gelu_tanh". Returns [T, I] in gate_up's dtype.
+    activation: "silu", "gelu_tanh" or "relu2", relu(x)^2. Returns [T, I] in gate_up's dtype.
     Raises KernelArgumentError naming the argument that does not fit.
     """
     name = "gated"

@@ -39,9 +39,9 @@ class GptqKernel:
         return linear(x, prepared, bias)
 
 
-def repack(weight: QuantizedWeight) -> ShuffledWeight:
-    """Symmetric or with zero points; scales that float16 or bfloat16 hold."""
+def repack(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> ShuffledWeight:
+    """Symmetric or with zero points; scales that float16 or bfloat16 hold. dtype: as awq's."""
     if weight.zeros is not None:
-        return with_zeros(weight)
+        return with_zeros(weight, dtype)
     middle = torch.full_like(weight.scales, 2 ** (weight.bits - 1), dtype=torch.uint8)
-    return with_zeros(replace(weight, zeros=middle))
+    return with_zeros(replace(weight, zeros=middle), dtype)

@@ -8,7 +8,18 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-PACKAGES = ("awq", "gptq", "gguf", "fp8", "attention", "fused", "recurrent", "sampling")
+PACKAGES = (
+    "awq",
+    "gptq",
+    "gguf",
+    "fp8",
+    "fp4",
+    "moe",
+    "attention",
+    "fused",
+    "recurrent",
+    "sampling",
+)
 
 
 @dataclass(frozen=True)

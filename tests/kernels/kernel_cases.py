@@ -18,10 +18,12 @@ from nibble.kernels.attention.cache import PagedCache, allocate_scales
 from nibble.kernels.attention.paged import AttentionSpec, PagedBatch, paged_attention
 from nibble.kernels.awq import linear as awq
 from nibble.kernels.dequant_gemm.layout import ShuffledWeight
+from nibble.kernels.fp4 import linear as fp4
 from nibble.kernels.fp8 import w8a16
 from nibble.kernels.gguf import linear as gguf
 from nibble.kernels.gptq import linear as gptq
 from nibble.kernels.spec import scale_dtype
+from nibble.quant.formats.fp4 import E2M1
 from nibble.quant.weight import QuantizedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,10 +87,22 @@ def make_fp8_weight(
     ).to(DEVICE)
 
 
+def make_fp4_weight(out: int, inner: int, group: int) -> QuantizedWeight:
+    """Random E2M1 codes; groups of 32 have powers of two as scales, as MXFP4, others any."""
+    how = {"generator": torch.Generator("cpu").manual_seed(out + group), "device": "cpu"}
+    codes = torch.randint(0, 16, (out, inner), dtype=torch.uint8, **how)
+    scales = torch.rand(out, -(-inner // group), **how) / 10 + 0.01
+    if group == 32:
+        scales = scales.log2().ceil().exp2()
+    return QuantizedWeight(codes, scales, kind="table", table=E2M1, block=(1, group)).to(DEVICE)
+
+
 def repack(weight: QuantizedWeight) -> ShuffledWeight:
     """As the room does that kernels/select.py chooses for such a weight."""
     if weight.kind == "fp8":
         return w8a16.repack(weight)
+    if weight.kind == "table":
+        return fp4.repack(weight)
     if weight.mins is not None or scale_dtype(weight.scales) == torch.float32:
         return gguf.repack(weight)
     in_order = weight.zeros is not None and weight.bits == 4 and weight.perm is None

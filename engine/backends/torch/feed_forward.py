@@ -80,22 +80,29 @@ class TorchExperts:
         """h [T, hidden], normed. routed: what the router reads, where that is something else."""
         seen = h if routed is None else routed
         logits = F.linear(seen.float(), self.router, self.router_bias)
+        out = self.mixed(self.latent[0](h) if self.latent else h, logits)
+        out = self.latent[1](out) if self.latent else out
+        if self.shared is None:
+            return out
+        added = self.of_shared(self.shared, h)
+        if self.shared_gate is not None:
+            added = added * F.linear(h.float(), self.shared_gate).sigmoid()
+        return out + added.to(out.dtype)
+
+    def mixed(self, read: Tensor, logits: Tensor) -> Tensor:
+        """What the chosen experts give, weighted and added. read [T, in], logits float32 [T, num_experts]."""
         weights, chosen = route(self.spec, logits, self.correction_bias)
         if self.scales is not None:
             weights = weights * self.scales[chosen]
-        read = self.latent[0](h) if self.latent else h
         out = torch.zeros_like(read)
         for expert in chosen.unique().tolist():
             tokens, places = torch.where(chosen == expert)
             added = self.experts[expert](read[tokens]) * weights[tokens, places, None]
             out.index_add_(0, tokens, added.to(out.dtype))
-        out = self.latent[1](out) if self.latent else out
-        if self.shared is None:
-            return out
-        added = self.shared(h)
-        if self.shared_gate is not None:
-            added = added * F.linear(h.float(), self.shared_gate).sigmoid()
-        return out + added.to(out.dtype)
+        return out
+
+    def of_shared(self, shared: TorchGatedMlp | TorchPlainMlp, h: Tensor) -> Tensor:
+        return shared(h)
 
 
 @dataclass(slots=True)

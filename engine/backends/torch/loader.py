@@ -71,13 +71,15 @@ class TorchBackend:
     def load(
         self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
     ) -> TorchDecoder:
-        return _Loader(ModelWeights(checkpoint, model), self.target, KernelReport()).load(
+        return Loader(ModelWeights(checkpoint, model), self.target, KernelReport()).load(
             layers, progress
         )
 
 
 @dataclass(slots=True)
-class _Loader:
+class Loader:
+    """Reads a layer at a time and prepares it. A backend with layers of its own overrides how those are made."""
+
     weights: ModelWeights
     target: Target
     report: KernelReport
@@ -241,6 +243,23 @@ class _Loader:
         )
 
     def _experts(self, index: int, mlp: Experts, router: Tensor) -> TorchExperts:
+        found = self._around_experts(index, mlp, router)
+        members = mlp.members(self.weights.model.hidden_size)[: mlp.num_experts]
+        each: list[Any] = [self._member(index, mlp, pair) for pair in members]
+        found.experts = each
+        return found
+
+    def _member(
+        self, index: int, mlp: Experts, pair: tuple[LinearGroup, LinearGroup]
+    ) -> TorchGatedMlp | TorchPlainMlp:
+        """One expert, or the shared one."""
+        up, down = self._groups(index, pair)
+        if mlp.plain:
+            return TorchPlainMlp(mlp.activation, up, down)
+        return TorchGatedMlp(mlp.activation, up, down, mlp.clamp)
+
+    def _around_experts(self, index: int, mlp: Experts, router: Tensor) -> TorchExperts:
+        """All but the experts themselves."""
         device, names = self.target.device, mlp.names
         bias = gate = None
         if mlp.correction_bias:
@@ -249,18 +268,13 @@ class _Loader:
         if mlp.shared is not None and mlp.shared.gated:
             gate = self.weights.router(index, names.shared_gate, 1).to(device)
         hidden_size = self.weights.model.hidden_size
-        pairs = (self._groups(index, pair) for pair in mlp.members(hidden_size))
-        each: list[Any] = [
-            TorchPlainMlp(mlp.activation, up, down)
-            if mlp.plain
-            else TorchGatedMlp(mlp.activation, up, down, mlp.clamp)
-            for up, down in pairs
-        ]
-        shared = each.pop() if mlp.shared is not None else None
+        shared = None
+        if mlp.shared is not None:
+            shared = self._member(index, mlp, mlp.members(hidden_size)[-1])
         own = self.weights.router_bias(index, names.router, mlp.num_experts)
         own = None if own is None else own.to(device)
         latent = self._groups(index, mlp.latent_groups(hidden_size))
-        return TorchExperts(mlp, router.to(device), own, bias, each, shared, gate, latent)
+        return TorchExperts(mlp, router.to(device), own, bias, [], shared, gate, latent)
 
     def _per_layer_input(self, index: int) -> TorchPerLayerInput | None:
         model, prefix = self.weights.model, self.weights.model.layer_name(index)

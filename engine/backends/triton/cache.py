@@ -1,6 +1,7 @@
 """What the layers of a Triton decoder keep of requests: keys and values, or latents, in blocks; recurrent states in
 slots."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

@@ -20,18 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....kernels.fused.activation import ACTIVATIONS, gated
 from ...config import EngineConfig
 from ...request import Request
 from ...sampler import sample
 from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
-from ..torch.decoder import TorchDecoder
-from ..torch.feed_forward import TorchFeedForward, TorchGatedMlp, TorchPlainMlp
+from ..torch.decoder import TorchDecoder, TorchLayer
 from ..torch.layers import scaled, soft_cap
 from .batch import BatchForm, DeviceBatch, StaticBatch, upload
 from .cache import TritonCache
+from .feed_forward import feed_forward
 from .graphs import CudaRecorder, DecodeGraphs, Record
 from .mixers import Step, joined_tables, mix
 from .residual import Residual
@@ -75,9 +74,7 @@ class TritonDecoder:
     def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> TritonCache:
         (count,) = num_blocks
         specs = [layer.spec for layer in self.weights.layers]
-        return TritonCache.allocate(
-            specs, count, num_states, self.config, self.dtype, self.device
-        )
+        return TritonCache.allocate(specs, count, num_states, self.config, self.dtype, self.device)
 
     def warm_up(self, cache: TritonCache, max_model_len: int) -> None:
         """Prompts of each size that the products have a path of their own for, then graphs of decode steps. Compiled
@@ -149,13 +146,15 @@ class TritonDecoder:
             told = weights.per_layer_inputs(batch.token_ids, x)
         residual = Residual(x, self.model.residual_scale)
         step = Step.of(batch, cache, self.ropes, self.model.norm_eps)
+        if weights.alt_up is not None:
+            streams = weights.alt_up.start(x)
+            for index, layer in enumerate(weights.layers):
+                own = None if told is None else told[:, index]
+                streams = _streams(layer, streams, residual, index, step, own)
+            residual.become(weights.alt_up.end(streams))
+            return residual.normed(weights.norm)
         for index, layer in enumerate(weights.layers):
-            if layer.mixer is not None:
-                h = residual.normed(layer.before_mixer)
-                residual.add(mix(layer.mixer, h, index, step), layer.after_mixer)
-            if layer.mlp is not None:
-                h = residual.normed(layer.before_mlp)
-                residual.add(_feed_forward(layer.mlp, h), layer.after_mlp)
+            _compute(layer, residual, index, step)
             if layer.per_layer_input is not None and told is not None:
                 x = residual.sum()
                 residual.become(x + layer.per_layer_input(x, told[:, index]))
@@ -174,13 +173,37 @@ class TritonDecoder:
         return x
 
 
-def _feed_forward(mlp: TorchFeedForward, h: Tensor) -> Tensor:
-    """h [T, hidden], normed or not as the layer has it."""
-    if isinstance(mlp, TorchGatedMlp) and mlp.activation in ACTIVATIONS:
-        return mlp.down(gated(mlp.gate_up(h), mlp.activation))
-    if isinstance(mlp, TorchGatedMlp | TorchPlainMlp):
-        return mlp(h)
-    raise TypeError(f"{type(mlp).__name__} was refused, and is loaded")
+def _compute(layer: TorchLayer, residual: Residual, index: int, step: Step) -> None:
+    """Add what the layer's mixer and feed-forward give."""
+    if layer.mixer is not None:
+        h = residual.normed(layer.before_mixer)
+        residual.add(mix(layer.mixer, h, index, step), layer.after_mixer)
+        if layer.laurel is not None:
+            residual.become((residual.sum() + layer.laurel(h)) * 2.0**-0.5)
+    if layer.mlp is not None:
+        h = residual.normed(layer.before_mlp)
+        residual.add(feed_forward(layer.mlp, h), layer.after_mlp)
+
+
+def _streams(
+    layer: TorchLayer,
+    streams: Tensor,
+    residual: Residual,
+    index: int,
+    step: Step,
+    told: Tensor | None,
+) -> Tensor:
+    """Streams of hidden states after a layer (architectures/alt_up.py), by torch's operators around the kernels."""
+    alt_up = layer.alt_up
+    if alt_up is None:
+        raise ValueError("a layer that moves no streams along")
+    predicted = alt_up.predict(streams)
+    residual.become(predicted[alt_up.spec.active].clone())  # norms add to it
+    _compute(layer, residual, index, step)
+    streams = alt_up.correct(predicted, residual.sum())
+    if layer.per_layer_input is not None and told is not None:
+        streams[1:] += layer.per_layer_input(alt_up.told(streams), told)
+    return streams if layer.scalar is None else streams * layer.scalar
 
 
 def _wants_logprobs(request: Request) -> bool:

@@ -5,17 +5,20 @@ from typing import TYPE_CHECKING
 
 from ....architectures.base import (
     Attention,
+    Experts,
     GatedDeltaNet,
     LatentAttention,
     LayerSpec,
     Mamba2,
     Mixer,
     ModelSpec,
+    experts_of,
 )
 from ....kernels.device import cuda_capability, why_no_triton
+from ....kernels.moe.routing import MAX_EXPERTS
 from ....quant.checkpoint import Checkpoint
-from ..base import Progress, Target, unknown_feature
-from ..torch.loader import TorchBackend
+from ..base import KernelReport, Progress, Target, unknown_feature
+from ..weights import ModelWeights
 
 if TYPE_CHECKING:
     from .decoder import TritonDecoder
@@ -43,6 +46,9 @@ class TritonBackend:
             "model.after_norm_eps",
             "model.embedding_norm",
             "per_layer_inputs",
+            "alt_up",
+            "alt_up.scaled",
+            "laurel",
             "per_layer_inputs.activation=silu",
             "per_layer_inputs.activation=gelu_tanh",
             "layer",
@@ -92,10 +98,28 @@ class TritonBackend:
             "gated_mlp.activation=silu",
             "gated_mlp.activation=gelu_tanh",
             "gated_mlp.activation=relu2",
+            "gated_mlp.sparsity",
             "plain_mlp",
             "plain_mlp.activation=silu",
             "plain_mlp.activation=gelu_tanh",
             "plain_mlp.activation=relu2",
+            "experts",
+            "experts.activation=silu",
+            "experts.activation=gelu_tanh",
+            "experts.activation=relu2",
+            "experts.plain",
+            "experts.latent_size",
+            "experts.scoring=softmax",
+            "experts.scoring=sigmoid",
+            "experts.norm_weights",
+            "experts.routed_scale",
+            "experts.correction_bias",
+            "experts.clamp",
+            "experts.limited_groups",
+            "experts.group_rank",
+            "shared_expert",
+            "shared_expert.gated",
+            "mlp_beside_experts",
         }
     )
 
@@ -113,7 +137,8 @@ class TritonBackend:
             return reason
         if (width := _widest_norm(layer.mixer, model)) > _MAX_NORM_WIDTH:
             return f"has no norm for {width} numbers"
-        return None
+        found = experts_of(layer.mlp)
+        return None if found is None else _why_not_routed(found)
 
     def _why_no_latents(self) -> str | None:
         if self.target.config.kv_cache_dtype != "auto":
@@ -126,12 +151,12 @@ class TritonBackend:
     def load(
         self, checkpoint: Checkpoint, model: ModelSpec, layers: range, progress: Progress
     ) -> "TritonDecoder":
-        from .decoder import (
-            TritonDecoder,
-        )  # imports Triton, which a machine without a GPU need not have
+        # imports Triton, which a machine without a GPU need not have
+        from .decoder import TritonDecoder
+        from .feed_forward import TritonLoader
 
-        weights = TorchBackend(self.target).load(checkpoint, model, layers, progress)
-        return TritonDecoder(weights, self.target.config)
+        loader = TritonLoader(ModelWeights(checkpoint, model), self.target, KernelReport())
+        return TritonDecoder(loader.load(layers, progress), self.target.config)
 
 
 def _why_not_mixer(mixer: Mixer) -> str | None:
@@ -156,3 +181,13 @@ def _widest_norm(mixer: Mixer | None, model: ModelSpec) -> int:
     elif isinstance(mixer, Mamba2):
         widest = max(widest, mixer.values // mixer.num_groups)
     return widest
+
+
+def _why_not_routed(experts: Experts) -> str | None:
+    if experts.num_experts > MAX_EXPERTS:
+        return f"does not choose among {experts.num_experts} experts"
+    if experts.limited_groups is not None:
+        groups, best = experts.limited_groups
+        if experts.top_k > (left := best * experts.num_experts // groups):
+            return f"does not choose {experts.top_k} experts of the {left} in the best groups"
+    return None

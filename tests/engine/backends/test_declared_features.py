@@ -644,7 +644,6 @@ def test_a_model_is_computed_rightly_or_refused(
 def test_triton_computes_what_it_does_not_refuse(spec: ModelSpec, tmp_path: Path) -> None:
     """Every feature, in the interpreter, on a short prompt. (Sizes: test_triton_decoder.py.)"""
     pytest.importorskip("triton")
-    from nibble.engine.backends.triton.decoder import TritonDecoder
 
     backend = TritonBackend(target(tmp_path, torch.float16))
     if any(backend.why_not(layer, spec) for layer in spec.layers):
@@ -654,7 +653,7 @@ def test_triton_computes_what_it_does_not_refuse(spec: ModelSpec, tmp_path: Path
         checkpoint, spec, range(spec.num_layers), lambda index: None
     )
     want, chunks = plain_logits(spec, checkpoint, ids), ((0, 10), (10, 1))
-    ours = TritonDecoder(torchs, target(tmp_path, torch.float16).config)
+    ours = backend.load(checkpoint, spec, range(spec.num_layers), lambda index: None)
     theirs = error(decoded_logits(torchs, ids, chunks), want)
     assert error(decoded_logits(ours, ids, chunks), want) <= 1.5 * theirs + 1e-3
 
