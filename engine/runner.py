@@ -52,7 +52,7 @@ class Runner:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.dtype = resolve_dtype(config.dtype, checkpoint, self.device)
         self._load(checkpoint, progress or (lambda line: None))
-        self.windows = group_windows(self.spec) if self.model.groups_layers else (None,)
+        self.windows = group_windows(self.spec)
         self.plan = memory.plan(config, self.spec, self.dtype, self.device, self.windows)
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
         self.num_states, self.rope_switch = self.plan.num_states, self.spec.rope_switch

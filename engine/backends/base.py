@@ -59,7 +59,6 @@ class Decoder(Protocol):
     """Consecutive layers of a model with their weights."""
 
     overlaps: bool  # `forward` and `sample` only launch work: the host looks at no hidden states
-    groups_layers: bool  # its cache has the KV groups of kv_groups.py; else one, of all layers
 
     @property
     def report(self) -> KernelReport: ...

@@ -26,7 +26,6 @@ class ChainedDecoder(HostSampling):
 
     def __init__(self, decoders: list[Decoder]):
         self.decoders = decoders
-        self.groups_layers = all(decoder.groups_layers for decoder in decoders)
         self.report = KernelReport()
         for decoder in decoders:
             self.report.merge(decoder.report)

@@ -110,6 +110,10 @@ def _walk(
     for start in range(begin, end, TILE):
         at = start + tl.arange(0, TILE)
         live = at < end
+        if (
+            MASKED and WINDOW > 0
+        ):  # what lies behind all windows may be released: the table names nothing there
+            live &= at > tl.min(position, 0) - WINDOW
         if MASKED:
             block = tl.load(table + at // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
         else:
@@ -144,7 +148,7 @@ def _walk(
             weights *= (scales / new_unit)[None, :]
             shrink *= unit / new_unit
             unit = new_unit
-        # What lies behind the end is never multiplied: 0 * NaN is NaN.
+        # What lies behind the end, or a window, is never multiplied: 0 * NaN is NaN.
         if HEAD_DIM == DIM and not MASKED:
             v = tl.load(values + token[:, None] + dims[None, :])
         elif HEAD_DIM == DIM:

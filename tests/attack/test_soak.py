@@ -20,6 +20,7 @@ SAMPLES = 60
 WARM_UP = 1 / 6  # of the time
 # A KV cache that is soon full: on a CPU its memory is taken as it fills.
 FLAGS = ("--kv-cache-memory", "4MiB", "--max-num-seqs", "16", "--max-model-len", "2048")
+BUSY_SECONDS = 15
 FILLING = 40  # prompts of 1000 tokens
 
 
@@ -70,14 +71,16 @@ async def _one(port: int, draw: random.Random, count: Count) -> None:
         count.wrong += not whole
 
 
-async def _round(port: int, seconds: float, draw: random.Random, count: Count) -> None:
+async def _round(
+    port: int, seconds: float, draw: random.Random, count: Count, clients: int = CLIENTS
+) -> None:
     until = time.monotonic() + seconds
 
     async def client() -> None:
         while time.monotonic() < until:
             await _one(port, draw, count)
 
-    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    await asyncio.gather(*(client() for _ in range(clients)))
 
 
 def soak(server: Server, minutes: float) -> list[Result]:
@@ -85,6 +88,8 @@ def soak(server: Server, minutes: float) -> list[Result]:
     draw, count, samples = random.Random(0), Count(), []
     for _ in range(FILLING):
         server.complete([draw.randrange(256) for _ in range(1000)], 1)
+    # More at once than the soak ever has: else its memory grows as chance brings more together.
+    asyncio.run(_round(server.port, BUSY_SECONDS, draw, Count(), 4 * CLIENTS))
     begin = time.monotonic()
     while (now := (time.monotonic() - begin) / 60) < minutes:
         asyncio.run(_round(server.port, 60 * minutes / SAMPLES, draw, count))

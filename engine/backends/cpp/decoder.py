@@ -99,7 +99,6 @@ class CppCache:
 class CppDecoder(HostSampling):
     """Embedding, norm and head where the layers are the model's first or last."""
 
-    groups_layers = True
     model: ModelSpec
     pool: Pool
     layers: list[CppLayer]

@@ -1,8 +1,10 @@
 """A step's integers on their way to the device, without the host ever waiting for it.
 
-Decode tokens lie first, one a request, then the chunks; `tables` has a row for each request:
+Decode tokens lie first, one a request, then the chunks; tables have a row for each request. Of each KV group there are
+its own slots and its own table, whose entries behind a window name no block:
 
-    token_ids, positions, slots   [T]    int64   slot: block * block_size + offset, -1: nothing is cached
+    token_ids, positions          [T]    int64
+    slots                         [T]    int64   block * block_size + offset, -1: nothing is cached
     rope_rows                     [T]    int64   of the ropes' tables (mixers.py): positions, or those of long factors
     starts                        [S+1]  int32   where each request's tokens begin
     lengths                       [S]    int32   tokens it has then, these included
@@ -64,22 +66,23 @@ class DeviceBatch:
     token_ids: Tensor
     positions: Tensor
     rope_rows: Tensor
-    slots: Tensor
+    slots: tuple[Tensor, ...]
     starts: Tensor
     lengths: Tensor
-    tables: Tensor
+    tables: tuple[Tensor, ...]
     num_decodes: int
     states: StateBatch | None
 
 
 def upload(
-    batch: Batch, previous: SampledTokens | None, device: torch.device, form: BatchForm
+    batch: Batch,
+    previous: SampledTokens | None,
+    device: torch.device,
+    form: BatchForm,
+    num_groups: int,
 ) -> DeviceBatch:
-    """A step of any shape."""
-    of_all = batch.block_tables(0)
-    tables = np.zeros((len(batch), max(map(len, of_all))), dtype=np.int32)
-    for row, table in zip(tables, of_all, strict=True):
-        row[: len(table)] = table
+    """A step of any shape. num_groups: of the KV cache."""
+    groups = range(num_groups)
     token_ids = to_device(batch.token_ids, torch.int64, device)
     fill_in(token_ids, batch, previous)
     starts = to_device(batch.query_start_loc, torch.int32, device)
@@ -90,13 +93,20 @@ def upload(
         token_ids,
         positions,
         rope_rows,
-        to_device(batch.slot_mapping(0), torch.int64, device),
+        tuple(to_device(batch.slot_mapping(group), torch.int64, device) for group in groups),
         starts,
         to_device(batch.seq_lens, torch.int32, device),
-        to_device(tables, torch.int32, device),
+        tuple(_upload_tables(batch.block_tables(group), device) for group in groups),
         batch.num_decodes,
         upload_states(batch, starts) if form.has_states else None,
     )
+
+
+def _upload_tables(of_all: list[list[int]], device: torch.device) -> Tensor:
+    tables = np.zeros((len(of_all), max(map(len, of_all))), dtype=np.int32)
+    for row, table in zip(tables, of_all, strict=True):
+        row[: len(table)] = table
+    return to_device(tables, torch.int32, device)
 
 
 def fill_in(token_ids: Tensor, batch: Batch, previous: SampledTokens | None) -> None:
@@ -113,6 +123,36 @@ def fill_in(token_ids: Tensor, batch: Batch, previous: SampledTokens | None) -> 
         ]
 
 
+class StaticTables:
+    """The block tables of one KV group."""
+
+    def __init__(self, group: int, capacity: int, max_blocks: int, device: torch.device):
+        self.group, self.device = group, device
+        self.tables = torch.zeros(capacity, max_blocks, dtype=torch.int32, device=device)
+        # Of each row: whose blocks, after how many preemptions, how many.
+        self._held: list[tuple[weakref.ref[Request] | None, int, int]] = [(None, 0, 0)] * capacity
+
+    def update(self, items: list[ScheduledRequest]) -> None:
+        """Only what is new: a block for every block_size tokens of a request that keeps its row. What it has released
+        stays written."""
+        width = self.tables.shape[1]
+        places: list[int] = []
+        blocks: list[int] = []
+        for row, item in enumerate(items):
+            request = item.request
+            holder, preemptions, known = self._held[row]
+            stays = holder is not None and holder() is request
+            first = known if stays and preemptions == request.num_preemptions else 0
+            table = request.block_tables[self.group]
+            places += range(row * width + first, row * width + len(table))
+            blocks += table[first:]
+            self._held[row] = weakref.ref(request), request.num_preemptions, len(table)
+        if places:
+            self.tables.view(-1)[to_device(places, torch.int64, self.device)] = to_device(
+                blocks, torch.int32, self.device
+            )
+
+
 class StaticBatch:
     """One decode token each of up to `capacity` requests."""
 
@@ -123,40 +163,40 @@ class StaticBatch:
         block_size: int,
         device: torch.device,
         form: BatchForm,
+        num_groups: int,
     ):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.block_size, self.device, self.form = block_size, device, form
-        self._longs = [zeros(capacity) for _ in range(3)]  # token ids, positions, slots
-        self._longs[2].fill_(-1)
-        self._rope_rows = self._longs[1] if form.long is None else zeros(capacity)
+        groups = range(num_groups)
+        self._ids, self._positions = zeros(capacity), zeros(capacity)
+        self._slots = [zeros(capacity).fill_(-1) for _ in groups]
+        self._rope_rows = self._positions if form.long is None else zeros(capacity)
         self._starts = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._lengths = zeros(capacity, dtype=torch.int32)
-        self._tables = zeros(capacity, max_blocks, dtype=torch.int32)
+        self._tables = [StaticTables(group, capacity, max_blocks, device) for group in groups]
         self._states = StaticStates(capacity, device) if form.has_states else None
-        # Of each row: whose blocks, after how many preemptions, how many.
-        self._held: list[tuple[weakref.ref[Request] | None, int, int]] = [(None, 0, 0)] * capacity
 
     def view(self, size: int) -> DeviceBatch:
         """The first `size` rows: the same memory at every call."""
-        ids, positions, slots = (tensor[:size] for tensor in self._longs)
         starts = self._starts[: size + 1]
         return DeviceBatch(
-            ids,
-            positions,
+            self._ids[:size],
+            self._positions[:size],
             self._rope_rows[:size],
-            slots,
+            tuple(slots[:size] for slots in self._slots),
             starts,
             self._lengths[:size],
-            self._tables[:size],
+            tuple(each.tables[:size] for each in self._tables),
             size,
             None if self._states is None else self._states.view(starts),
         )
 
     def clear(self) -> None:
         """Padding in all rows."""
-        self._longs[2].fill_(-1)
+        for slots in self._slots:
+            slots.fill_(-1)
         self._lengths.zero_()
         if self._states is not None:
             self._states.clear()
@@ -164,9 +204,10 @@ class StaticBatch:
     def load(self, batch: Batch, size: int, previous: SampledTokens | None) -> None:
         """Overwrite the first `size` rows with a batch of decodes and padding."""
         padding = size - len(batch)
-        values = (batch.token_ids, batch.positions, batch.slot_mapping(0))
-        for target, numbers, pad in zip(self._longs, values, (0, 0, -1), strict=True):
-            padded = [*numbers, *[pad] * padding]
+        numbers = [(self._ids, batch.token_ids, 0), (self._positions, batch.positions, 0)]
+        numbers += [(each, batch.slot_mapping(i), -1) for i, each in enumerate(self._slots)]
+        for target, values, pad in numbers:
+            padded = [*values, *[pad] * padding]
             target[:size].copy_(to_device(padded, torch.int64, self.device))
         lengths = batch.seq_lens + [0] * padding
         self._lengths[:size].copy_(to_device(lengths, torch.int32, self.device))
@@ -175,24 +216,6 @@ class StaticBatch:
             self._rope_rows[: len(batch)].copy_(rows)
         if self._states is not None:
             self._states.load(batch, size)
-        fill_in(self._longs[0], batch, previous)
-        self._update_tables(batch.items)
-
-    def _update_tables(self, items: list[ScheduledRequest]) -> None:
-        """Only what is new: a block for every block_size tokens of a request that keeps its row."""
-        width = self._tables.shape[1]
-        places: list[int] = []
-        blocks: list[int] = []
-        for row, item in enumerate(items):
-            request = item.request
-            holder, preemptions, known = self._held[row]
-            stays = holder is not None and holder() is request
-            first = known if stays and preemptions == request.num_preemptions else 0
-            count = len(request.block_tables[0])
-            places += range(row * width + first, row * width + count)
-            blocks += request.block_tables[0][first:]
-            self._held[row] = weakref.ref(request), request.num_preemptions, count
-        if places:
-            self._tables.view(-1)[to_device(places, torch.int64, self.device)] = to_device(
-                blocks, torch.int32, self.device
-            )
+        fill_in(self._ids, batch, previous)
+        for tables in self._tables:
+            tables.update(batch.items)

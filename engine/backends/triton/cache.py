@@ -24,30 +24,34 @@ class TritonCache:
     layers: dict[int, PagedCache]
     latents: dict[int, Tensor]
     states: StateCache
+    groups: dict[int, int]  # KV group of each layer that has keys and values, or latents
+    num_groups: int
     block_size: int
 
     @classmethod
     def allocate(
         cls,
         specs: list[LayerSpec],
-        num_blocks: int,
+        groups: dict[int, int],
+        num_blocks: Sequence[int],
         num_states: int,
         config: EngineConfig,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "TritonCache":
+        """groups: of layers; num_blocks: of each group."""
         layers: dict[int, PagedCache] = {}
         latents: dict[int, Tensor] = {}
         for index, spec in enumerate(specs):
             if isinstance(mixer := spec.mixer, LatentAttention):
-                shape = num_blocks, config.block_size, mixer.kv_rank + mixer.rope_dim
+                shape = num_blocks[groups[index]], config.block_size, mixer.kv_rank + mixer.rope_dim
                 latents[index] = torch.zeros(shape, dtype=dtype, device=device)
             elif isinstance(mixer, Attention) and mixer.kv_source is not None:
                 layers[index] = layers[mixer.kv_source]
             elif isinstance(mixer, Attention):
-                layers[index] = _pages(mixer, num_blocks, config, dtype, device)
+                layers[index] = _pages(mixer, num_blocks[groups[index]], config, dtype, device)
         states = StateCache.allocate(specs, num_states, device)
-        return cls(layers, latents, states, config.block_size)
+        return cls(layers, latents, states, groups, len(num_blocks), config.block_size)
 
     def clear(self, blocks: Sequence[list[int]], state_slot: int | None) -> None:
         """Nothing: the kernels never read behind a request's last token, nor a state that it has not written."""

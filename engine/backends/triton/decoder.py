@@ -26,6 +26,7 @@ from ...sampler import sample
 from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
+from ..kv_groups import layer_groups
 from ..torch.decoder import TorchDecoder, TorchLayer
 from ..torch.layers import scaled, soft_cap
 from .batch import BatchForm, DeviceBatch, StaticBatch, upload
@@ -52,7 +53,6 @@ class TritonDecoder:
     """The weights of a TorchDecoder, run by the kernels."""
 
     overlaps = True
-    groups_layers = False
 
     def __init__(self, weights: TorchDecoder, config: EngineConfig):
         self.weights, self.config, self.model = weights, config, weights.model
@@ -72,9 +72,11 @@ class TritonDecoder:
         return self.weights.weight_bytes
 
     def new_cache(self, num_blocks: Sequence[int], num_states: int = 1) -> TritonCache:
-        (count,) = num_blocks
         specs = [layer.spec for layer in self.weights.layers]
-        return TritonCache.allocate(specs, count, num_states, self.config, self.dtype, self.device)
+        groups = layer_groups(self.model, specs, len(num_blocks))
+        return TritonCache.allocate(
+            specs, groups, num_blocks, num_states, self.config, self.dtype, self.device
+        )
 
     def warm_up(self, cache: TritonCache, max_model_len: int) -> None:
         """Prompts of each size that the products have a path of their own for, then graphs of decode steps. Compiled
@@ -88,7 +90,8 @@ class TritonDecoder:
     def capture(self, record: Record, cache: TritonCache, max_model_len: int) -> None:
         """From now on, steps of decodes over `cache` come from graphs."""
         capacity, max_blocks = self.config.max_num_seqs, -(-max_model_len // cache.block_size)
-        static = StaticBatch(capacity, max_blocks, cache.block_size, self.device, self.form)
+        groups = cache.num_groups
+        static = StaticBatch(capacity, max_blocks, cache.block_size, self.device, self.form, groups)
         graphs = DecodeGraphs(
             capacity, record, lambda size: self._hidden_states(static.view(size), cache)
         )
@@ -99,7 +102,7 @@ class TritonDecoder:
         replayed = self._replayed(batch, cache) if hidden is None else None
         if replayed is not None:
             return replayed
-        uploaded = upload(batch, self.sampler.previous, self.device, self.form)
+        uploaded = upload(batch, self.sampler.previous, self.device, self.form, cache.num_groups)
         return self._hidden_states(uploaded, cache, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Step:
 
     batch: DeviceBatch
     cache: TritonCache
-    paged: PagedBatch
+    paged: tuple[PagedBatch, ...]  # of each KV group
     ropes: dict[tuple[Rope | None, int], RopeTable]
     norm_eps: float  # of heads
 
@@ -50,12 +50,15 @@ class Step:
         ropes: dict[tuple[Rope | None, int], RopeTable],
         norm_eps: float,
     ) -> "Step":
-        paged = PagedBatch(
-            batch.tables,
-            batch.starts,
-            batch.lengths,
-            batch.num_decodes,
-            max_context=batch.tables.shape[1] * cache.block_size,
+        paged = tuple(
+            PagedBatch(
+                tables,
+                batch.starts,
+                batch.lengths,
+                batch.num_decodes,
+                max_context=tables.shape[1] * cache.block_size,
+            )
+            for tables in batch.tables
         )
         return cls(batch, cache, paged, ropes, norm_eps)
 
@@ -96,6 +99,7 @@ def mix(mixer: TorchMixer, h: Tensor, layer: int, step: Step) -> Tensor:
 def _attention(mixer: TorchAttention, h: Tensor, layer: int, step: Step) -> Tensor:
     """qkv -> (norms) -> RoPE, K and V to their pages -> paged attention -> (gate) -> o"""
     spec, batch, cache = mixer.spec, step.batch, step.cache.layers[layer]
+    group = step.cache.groups[layer]
     qkv, gate = _heads(mixer, h)
     table = step.ropes[spec.rotation]
     by_head = spec.qk_norm == "head"
@@ -105,7 +109,7 @@ def _attention(mixer: TorchAttention, h: Tensor, layer: int, step: Step) -> Tens
         table.cos,
         table.sin,
         batch.rope_rows,
-        batch.slots,
+        batch.slots[group],
         cache,
         q_weight=_weight(mixer.q_norm) if by_head else None,
         k_weight=_weight(mixer.k_norm) if by_head else None,
@@ -117,7 +121,7 @@ def _attention(mixer: TorchAttention, h: Tensor, layer: int, step: Step) -> Tens
     if spec.query_scaling is not None:
         q *= position_factors(batch.positions, spec.query_scaling).to(q)
     how = AttentionSpec(spec.scale, spec.window, spec.soft_cap, mixer.sinks)
-    mixed = paged_attention(q, cache, step.paged, how)
+    mixed = paged_attention(q, cache, step.paged[group], how)
     if mixer.head_gate is not None:
         gate = mixer.head_gate(h)[..., None]
     if gate is not None:
@@ -161,6 +165,7 @@ def _normed_together(mixer: TorchAttention, qkv: Tensor) -> Tensor:
 def _latent_attention(mixer: TorchLatentAttention, h: Tensor, layer: int, step: Step) -> Tensor:
     """q_a -> norm -> q_b -> RoPE; kv_a -> norm, RoPE -> latents in the cache; attention over them -> o"""
     spec, batch, cache = mixer.spec, step.batch, step.cache.latents[layer]
+    group = step.cache.groups[layer]
     q, latents = mixer.inputs(h).tensor_split((-spec.kv_rank - spec.rope_dim,), dim=1)
     if mixer.q_b is not None and mixer.q_norm is not None:
         q = mixer.q_b(rms_norm(q, mixer.q_norm.weight, mixer.q_norm.eps))
@@ -176,14 +181,14 @@ def _latent_attention(mixer: TorchLatentAttention, h: Tensor, layer: int, step: 
         table.cos,
         table.sin,
         batch.rope_rows,
-        batch.slots,
+        batch.slots[group],
         cache,
         interleaved=spec.rope.interleaved,
     )
     nope, turned = q.split((spec.nope_dim, spec.rope_dim), dim=2)
     keys, values = mixer.kv_b.split((spec.nope_dim, spec.value_dim), dim=1)
     absorbed = torch.einsum("thn,hnr->thr", nope, keys)
-    mixed = latent_attention(absorbed, turned, cache, step.paged, spec.scale)
+    mixed = latent_attention(absorbed, turned, cache, step.paged[group], spec.scale)
     mixed = torch.einsum("thr,hvr->thv", mixed, values)
     if mixer.kv_bias is not None:  # that of keys adds the same to all scores of a query
         mixed = mixed + mixer.kv_bias[:, spec.nope_dim :]

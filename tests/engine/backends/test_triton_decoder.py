@@ -5,6 +5,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def triton_runner(folder: Path, cache: str = "auto", graphs: bool = True, **opti
     layers = range(runner.spec.num_layers)
     with torch.inference_mode():
         runner.model = backend.load(FolderCheckpoint(folder), runner.spec, layers, lambda i: None)
-    runner.cache = runner.model.new_cache([runner.num_blocks], runner.num_states)
+    runner.cache = runner.model.new_cache(runner.plan.blocks, runner.num_states)
     if graphs:
         with torch.inference_mode():
             runner.model.capture(again, runner.cache, runner.max_model_len)
@@ -187,6 +188,19 @@ def test_few_blocks_mean_preemption_and_the_same_tokens(either) -> None:
     runner = triton_runner(either)
     runner.num_blocks = 5  # of 16 tokens: three requests of 20 do not fit
     assert generate(runner, asked) == alone
+
+
+def test_windows_release_blocks_that_graphs_still_have_in_their_tables(tmp_path) -> None:
+    """Two requests share five blocks of the window's group: what one has passed is the other's while both decode."""
+    kinds = ["sliding_attention", "full_attention"]
+    models.build("gemma3", tmp_path, num_hidden_layers=2, layer_types=kinds)
+    asked = [(prompt(n, n), {"temperature": 0.0, "max_tokens": 12}) for n in (38, 45)]
+    alone = generate(torch_runner(tmp_path, "float32"), asked, at_once=False)
+    runner = triton_runner(tmp_path, max_num_batched_tokens=24)
+    assert [group.window for group in runner.kv_groups] == [None, 24]
+    runner.plan = replace(runner.plan, blocks=(8, 5))
+    assert generate(runner, asked) == alone
+    assert 2 in runner.model.captured.graphs._recorded
 
 
 def test_a_request_that_grows_long_has_the_other_factors(tmp_path) -> None:
