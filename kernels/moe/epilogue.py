@@ -35,6 +35,7 @@ def finish(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Write a tile of a grouped product, in float32 until then."""
     n = first + tl.arange(0, BLOCK_N)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
