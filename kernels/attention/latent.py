@@ -110,7 +110,7 @@ def latent_attention(
         config, seqs = tile_config(heads, rank, decode=False), slice(count, num_seqs)
         tokens_of_tile = config.block_m // min(heads, config.block_m)
         tiles = (tokens - count) // tokens_of_tile + num_seqs - count
-        _attend(q, turned, cache, out, batch, scale, seqs, config, tiles, 0)
+        _attend(q, turned, cache, out, batch, scale, seqs, config, tiles, None)
     return out
 
 
@@ -133,18 +133,18 @@ def _attend(
     seqs: slice,
     config: TileConfig,
     tiles: int,
-    splits: int,
+    splits: int | None,
 ) -> None:
-    """splits 0: sequences of any number of tokens; else of one, the first of the step."""
+    """splits: of the keys of sequences with one token each, the first of the step; None: chunks, which have none."""
     _, heads, rank = q.shape
     rope, tile_heads = turned.shape[2], min(heads, config.block_m)
     parts, mass = out, None
-    if splits > 1:
+    if splits is not None and splits > 1:
         shape = (tiles, heads, splits)
         parts = torch.empty(*shape, rank, dtype=torch.float32, device=q.device)
         mass = torch.empty(shape, dtype=torch.float32, device=q.device)
     tables, lengths = batch.block_tables[seqs], batch.context_lengths[seqs]
-    latent_attend_kernel[(tiles, triton.cdiv(heads, tile_heads), max(1, splits))](
+    latent_attend_kernel[(tiles, triton.cdiv(heads, tile_heads), splits or 1)](
         q,
         turned,
         cache,
@@ -169,9 +169,9 @@ def _attend(
         BLOCK_SIZE=cache.shape[1],
         BLOCK_M=config.block_m,
         TILE=config.tile,
-        SPLITS=max(1, splits),
+        SPLITS=splits or 1,
         MIN_SPLIT=MIN_SPLIT,
-        PER_SEQ=splits > 0,
+        PER_SEQ=splits is not None,
         COMPUTE=_compute_type(q.dtype, triton.knobs.runtime.interpret),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
