@@ -20,7 +20,6 @@ from .paged import ACTIVATIONS, MIN_SPLIT, PagedBatch, _card, _compute_type
 
 MAX_RANK = 512
 MAX_SPLITS = 16  # float32 results of all of them stand in the registers of one program
-CONFIG = TileConfig(16, 32, 4, 2)
 
 
 def latent_rope_and_cache(
@@ -99,15 +98,29 @@ def latent_attention(
     need_rows(name, "cache", cache, (q.dtype,), None, None, rank + turned.shape[2])
     need(cache.is_contiguous(), name, "the cache has gaps")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    count = batch.num_decodes
+    count, num_seqs = batch.num_decodes, len(batch.context_lengths)
     if count:
         seen = batch.max_context or batch.block_tables.shape[1] * cache.shape[1]
-        tiles = triton.cdiv(heads, CONFIG.block_m)
+        config = tile_config(heads, rank, decode=True)
+        tiles = triton.cdiv(heads, min(heads, config.block_m))
         wanted = num_splits(count, tiles, seen, MIN_SPLIT, _card(q.device)[1])
-        _attend(q, turned, cache, out, batch, scale, range(count), min(wanted, MAX_SPLITS))
-    if tokens > count:
-        _attend(q, turned, cache, out, batch, scale, range(count, tokens), 1)
+        splits, seqs = min(wanted, MAX_SPLITS), slice(0, count)
+        _attend(q, turned, cache, out, batch, scale, seqs, config, count, splits)
+    if count < num_seqs:
+        config, seqs = tile_config(heads, rank, decode=False), slice(count, num_seqs)
+        tokens_of_tile = config.block_m // min(heads, config.block_m)
+        tiles = (tokens - count) // tokens_of_tile + num_seqs - count
+        _attend(q, turned, cache, out, batch, scale, seqs, config, tiles, None)
     return out
+
+
+def tile_config(heads: int, rank: int, decode: bool) -> TileConfig:
+    """As many heads in a tile as registers hold without spills, for they read the same latents; of few heads, several
+    tokens of a chunk. The same for all cards."""
+    wide = padded_dim(rank) > 256
+    if decode:
+        return TileConfig(16, 32, 4, 2) if heads <= 16 else TileConfig(32, 16 if wide else 32, 4, 2)
+    return TileConfig(32, 32, 8 if wide else 4, 2)
 
 
 def _attend(
@@ -117,49 +130,54 @@ def _attend(
     out: Tensor,
     batch: PagedBatch,
     scale: float,
-    tokens: range,
-    splits: int,
+    seqs: slice,
+    config: TileConfig,
+    tiles: int,
+    splits: int | None,
 ) -> None:
+    """splits: of the keys of sequences with one token each, the first of the step; None: chunks, which have none."""
     _, heads, rank = q.shape
-    rope = turned.shape[2]
+    rope, tile_heads = turned.shape[2], min(heads, config.block_m)
     parts, mass = out, None
-    if splits > 1:  # the first tokens, one of each sequence
-        shape = (len(tokens), heads, splits)
+    if splits is not None and splits > 1:
+        shape = (tiles, heads, splits)
         parts = torch.empty(*shape, rank, dtype=torch.float32, device=q.device)
         mass = torch.empty(shape, dtype=torch.float32, device=q.device)
-    latent_attend_kernel[(len(tokens), triton.cdiv(heads, CONFIG.block_m), splits)](
+    tables, lengths = batch.block_tables[seqs], batch.context_lengths[seqs]
+    latent_attend_kernel[(tiles, triton.cdiv(heads, tile_heads), splits or 1)](
         q,
         turned,
         cache,
         parts,
         mass,
-        batch.block_tables,
-        batch.query_starts,
-        batch.context_lengths,
-        len(batch.context_lengths),
-        tokens.start,
+        tables,
+        batch.query_starts[seqs.start :],
+        lengths,
+        len(lengths),
         q.stride(0),
         q.stride(1),
         turned.stride(0),
         turned.stride(1),
-        batch.block_tables.stride(0),
+        tables.stride(0),
         scale,
         HEADS=heads,
+        TILE_HEADS=tile_heads,
         RANK=rank,
         ROPE=rope,
         DIM=padded_dim(rank),
         ROPE_DIM=max(16, padded_dim(rope)),
         BLOCK_SIZE=cache.shape[1],
-        BLOCK_M=CONFIG.block_m,
-        TILE=CONFIG.tile,
-        SPLITS=splits,
+        BLOCK_M=config.block_m,
+        TILE=config.tile,
+        SPLITS=splits or 1,
         MIN_SPLIT=MIN_SPLIT,
+        PER_SEQ=splits is not None,
         COMPUTE=_compute_type(q.dtype, triton.knobs.runtime.interpret),
-        num_warps=CONFIG.num_warps,
-        num_stages=CONFIG.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     if mass is not None:
-        reduce_kernel[(len(tokens), heads)](
+        reduce_kernel[(tiles, heads)](
             parts,
             mass,
             out,
@@ -169,7 +187,7 @@ def _attend(
             out.stride(1),
             HEAD_DIM=rank,
             DIM=padded_dim(rank),
-            TILE=CONFIG.tile,
+            TILE=config.tile,
             SPLITS=splits,
             MIN_SPLIT=MIN_SPLIT,
             WINDOW=0,

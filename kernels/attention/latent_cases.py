@@ -9,7 +9,7 @@ import triton.language as tl
 from ..measure.compile_cases import CompileCase
 from .attend import reduce_kernel
 from .config import padded_dim
-from .latent import CONFIG, MAX_SPLITS
+from .latent import MAX_SPLITS, tile_config
 from .latent_kernels import latent_attend_kernel, latent_rope_kernel
 from .paged import MIN_SPLIT
 
@@ -17,10 +17,10 @@ COMPUTE = {"fp16": tl.float16, "bf16": tl.bfloat16}
 
 
 def latent_cases() -> list[CompileCase]:
-    """The sizes of a card do not matter: one configuration serves all from 8.0 on."""
+    """A configuration serves all cards from 8.0 on."""
     cases = [
         _attend(heads, rank, rope, splits, dtype)
-        for heads, rank, rope in ((128, 512, 64), (40, 256, 32))
+        for heads, rank, rope in ((128, 512, 64), (16, 512, 64), (40, 256, 32))
         for splits in (MAX_SPLITS, 1)
         for dtype in ("bf16", "fp16")
     ]
@@ -39,26 +39,29 @@ def _attend(heads: int, rank: int, rope: int, splits: int, dtype: str) -> Compil
         "out_ptr": "*fp32" if splits > 1 else f"*{dtype}",
         "mass_ptr": "*fp32" if splits > 1 else None,
         **dict.fromkeys(("table_ptr", "start_ptr", "length_ptr"), "*i32"),
-        **dict.fromkeys(("num_seqs", "first_token", "table_stride"), "i32"),
+        **dict.fromkeys(("num_seqs", "table_stride"), "i32"),
         **dict.fromkeys(("q_stride_token", "q_stride_head"), "i32"),
         **dict.fromkeys(("turned_stride_token", "turned_stride_head"), "i32"),
         "softmax_scale": "fp32",
     }
+    config = tile_config(heads, rank, decode=splits > 1)
     constants = {
         "HEADS": heads,
+        "TILE_HEADS": min(heads, config.block_m),
         "RANK": rank,
         "ROPE": rope,
         "DIM": padded_dim(rank),
         "ROPE_DIM": max(16, padded_dim(rope)),
         "BLOCK_SIZE": 16,
-        "BLOCK_M": CONFIG.block_m,
-        "TILE": CONFIG.tile,
+        "BLOCK_M": config.block_m,
+        "TILE": config.tile,
         "SPLITS": splits,
         "MIN_SPLIT": MIN_SPLIT,
+        "PER_SEQ": splits > 1,
         "COMPUTE": COMPUTE[dtype],
     }
     name = f"{'decode' if splits > 1 else 'prefill'}-{heads}x{rank}-{dtype}"
-    return _case(name, latent_attend_kernel, signature, constants, CONFIG.num_warps)
+    return _case(name, latent_attend_kernel, signature, constants, config.num_warps)
 
 
 def _reduce(rank: int) -> CompileCase:
@@ -71,7 +74,7 @@ def _reduce(rank: int) -> CompileCase:
     constants = {
         "HEAD_DIM": rank,
         "DIM": padded_dim(rank),
-        "TILE": CONFIG.tile,
+        "TILE": 32,
         "SPLITS": MAX_SPLITS,
         "MIN_SPLIT": MIN_SPLIT,
         "WINDOW": 0,
@@ -118,7 +121,7 @@ def _case(
         kinds | dict.fromkeys(constants, "constexpr"),
         absent | constants,
         num_warps,
-        num_stages=CONFIG.num_stages,
+        num_stages=2,
         min_cc=80,
         aligned=(*pointers, *strides),
     )

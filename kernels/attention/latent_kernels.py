@@ -1,7 +1,8 @@
 """The device side of `latent.py`: what a token leaves in the cache, and attention of its heads over latents.
 
-A program attends with BLOCK_M heads of one token, as all heads read one vector of each token: with 16 heads a tile of
-latents serves 16 rows of both products, once as keys and once as values.
+All heads read one vector of each token, so heads are rows of a tile as tokens are: a program has BLOCK_M // TILE_HEADS
+tokens of a sequence, found as attend.py does, with TILE_HEADS heads each. A tile of latents serves all of them, once as
+keys and once as values.
 
     q [heads, RANK] . c      turned [heads, ROPE] . r      softmax      weights . c -> [heads, RANK]
           cache, a token     [ c: RANK | r: ROPE ]
@@ -12,7 +13,7 @@ Splits of the keys are those of attend.py, whose `reduce_kernel` weighs them.
 import triton
 import triton.language as tl
 
-from .attend import LOG2E, NONE, _split_length
+from .attend import LOG2E, NONE, _sequence_of, _split_length
 
 
 @triton.jit
@@ -80,21 +81,10 @@ def latent_rope_kernel(
 
 
 @triton.jit
-def _sequence_of(token, start_ptr, num_seqs):
-    """The last sequence that starts at or before a token."""
-    low, high = token * 0, num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        starts = tl.load(start_ptr + middle) <= token
-        low = tl.where(starts, middle, low)
-        high = tl.where(starts, high, middle)
-    return low
-
-
-@triton.jit
 def _walk(
     q,
     turned,
+    position,
     begin,
     end,
     table,
@@ -127,8 +117,9 @@ def _walk(
         r = tl.load(row[:, None] + RANK + rope_dims[None, :], mask=r_known, other=0.0)
         products = tl.dot(q, tl.trans(c))
         products = tl.dot(turned, tl.trans(r.to(COMPUTE)), products)
-        logits = tl.where(live[None, :], products * factor, NONE)
-        new_top = tl.maximum(top, tl.max(logits, 1))  # of a tile with one key at least: no -inf
+        seen = live[None, :] & (at[None, :] <= position[:, None])
+        logits = tl.where(seen, products * factor, NONE)
+        new_top = tl.maximum(top, tl.max(logits, 1))  # every row sees the first key: no -inf
         weights = tl.exp2(logits - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         mass = mass * shrink + tl.sum(weights, 1)
@@ -137,7 +128,10 @@ def _walk(
     return top, mass, acc
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "start_ptr", "length_ptr"],
+)
 def latent_attend_kernel(
     q_ptr,  # [T, HEADS, RANK]
     turned_ptr,  # [T, HEADS, ROPE]
@@ -148,7 +142,6 @@ def latent_attend_kernel(
     start_ptr,  # int32 [num_seqs + 1]
     length_ptr,  # int32 [num_seqs]
     num_seqs,
-    first_token,
     q_stride_token,
     q_stride_head,
     turned_stride_token,
@@ -156,6 +149,7 @@ def latent_attend_kernel(
     table_stride,
     softmax_scale,
     HEADS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     DIM: tl.constexpr,
@@ -165,13 +159,23 @@ def latent_attend_kernel(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
+    PER_SEQ: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Grid: (tokens, tiles of heads, SPLITS); tokens from first_token on."""
-    token, split = first_token + tl.program_id(0), tl.program_id(2)
-    seq = _sequence_of(token, start_ptr, num_seqs)
-    end = tl.load(length_ptr + seq) - (tl.load(start_ptr + seq + 1) - token) + 1
-    begin = split * 0
+    """Grid: (tiles, tiles of heads, SPLITS). PER_SEQ: a tile is one sequence, of one token."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
+    split = tl.program_id(2)
+    seq, first_tile = tl.program_id(0), tl.program_id(0)
+    if not PER_SEQ:
+        seq, first_tile = _sequence_of(tl.program_id(0), start_ptr, num_seqs, BLOCK_Q)
+    query_start = tl.load(start_ptr + seq)
+    num_queries = tl.load(start_ptr + seq + 1) - query_start
+    index = tl.cdiv(num_queries, BLOCK_Q) - 1 - (tl.program_id(0) - first_tile)
+    if index < 0:
+        return
+    context = tl.load(length_ptr + seq)
+    begin = index * 0
+    end = tl.minimum(context - num_queries + (index + 1) * BLOCK_Q, context)
     if SPLITS > 1:
         length = _split_length(begin, end, SPLITS, MIN_SPLIT, TILE)
         begin += split * length
@@ -179,18 +183,21 @@ def latent_attend_kernel(
             return
         end = tl.minimum(begin + length, end)
 
-    head = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims, rope_dims = tl.arange(0, DIM), tl.arange(0, ROPE_DIM)
-    row = token.to(tl.int64)
-    live = (head < HEADS)[:, None] & (dims < RANK)[None, :]
-    q_at = q_ptr + row * q_stride_token + head[:, None] * q_stride_head + dims[None, :]
-    q = tl.load(q_at, mask=live, other=0.0).to(COMPUTE)
-    turned_at = turned_ptr + row * turned_stride_token + head[:, None] * turned_stride_head
-    turned_live = (head < HEADS)[:, None] & (rope_dims < ROPE)[None, :]
-    turned = tl.load(turned_at + rope_dims[None, :], mask=turned_live, other=0.0).to(COMPUTE)
+    rows, dims, rope_dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM), tl.arange(0, ROPE_DIM)
+    query = index * BLOCK_Q + rows // TILE_HEADS
+    head = tl.program_id(1) * TILE_HEADS + rows % TILE_HEADS
+    is_row = (rows < BLOCK_Q * TILE_HEADS) & (query < num_queries) & (head < HEADS)
+    token = (query_start + query).to(tl.int64)
+    live = is_row[:, None] & (dims < RANK)[None, :]
+    q_at = (token * q_stride_token + head * q_stride_head)[:, None] + dims[None, :]
+    q = tl.load(q_ptr + q_at, mask=live, other=0.0).to(COMPUTE)
+    turned_at = (token * turned_stride_token + head * turned_stride_head)[:, None]
+    turned_live = is_row[:, None] & (rope_dims < ROPE)[None, :]
+    turned = tl.load(turned_ptr + turned_at + rope_dims[None, :], mask=turned_live, other=0.0)
     top, mass, acc = _walk(
         q,
-        turned,
+        turned.to(COMPUTE),
+        context - num_queries + query,
         begin,
         end,
         table_ptr + seq.to(tl.int64) * table_stride,
@@ -207,9 +214,9 @@ def latent_attend_kernel(
     )
     safe_mass = tl.where(mass > 0, mass, 1.0)
     result = acc / safe_mass[:, None]
-    place = (row * HEADS + head) * SPLITS + split
+    place = (token * HEADS + head) * SPLITS + split
     out_at = out_ptr + place[:, None] * RANK + dims[None, :]
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=live)
     if SPLITS > 1:
         log_mass = tl.where(mass > 0, top + tl.log2(safe_mass), NONE)
-        tl.store(mass_ptr + place, log_mass, mask=head < HEADS)
+        tl.store(mass_ptr + place, log_mass, mask=is_row)

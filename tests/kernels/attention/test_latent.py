@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import (  # noqa: F401  (a fixture)
-    ATTENTION_TOLERANCE,
-    BF16,
-    BLOCK,
-    DEVICE,
-    HALF,
-    on_device,
-)
-from torch import Tensor
+from kernel_cases import BF16, DEVICE, HALF, on_device  # noqa: F401  (a fixture)
+from latent_case import LatentCase
 
 from nibble.architectures.base import Rope
 from nibble.engine.backends.torch.layers import RMSNorm, RopeTable, apply_rope
 from nibble.kernels.attention import latent
 from nibble.kernels.attention.latent import latent_attention, latent_rope_and_cache
-from nibble.kernels.attention.paged import PagedBatch
 from nibble.kernels.errors import KernelArgumentError
 
 
@@ -26,79 +18,24 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent, "MIN_SPLIT", 32)
 
 
-class Case:
-    """Sequences of (context, queries), their latents in a paged cache whose every other place is poisoned."""
-
-    def __init__(
-        self,
-        lengths: list[tuple[int, int]],
-        decodes: int,
-        heads: int,
-        rank: int,
-        rope: int,
-        dtype: torch.dtype = HALF,
-        **batch: int,
-    ):
-        torch.manual_seed(heads + rank + len(lengths))
-        counts = [-(-context // BLOCK) for context, _ in lengths]
-        tables = torch.full((len(lengths), max(counts) + 1), 2**31 - 1, dtype=torch.int32)
-        self.cache = torch.full((sum(counts) + 3, BLOCK, rank + rope), float("nan"), dtype=dtype)
-        free = torch.randperm(len(self.cache)).tolist()
-        self.lengths, self.scale, self.latents = lengths, (rank + rope) ** -0.5, []
-        for row, (context, _) in enumerate(lengths):
-            blocks = [free.pop() for _ in range(counts[row])]
-            tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-            seen = torch.randn(context, rank + rope).to(dtype)
-            at = torch.arange(context)
-            self.cache[tables[row, at // BLOCK].long(), at % BLOCK] = seen
-            self.latents.append(seen.double())
-        starts = torch.tensor([0] + [queries for _, queries in lengths]).cumsum(0).int()
-        contexts = torch.tensor([context for context, _ in lengths]).int()
-        self.batch = PagedBatch(tables, starts, contexts, decodes, **batch)
-        both = torch.randn(int(starts[-1]), heads, rank + rope + 1).to(dtype)
-        self.q, self.turned = both[..., :rank], both[..., rank : rank + rope]
-
-    def expected(self) -> Tensor:
-        out, first = [], 0
-        for (context, queries), seen in zip(self.lengths, self.latents, strict=True):
-            rows = slice(first, first + queries)
-            first += queries
-            q = torch.cat((self.q[rows], self.turned[rows]), 2).double()
-            if not context:
-                out.append(torch.zeros_like(self.q[rows]).double())
-                continue
-            scores = torch.einsum("qhd,kd->hqk", q, seen) * self.scale
-            position = torch.arange(context - queries, context)[:, None]
-            scores = scores.masked_fill(torch.arange(context) > position, float("-inf"))
-            found = torch.einsum("hqk,kd->qhd", scores.softmax(-1), seen)
-            out.append(found[..., : self.q.shape[2]])
-        return torch.cat(out)
-
-    def check(self) -> None:
-        out = latent_attention(self.q, self.turned, self.cache, self.batch, self.scale)
-        assert out.shape == self.q.shape and out.dtype == self.q.dtype
-        bound = ATTENTION_TOLERANCE[self.q.dtype]
-        torch.testing.assert_close(out.double(), self.expected(), atol=bound, rtol=4 * bound)
-
-
 @pytest.mark.parametrize(
     ("heads", "rank", "rope", "dtype"),
-    [(5, 32, 16, HALF), (20, 48, 8, HALF), (16, 64, 32, BF16)],
+    [(5, 32, 16, HALF), (20, 48, 8, HALF), (40, 32, 16, HALF), (16, 64, 32, BF16)],
 )
 def test_decodes_and_chunks(heads: int, rank: int, rope: int, dtype: torch.dtype) -> None:
     """Contexts at the edges of tiles and blocks, an empty slot of a graph, a chunk after a prefix."""
     lengths = [(1, 1), (33, 1), (0, 1), (64, 1), (7, 7), (41, 3)]
-    Case(lengths, 4, heads, rank, rope, dtype, max_context=32).check()
+    LatentCase(lengths, 4, heads, rank, rope, dtype, max_context=32).check()
 
 
 def test_chunks_alone() -> None:
-    Case([(18, 18), (3, 2)], 0, 3, 32, 16).check()
+    LatentCase([(18, 18), (3, 2)], 0, 3, 32, 16).check()
 
 
 def test_splits_of_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a card with many multiprocessors: three splits of one, one of the other, none of an empty slot."""
     monkeypatch.setattr(latent, "num_splits", lambda *of: 4)
-    Case([(90, 1), (20, 1), (0, 1)], 3, 3, 48, 16).check()
+    LatentCase([(90, 1), (20, 1), (0, 1)], 3, 3, 48, 16).check()
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -137,7 +74,7 @@ def test_what_is_cached_is_normed_and_turned(
 
 
 def test_wrong_arguments_are_named() -> None:
-    case = Case([(3, 1)], 1, 2, 32, 16)
+    case = LatentCase([(3, 1)], 1, 2, 32, 16)
     with pytest.raises(KernelArgumentError, match=r"cache has shape \[4, 16, 48\]"):
         latent_attention(case.q, case.turned[..., 1:], case.cache, case.batch, 1.0)
     with pytest.raises(KernelArgumentError, match="at most 512"):
