@@ -86,7 +86,7 @@ def quantized(folder: Path, spec: ModelSpec, kind: str) -> FolderCheckpoint:
 
 def hidden(decoder, ids: list[int] = IDS) -> torch.Tensor:
     with torch.inference_mode():
-        return decoder.forward(Batch.of_one(ids, 16), decoder.new_cache(1)).float()
+        return decoder.forward(Batch.of_one(ids, 16), decoder.new_cache([1])).float()
 
 
 @pytest.mark.parametrize("kind", KINDS)
