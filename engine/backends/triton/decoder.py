@@ -31,7 +31,7 @@ from ..torch.decoder import TorchDecoder, TorchLayer
 from ..torch.layers import scaled, soft_cap
 from .batch import BatchForm, DeviceBatch, StaticBatch, upload
 from .cache import TritonCache
-from .feed_forward import feed_forward
+from .feed_forward import feed_forward, warm_up_tokens
 from .graphs import CudaRecorder, DecodeGraphs, Record
 from .mixers import Step, joined_tables, mix
 from .residual import Residual
@@ -81,8 +81,10 @@ class TritonDecoder:
     def warm_up(self, cache: TritonCache, max_model_len: int) -> None:
         """Prompts of each size that the products have a path of their own for, then graphs of decode steps. Compiled
         kernels stay on disk, so this takes seconds once and milliseconds from then on."""
-        for tokens in _WARM_UP_TOKENS:
-            count = min(tokens, self.config.max_num_batched_tokens, max_model_len)
+        most = min(self.config.max_num_batched_tokens, max_model_len)
+        mlps = [layer.mlp for layer in self.weights.layers]
+        lengths = {*_WARM_UP_TOKENS, *warm_up_tokens(mlps)}
+        for count in sorted({min(length, most) for length in lengths}):
             batch = Batch.of_one([1] * count, cache.block_size)
             self.forward(batch, self.new_cache([batch.num_blocks]))
         self.capture(CudaRecorder(self.device), cache, max_model_len)

@@ -6,6 +6,7 @@ backend does it; the log says why. Then the host waits in each such layer, and n
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,6 +17,7 @@ from ....kernels.fused.activation import gated
 from ....kernels.moe.experts import ExpertMlps, Gating, experts
 from ....kernels.moe.route import route
 from ....kernels.moe.routing import Routing
+from ....kernels.moe.tiles import tokens_of_tiles
 from ....kernels.moe.weight import ExpertWeight, stack, why_not_stacked
 from ..torch.feed_forward import (
     TorchExperts,
@@ -58,6 +60,17 @@ def feed_forward(mlp: TorchFeedForward | None, h: Tensor) -> Tensor:
     if _host_chooses(mlp) and _is_captured(h):
         raise RuntimeError("the host looks at which experts are chosen")
     return mlp(h)
+
+
+def warm_up_tokens(mlps: Iterable[TorchFeedForward | None]) -> set[int]:
+    """Lengths of prompts from which on experts take other tiles, which are compiled when they are first needed."""
+    every = [mlp.experts if isinstance(mlp, TorchMlpBesideExperts) else mlp for mlp in mlps]
+    routings = {each.routing for each in every if isinstance(each, TritonExperts)}
+    return {
+        tokens
+        for routing in routings
+        for tokens in tokens_of_tiles(routing.num_experts, routing.top_k)
+    }
 
 
 def _is_captured(x: Tensor) -> bool:

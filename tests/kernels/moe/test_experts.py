@@ -19,7 +19,7 @@ from nibble.kernels.dequant_gemm.tiles import Tile
 from nibble.kernels.errors import KernelArgumentError
 from nibble.kernels.moe import experts as module
 from nibble.kernels.moe.experts import ExpertMlps, Gating, experts
-from nibble.kernels.moe.tiles import gemv_tokens, tile
+from nibble.kernels.moe.tiles import gemv_tokens, tile, tokens_of_tiles
 from nibble.kernels.moe.weight import Weight, stack, why_not_stacked
 from nibble.quant.weight import QuantizedWeight
 
@@ -291,6 +291,16 @@ def test_arguments_are_checked() -> None:
             experts(wrong, weights, chosen, found)
     with pytest.raises(KernelArgumentError, match="activation is 'mish'"):
         Gating("mish")
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (5, 3), (32, 32)])
+def test_each_tile_has_its_first_number_of_tokens(num_experts: int, top_k: int) -> None:
+    def of(tokens: int) -> Tile:
+        return tile(90, -(-tokens * top_k // num_experts), 4, 128)
+
+    first = tokens_of_tiles(num_experts, top_k)
+    changes = [tokens for tokens in range(2, 1200) if of(tokens) != of(tokens - 1)]
+    assert [1, *changes] == list(first)
 
 
 @pytest.mark.parametrize("cc", [75, 80, 86, 89, 90, 100, 120])
