@@ -7,10 +7,7 @@ bit of a code   3      2  1       0
 import triton
 import triton.language as tl
 
-from ..dequant_gemm.decode import INTERPRETED
-
-_FP16_E2M1 = tl.constexpr("{ .reg .b32 t; fma.rn.f16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
-_BF16_E2M1 = tl.constexpr("{ .reg .b32 t; fma.rn.bf16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
+from ..dequant_gemm.decode import INTERPRETED, times
 
 
 @triton.jit
@@ -28,25 +25,7 @@ def e2m1(packed, zero, PLANE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constex
         even = pair.to(tl.int16).to(tl.float16, bitcast=True) * 2.0**15
         odd = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True) * 2.0**15
         return even, odd
-    if BF16:
-        even, odd = tl.inline_asm_elementwise(
-            _BF16_E2M1,
-            "=h,=h,r,r,r",
-            [pair, 0x7F007F00, -2147450880],
-            (tl.bfloat16, tl.bfloat16),
-            True,
-            1,
-        )
-    else:
-        even, odd = tl.inline_asm_elementwise(
-            _FP16_E2M1,
-            "=h,=h,r,r,r",
-            [pair, 0x78007800, -2147450880],
-            (tl.float16, tl.float16),
-            True,
-            1,
-        )
-    return even, odd
+    return times(pair, 0x7F007F00 if BF16 else 0x78007800, BF16)
 
 
 @triton.jit

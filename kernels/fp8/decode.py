@@ -3,10 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..dequant_gemm.decode import INTERPRETED
-
-_FP16_E4M3 = tl.constexpr("{ .reg .b32 t; fma.rn.f16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
-_BF16_E4M3 = tl.constexpr("{ .reg .b32 t; fma.rn.bf16x2 t, $2, $3, $4; mov.b32 {$0, $1}, t; }")
+from ..dequant_gemm.decode import INTERPRETED, times
 
 
 @triton.jit
@@ -22,25 +19,7 @@ def e4m3(packed, zero, PLANE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constex
         even = pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) * FACTOR
         odd = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32) * FACTOR
         return even.to(DTYPE), odd.to(DTYPE)
-    if BF16:
-        even, odd = tl.inline_asm_elementwise(
-            _BF16_E4M3,
-            "=h,=h,r,r,r",
-            [pair, 0x7B807B80, -2147450880],
-            (tl.bfloat16, tl.bfloat16),
-            True,
-            1,
-        )
-    else:
-        even, odd = tl.inline_asm_elementwise(
-            _FP16_E4M3,
-            "=h,=h,r,r,r",
-            [pair, 0x5C005C00, -2147450880],
-            (tl.float16, tl.float16),
-            True,
-            1,
-        )
-    return even, odd
+    return times(pair, 0x7B807B80 if BF16 else 0x5C005C00, BF16)
 
 
 @triton.jit
