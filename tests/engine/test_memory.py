@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nibble.architectures.base import Experts, GatedMlp, MlpBesideExperts, SharedExpert
+from nibble.architectures.base import AltUp, Experts, GatedMlp, MlpBesideExperts, SharedExpert
 from nibble.architectures.registry import model_spec
 from nibble.engine import memory
 from nibble.engine.config import EngineConfig
@@ -60,6 +60,15 @@ def test_the_cache_gets_its_share_after_the_activations(machine) -> None:
     assert plan.num_blocks == (4000 * 1024 * 4 // 10 - ACTIVATIONS) // BLOCK
     assert plan.kv_cache == plan.num_blocks * BLOCK
     assert plan.max_model_len == 512
+
+
+def test_streams_of_hidden_states_are_in_the_plan() -> None:
+    """In float32 in C++: all of them, what the mixer reads, and a product of that size at a time."""
+    without = memory.activation_bytes(config(), MODEL, torch.bfloat16, CPU)
+    streams = replace(MODEL, alt_up=AltUp(4, 0))
+    more = memory.activation_bytes(config(), streams, torch.bfloat16, CPU) - without
+    needed = 32 * MODEL.hidden_size * 4 * (4 + 1)
+    assert needed <= more <= 2 * needed
 
 
 def test_no_more_is_planned_than_the_batch_can_fill(machine) -> None:

@@ -36,13 +36,11 @@ class CppCache:
     """Anonymous pages, so a block and a state cost memory from their first use on."""
 
     pages: Tensor  # uint8
-    layers: list[
-        Tensor
-    ]  # of these, each layer's [blocks, bytes of a block]; 0 bytes where it has none of its own
+    # of these, each layer's [blocks, bytes of a block]; 0 bytes where it has none of its own
+    layers: list[Tensor]
     groups: ctypes.Array[ctypes.c_int32]  # KV group of each layer; 0 where it sees no cache
-    offsets: ctypes.Array[
-        ctypes.c_int64
-    ]  # of each layer's cache in pages, or of that which it reads
+    # of each layer's cache in pages, or of that which it reads
+    offsets: ctypes.Array[ctypes.c_int64]
     num_groups: int
     int8: bool
     states: Tensor  # float32

@@ -554,8 +554,10 @@ def checkpoint_of(spec: ModelSpec, folder: Path) -> FolderCheckpoint:
             tensors[f"{prefix}self_attn.sinks"] = normal(layer.mixer.num_heads, scale=1.0)
     if (streams := spec.alt_up) is not None:
         n, hidden = streams.num_streams, spec.hidden_size
-        for name in (*streams.projections, *streams.unprojections):
-            tensors[f"{spec.prefix}{name}.weight"] = normal(hidden, hidden)
+        for names in (streams.projections, streams.unprojections):
+            for i, name in enumerate(names):  # what the first gives is too short to be made as long
+                scale = 0.15 if i else 1e-4
+                tensors[f"{spec.prefix}{name}.weight"] = normal(hidden, hidden, scale=scale)
         for index in range(spec.num_layers):
             prefix = f"{spec.layer_name(index)}.altup."
             tensors[f"{prefix}router_norm.weight"] = 1 + normal(hidden)
