@@ -3,8 +3,10 @@ frame preceded by its length as a 4-byte little-endian integer. Never pickle. Im
 
     API process                             engine process
       AddRequest, AbortRequests, Shutdown  ->
+      CompileGrammar                       ->
       Ping                                 ->
                                            <-  Pong                 by the loop, between two steps
+                                           <-  GrammarCompiled      as soon as it is
                                            <-  Ready | Fatal        once, after loading
                                            <-  StepOutputs          after every step with news
 """
@@ -24,6 +26,18 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
 
 class AbortRequests(msgspec.Struct, tag="abort"):
     request_ids: list[str]
+
+
+class CompileGrammar(msgspec.Struct, tag="compile"):
+    """Have a grammar ready for requests that are about to come. Answered by GrammarCompiled."""
+
+    key: int
+    grammar: str  # llguidance's form
+
+
+class GrammarCompiled(msgspec.Struct, tag="compiled"):
+    key: int
+    error: str  # empty, or why it cannot be kept to, fit for the client to read
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
@@ -102,8 +116,8 @@ class Fatal(msgspec.Struct, tag="fatal"):
     exit_code: int = 1
 
 
-ToEngine = AddRequest | AbortRequests | Shutdown | Ping
-FromEngine = Ready | Fatal | StepOutputs | Pong
+ToEngine = AddRequest | AbortRequests | CompileGrammar | Shutdown | Ping
+FromEngine = Ready | Fatal | StepOutputs | Pong | GrammarCompiled
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

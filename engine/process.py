@@ -9,11 +9,14 @@ Linux, when the parent dies in any way at all. SIGINT and SIGTERM are left to th
 terminal or a service manager sends them to both.
 """
 
+import contextlib
 import gc
 import logging
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,10 +27,12 @@ from .core import EngineCore
 from .messages import (
     AbortRequests,
     AddRequest,
+    CompileGrammar,
     EngineStats,
     Fatal,
     FrameReader,
     FromEngine,
+    GrammarCompiled,
     Ping,
     Pong,
     RequestOutput,
@@ -38,6 +43,11 @@ from .messages import (
     frame,
 )
 from .request import FinishReason
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from llguidance import LLMatcher
 
 logger = logging.getLogger("nibble.engine")  # __name__ is __main__ here
 
@@ -54,6 +64,7 @@ class Channel:
     def __init__(self, sock: socket.socket):
         self._sock = sock
         self._frames = FrameReader()
+        self._sending = threading.Lock()  # threads that compile grammars send, too
 
     def receive(self, wait: bool) -> list[bytes]:
         """Every frame that has arrived whole; if `wait`, at least one. Raises Closed."""
@@ -71,7 +82,8 @@ class Channel:
 
     def send(self, message: FromEngine) -> None:
         try:
-            self._sock.sendall(frame(message))
+            with self._sending:
+                self._sock.sendall(frame(message))
         except (BrokenPipeError, ConnectionError):
             raise Closed from None
 
@@ -111,9 +123,19 @@ class EngineLoop:
                         message.request_id, finish_reason=FinishReason.ERROR, error=str(error)
                     )
                 ]
+        elif isinstance(message, CompileGrammar):
+            self._compile(message)
         elif isinstance(message, Ping):
             self.channel.send(Pong())
         return []
+
+    def _compile(self, message: CompileGrammar) -> None:
+        def tell(compiled: "Future[LLMatcher]") -> None:
+            error = compiled.exception()
+            with contextlib.suppress(Closed):  # the loop finds that out for itself
+                self.channel.send(GrammarCompiled(message.key, "" if error is None else str(error)))
+
+        self.core.grammars.compile(message.grammar).add_done_callback(tell)
 
     def _report(self, outputs: list[RequestOutput]) -> None:
         stats = self.core.stats()

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from .grammar.structured_outputs import StructuredOutputs
+
 if TYPE_CHECKING:
+    from .grammar.state import GrammarState
     from .messages import TokenLogprobs
 
 UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
@@ -61,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     )
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def verify(self, vocab_size: int) -> None:
         """Raise ParameterError naming the first field that is out of range."""
@@ -154,6 +158,7 @@ class Request:
     state_from: int | None = None  # a snapshot that its next step goes on from, not its own slot
     fork: int = 0  # tokens whose keys and values were found when it was admitted, state or not
     passing_snapshot: bytes | None = None  # name of its newest within a prompt or an answer
+    grammar: "GrammarState | None" = None  # what its output must be
     block_hashes: list[bytes] = field(default_factory=list)  # names of the blocks its tokens fill
     status: Status = Status.WAITING
     num_preemptions: int = 0

@@ -149,7 +149,7 @@ class Runner:
 
     def _fail(self, item: ScheduledRequest, result: StepResult) -> None:
         """Clear this step's blocks (those before may be shared, and are whole), and the state."""
-        result.errors[item.request.request_id] = NOT_FINITE
+        result.errors.setdefault(item.request.request_id, NOT_FINITE)
         first = item.start // self.block_size
         blocks = [table[first:] for table in item.request.block_tables]
         self.cache.clear(blocks, item.request.state_slot)

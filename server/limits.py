@@ -28,6 +28,10 @@ MAX_MESSAGES = 4096
 MAX_TOKENIZE_TOKENS = 2**17  # of /tokenize, or the context where that is longer, and of /detokenize
 MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
+MAX_GRAMMAR_CHARS = 2**18
+MAX_CHOICES = 4096
+MAX_TOOLS = 1024
+MAX_TOOL_CALLS = 1024  # of one message
 MAX_HEADER_BYTES = 65536  # h11: request line and headers together
 
 # The variables a request may set in the chat template. An allowlist: any other name could be an argument of the

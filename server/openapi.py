@@ -15,7 +15,7 @@ from ..engine.request import MAX_INT
 from . import metrics
 from .auth import OPEN_PATHS
 from .openai import chat, completions, tokenize
-from .openai.sampling import PROMPT_TEXT, TOKEN_ID
+from .openai.fields import PROMPT_TEXT, TOKEN_ID
 from .serving import Phase, Serving
 
 JsonSchema = dict[str, Any]

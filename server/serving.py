@@ -16,6 +16,7 @@ from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..engine.client import AsyncEngine
+    from ..engine.text.chat_output import ChatOutput
     from ..engine.text.renderer import Renderer
     from ..engine.text.tokenizer import Tokenizer
 
@@ -40,14 +41,20 @@ class Serving:
         self.model_names = model_names
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING
-        self._loaded: tuple[AsyncEngine, Tokenizer, Renderer] | None = None
+        self._loaded: tuple[AsyncEngine, Tokenizer, Renderer, ChatOutput] | None = None
         self.active_sequences = 0
         self.idle = asyncio.Event()
         self.idle.set()
         self.metrics = Metrics(model_names[0])
 
-    def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer", renderer: "Renderer") -> None:
-        self._loaded = engine, tokenizer, renderer
+    def ready(
+        self,
+        engine: "AsyncEngine",
+        tokenizer: "Tokenizer",
+        renderer: "Renderer",
+        output: "ChatOutput",
+    ) -> None:
+        self._loaded = engine, tokenizer, renderer, output
         self.metrics.watch(engine)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
@@ -75,7 +82,11 @@ class Serving:
     def renderer(self) -> "Renderer":
         return self._all()[2]
 
-    def _all(self) -> "tuple[AsyncEngine, Tokenizer, Renderer]":
+    @property
+    def output(self) -> "ChatOutput":
+        return self._all()[3]
+
+    def _all(self) -> "tuple[AsyncEngine, Tokenizer, Renderer, ChatOutput]":
         if self._loaded is None:
             raise errors.loading()
         return self._loaded

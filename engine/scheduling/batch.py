@@ -62,6 +62,8 @@ class StepResult:
     """
 
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    # What a grammar wants behind `tokens`. Nothing of these has been computed.
+    forced: dict[str, list[int]] = field(default_factory=dict)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # one for each of tokens
     # One entry per computed prompt position p in the chunk, scoring token p + 1; the scheduler strings chunks together.
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)

@@ -202,6 +202,17 @@ class Tokenizer:
         )
         return self.encode(text, add_special_tokens=False, marked=True)
 
+    @property
+    def chat_template(self) -> str:
+        """That of conversations with tools, where there are two; empty where there is none."""
+        return self._chat_templates.get("tool_use") or self._chat_templates.get("default", "")
+
+    @cached_property
+    def special_token_ids(self) -> dict[str, int]:
+        """Content -> id of the special tokens."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special}
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The tokens that `decode` skips with skip_special_tokens."""

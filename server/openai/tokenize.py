@@ -12,8 +12,8 @@ from .. import errors, limits
 from ..serving import Serving
 from .answer import json_response
 from .chat import Messages, TemplateKwargs
+from .fields import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
 from .prompt import encode_chat, encode_texts
-from .sampling import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
 
 
 def _one_without_the_other(field: str, type: str, other: str) -> dict[str, Any]:
