@@ -119,9 +119,10 @@ class CallWriter:
 class Answer:
     """What readers share: the text, and where its parts go."""
 
-    def __init__(self, tools: Sequence[Tool], new_call_id: Callable[[], str], reasoning: bool):
+    def __init__(self, tools: Sequence[Tool], new_call_id: Callable[[], str], after_mark: bool):
+        """`after_mark`: the prompt ends in a mark that the content follows on."""
         self.feed = Feed()
-        self.content = TextWriter(marked=reasoning)
+        self.content = TextWriter(marked=after_mark)
         self.reasoning = TextWriter(marked=True)
         self.calls = CallWriter(new_call_id)
         self._parameters = {tool.name: tool.parameters for tool in tools}

@@ -30,7 +30,7 @@ class Marks:
         self.all = frozenset(marks)
         self.find = re.compile("|".join(map(re.escape, sorted(self.all))) or r"(?!)").search
         self._prefixes = {mark[:n] for mark in self.all for n in range(1, len(mark))}
-        self._longest = max(map(len, self._prefixes), default=0)
+        self.longest = max(map(len, self.all), default=0)
 
     def is_begun(self, text: str) -> bool:
         """Whether text is a part of a mark that the mark begins with, and not all of it."""
@@ -38,7 +38,7 @@ class Marks:
 
     def tail(self, text: str, start: int) -> int:
         """The length of the longest tail of text[start:] that a mark begins with."""
-        longest = min(self._longest, len(text) - start)
+        longest = min(self.longest, len(text) - start)
         return next((n for n in range(longest, 0, -1) if text[-n:] in self._prefixes), 0)
 
 
@@ -88,9 +88,10 @@ class Feed:
             yield
 
     def match(self, *texts: str) -> Steps[str]:
-        """Read the one of the texts that comes next, and return it; "", and nothing is read, if none does."""
+        """Read the one of the texts that comes next, and return it; "", and nothing is read, if none does. One that begins
+        with another one must be named before it."""
         wanted = marks(*texts)
-        while not self._ended and wanted.is_begun(self._text[self._at :]):
+        while not self._ended and wanted.is_begun(self._text[self._at : self._at + wanted.longest]):
             yield
         found = next((text for text in texts if self._text.startswith(text, self._at)), "")
         self._read(self._at + len(found), ignore)

@@ -56,7 +56,7 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
 
     def is_closed(self, prompt_tail: str) -> bool:
         """Whether the prompt has ended the reasoning already."""
-        return prompt_tail.rstrip().endswith(self.ends)
+        return bool(self.ends) and prompt_tail.rstrip().endswith(self.ends)
 
 
 class OutputFormat(msgspec.Struct, frozen=True):
@@ -75,7 +75,8 @@ class OutputFormat(msgspec.Struct, frozen=True):
     def parser(self, tools: Sequence[Tool] = (), prompt_tail: str = "") -> OutputParser:
         """A parser of one answer. `prompt_tail`: the end of the prompt, some hundred characters of it."""
         tool, reasoning = self.tool, self.reasoning
-        answer = Answer(tools, tool.new_call_id if tool else new_call_id, bool(reasoning))
+        after_mark = bool(reasoning and reasoning.is_closed(prompt_tail))
+        answer = Answer(tools, tool.new_call_id if tool else new_call_id, after_mark)
         for each in (tool, reasoning):
             if each and each.read_all:
                 return OutputParser(answer, each.read_all(answer, prompt_tail))
@@ -111,7 +112,10 @@ class OutputFormat(msgspec.Struct, frozen=True):
                 "this model has no format for calls" if chosen else f"there is no tool {named!r}"
             )
         lark = Lark(special_tokens or {})
-        calls = self.tool.rules(lark, chosen, parallel and named is None)
+        try:
+            calls = self.tool.rules(lark, chosen, parallel and named is None)
+        except RecursionError:
+            raise ValueError("the schema of a tool is nested too deeply") from None
         return lark.written(f"{self._before(lark, prompt_tail)} {calls}".strip())
 
     def _before(self, lark: Lark, prompt_tail: str) -> str:

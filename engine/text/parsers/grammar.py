@@ -18,6 +18,7 @@ from .typed import resolve
 
 ANY_TEXT = "/(?s:.*)/"
 _DEFINITIONS = ("$defs", "definitions")
+_MAX_REFERENCES = 8  # one after the other, to where the parameters are
 # how tojson writes it, or without spaces, or on lines of its own; bounded, for a model may not end otherwise
 _WHITE_SPACE = {"x-guidance": {"whitespace_pattern": "[ \\n]{0,12}"}}
 # what a list of parameters, each with a schema of its own, keeps; the rest are notes
@@ -83,13 +84,15 @@ class Lark:
 
     def upto(self, mark: str, terminal: str = ANY_TEXT, padding: str = "") -> str:
         """A text that fits the terminal, then the mark, which is not in the text; padding stands between the two."""
+        held = without(mark) if terminal == ANY_TEXT else f"{terminal} & {without(mark)}"
         if mark in self._special:
-            return f"{self.rule(terminal)} {self.text(padding + mark)}"
-        body = terminal if terminal != ANY_TEXT else ""
+            return f"{self._terminal(held)} {self.text(padding + mark)}"
+        return self.rule(self._terminal(f"({held}) {quoted(padding + mark)}"), "[lazy]")
+
+    def _terminal(self, body: str) -> str:
         name = f"T{len(self._rules)}"
-        held = f"{body} & {without(mark)}" if body else without(mark)
-        self._rules.append(f"{name}: ({held}) {quoted(padding + mark)}")
-        return self.rule(name, "[lazy]")
+        self._rules.append(f"{name}: {body}")
+        return name
 
     def written(self, start: str) -> str:
         return "\n".join([f"start: {start}", *self._rules, ""])
@@ -138,8 +141,9 @@ class Parameter:
 def parameters_of(schema: Mapping[str, Any], what: str) -> list[Parameter]:
     """An object's parameters one by one, for syntaxes that have no JSON object around them."""
     definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
-    while "$ref" in schema:
-        schema = resolve(schema["$ref"], {**definitions, **schema})
+    for _ in range(_MAX_REFERENCES):
+        if "$ref" in schema:
+            schema = resolve(schema["$ref"], {**definitions, **schema})
     unknown = sorted(set(schema) - _PARAMETER_KEYWORDS - _NOTES)
     if unknown:
         raise ValueError(
@@ -171,11 +175,20 @@ def listed(lark: Lark, items: Sequence[tuple[str, bool]], between: str) -> str:
 
 def bare_strings(schema: Mapping[str, Any], root: Mapping[str, Any], what: str) -> list[str]:
     """Terminals for the strings of a schema as bare text, without quotes."""
+    return _bare_strings(schema, root, what, set())
+
+
+def _bare_strings(schema: Mapping[str, Any], root: Mapping[str, Any], what: str, followed: set[str]) -> list[str]:
+    """`followed`: the references whose strings are among them already."""
     if "$ref" in schema:
-        return bare_strings(resolve(schema["$ref"], root), root, what)
+        reference = str(schema["$ref"])
+        if reference in followed:
+            return []
+        followed.add(reference)
+        return _bare_strings(resolve(reference, root), root, what, followed)
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            return [found for each in schema[key] for found in bare_strings(each, root, what)]
+            return [found for each in schema[key] for found in _bare_strings(each, root, what, followed)]
     if "allOf" in schema:
         raise ValueError(
             f"{what}: this model's calls cannot hold a string to 'allOf'; leave it out of the schema"

@@ -22,7 +22,7 @@ START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", 
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 KEPT = frozenset((START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS))
 REASONING = "analysis"
-_HEADER = re.compile(r"\s*(?:assistant)?\s*(?:to=|<\|channel\|>)")
+_BROKEN_OFF = re.compile(r"\s*(?:assistant)?\s*<\|channel\|>\s*\w{0,10}\s*")  # a header with nothing to say yet
 _RECIPIENT = re.compile(r"to=([^\s<]+)")
 _CHANNEL = re.compile(re.escape(CHANNEL) + r"\s*(\w*)")
 _NOBODY = ("assistant", "user", "all")
@@ -74,7 +74,7 @@ def _read_message(answer: Answer, header: str) -> Steps[str]:
     header = "".join(pieces)
     if end == MESSAGE:
         return (yield from _read_body(answer, header))
-    if not _HEADER.match(header) or _recipient(header):
+    if not _BROKEN_OFF.fullmatch(header):
         answer.content.write(header)  # no header, or one of a call that never begins
     return end
 

@@ -77,7 +77,7 @@ def arguments(answer: Answer, name: str, dialect: Dialect) -> Steps[bool]:
 
 def _argument_name(feed: Feed, dialect: Dialect) -> Steps[str]:
     """The name of an argument and what stands between it and the value; "" if there is none."""
-    quote = yield from feed.match(*dialect.quotes) if not dialect.is_python else feed.match("**")
+    quote = "" if dialect.is_python else (yield from feed.match(*dialect.quotes))
     name = yield from feed.word(_NAME)
     if quote and not (yield from feed.match(quote)):
         return ""
@@ -104,8 +104,11 @@ def _literal(feed: Feed, sink: Sink, dialect: Dialect, depth: int) -> Steps[bool
             return (yield from _mapping(feed, sink, dialect, depth + 1))
         return (yield from _list(feed, sink, dialect, depth + 1, ")" if bracket == "(" else "]"))
     word = (yield from feed.word(dialect.word)).strip()
-    sink(_word_as_json(word) if word else "")
-    return bool(word)
+    if not word or not (yield from feed.peek()):
+        sink(word)  # which may be the beginning of another
+        return False
+    sink(_word_as_json(word))
+    return True
 
 
 def _list(feed: Feed, sink: Sink, dialect: Dialect, depth: int, end: str) -> Steps[bool]:

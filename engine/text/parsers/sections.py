@@ -79,7 +79,7 @@ def _section_call(answer: Answer, sections: Sections) -> Steps[bool]:
     if sections is DEEPSEEK and name == DEEPSEEK_KIND and (yield from feed.peek()) not in ("", "{"):
         name = yield from feed.word(_NAME)
         yield from feed.run(SPACE)
-        yield from feed.match(FENCE)
+        yield from feed.match(FENCE, FENCE_END)
     if sections is KIMI:
         name = name.removeprefix("functions.").rpartition(":")[0] or name
     yield from feed.run(SPACE)
@@ -124,11 +124,14 @@ def section_rules(
     before, after = (f"\n{FENCE}\n", f"\n{FENCE_END}") if fenced else ("", "")
 
     def rule(lark: Lark, tool: Tool) -> str:
-        name = tool.name if not fenced else f"{DEEPSEEK_KIND}{sections.arguments}{tool.name}"
-        name = f"functions.{name}:0" if sections is KIMI else name
-        head = f"{sections.call}{name}{'' if fenced else sections.arguments}{before}"
+        if sections is KIMI:  # which counts its calls
+            name = f"{lark.text(f'{sections.call}functions.{tool.name}:')} /[0-9]{{1,3}}/ {lark.text(sections.arguments)}"
+        elif fenced:
+            name = lark.text(f"{sections.call}{DEEPSEEK_KIND}{sections.arguments}{tool.name}")
+        else:
+            name = lark.text(f"{sections.call}{tool.name}{sections.arguments}")
         arguments = lark.json(arguments_schema(tool))
-        return f"{lark.text(head)} {arguments} {lark.text(after + sections.call_end)}"
+        return " ".join(filter(None, [name, lark.text(before), arguments, lark.text(after + sections.call_end)]))
 
     calls = repeated(calls_of(lark, tools, rule), '"\\n"?', parallel)
     return f"{lark.text(sections.block)} {calls} {lark.text(sections.block_end)}"

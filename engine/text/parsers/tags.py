@@ -31,7 +31,7 @@ from .grammar import (
     parameters_of,
     repeated,
 )
-from .typed import escaped, is_text, property_schema, to_json, value_of
+from .typed import escaped, is_text, property_schema, value_json
 
 _NAME = re.compile(r"[^\s<>\"]*")
 
@@ -173,7 +173,7 @@ def _value(answer: Answer, tags: Tags, schema: Mapping[str, Any], is_string: boo
     pieces: list[str] = []
     end = yield from feed.upto(marks(*ends), pieces.append)
     text = "".join(pieces)
-    write(to_json(value_of(text, schema)) if end else text)
+    write(value_json(text, schema) if end else text)
     return bool(end)
 
 

@@ -21,7 +21,7 @@ _TYPES: dict[type, tuple[str, ...]] = {
     str: ("string",), bool: ("boolean",), int: ("integer", "number"), float: ("number",),
     dict: ("object",), list: ("array",), type(None): ("null",),
 }  # fmt: skip
-_MAX_DEPTH = 16  # of references and alternatives
+_MAX_DEPTH = 32  # of alternatives within alternatives
 
 
 def property_schema(schema: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
@@ -34,30 +34,35 @@ def property_schema(schema: Mapping[str, Any] | None, name: str) -> Mapping[str,
     return {**definitions, **found}
 
 
-def types_of(
-    schema: Mapping[str, Any], root: Mapping[str, Any] | None = None, depth: int = 0
-) -> frozenset[str]:
+def types_of(schema: Mapping[str, Any]) -> frozenset[str]:
     """The JSON types that values of a schema may have; none if it does not say."""
-    root = schema if root is None else root
+    return _types(schema, schema, {}, 0) or frozenset()
+
+
+def _types(
+    schema: Mapping[str, Any], root: Mapping[str, Any], known: dict[str, frozenset[str] | None], depth: int
+) -> frozenset[str] | None:
+    """None for any type. `known`: of the references that were followed, so that each is followed once."""
     if depth > _MAX_DEPTH:
-        return frozenset()
+        return None
     if "$ref" in schema:
-        return types_of(resolve(schema["$ref"], root), root, depth + 1)
+        reference = str(schema["$ref"])
+        if reference not in known:
+            known[reference] = frozenset()  # one that refers to itself adds nothing
+            known[reference] = _types(resolve(reference, root), root, known, depth + 1)
+        return known[reference]
     kind = schema.get("type")
     if kind is not None:
         return frozenset([kind] if isinstance(kind, str) else kind)
     if "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else schema["enum"]
-        return frozenset(_TYPES.get(type(value), ("",))[0] for value in values)
-    found = [
-        types_of(each, root, depth + 1)
-        for key in ("anyOf", "oneOf", "allOf")
-        for each in schema.get(key, ())
-        if isinstance(each, Mapping)
-    ]
-    if not all(found) and "allOf" not in schema:
-        return frozenset()  # one of the alternatives may be anything
-    return frozenset().union(*found)
+        return frozenset(_TYPES[type(value)][0] for value in values)
+    key = next((key for key in ("anyOf", "oneOf", "allOf") if key in schema), None)
+    if key is None:
+        return None
+    found = [_types(each, root, known, depth + 1) for each in schema[key] if isinstance(each, Mapping)]
+    said = [types for types in found if types is not None]
+    return frozenset().union(*said) if said and (key == "allOf" or len(said) == len(found)) else None
 
 
 def resolve(reference: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -74,25 +79,17 @@ def is_text(schema: Mapping[str, Any]) -> bool:
     return types_of(schema) == {"string"}
 
 
-def value_of(text: str, schema: Mapping[str, Any]) -> Any:
-    """The value that a text stands for."""
-    if is_text(schema):
-        return text
+def value_json(text: str, schema: Mapping[str, Any]) -> str:
+    """The JSON of the value that a text stands for: where the text is JSON itself, as it is written."""
     bare = text.strip()
+    bare = _PYTHON_WORDS.get(bare, bare)
     try:
-        value = (
-            _PYTHON_WORDS[bare]
-            if bare in _PYTHON_WORDS
-            else json.loads(bare, parse_constant=_refuse)
-        )
+        value = json.loads(bare, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return text
+        return to_json(text)
     types = types_of(schema)
-    return (
-        value
-        if not types or types.intersection(_TYPES[type(value)]) or _is_whole(value, types)
-        else text
-    )
+    fits = not types or types.intersection(_TYPES[type(value)]) or _is_whole(value, types)
+    return bare if fits else to_json(text)
 
 
 def _is_whole(value: Any, types: frozenset[str]) -> bool:
