@@ -225,10 +225,8 @@ def _read_beginning(answer: Answer, layout: Layout) -> Steps[bool]:
 def _read_marked(answer: Answer, layout: Layout, mark: str) -> Steps[None]:
     if mark in layout.think_starts:
         yield from _read_reasoning(answer, layout)
-    elif mark in (
-        *layout.think_ends,
-        *layout.ignored,
-    ):  # of reasoning that was empty, or ended in the prompt
+    elif mark in (*layout.think_ends, *layout.ignored):
+        # of reasoning that was empty, or ended in the prompt
         answer.content.mark()
     elif layout.read_calls:
         reader = layout.read_calls(answer, mark)

@@ -23,18 +23,28 @@ def ignore(text: str) -> None:
     """A sink for what carries no meaning, such as white space between the parts of a call."""
 
 
+def result(steps: Steps[T]) -> T:
+    """What steps return that need no more text."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+
 class Marks:
     """A set of strings to look for. None may be the beginning of another one."""
 
     def __init__(self, marks: Iterable[str]):
         self.all = frozenset(marks)
         self.find = re.compile("|".join(map(re.escape, sorted(self.all))) or r"(?!)").search
-        self._prefixes = {mark[:n] for mark in self.all for n in range(1, len(mark))}
+        self._prefixes = {mark[:n] for mark in self.all for n in range(len(mark))}
         self.longest = max(map(len, self.all), default=0)
 
     def is_begun(self, text: str) -> bool:
-        """Whether text is a part of a mark that the mark begins with, and not all of it."""
-        return not text or text in self._prefixes
+        """Whether text is a part of a mark that the mark begins with, perhaps none of it, and not all of it."""
+        return text in self._prefixes
 
     def tail(self, text: str, start: int) -> int:
         """The length of the longest tail of text[start:] that a mark begins with."""
@@ -88,8 +98,8 @@ class Feed:
             yield
 
     def match(self, *texts: str) -> Steps[str]:
-        """Read the one of the texts that comes next, and return it; "", and nothing is read, if none does. One that begins
-        with another one must be named before it."""
+        """Read the one of the texts that comes next, and return it; "", and nothing is read, if none does. One that
+        begins with another one must be named before it."""
         wanted = marks(*texts)
         while not self._ended and wanted.is_begun(self._text[self._at : self._at + wanted.longest]):
             yield

@@ -9,9 +9,7 @@ from .feed import Steps
 from .grammar import ANY_TEXT, Lark, one_of
 
 ReadAll = Callable[[Answer, str], Steps[None]]  # an answer that follows on the end of that prompt
-Rules = Callable[
-    [Lark, Sequence[Tool], bool], str
-]  # calls of these tools, several if the last is true
+Rules = Callable[[Lark, Sequence[Tool], bool], str]  # calls of tools; True: of several at once
 _SPACES = '(" " | "\\n"){0,4}'
 
 

@@ -178,7 +178,9 @@ def bare_strings(schema: Mapping[str, Any], root: Mapping[str, Any], what: str) 
     return _bare_strings(schema, root, what, set())
 
 
-def _bare_strings(schema: Mapping[str, Any], root: Mapping[str, Any], what: str, followed: set[str]) -> list[str]:
+def _bare_strings(
+    schema: Mapping[str, Any], root: Mapping[str, Any], what: str, followed: set[str]
+) -> list[str]:
     """`followed`: the references whose strings are among them already."""
     if "$ref" in schema:
         reference = str(schema["$ref"])
@@ -188,7 +190,9 @@ def _bare_strings(schema: Mapping[str, Any], root: Mapping[str, Any], what: str,
         return _bare_strings(resolve(reference, root), root, what, followed)
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            return [found for each in schema[key] for found in _bare_strings(each, root, what, followed)]
+            return [
+                found for each in schema[key] for found in _bare_strings(each, root, what, followed)
+            ]
     if "allOf" in schema:
         raise ValueError(
             f"{what}: this model's calls cannot hold a string to 'allOf'; leave it out of the schema"

@@ -22,7 +22,9 @@ START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", 
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 KEPT = frozenset((START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS))
 REASONING = "analysis"
-_BROKEN_OFF = re.compile(r"\s*(?:assistant)?\s*<\|channel\|>\s*\w{0,10}\s*")  # a header with nothing to say yet
+_BROKEN_OFF = re.compile(
+    r"\s*(?:assistant)?\s*<\|channel\|>\s*\w{0,10}\s*"
+)  # a header with nothing to say yet
 _RECIPIENT = re.compile(r"to=([^\s<]+)")
 _CHANNEL = re.compile(re.escape(CHANNEL) + r"\s*(\w*)")
 _NOBODY = ("assistant", "user", "all")
@@ -62,7 +64,7 @@ def _read_start(answer: Answer) -> Steps[str]:
     yield from answer.feed.run(SPACE, space.append)
     found = yield from answer.feed.match(*_STARTS)
     if found:
-        return (yield from _read_message(answer, found.removeprefix(START)))
+        return (yield from _read_message(answer, "".join(space) + found.removeprefix(START)))
     answer.content.write("".join(space))  # without a header it is an answer
     return (yield from answer.feed.upto(_BODY_ENDS, answer.content.write))
 

@@ -12,7 +12,7 @@ import re
 import msgspec
 
 from .answer import Answer
-from .feed import SPACE, Feed, Sink, Steps, marks
+from .feed import SPACE, Feed, Sink, Steps, marks, result
 from .json_text import UNICODE_ESCAPE, json_call, more_json_calls, unicode_escape
 from .typed import escaped, to_json
 
@@ -206,6 +206,16 @@ def _word_as_json(word: str) -> str:
         if number - number == 0:  # neither infinite nor no number
             return to_json(number)
     return to_json(word)
+
+
+def python_json(text: str) -> str | None:
+    """The JSON of a list or mapping in Python's syntax; None if the text is none."""
+    feed = Feed()
+    feed.append(text.strip())
+    feed.end()
+    pieces: list[str] = []
+    is_whole = result(_literal(feed, pieces.append, PYTHON, 0)) and not result(feed.peek())
+    return "".join(pieces) if is_whole else None
 
 
 def pythonic_calls(answer: Answer, mark: str, end: str = "") -> Steps[bool]:

@@ -125,13 +125,16 @@ def section_rules(
 
     def rule(lark: Lark, tool: Tool) -> str:
         if sections is KIMI:  # which counts its calls
-            name = f"{lark.text(f'{sections.call}functions.{tool.name}:')} /[0-9]{{1,3}}/ {lark.text(sections.arguments)}"
+            head = lark.text(f"{sections.call}functions.{tool.name}:")
+            name = f"{head} /[0-9]{{1,3}}/ {lark.text(sections.arguments)}"
         elif fenced:
             name = lark.text(f"{sections.call}{DEEPSEEK_KIND}{sections.arguments}{tool.name}")
         else:
             name = lark.text(f"{sections.call}{tool.name}{sections.arguments}")
         arguments = lark.json(arguments_schema(tool))
-        return " ".join(filter(None, [name, lark.text(before), arguments, lark.text(after + sections.call_end)]))
+        return " ".join(
+            filter(None, [name, lark.text(before), arguments, lark.text(after + sections.call_end)])
+        )
 
     calls = repeated(calls_of(lark, tools, rule), '"\\n"?', parallel)
     return f"{lark.text(sections.block)} {calls} {lark.text(sections.block_end)}"

@@ -31,7 +31,8 @@ from .grammar import (
     parameters_of,
     repeated,
 )
-from .typed import escaped, is_text, property_schema, value_json
+from .literals import python_json
+from .typed import escaped, is_text, property_schema, to_json, types_of, value_json
 
 _NAME = re.compile(r"[^\s<>\"]*")
 
@@ -45,9 +46,8 @@ class Tags(msgspec.Struct, frozen=True):
     name_end: str
     call_end: str
     parameter: str  # opens a parameter, before its name
-    key_ends: Mapping[
-        str, bool | None
-    ]  # between name and value -> whether it is a string; None: the schema says
+    # what stands between name and value -> whether the value is a string; None: the schema says
+    key_ends: Mapping[str, bool | None]
     value_end: str
     value: str = ""  # opens a value, if more than the end of its name does
     newline: str = "\n"  # between two tags, as the family writes them
@@ -153,13 +153,11 @@ def _parameter(answer: Answer, tags: Tags, schema: Mapping[str, Any] | None) -> 
             return False
     if tags.is_padded:
         yield from feed.match("\n")
-    is_string, value_schema = (
-        tags.key_ends[key_end],
-        property_schema(schema, "".join(pieces).strip()),
-    )
-    if is_string is None:
-        return (yield from _value(answer, tags, value_schema, is_text(value_schema)))
-    return (yield from _value(answer, tags, {}, is_string))
+    is_string = tags.key_ends[key_end]
+    if is_string is not None:
+        return (yield from _value(answer, tags, {}, is_string))
+    value_schema = property_schema(schema, "".join(pieces).strip())
+    return (yield from _value(answer, tags, value_schema, is_text(value_schema)))
 
 
 def _value(answer: Answer, tags: Tags, schema: Mapping[str, Any], is_string: bool) -> Steps[bool]:
@@ -173,18 +171,26 @@ def _value(answer: Answer, tags: Tags, schema: Mapping[str, Any], is_string: boo
     pieces: list[str] = []
     end = yield from feed.upto(marks(*ends), pieces.append)
     text = "".join(pieces)
-    write(value_json(text, schema) if end else text)
+    write(_json_of(text, schema) if end else text)
     return bool(end)
+
+
+def _json_of(text: str, schema: Mapping[str, Any]) -> str:
+    """A value that is no string by its schema. Seed-OSS's template writes objects as Python does."""
+    found = value_json(text, schema)
+    if found is None and types_of(schema) & {"object", "array"}:
+        found = python_json(text)
+    return to_json(text) if found is None else found
 
 
 def tag_rules(lark: Lark, tools: Sequence[Tool], parallel: bool, tags: Tags) -> str:
     """A block of calls, or blocks of one each where a family writes it so."""
     call = calls_of(lark, tools, lambda lark, tool: _call_rule(lark, tool, tags))
-    newline = tags.newline if tags.call else ""
-    opening, closing = lark.text(tags.block + newline), lark.text(newline + tags.block_end)
+    opening = lark.text(tags.block + (tags.newline if tags.call else ""))
+    closing = lark.text(tags.block_end)
     if tags.is_single:
         return repeated(lark.rule(f"{opening} {call} {closing}"), '"\\n"?', parallel)
-    return f"{opening} {repeated(call, lark.text(newline), parallel)} {closing}"
+    return f"{opening} {repeated(call, '', parallel)} {closing}"
 
 
 def _call_rule(lark: Lark, tool: Tool, tags: Tags) -> str:
@@ -194,7 +200,8 @@ def _call_rule(lark: Lark, tool: Tool, tags: Tags) -> str:
         for parameter in parameters_of(arguments_schema(tool), what)
     ]
     head = lark.text(f"{tags.call}{tool.name}{tags.name_end}{tags.newline}")
-    return " ".join(filter(None, [head, *parameters, lark.text(tags.call_end)]))
+    tail = lark.text(tags.call_end + tags.newline) if tags.call else ""
+    return " ".join(filter(None, [head, *parameters, tail]))
 
 
 def _parameter_rule(lark: Lark, parameter: Parameter, tags: Tags, what: str) -> str:

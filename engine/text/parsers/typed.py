@@ -13,10 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 _PYTHON_WORDS = {
-    "True": True,
-    "False": False,
-    "None": None,
-}  # as templates write them that do not use tojson
+    "True": "true",
+    "False": "false",
+    "None": "null",
+}  # of templates that do not use tojson
 _TYPES: dict[type, tuple[str, ...]] = {
     str: ("string",), bool: ("boolean",), int: ("integer", "number"), float: ("number",),
     dict: ("object",), list: ("array",), type(None): ("null",),
@@ -40,7 +40,10 @@ def types_of(schema: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _types(
-    schema: Mapping[str, Any], root: Mapping[str, Any], known: dict[str, frozenset[str] | None], depth: int
+    schema: Mapping[str, Any],
+    root: Mapping[str, Any],
+    known: dict[str, frozenset[str] | None],
+    depth: int,
 ) -> frozenset[str] | None:
     """None for any type. `known`: of the references that were followed, so that each is followed once."""
     if depth > _MAX_DEPTH:
@@ -60,9 +63,13 @@ def _types(
     key = next((key for key in ("anyOf", "oneOf", "allOf") if key in schema), None)
     if key is None:
         return None
-    found = [_types(each, root, known, depth + 1) for each in schema[key] if isinstance(each, Mapping)]
+    found = [
+        _types(each, root, known, depth + 1) for each in schema[key] if isinstance(each, Mapping)
+    ]
     said = [types for types in found if types is not None]
-    return frozenset().union(*said) if said and (key == "allOf" or len(said) == len(found)) else None
+    return (
+        frozenset().union(*said) if said and (key == "allOf" or len(said) == len(found)) else None
+    )
 
 
 def resolve(reference: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,17 +86,17 @@ def is_text(schema: Mapping[str, Any]) -> bool:
     return types_of(schema) == {"string"}
 
 
-def value_json(text: str, schema: Mapping[str, Any]) -> str:
-    """The JSON of the value that a text stands for: where the text is JSON itself, as it is written."""
+def value_json(text: str, schema: Mapping[str, Any]) -> str | None:
+    """The JSON of the value that a text stands for, as it is written; None if it stands for none of the schema's."""
     bare = text.strip()
     bare = _PYTHON_WORDS.get(bare, bare)
     try:
         value = json.loads(bare, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return to_json(text)
+        return None
     types = types_of(schema)
     fits = not types or types.intersection(_TYPES[type(value)]) or _is_whole(value, types)
-    return bare if fits else to_json(text)
+    return bare if fits else None
 
 
 def _is_whole(value: Any, types: frozenset[str]) -> bool:

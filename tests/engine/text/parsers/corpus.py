@@ -1,18 +1,18 @@
 """Answers as models write them, per format, and what they mean. Their forms are from these templates and pages:
 
-    hermes, qwen3         Qwen/Qwen3-0.6B and NousResearch/Hermes-3-Llama-3.1-8B, chat_template
-    qwen3_coder           Qwen/Qwen3-Coder-30B-A3B-Instruct and Qwen/Qwen3.5-4B, chat_template
-    llama3_json           meta-llama/Llama-3.2-3B-Instruct, chat_template; vLLM, docs/features/tool_calling.md
-    mistral               mistralai/Mistral-Nemo-Instruct-2407 and Ministral-3-14B-Reasoning-2512, chat_template
-    openai                openai/harmony, docs/format.md; openai/gpt-oss-120b, chat_template
-    glm45, glm47          zai-org/GLM-4.6 and GLM-4.7-Flash, chat_template
-    deepseek_v3, _v31     deepseek-ai/DeepSeek-R1-0528 and DeepSeek-V3.1, chat_template; _v32, _v4: their encodings
-    kimi_k2               moonshotai/Kimi-K2-Instruct, docs/tool_call_guidance.md
-    pythonic, lfm2        Llama 4's prompt format page; LiquidAI/LFM2-1.2B, model card; allenai/Olmo-3-7B-Instruct
-    gemma4, functiongemma google/gemma-4-31B-it, chat_template; google/functiongemma-270m-it, model card
-    phi4_mini_json        microsoft/Phi-4-mini-instruct, model card; vLLM, examples/tool_chat_template_phi4_mini.jinja
-    granite               ibm-granite/granite-3.3-2b-instruct, chat_template
-    seed_oss, minimax_m2, nemotron_json     ByteDance-Seed/Seed-OSS-36B, MiniMaxAI/MiniMax-M2, NVIDIA-Nemotron-Nano-v2
+hermes, qwen3         Qwen/Qwen3-0.6B and NousResearch/Hermes-3-Llama-3.1-8B, chat_template
+qwen3_coder           Qwen/Qwen3-Coder-30B-A3B-Instruct and Qwen/Qwen3.5-4B, chat_template
+llama3_json           meta-llama/Llama-3.2-3B-Instruct, chat_template; vLLM, docs/features/tool_calling.md
+mistral               mistralai/Mistral-Nemo-Instruct-2407 and Ministral-3-14B-Reasoning-2512, chat_template
+openai                openai/harmony, docs/format.md; openai/gpt-oss-120b, chat_template
+glm45, glm47          zai-org/GLM-4.6 and GLM-4.7-Flash, chat_template
+deepseek_v3, _v31     deepseek-ai/DeepSeek-R1-0528 and DeepSeek-V3.1, chat_template; _v32, _v4: their encodings
+kimi_k2               moonshotai/Kimi-K2-Instruct, docs/tool_call_guidance.md
+pythonic, lfm2        Llama 4's prompt format page; LiquidAI/LFM2-1.2B, model card; allenai/Olmo-3-7B-Instruct
+gemma4, functiongemma google/gemma-4-31B-it, chat_template; google/functiongemma-270m-it, model card
+phi4_mini_json        microsoft/Phi-4-mini-instruct, model card; vLLM, examples/tool_chat_template_phi4_mini.jinja
+granite               ibm-granite/granite-3.3-2b-instruct, chat_template
+seed_oss, minimax_m2, nemotron_json     ByteDance-Seed/Seed-OSS-36B, MiniMaxAI/MiniMax-M2, NVIDIA-Nemotron-Nano-v2
 """
 
 from typing import Any, NamedTuple
@@ -71,7 +71,10 @@ PARIS = ("get_weather", {"city": "Paris"})
 ROME = ("get_weather", {"city": "Rome", "days": 3, "metric": True})
 TIME = ("get_time", {})
 CODE = 'if a < b and "x" in s:\n    print("</tool_call>\\t", {})\n'
-FILE = ("write_file", {"path": "a/b.py", "content": CODE, "lines": [1, 2], "options": {"mode": "w"}})
+FILE = (
+    "write_file",
+    {"path": "a/b.py", "content": CODE, "lines": [1, 2], "options": {"mode": "w"}},
+)
 FILE_JSON = (
     r'{"path": "a/b.py", "content": "if a < b and \"x\" in s:\n    print(\"</tool_call>\\t\", {})\n", '
     r'"lines": [1, 2], "options": {"mode": "w"}}'
@@ -82,7 +85,9 @@ THINK = f"<think>\n{THOUGHT}\n</think>\n\n"
 
 
 def _hermes(*calls: tuple[str, str]) -> str:
-    return "\n".join(f'<tool_call>\n{{"name": "{n}", "arguments": {a}}}\n</tool_call>' for n, a in calls)
+    return "\n".join(
+        f'<tool_call>\n{{"name": "{n}", "arguments": {a}}}\n</tool_call>' for n, a in calls
+    )
 
 
 JSON_CASES = [
@@ -94,10 +99,16 @@ JSON_CASES = [
         tool="hermes",
         strict=True,
     ),
-    Case("marks in strings", _hermes(("write_file", FILE_JSON)), (FILE,), tool="hermes", strict=True),
+    Case(
+        "marks in strings", _hermes(("write_file", FILE_JSON)), (FILE,), tool="hermes", strict=True
+    ),
     Case(
         "text around",
-        "Let me look.\n\n" + _hermes(("get_weather", PARIS_JSON)) + "\nand\n" + _hermes(("get_time", "{}")) + "\nDone.",
+        "Let me look.\n\n"
+        + _hermes(("get_weather", PARIS_JSON))
+        + "\nand\n"
+        + _hermes(("get_time", "{}"))
+        + "\nDone.",
         (PARIS, TIME),
         "Let me look.\n\nand\nDone.",
         tool="hermes",
@@ -216,7 +227,13 @@ JSON_CASES = [
         (PARIS,),
         tool="llama3_json",
     ),
-    Case("an answer in JSON", '{"city": {"name": "Paris"}}', (), '{"city": {"name": "Paris"}}', tool="llama3_json"),
+    Case(
+        "an answer in JSON",
+        '{"city": {"name": "Paris"}}',
+        (),
+        '{"city": {"name": "Paris"}}',
+        tool="llama3_json",
+    ),
     Case(
         "a list",
         '\n[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": "get_time", "arguments": {}}]\n',
@@ -302,7 +319,8 @@ TAG_CASES = [
     ),
     Case(
         "one",
-        "<seed:think>\nHm.\n</seed:think>\n<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n"
+        "<seed:think>\nHm.\n</seed:think>\n<seed:tool_call>\n<function=get_weather>\n"
+        "<parameter=city>Paris</parameter>\n"
         "</function>\n</seed:tool_call>",
         (PARIS,),
         thought="Hm.",
@@ -368,7 +386,12 @@ TAG_CASES = [
         tail="<｜Assistant｜><think>",
         strict=True,
     ),
-    Case("one", f"\n\n<｜DSML｜tool_calls>\n{_DSML}</｜DSML｜tool_calls>", (ROME,), tool="deepseek_v4"),
+    Case(
+        "one",
+        f"\n\n<｜DSML｜tool_calls>\n{_DSML}</｜DSML｜tool_calls>",
+        (ROME,),
+        tool="deepseek_v4",
+    ),
 ]
 
 _V3 = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
@@ -458,7 +481,13 @@ LITERAL_CASES = [
         (FILE,),
         tool="pythonic",
     ),
-    Case("a link", "[Paris](https://example.org) is sunny.", (), "[Paris](https://example.org) is sunny.", tool="pythonic"),
+    Case(
+        "a link",
+        "[Paris](https://example.org) is sunny.",
+        (),
+        "[Paris](https://example.org) is sunny.",
+        tool="pythonic",
+    ),
     Case(
         "between marks",
         '<|python_start|>[get_weather(city="Paris"), get_time()]<|python_end|>',
@@ -494,7 +523,8 @@ LITERAL_CASES = [
     ),
     Case(
         "two, after thinking",
-        f'<|channel>thought\n{THOUGHT}\n<channel|><|tool_call>call:get_weather{{city:<|"|>Rome<|"|>,days:3,metric:true}}'
+        f"<|channel>thought\n{THOUGHT}\n<channel|>"
+        '<|tool_call>call:get_weather{city:<|"|>Rome<|"|>,days:3,metric:true}'
         "<tool_call|><|tool_call>call:get_time{}<tool_call|>",
         (ROME, TIME),
         thought=THOUGHT,
@@ -533,7 +563,8 @@ HARMONY_CASES = [
     ),
     Case(
         "a call",
-        f"{_ANALYSIS}{_ASSISTANT}<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{PARIS_JSON}",
+        f"{_ANALYSIS}{_ASSISTANT}<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
+        + PARIS_JSON,
         (PARIS,),
         thought=THOUGHT,
         strict=True,
@@ -541,8 +572,8 @@ HARMONY_CASES = [
     ),
     Case(
         "the recipient before the channel, and a preamble",
-        f"{_ANALYSIS}{_ASSISTANT}<|channel|>commentary<|message|>Let me look.<|end|>{_ASSISTANT} to=functions.write_file"
-        f"<|channel|>commentary json<|message|>{FILE_JSON}<|call|>",
+        f"{_ANALYSIS}{_ASSISTANT}<|channel|>commentary<|message|>Let me look.<|end|>{_ASSISTANT}"
+        f" to=functions.write_file<|channel|>commentary json<|message|>{FILE_JSON}<|call|>",
         (FILE,),
         "Let me look.",
         THOUGHT,
@@ -550,8 +581,8 @@ HARMONY_CASES = [
     ),
     Case(
         "a mark in a string, two thoughts",
-        f'{_ANALYSIS}{_ASSISTANT}<|channel|>analysis<|message|>Go.<|end|>{_ASSISTANT}<|channel|>commentary to=functions.'
-        'get_weather<|message|>{"city": "<|end|>"}<|call|>',
+        f"{_ANALYSIS}{_ASSISTANT}<|channel|>analysis<|message|>Go.<|end|>{_ASSISTANT}<|channel|>commentary"
+        ' to=functions.get_weather<|message|>{"city": "<|end|>"}<|call|>',
         (("get_weather", {"city": "<|end|>"}),),
         thought=f"{THOUGHT}\nGo.",
         **HARMONY,
@@ -579,7 +610,13 @@ TEXT_CASES = [
     Case("spaces stay", "  It is sunny.\n\n", (), "  It is sunny.\n\n", tool="hermes"),
     Case("nothing", "", tool="hermes", reasoning="qwen3"),
     Case("a part of a mark", "a <tool_cal", (), "a <tool_cal", tool="hermes"),
-    Case("the mark as text", "The tag <tool_call> opens a call.", (), "The tag <tool_call> opens a call.", tool="hermes"),
+    Case(
+        "the mark as text",
+        "The tag <tool_call> opens a call.",
+        (),
+        "The tag <tool_call> opens a call.",
+        tool="hermes",
+    ),
     Case(
         "the marks of thought as text",
         "Between <think> and </think> it thinks.",
@@ -607,7 +644,14 @@ TEXT_CASES = [
         reasoning="qwen3",
         tail="<think>\n",
     ),
-    Case("a thought nothing opens", "Hm.\n</think>\n\nSunny.", (), "Sunny.", "Hm.", reasoning="deepseek_r1"),
+    Case(
+        "a thought nothing opens",
+        "Hm.\n</think>\n\nSunny.",
+        (),
+        "Sunny.",
+        "Hm.",
+        reasoning="deepseek_r1",
+    ),
     Case("thought after content", "A.[THINK]Hm.[/THINK]B.", (), "A.B.", "Hm.", reasoning="mistral"),
     Case("only marks of thought", f"{THINK}Sunny.", (), "Sunny.", THOUGHT, reasoning="qwen3"),
     Case("no format", "<think>a</think><tool_call>", (), "<think>a</think><tool_call>"),

@@ -4,8 +4,16 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from nibble.engine.text.parsers import REASONING_PARSERS, TOOL_PARSERS, OutputFormat, OutputParser, Parsed, Tool
+from nibble.engine.text.parsers import (
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+    OutputFormat,
+    OutputParser,
+    Parsed,
+    Tool,
+)
 from nibble.tests.engine.text.parsers.corpus import TOOLS
+
 
 class Said(NamedTuple):
     """An answer. `calls`: name and the text of the arguments."""
@@ -16,7 +24,9 @@ class Said(NamedTuple):
 
 
 def output_format(tool: str | None = None, reasoning: str | None = None) -> OutputFormat:
-    return OutputFormat(TOOL_PARSERS[tool] if tool else None, REASONING_PARSERS[reasoning] if reasoning else None)
+    return OutputFormat(
+        TOOL_PARSERS[tool] if tool else None, REASONING_PARSERS[reasoning] if reasoning else None
+    )
 
 
 def said(parser: OutputParser, pieces: Iterable[str]) -> Said:
@@ -45,7 +55,11 @@ def _news(parser: OutputParser, pieces: Iterable[str]) -> Iterator[Parsed]:
 
 
 def parse(
-    text: str, tool: str | None = None, reasoning: str | None = None, tail: str = "", tools: list[Tool] | None = None
+    text: str,
+    tool: str | None = None,
+    reasoning: str | None = None,
+    tail: str = "",
+    tools: list[Tool] | None = None,
 ) -> Said:
     """A whole answer, checked to be the same one character at a time."""
     answer_format = output_format(tool, reasoning)

@@ -22,15 +22,27 @@ PARIS = [("get_weather", {"city": "Paris"})]
         ("hermes", '<tool_call>\n{"name": "f", "arguments": "{\\"city\\": \\"Par', '{"city": "Par'),
         ("llama3_json", '{"name": "f", "parameters": {"a": [1, ', '{"a": [1, '),
         ("mistral", '[TOOL_CALLS]f[ARGS]{"city": "Par', '{"city": "Par'),
-        ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nPar", '{"city": "Par'),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nPar",
+            '{"city": "Par',
+        ),
         ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=ci", '{"ci'),
         ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=days>\n1", '{"days": '),
-        ("glm45", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Par", '{"city": "Par'),
+        (
+            "glm45",
+            "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Par",
+            '{"city": "Par',
+        ),
         ("pythonic", '[f(city="Par', '{"city": "Par'),
-        ("pythonic", "[f(days=[1, 2", '{"days": [1'),
+        ("pythonic", "[f(days=[1, 2", '{"days": [1, '),
         ("gemma4", '<|tool_call>call:f{city:<|"|>Par', '{"city": "Par'),
         ("openai", '<|channel|>commentary to=functions.f<|message|>{"city": "Par', '{"city": "Par'),
-        ("deepseek_v31", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"city": "Par', '{"city": "Par'),
+        (
+            "deepseek_v31",
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"city": "Par',
+            '{"city": "Par',
+        ),
     ],
 )
 def test_arguments_come_as_soon_as_they_are_certain(tool: str, text: str, said_so_far: str) -> None:
@@ -43,7 +55,9 @@ def test_arguments_come_as_soon_as_they_are_certain(tool: str, text: str, said_s
 
 def test_text_comes_as_soon_as_it_is_certain() -> None:
     parser = output_format("hermes", "qwen3").parser(TOOLS, "")
-    pushed = [parser.push(text).content for text in ("Hello", " wor", "ld <tool", "s> ", "and", " more\n")]
+    pushed = [
+        parser.push(text).content for text in ("Hello", " wor", "ld <tool", "s> ", "and", " more\n")
+    ]
     assert pushed == ["Hello", " wor", "ld", " <tools>", " and", " more"]
     assert parser.finish().content == "\n"
 
@@ -107,16 +121,38 @@ def test_a_call_that_fails_does_not_hide_the_next() -> None:
     ("tool", "text", "arguments", "content"),
     [
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "b', '{"a": "b', ""),
-        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": tru}}</tool_call>', '{"a": tru}', ""),
-        ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=days>\n1", '{"days": 1', ""),
-        ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</par", '{"city": "Paris\\n</par', ""),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {"a": tru}}</tool_call>',
+            '{"a": tru}',
+            "",
+        ),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=get_weather>\n<parameter=days>\n1",
+            '{"days": 1',
+            "",
+        ),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</par",
+            '{"city": "Paris\\n</par',
+            "",
+        ),
         ("pythonic", "[f(a=1 b=2)]", '{"a": 1', "b=2)]"),
         ("pythonic", "[f(a=[1, {'b': ", '{"a": [1, {"b": ', ""),
         ("gemma4", '<|tool_call>call:f{a:<|"|>b', '{"a": "b', ""),
-        ("openai", "<|channel|>commentary to=python code<|message|>print(1)<|call|>", "print(1)", ""),
+        (
+            "openai",
+            "<|channel|>commentary to=python code<|message|>print(1)<|call|>",
+            "print(1)",
+            "",
+        ),
     ],
 )
-def test_a_call_that_has_begun_says_what_there_is(tool: str, text: str, arguments: str, content: str) -> None:
+def test_a_call_that_has_begun_says_what_there_is(
+    tool: str, text: str, arguments: str, content: str
+) -> None:
     found = parse(text, tool)
     assert [said_arguments for _, said_arguments in found.calls] == [arguments]
     assert found.content == content
@@ -139,7 +175,9 @@ def test_white_space_next_to_calls_is_no_content(text: str, content: str) -> Non
 
 
 def test_names_that_are_no_tools_are_calls() -> None:
-    assert values(parse('<tool_call>{"name": "no_tool", "arguments": {}}</tool_call>', "hermes")) == [("no_tool", {})]
+    assert values(
+        parse('<tool_call>{"name": "no_tool", "arguments": {}}</tool_call>', "hermes")
+    ) == [("no_tool", {})]
 
 
 def test_without_tools_nothing_is_a_call() -> None:
@@ -148,7 +186,12 @@ def test_without_tools_nothing_is_a_call() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "meant"),
-    [("null", "{}"), ('""', "{}"), ('"{\\"a\\": \\"\\\\n\\ud83d\\ude00\\"}"', '{"a": "\\n😀"}'), ('"Paris"', '"Paris"')],
+    [
+        ("null", "{}"),
+        ('""', "{}"),
+        ('"{\\"a\\": \\"\\\\n\\ud83d\\ude00\\"}"', '{"a": "\\n😀"}'),
+        ('"Paris"', '"Paris"'),
+    ],
 )
 def test_arguments_that_are_no_object(arguments: str, meant: str) -> None:
     text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
@@ -171,7 +214,10 @@ TYPED = Tool(
             "any": {},
             "loop": {"$ref": "#/$defs/loop"},
         },
-        "$defs": {"name": {"type": "string"}, "loop": {"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "string"}]}},
+        "$defs": {
+            "name": {"type": "string"},
+            "loop": {"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "string"}]},
+        },
     },
 )
 
@@ -203,6 +249,8 @@ TYPED = Tool(
         ("list", '[1, {"a": "b"}]', [1, {"a": "b"}]),
         ("list", "1, 2", "1, 2"),
         ("list", "[1, 2", "[1, 2"),
+        ("list", "[True, {'a': None}]", [True, {"a": None}]),
+        ("list", "[True] and", "[True] and"),
         ("any", "5", 5),
         ("any", "sunny", "sunny"),
         ("unknown", '{"a": 1}', {"a": 1}),
@@ -250,7 +298,8 @@ def test_literals_that_are_nested_too_deeply_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("Paris", "Paris"), ("5", 5), ("none so far", "none so far"), ('"Paris"', "Paris")]
+    ("text", "value"),
+    [("Paris", "Paris"), ("5", 5), ("none so far", "none so far"), ('"Paris"', "Paris")],
 )
 def test_gemmas_bare_words(text: str, value: object) -> None:
     assert values(parse(f"<|tool_call>call:f{{x:{text},y:[a b,c]}}<tool_call|>", "gemma4")) == [
@@ -263,7 +312,11 @@ def test_no_text_is_lost_whatever_it_is(data: st.DataObject) -> None:
     """Pieces of answers in any order: the same however they are cut, and without a call, all words are there."""
     case = data.draw(st.sampled_from([case for case in CASES if case.tool]))
     pieces = [case.text[at : at + 9] for at in range(0, len(case.text), 9)]
-    text = "".join(data.draw(st.lists(st.sampled_from([*pieces, *"{}[]<>\"\\\n ", "</think>", "né"]), max_size=30)))
+    text = "".join(
+        data.draw(
+            st.lists(st.sampled_from([*pieces, *'{}[]<>"\\\n ', "</think>", "né"]), max_size=30)
+        )
+    )
     answer_format = output_format(case.tool, case.reasoning)
     whole = said(answer_format.parser(TOOLS, case.tail), [text])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
@@ -275,6 +328,7 @@ def test_no_text_is_lost_whatever_it_is(data: st.DataObject) -> None:
 
 
 LONG = 30_000
+
 
 @pytest.mark.parametrize(
     ("tool", "start", "piece"),
@@ -301,7 +355,9 @@ LONG = 30_000
 )
 def test_time_grows_with_the_length_alone(tool: str, start: str, piece: str) -> None:
     """One character at a time: four times the text takes far less than sixteen times the time."""
-    small, large = (_seconds(tool, start + piece * (size // len(piece))) for size in (LONG // 4, LONG))
+    small, large = (
+        _seconds(tool, start + piece * (size // len(piece))) for size in (LONG // 4, LONG)
+    )
     assert large < max(10 * small, 0.5)
 
 

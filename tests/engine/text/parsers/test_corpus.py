@@ -27,18 +27,20 @@ def _parsed(case: Case, pieces: list[str]) -> Said:
 
 
 def test_every_format_is_recorded() -> None:
-    assert {tool_format.name for tool_format in TOOL_PARSERS.values()} == {case.tool for case in CASES if case.tool}
+    assert {tool_format.name for tool_format in TOOL_PARSERS.values()} == {
+        case.tool for case in CASES if case.tool
+    }
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.calls], ids=_name)
-def test_calls_of_half_an_answer_are_the_beginning_of_the_whole_ones(case: Case) -> None:
-    """Wherever an answer breaks off: no name is cut, no argument is made up, no bracket closed."""
+def test_half_a_call_is_not_made_whole(case: Case) -> None:
+    """Wherever an answer breaks off: no name is cut, and arguments that have an end are all that the model wrote."""
     whole = _parsed(case, [case.text]).calls
     for at in range(len(case.text)):
         cut = _parsed(case, [case.text[:at]]).calls
         assert [name for name, _ in cut] == [name for name, _ in whole[: len(cut)]]
         for (_, part), (_, arguments) in zip(cut, whole, strict=False):
-            assert arguments.lower().startswith(part.lower()), case.text[:at]  # Tru of True is no tru yet
+            assert part == arguments or not part.endswith("}") or part.count("{") > part.count("}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)

@@ -25,7 +25,11 @@ _CLOSERS = ('"', "<", "]", "}", ")", ">", "\n", "|", "`")
 @cache
 def tokenizer(special: bool) -> Tokenizer:
     """Bytes and some merges, in whose vocabulary the formats' marks are special tokens or none."""
-    kept = {token for each in (*TOOL_PARSERS.values(), *REASONING_PARSERS.values()) for token in each.kept_tokens}
+    kept = {
+        token
+        for each in (*TOOL_PARSERS.values(), *REASONING_PARSERS.values())
+        for token in each.kept_tokens
+    }
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -37,7 +41,9 @@ def tokenizer(special: bool) -> Tokenizer:
     )
     made.train_from_iterator([case.text for case in CASES] * 2, trainer)
     if special:
-        made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(kept)])
+        made.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in sorted(kept)]
+        )
     return made
 
 
@@ -73,8 +79,10 @@ def _name(case: Case) -> str:
 @pytest.mark.parametrize("special", [True, False], ids=["tokens", "text"])
 @pytest.mark.parametrize("case", STRICT, ids=_name)
 def test_recorded_answers_are_allowed(case: Case, special: bool) -> None:
-    if special and CODE in str(case.calls) or (case.tool == "mistral" and not special):
-        pytest.skip("a mark in a string is text, not the token; and without tokens Mistral's syntax is the older one")
+    if (special and CODE in str(case.calls)) or (case.tool == "mistral" and not special):
+        pytest.skip(
+            "a mark in a string is text, not the token; and without tokens Mistral's syntax is the older one"
+        )
     made = matcher(case, special, TOOLS)
     assert takes(made, case.text, special), case.text
 
@@ -88,7 +96,9 @@ def test_every_format_has_a_recorded_answer_that_is_allowed() -> None:
 def test_wrong_arguments_are_refused(case: Case) -> None:
     wrong = case.text.replace("3", "three", 1)
     assert not takes(matcher(case, False, TOOLS), wrong, False)
-    assert not takes(matcher(case, False, TOOLS), case.text.replace("get_weather", "get_whether"), False)
+    assert not takes(
+        matcher(case, False, TOOLS), case.text.replace("get_weather", "get_whether"), False
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -134,7 +144,12 @@ WALK_TOOLS = [
                 "days": {"type": "integer", "minimum": 1, "maximum": 14},
                 "price": {"type": "number"},
                 "metric": {"type": "boolean"},
-                "names": {"type": "array", "items": {"type": "string", "maxLength": 5}, "minItems": 1, "maxItems": 3},
+                "names": {
+                    "type": "array",
+                    "items": {"type": "string", "maxLength": 5},
+                    "minItems": 1,
+                    "maxItems": 3,
+                },
                 "guest": {
                     "type": "object",
                     "properties": {
@@ -176,7 +191,9 @@ def walk(made: LLMatcher, special: bool, rng: random.Random) -> str:
     vocabulary = _likely_ends(special)
     closing = [backend.encode(text, add_special_tokens=False).ids for text in _endings(special)]
     while not made.is_stopped() and len(ids) < 3000:
-        forced = next((c for c in closing if len(ids) > 40 and made.validate_tokens(c) == len(c)), None)
+        forced = next(
+            (c for c in closing if len(ids) > 40 and made.validate_tokens(c) == len(c)), None
+        )
         if forced is None:
             bits = made.compute_bitmask()
             allowed = [i for i in range(len(vocabulary)) if bits[i // 8] >> (i % 8) & 1]
@@ -193,15 +210,28 @@ def walk(made: LLMatcher, special: bool, rng: random.Random) -> str:
 @cache
 def _likely_ends(special: bool) -> list[float]:
     backend = tokenizer(special)
-    texts = [backend.decode([i], skip_special_tokens=False) for i in range(backend.get_vocab_size())]
+    texts = [
+        backend.decode([i], skip_special_tokens=False) for i in range(backend.get_vocab_size())
+    ]
     return [20.0 if text[:1] in _CLOSERS else 0.05 if "\ufffd" in text else 1.0 for text in texts]
 
 
 @cache
 def _endings(special: bool) -> list[str]:
-    marks = {token for each in (*TOOL_PARSERS.values(), *REASONING_PARSERS.values()) for token in each.kept_tokens}
+    marks = {
+        token
+        for each in (*TOOL_PARSERS.values(), *REASONING_PARSERS.values())
+        for token in each.kept_tokens
+    }
     ends = ["\n</parameter>", "</parameter>", "</｜DSML｜parameter>", '"', "]", "}", ")"]
-    return [*ends, *sorted(mark for mark in marks if mark.startswith(("</", "<end", "<escape", '<|"')) or "end" in mark)]
+    return [
+        *ends,
+        *sorted(
+            mark
+            for mark in marks
+            if mark.startswith(("</", "<end", "<escape", '<|"')) or "end" in mark
+        ),
+    ]
 
 
 def test_reasoning_may_come_before_and_must_end() -> None:
@@ -229,4 +259,6 @@ def test_a_file_is_written_as_it_is() -> None:
     case = next(case for case in STRICT if case.tool == "qwen3_coder" and FILE in case.calls)
     made = matcher(case, False, TOOLS)
     assert takes(made, case.text, False)
-    assert not takes(matcher(case, False, TOOLS), case.text.replace("print(", "</parameter>("), False)
+    assert not takes(
+        matcher(case, False, TOOLS), case.text.replace("print(", "</parameter>("), False
+    )
