@@ -6,7 +6,7 @@ import msgspec
 
 from .answer import Answer, Layout, OutputParser, Reader, Tool, new_call_id, read_answer
 from .feed import Steps
-from .grammar import ANY_TEXT, Lark, one_of
+from .grammar import ANY_TEXT, Lark, one_of, without
 
 ReadAll = Callable[[Answer, str], Steps[None]]  # an answer that follows on the end of that prompt
 Rules = Callable[[Lark, Sequence[Tool], bool], str]  # calls of tools; True: of several at once
@@ -120,7 +120,9 @@ class OutputFormat(msgspec.Struct, frozen=True):
         reasoning = self.reasoning
         if reasoning is None or reasoning.read_all or reasoning.is_closed(prompt_tail):
             return ""
-        ended = f"{lark.upto(reasoning.ends[0], ANY_TEXT)} {lark.rule(_SPACES)}"
+        marks = self.tool.marks if self.tool else ()  # a call would end the reasoning
+        thought = lark.upto(reasoning.ends[0], without(*marks) if marks else ANY_TEXT)
+        ended = f"{thought} {lark.rule(_SPACES)}"
         if reasoning.is_open(prompt_tail):
             return ended
         return f"({lark.text(reasoning.starts[0])} {ended})?"

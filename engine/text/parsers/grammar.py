@@ -85,8 +85,11 @@ class Lark:
     def upto(self, mark: str, terminal: str = ANY_TEXT, padding: str = "") -> str:
         """A text that fits the terminal, then the mark, which is not in the text; padding stands between the two."""
         held = without(mark) if terminal == ANY_TEXT else f"{terminal} & {without(mark)}"
-        if mark in self._special:
-            return f"{self._terminal(held)} {self.text(padding + mark)}"
+        token = self._split.search(mark)
+        if token:
+            before = f"{padding}{mark[: token.start()]}"
+            text = self._terminal(f"({held}) {quoted(before)}" if before else held)
+            return f"{text} {self.text(mark[token.start() :])}"
         return self.rule(self._terminal(f"({held}) {quoted(padding + mark)}"), "[lazy]")
 
     def _terminal(self, body: str) -> str:
@@ -106,9 +109,10 @@ def regex(pattern: str) -> str:
     return "/" + re.sub(r"(?<!\\)/", r"\\/", pattern).replace("\n", "\\n") + "/"
 
 
-def without(mark: str) -> str:
-    """Texts that a mark is not in. `~` alone would take what is not UTF-8."""
-    return f"{ANY_TEXT} & ~{regex(f'(?s:.*){re.escape(mark)}(?s:.*)')}"
+def without(*marks: str) -> str:
+    """Texts that none of the marks is in. `~` alone would take what is not UTF-8."""
+    any_of = "|".join(re.escape(mark) for mark in marks)
+    return f"{ANY_TEXT} & ~{regex(f'(?s:.*)({any_of})(?s:.*)')}"
 
 
 def one_of(expressions: Iterable[str]) -> str:

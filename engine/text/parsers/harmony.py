@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from .answer import Answer, Tool
 from .feed import SPACE, Steps, marks
 from .formats import calls_of
-from .grammar import Lark, arguments_schema
+from .grammar import Lark, arguments_schema, without
 from .json_text import json_arguments
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
-KEPT = frozenset((START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS))
+KEPT = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 REASONING = "analysis"
 _BROKEN_OFF = re.compile(
     r"\s*(?:assistant)?\s*<\|channel\|>\s*\w{0,10}\s*"
@@ -115,7 +115,8 @@ def _recipient(header: str) -> str | None:
 def harmony_rules(lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
     """Reasoning, then one call: its last mark ends the answer."""
     thought = lark.text(f"{CHANNEL}{REASONING}{MESSAGE}")
-    thought = f"({thought} {lark.upto('<|end|>')} {lark.text(START + 'assistant')})*"
+    text = lark.upto("<|end|>", without(*KEPT))
+    thought = f"({thought} {text} {lark.text(START + 'assistant')})*"
 
     def rule(lark: Lark, tool: Tool) -> str:
         head = f"{CHANNEL}commentary to=functions.{tool.name} {CONSTRAIN}json{MESSAGE}"

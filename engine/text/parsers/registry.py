@@ -116,7 +116,7 @@ TOOL_PARSERS = {
             inner_marks=(MISTRAL_ARGUMENTS, MISTRAL_ID),
             new_call_id=mistral_call_id,
         ),
-        ToolFormat("openai", None, harmony_rules, inner_marks=tuple(KEPT), read_all=read_harmony),
+        ToolFormat("openai", None, harmony_rules, inner_marks=KEPT, read_all=read_harmony),
     )
 }
 TOOL_PARSERS |= {
@@ -145,7 +145,7 @@ REASONING_PARSERS = {
             ("</think>", "Here is my response:", "Here's my response:"),
             ignored=("<response>", "</response>"),
         ),
-        ReasoningFormat("openai_gptoss", (), (), tokens=tuple(KEPT), read_all=read_harmony),
+        ReasoningFormat("openai_gptoss", (), (), tokens=KEPT, read_all=read_harmony),
     )
 }
 

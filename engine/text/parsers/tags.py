@@ -34,7 +34,7 @@ from .grammar import (
 from .literals import python_json
 from .typed import escaped, is_text, property_schema, to_json, types_of, value_json
 
-_NAME = re.compile(r"[^\s<>\"]*")
+_NAME = re.compile(r"[\w.\-:/]*")
 
 
 class Tags(msgspec.Struct, frozen=True):
