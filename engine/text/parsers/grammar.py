@@ -221,9 +221,6 @@ def _pattern(pattern: str, what: str) -> str:
         raise ValueError(
             f"{what}: the pattern {pattern!r} has alternatives outside of brackets; put them in brackets"
         )
-    for shorthand, group in _SHORTHANDS.items():
-        inner = re.sub(
-            r"(?<!\\)((?:\\\\)*)" + re.escape(shorthand), lambda found, g=group: found[1] + g, inner
-        )
+    inner = re.sub(r"\\.", lambda found: _SHORTHANDS.get(found[0], found[0]), inner)
     before, after = ("" if each else "(?s:.*)" for each in anchored)
     return regex(f"{before}(?:{inner}){after}")

@@ -83,8 +83,8 @@ def _gemma(name: str, opening: str, closing: str, dialect: Dialect) -> ToolForma
     )
 
 
-def _think(name: str, word: str = "think", **more: bool) -> ReasoningFormat:
-    return ReasoningFormat(name, (f"<{word}>",), (f"</{word}>",), **more)
+def _think(name: str, word: str = "think", is_assumed: bool = False) -> ReasoningFormat:
+    return ReasoningFormat(name, (f"<{word}>",), (f"</{word}>",), is_assumed=is_assumed)
 
 
 _QWEN3_CODER = _tags("qwen3_coder", QWEN, QWEN.call)
@@ -149,8 +149,10 @@ REASONING_PARSERS = {
     )
 }
 
+_Signs = tuple[tuple[str | None, tuple[str, ...]], ...]
 # The first that a template has all of says how it calls tools. Some marks are parts of others, so order matters.
-_TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+_TOOL_SIGNS: _Signs = (
+    (None, ("]<]minimax[>[",)),  # MiniMax M3's tags, which only begin like others
     ("openai", ("<|channel|>", "<|message|>")),
     ("gemma4", ("<|tool_call>",)),
     ("functiongemma", ("<start_function_call>",)),
@@ -178,14 +180,14 @@ _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("llama3_json", ("<|start_header_id|>", '"parameters": ')),
     ("json", ("tools", "tool_calls")),
 )
-_REASONING_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+_REASONING_SIGNS: _Signs = (
     ("openai_gptoss", ("<|channel|>", "<|message|>")),
     ("gemma4", ("<|channel>",)),
     ("mistral", ("[THINK]",)),
     ("seed_oss", ("<seed:think>",)),
-    ("granite", ("<think>", "<response>")),
+    ("granite", ("<think>", "<response></response>")),
     ("glm45", ("<think>", "<arg_key>")),
-    ("deepseek_v3", ("</think>", "<｜Assistant｜>", "thinking")),
+    ("deepseek_v3", ("</think>", "<｜Assistant｜>", "thinking is")),
     ("deepseek_r1", ("</think>", "<｜Assistant｜>")),
     ("kimi_k2", ("<think>", "<|tool_calls_section_begin|>")),
     ("minimax_m2", ("<think>", "<minimax:tool_call>")),
@@ -203,5 +205,5 @@ def formats_of(template: str) -> OutputFormat:
     )
 
 
-def _first(signs: tuple[tuple[str, tuple[str, ...]], ...], template: str) -> str | None:
+def _first(signs: _Signs, template: str) -> str | None:
     return next((name for name, wanted in signs if all(sign in template for sign in wanted)), None)

@@ -327,7 +327,7 @@ def test_no_text_is_lost_whatever_it_is(data: st.DataObject) -> None:
         assert (whole.content + whole.reasoning).count("né") == text.count("né")
 
 
-LONG = 30_000
+LONG = 12_000
 
 
 @pytest.mark.parametrize(

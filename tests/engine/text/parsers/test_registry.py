@@ -125,10 +125,10 @@ def _template(name: str) -> str:
         ("{{ messages }}", None, None),
         ("{{ tools }}{{ message.tool_calls }}", "json", None),
         ("{{ '<start_function_call>' }}", "functiongemma", None),
-        ("{{ '<|tool_call|>' }}<think>{{ '<response>' }}", "granite", "granite"),
+        ("{{ '<|tool_call|>' }}<think></think> <response></response>", "granite", "granite"),
         ("functools[{{ tools }}]", "phi4_mini_json", None),
         (
-            "<｜DSML｜tool_calls>{{ '</think>' }}<｜Assistant｜>thinking",
+            "<｜DSML｜tool_calls>{{ '</think>' }}<｜Assistant｜>{% if not thinking is defined %}",
             "deepseek_v4",
             "deepseek_v3",
         ),
@@ -136,6 +136,7 @@ def _template(name: str) -> str:
         ("<|python_start|>{{ '<|python_end|>' }}", "llama4_pythonic", None),
         ("<tool_calls>[]</tool_calls>", "apriel", None),
         ("<tool_call>{{ '</think>' }}", "hermes", "qwen3"),
+        ("]<]minimax[>[<tool_call>", None, None),
     ],
 )
 def test_signs_of_formats(said_there: str, tool: str | None, reasoning: str | None) -> None:
