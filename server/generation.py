@@ -85,7 +85,7 @@ class Generation:
         arrival: float,
         kept_ids: frozenset[int] = frozenset(),
     ):
-        """`arrival` is time.perf_counter() at the request's arrival; `kept_ids` are special tokens that stay in texts."""
+        """`arrival`: time.perf_counter() at the request's arrival. `kept_ids`: special tokens that stay in texts."""
         self.serving, self.salt, self.arrival = serving, salt, arrival
         self.prompts, self.n = prompts, n
         self.id = uuid.uuid4().hex

@@ -6,7 +6,8 @@ Two spellings, both OpenAI-compatible servers' (vLLM, SGLang):
      "structures": [{"begin": "<function=f>", "schema": {...}, "end": "</function>"}]}
 
     {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": ["<function="],
-     "tags": [{"begin": "<function=f>", "content": {"type": "json_schema", "json_schema": {...}}, "end": "</function>"}],
+     "tags": [{"begin": "<function=f>", "end": "</function>",
+               "content": {"type": "json_schema", "json_schema": {...}}}],
      "at_least_one": false, "stop_after_first": false}}
 
 Text is whatever does not hold a trigger.

@@ -1,4 +1,4 @@
-"""StructuredOutputs: what the text of an answer must be, as clients spell it (vLLM's names), and as llguidance reads it.
+"""StructuredOutputs: what the text of an answer must be, as clients spell it (vLLM's names) and llguidance reads it.
 
     json, json_object, regex, choice, grammar (Lark or GBNF), structural_tag     exactly one of them
                     |

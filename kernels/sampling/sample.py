@@ -111,8 +111,8 @@ def add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> No
 
 
 def apply_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> None:
-    """logits[rows[i], t] = -inf, in place, where bit t of bitmask[i] is 0: what a grammar does not allow. rows int64 [n],
-    distinct and within logits [B, V]; bitmask int32 [n, ceil(V / 32)], token t at bit t % 32 of word t // 32."""
+    """logits[rows[i], t] = -inf, in place, where bit t of bitmask[i] is 0: what a grammar does not allow. rows int64
+    [n], distinct and within logits [B, V]; bitmask int32 [n, ceil(V / 32)], token t at bit t % 32 of word t // 32."""
     need_rows("apply_bitmask", "logits", logits, FLOATS, None, None)
     need_rows("apply_bitmask", "rows", rows, (torch.int64,), None)
     vocab = logits.shape[1]

@@ -1,7 +1,7 @@
 """The kinds of fields that request schemas are made of.
 
-A field whose type is one of the `Only...` aliases is one we do not support, accepted at the value that asks for nothing,
-since clients send it.
+A field whose type is one of the `Only...` aliases is one we do not support, accepted at the value that asks for
+nothing, since clients send it.
 """
 
 import re

@@ -133,6 +133,6 @@ def test_errors_have_their_shape(http: httpx.Client, fields: dict, status: int, 
 
 
 def test_a_wrong_key_is_refused(server: ServerProcess) -> None:
-    with anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0) as client:
-        with pytest.raises(anthropic.AuthenticationError):
-            ask(client)
+    client = anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0)
+    with client, pytest.raises(anthropic.AuthenticationError):
+        ask(client)

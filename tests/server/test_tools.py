@@ -1,7 +1,7 @@
 """Tools and structured output over HTTP: the official client against a real server.
 
-The model is random, so what it says is held to a grammar: by the server, where calls are required, or by the test, which
-makes it say a text that holds a call.
+The model is random, so what it says is held to a grammar: by the server, where calls are required, or by the test,
+which makes it say a text that holds a call.
 """
 
 import json

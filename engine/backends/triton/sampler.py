@@ -1,6 +1,6 @@
 """Sampling on the device: what `sampler.py` computes, by the kernels of kernels/sampling, without a host wait.
 
-    logits -> logit_bias, min_tokens (add_bias), grammars -> penalties, temperature, filters, race -> tokens, on the device
+    logits -> grammars, logit_bias, min_tokens -> penalties, temperature, filters, race -> tokens, still on the device
 
 Penalties need to know what a request has said. A row of `state` holds that for each request that asks for them: filled
 from its tokens once, then kept by the kernel. Rows are taken back from requests that are gone or not in the step.

@@ -1,6 +1,6 @@
 """ResponseStore: responses that clients may come back to, in memory.
 
-Invariant: it never holds more than MAX_RESPONSES and MAX_BYTES; the ones that nobody has asked for the longest go first.
+Invariant: it never holds more than MAX_RESPONSES and MAX_BYTES; those that nobody has asked for the longest go first.
 Whose key made a response may read it and go on from it, and nobody else: for others it is not there.
 """
 
