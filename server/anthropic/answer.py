@@ -141,9 +141,9 @@ def _pieces(parsed: Parsed) -> list[Piece]:
         delta = {"type": "text_delta", "text": parsed.content}
         pieces.append(Piece("text", {"type": "text", "text": ""}, delta))
     for call in parsed.tool_calls:
-        start = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+        begun: Json = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
         delta = {"type": "input_json_delta", "partial_json": call.arguments}
-        pieces.append(Piece(f"call {call.index}", start, delta))
+        pieces.append(Piece(f"call {call.index}", begun, delta))
     return pieces
 
 

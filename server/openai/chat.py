@@ -19,7 +19,7 @@ from ...engine.text.parsers import Tool
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..serving import Serving
-from .chat_answer import ChatAnswer, NewParser
+from .chat_answer import ChatAnswer
 from .fields import (
     INTEGRAL,
     NOT_BOTH_ENDS,
@@ -30,6 +30,7 @@ from .fields import (
     excludes,
 )
 from .messages import Messages, for_template
+from .parsed_answer import NewParser
 from .prompt import encode_chat
 from .sampling import STREAM_OPTIONS_NEED_STREAM, SamplingFields, check_size, completion_room
 from .stream import run

@@ -101,7 +101,9 @@ class StructuredFields(Schema):
         choice = None if self.guided_choice is None else tuple(self.guided_choice)
         asked = {
             "response_format": _of_format(self.response_format),
-            "structured_outputs": self.structured_outputs and self.structured_outputs.asked(),
+            "structured_outputs": self.structured_outputs.asked()
+            if self.structured_outputs
+            else None,
             "guided_json": _given(json=self.guided_json, whitespace_pattern=whitespace),
             "guided_regex": _given(regex=self.guided_regex),
             "guided_choice": _given(choice=choice),

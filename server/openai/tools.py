@@ -11,7 +11,7 @@ import msgspec
 from pydantic import Field
 
 from .. import errors, limits
-from .fields import Ignored, Schema
+from .fields import Schema
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -116,10 +116,12 @@ class ToolFields(Schema):
             )
         if choice == "none":
             tools = []
-        dumped = [
-            tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools
-        ]
-        return ToolUse(dumped, required, named, self.parallel_tool_calls is not False)
+        return ToolUse(plain_tools(tools), required, named, self.parallel_tool_calls is not False)
+
+
+def plain_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """As templates and parsers take them."""
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
 
 
 def _chosen(tools: Sequence[Tool], choices: Sequence[Choice]) -> list[Tool]:
@@ -131,10 +133,3 @@ def _chosen(tools: Sequence[Tool], choices: Sequence[Choice]) -> list[Tool]:
                 "tool_choice",
             )
     return [by_name[choice.function.name] for choice in choices]
-
-
-class NamedResult(Schema):
-    """Fields of the messages that give a call's result."""
-
-    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
-    name: Ignored = None

@@ -10,6 +10,7 @@ import pytest
 from .conftest import KEY, ServerProcess
 from .test_tools import PARAMETERS
 
+GREEDY = {"temperature": 0.0}
 ASK = [{"role": "user", "content": "Weather?"}]
 WEATHER = {"name": "get_weather", "description": "Forecast", "input_schema": PARAMETERS}
 
@@ -46,7 +47,7 @@ def test_the_system_prompt_is_part_of_the_prompt(client: anthropic.Anthropic) ->
 
 
 def test_a_stream_comes_to_the_same(client: anthropic.Anthropic) -> None:
-    given = {"model": "tiny", "messages": ASK, "max_tokens": 40, "temperature": 0.0}
+    given = {"model": "tiny", "messages": ASK, "max_tokens": 40, "extra_body": GREEDY}
     whole = client.messages.create(**given)
     with client.messages.stream(**given) as stream:
         kinds = [event.type for event in stream]
@@ -60,18 +61,19 @@ def test_a_stream_comes_to_the_same(client: anthropic.Anthropic) -> None:
 
 def test_stop_sequences_are_named(client: anthropic.Anthropic) -> None:
     letters = [chr(code) for code in range(ord("a"), ord("p"))]
-    answer = ask(client, stop_sequences=letters, temperature=1.0, max_tokens=200)
+    answer = ask(client, stop_sequences=letters, max_tokens=200)
     assert answer.stop_reason == "stop_sequence"
     assert answer.stop_sequence in letters
 
 
 def test_calls_streamed_and_not(client: anthropic.Anthropic) -> None:
     fields = {"tools": [WEATHER], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
-    answer = ask(client, temperature=0.0, **fields)
+    answer = ask(client, extra_body=GREEDY, **fields)
     (block,) = answer.content
     assert (block.type, block.name, answer.stop_reason) == ("tool_use", "get_weather", "tool_use")
     assert set(block.input) == {"city", "days"}
-    given = {"model": "tiny", "messages": ASK, "max_tokens": 200, "temperature": 0.0, **fields}
+    given = {"model": "tiny", "messages": ASK, "max_tokens": 200, **fields}
+    given["extra_body"] = GREEDY
     with client.messages.stream(**given) as stream:
         final = stream.get_final_message()
     assert final.content[0].input == block.input

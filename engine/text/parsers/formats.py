@@ -116,9 +116,7 @@ class OutputFormat(msgspec.Struct, frozen=True):
             raise ValueError("the schema of a tool is nested too deeply") from None
         return lark.written(f"{self._before(lark, prompt_tail)} {calls}".strip())
 
-    def reasoning_grammar(
-        self, special_tokens: Mapping[str, int], prompt_tail: str
-    ) -> str | None:
+    def reasoning_grammar(self, special_tokens: Mapping[str, int], prompt_tail: str) -> str | None:
         """Lark, of the reasoning that an answer may begin with; None where it has none. The answer proper follows."""
         lark = Lark(special_tokens)
         before = self._before(lark, prompt_tail)

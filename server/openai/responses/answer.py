@@ -139,10 +139,11 @@ class ResponseAnswer(ParsedAnswer):
         self.on_end(response)
         return response
 
-    def _logprobs(self, delta: Delta) -> list[Any]:
+    def _logprobs(self, delta: Delta) -> list[Json]:
         if not delta.logprobs:
             return []
-        return list(chat_logprobs(self.tokenizer, delta.logprobs, self.top_n)["content"])  # type: ignore[call-overload]
+        content: list[Json] = chat_logprobs(self.tokenizer, delta.logprobs, self.top_n)["content"]
+        return content
 
     def _event(self, name: str, fields: Json) -> bytes:
         name = f"response.{name}"
