@@ -131,7 +131,6 @@ class Answer:
         """From here on it is a call: what has been read of it cannot come out as content any more."""
         self.feed.release()
         self.content.mark()
-        self.reasoning.mark()
         self.calls.begin(name)
 
     def parameters(self, name: str) -> Mapping[str, Any] | None:

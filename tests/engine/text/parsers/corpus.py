@@ -603,6 +603,21 @@ HARMONY_CASES = [
         tool="openai",
         tail="<|start|>assistant<|channel|>final<|message|>",
     ),
+    Case(
+        "the header begun by the prompt",
+        "final<|message|>Sunny.",
+        (),
+        "Sunny.",
+        tool="openai",
+        tail="<|start|>assistant<|channel|>",
+    ),
+    Case(
+        "space between two thoughts",
+        "<|channel|>analysis<|message|>A.\n\n<|end|><|start|>assistant<|channel|>analysis<|message|>B.",
+        (),
+        thought="A.\n\nB.",
+        **HARMONY,
+    ),
     Case("no channels at all", "It is sunny.\n", (), "It is sunny.\n", **HARMONY),
 ]
 

@@ -139,6 +139,13 @@ def test_a_call_that_fails_does_not_hide_the_next() -> None:
             '{"city": "Paris\\n</par',
             "",
         ),
+        ("pythonic", "[f(a=Tru", '{"a": Tru', ""),
+        (
+            "hermes",
+            r'<tool_call>{"name": "f", "arguments": {"a": "\"}"}}</tool_call>',
+            r'{"a": "\"}"}',
+            "",
+        ),
         ("pythonic", "[f(a=1 b=2)]", '{"a": 1', "b=2)]"),
         ("pythonic", "[f(a=[1, {'b': ", '{"a": [1, {"b": ', ""),
         ("gemma4", '<|tool_call>call:f{a:<|"|>b', '{"a": "b', ""),
@@ -172,6 +179,27 @@ def test_a_call_that_has_begun_says_what_there_is(
 )
 def test_white_space_next_to_calls_is_no_content(text: str, content: str) -> None:
     assert parse(text, "hermes").content == content
+
+
+def test_white_space_and_text_after_a_list_of_calls() -> None:
+    text = 'A.<|tool_call|>[{"name": "f", "arguments": {}}]\n, and B.'
+    assert parse(text, "granite").content == "A.\n, and B."
+
+
+def test_marks_of_thought_are_text_after_content() -> None:
+    found = parse(f"A.\n{CALL}\n<think>B.</think>", "hermes", "qwen3")
+    assert (found.content, found.reasoning) == ("A.\n<think>B.</think>", "")
+
+
+def test_a_call_within_a_thought_ends_it() -> None:
+    found = parse(f"Hm.\n{CALL}\nB.", "hermes", "qwen3", tail="<think>\n")
+    assert (found.content, found.reasoning, values(found)) == ("B.", "Hm.", PARIS)
+    text = "Hm: a <tool_call> is needed.\n</think>\nB."
+    assert parse(text, "hermes", "qwen3", tail="<think>\n") == (
+        "B.",
+        "Hm: a <tool_call> is needed.",
+        (),
+    )
 
 
 def test_names_that_are_no_tools_are_calls() -> None:
@@ -212,6 +240,7 @@ TYPED = Tool(
             "word": {"enum": ["1", "2"]},
             "list": {"type": "array"},
             "any": {},
+            "open": {"anyOf": [{"type": "string"}, {}]},
             "loop": {"$ref": "#/$defs/loop"},
         },
         "$defs": {
@@ -240,6 +269,7 @@ TYPED = Tool(
         ("whole", "007", "007"),
         ("flag", "True", True),
         ("flag", "false", False),
+        ("flag", " True\t", True),
         ("flag", "1", "1"),
         ("maybe", "None", None),
         ("maybe", "null", None),
@@ -252,6 +282,7 @@ TYPED = Tool(
         ("list", "[True, {'a': None}]", [True, {"a": None}]),
         ("list", "[True] and", "[True] and"),
         ("any", "5", 5),
+        ("open", "5", 5),
         ("any", "sunny", "sunny"),
         ("unknown", '{"a": 1}', {"a": 1}),
     ],
@@ -361,10 +392,17 @@ def test_time_grows_with_the_length_alone(tool: str, start: str, piece: str) -> 
     assert large < max(10 * small, 0.5)
 
 
-def _seconds(tool: str, text: str) -> float:
+def test_time_grows_with_the_length_alone_of_what_comes_at_once() -> None:
+    small, large = (
+        _seconds("pythonic", "[f(a=[" + "1, " * size, at_once=True) for size in (5_000, 40_000)
+    )
+    assert large < max(20 * small, 0.5)
+
+
+def _seconds(tool: str, text: str, at_once: bool = False) -> float:
     parser = output_format(tool).parser(TOOLS, "")
     begun = time.process_time()
-    for char in text:
-        parser.push(char)
+    for piece in [text] if at_once else text:
+        parser.push(piece)
     parser.finish()
     return time.process_time() - begun
