@@ -14,6 +14,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
@@ -21,6 +22,8 @@ from ..errors import UserError
 from . import child, host_memory
 from .config import EngineConfig
 from .core import EngineCore
+from .encoders.choose import is_encoder
+from .encoders.core import EncoderCore
 from .messages import (
     AbortRequests,
     AddRequest,
@@ -30,6 +33,7 @@ from .messages import (
     FromEngine,
     Ping,
     Pong,
+    Ready,
     RequestOutput,
     Shutdown,
     StepOutputs,
@@ -41,7 +45,27 @@ from .request import FinishReason
 
 logger = logging.getLogger("nibble.engine")  # __name__ is __main__ here
 
-CoreFactory = Callable[[EngineConfig], EngineCore]
+
+class Core(Protocol):
+    """What the loop feeds: core.EngineCore, or encoders.core.EncoderCore where a checkpoint is an encoder."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def ready(self) -> Ready: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def add(self, message: AddRequest) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+    def check_idle(self) -> None: ...
+
+
+CoreFactory = Callable[[EngineConfig], Core]
 
 
 class Closed(Exception):
@@ -77,9 +101,9 @@ class Channel:
 
 
 class EngineLoop:
-    """Feeds one EngineCore from a channel until it is told to stop."""
+    """Feeds one core from a channel until it is told to stop."""
 
-    def __init__(self, core: EngineCore, channel: Channel):
+    def __init__(self, core: Core, channel: Channel):
         self.core = core
         self.channel = channel
         self._sent_stats = EngineStats()
@@ -145,7 +169,7 @@ def serve(sock: socket.socket, make_core: CoreFactory) -> int:
     return 0
 
 
-def _made(make_core: CoreFactory, config: EngineConfig) -> EngineCore:
+def _made(make_core: CoreFactory, config: EngineConfig) -> Core:
     """UserError where there is not enough memory: the limit is the user's to raise, and no defect."""
     room = host_memory.headroom()  # before: what a failed start has taken is not free yet
     try:
@@ -166,8 +190,12 @@ def _fatal(error: Exception) -> Fatal:
     return Fatal(f"the engine failed with {type(error).__name__}; its log has the cause")
 
 
-def _load(config: EngineConfig) -> EngineCore:
-    core = EngineCore(config, progress=_show)
+def _load(config: EngineConfig) -> Core:
+    core: Core
+    if is_encoder(config.model, config.revision):
+        core = EncoderCore(config, progress=_show)
+    else:
+        core = EngineCore(config, progress=_show)
     _show("")
     return core
 
