@@ -12,9 +12,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from ..engine.request import MAX_INT
-from . import metrics
+from . import metrics, rerank, score
 from .auth import OPEN_PATHS
-from .openai import chat, completions, tokenize
+from .openai import chat, completions, embeddings, tokenize
 from .openai.sampling import PROMPT_TEXT, TOKEN_ID
 from .serving import Phase, Serving
 
@@ -23,13 +23,20 @@ JsonSchema = dict[str, Any]
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": chat.ChatRequest,
     "/v1/completions": completions.CompletionRequest,
+    "/v1/embeddings": embeddings.EmbeddingRequest,
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank.RerankRequest),
+    **dict.fromkeys(("/score", "/v1/score"), score.ScoreRequest),
     "/tokenize": tokenize.TokenizeRequest,
     "/detokenize": tokenize.DetokenizeRequest,
 }
 _STREAMS = ("/v1/chat/completions", "/v1/completions")
+_COMPUTED = tuple(path for path in _BODIES if "tokenize" not in path)  # by the engine
 _ANSWERS = {
     "/v1/chat/completions": "ChatCompletion",
     "/v1/completions": "Completion",
+    "/v1/embeddings": "Embeddings",
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "Ranking"),
+    **dict.fromkeys(("/score", "/v1/score"), "Scores"),
     "/v1/models": "ModelList",
     "/v1/models/{model}": "Model",
     "/tokenize": "Tokens",
@@ -93,7 +100,7 @@ def _responses(path: str) -> JsonSchema:
     statuses = [*_OF_ALL, *(_OF_BODIES if path in _BODIES else ())]
     if path == "/v1/models/{model}":
         statuses.append(404)
-    if path in _STREAMS:
+    if path in _COMPUTED:
         statuses.append(500)
     return {"200": _response("The answer", answer)} | {
         str(status): _response(
@@ -163,36 +170,40 @@ _NULL: JsonSchema = {"type": "null"}
 
 
 def _answers() -> JsonSchema:
-    return _generated() | {
-        "Error": _object(
-            error=_object(
-                message=_TEXT | {"minLength": 1},
-                type={"enum": ["invalid_request_error", "server_error"]},
-                param=_or_null(_TEXT),
-                code=_or_null(_TEXT),
-            )
-        ),
-        "Status": _object(status={"enum": [phase.value for phase in Phase]}),
-        "Version": _object(version=_TEXT),
-        "Model": _object(
-            id=_TEXT,
-            object={"const": "model"},
-            created=_COUNT,
-            owned_by={"const": "nibble"},
-            root=_TEXT,
-            parent=_NULL,
-            max_model_len=_COUNT,
-            quantization=_TEXT,
-        ),
-        "ModelList": _object(object={"const": "list"}, data=_list(_ref("Model"))),
-        "Tokens": _object(
-            count=_COUNT,
-            max_model_len=_COUNT,
-            tokens=_list(_COUNT),
-            token_strs=_or_null(_list(_TEXT)),
-        ),
-        "Text": _object(prompt=_TEXT),
-    }
+    return (
+        _generated()
+        | _pooled()
+        | {
+            "Error": _object(
+                error=_object(
+                    message=_TEXT | {"minLength": 1},
+                    type={"enum": ["invalid_request_error", "server_error"]},
+                    param=_or_null(_TEXT),
+                    code=_or_null(_TEXT),
+                )
+            ),
+            "Status": _object(status={"enum": [phase.value for phase in Phase]}),
+            "Version": _object(version=_TEXT),
+            "Model": _object(
+                id=_TEXT,
+                object={"const": "model"},
+                created=_COUNT,
+                owned_by={"const": "nibble"},
+                root=_TEXT,
+                parent=_NULL,
+                max_model_len=_COUNT,
+                quantization=_TEXT,
+            ),
+            "ModelList": _object(object={"const": "list"}, data=_list(_ref("Model"))),
+            "Tokens": _object(
+                count=_COUNT,
+                max_model_len=_COUNT,
+                tokens=_list(_COUNT),
+                token_strs=_or_null(_list(_TEXT)),
+            ),
+            "Text": _object(prompt=_TEXT),
+        }
+    )
 
 
 def _generated() -> JsonSchema:
@@ -219,6 +230,25 @@ def _generated() -> JsonSchema:
             "chatcmpl-", "chat.completion", chat_logprobs, message=message
         ),
         "Completion": _completion("cmpl-", "text_completion", logprobs, text=_TEXT),
+    }
+
+
+def _pooled() -> JsonSchema:
+    """What is answered of texts that nothing is generated of."""
+    embedding = {"anyOf": [_list(_NUMBER), _TEXT]}
+    ranked = {"index": _COUNT, "relevance_score": _NUMBER}
+    documented = _object(**ranked, document=_object(text=_TEXT))
+    one = _object(object={"const": "embedding"}, index=_COUNT, embedding=embedding)
+    score = _object(index=_COUNT, object={"const": "score"}, score=_NUMBER)
+    every = {"model": _TEXT, "usage": _object(prompt_tokens=_COUNT, total_tokens=_COUNT)}
+    return {
+        "Embeddings": _object(object={"const": "list"}, data=_list(one), **every),
+        "Ranking": _object(
+            id=_TEXT, results=_list({"anyOf": [_object(**ranked), documented]}), **every
+        ),
+        "Scores": _object(
+            id=_TEXT, object={"const": "list"}, created=_COUNT, data=_list(score), **every
+        ),
     }
 
 

@@ -160,6 +160,7 @@ async def create(request: Request, serving: Serving) -> Response:
     serving.check_ready()
     body = await limits.parse_body(request, ChatRequest)
     serving.check_model(body.model)
+    serving.check_task("generate")
     prompt = await _prompt(request, body, serving)
     params = _params(body, serving, len(prompt))
     n = body.n or 1
