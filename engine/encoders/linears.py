@@ -2,7 +2,7 @@
 kernels/select.py chooses. The model never branches on a format."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ..backends.base import KernelReport
 from ..backends.torch.linear import FusedLinear
 from ..backends.weights import Linear
 from ..config import EngineConfig
+
+_GROUP = 32  # columns of activations that share a scale
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -69,8 +71,25 @@ class LinearBuilder:
             threads = self.config.num_threads or torch.get_num_threads()
             self._pool = library.Pool(threads, self.config.cpu_isa)
         int8 = self.config.cpu_activations == "int8"
-        prepared = [prepare(linear.weight, linear.bias) for linear in linears]
+        prepared = [prepare(_finer(linear.weight), linear.bias) for linear in linears]
         for each in prepared:
             self.report.used[f"cpu-{self._pool.isa} {each.describe(int8)}"] += 1
             self.weight_bytes += each.nbytes
         return CppLinears(PreparedGroup(prepared, int8), self._pool)
+
+
+def _finer(weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
+    """The same weight, its scales said for every _GROUP columns: the kernels quantize activations by the weight's
+    groups, and what stands out in a few columns of an encoder's costs the others of their group their bits."""
+    if isinstance(weight, Tensor) or weight.kind != "int" or weight.block[0] != 1:
+        return weight
+    width = min(weight.block[1], weight.in_features)
+    if width <= _GROUP or width % _GROUP:
+        return weight
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.repeat_interleave(width // _GROUP, 1)
+
+    scales = weight.scales.repeat_interleave(width // _GROUP, 1)
+    zeros, mins = spread(weight.zeros), spread(weight.mins)
+    return replace(weight, scales=scales, zeros=zeros, mins=mins, block=(1, _GROUP))

@@ -62,7 +62,8 @@ class Head:
 @dataclass(frozen=True, slots=True)
 class EncoderModel:
     spec: EncoderSpec
-    word: Tensor  # [vocab_size, hidden_size]
+    word: Tensor  # [vocab_size, hidden_size]; float16 beside quantized weights
+    dtype: torch.dtype  # of everything else
     position: Tensor | None  # [max_tokens, hidden_size]: rows of no token are cut off
     token_type: Tensor | None  # [token_types, hidden_size]
     embedding_norm: LayerNorm
@@ -89,7 +90,7 @@ class EncoderModel:
         return x if self.final_norm is None else self.final_norm(x)
 
     def _embedded(self, batch: EncoderBatch) -> Tensor:
-        x = self.word[batch.tokens]
+        x = self.word[batch.tokens].to(self.dtype)
         if self.token_type is not None:
             # of a model that has one type, the second text is of that too
             x += self.token_type[batch.types.clamp_max(len(self.token_type) - 1)]
@@ -150,7 +151,8 @@ class Loader:
         final = None if names.final_norm is None else self._norm(spec.prefix + names.final_norm)
         return EncoderModel(
             spec,
-            self._place(weights.table(names.word, spec.vocab_size, hidden)),
+            self._place(weights.table(names.word, spec.vocab_size, hidden), self._word_dtype),
+            self.build.dtype,
             position,
             token_type,
             self._norm(spec.prefix + names.embedding_norm),
@@ -203,10 +205,16 @@ class Loader:
         placed = None if bias is None else self._place(bias)
         return LayerNorm(self._place(weight), placed, self.weights.spec.norm_eps)
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        build = self.build
-        build.weight_bytes += tensor.numel() * build.dtype.itemsize
-        return tensor.to(build.device, build.dtype)
+    @property
+    def _word_dtype(self) -> torch.dtype:
+        """The widest table, of which a text reads a few rows: whoever wants 8-bit weights wants it small."""
+        quantized = self.weights.checkpoint.scheme is not None
+        return torch.float16 if quantized else self.build.dtype
+
+    def _place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        placed = tensor.to(self.build.device, dtype or self.build.dtype)
+        self.build.weight_bytes += placed.nbytes
+        return placed
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -166,6 +166,7 @@ def test_8_bit_weights_are_close(name: str, folder_of) -> None:
         assert any("cpu-" in kernel for kernel in runner.ready().kernels) == (not flags)
     quantized = load(folder, quantize="int8")
     assert quantized.weight_bytes < 0.6 * plain.weight_bytes
+    assert quantized.model.word.dtype == torch.float16
 
 
 def test_what_was_quantized_can_be_kept(folder_of, tmp_path: Path) -> None:
