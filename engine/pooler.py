@@ -21,7 +21,12 @@ from .pooling import NORMALIZE, EmbeddingFiles, EmbeddingInfo, Mode, Pooling, re
 from .sampler import NOT_FINITE
 from .scheduling.batch import ScheduledRequest, StepResult
 
-_NAMED = {"Tanh": torch.tanh, "Identity": torch.nn.Identity(), "ReLU": F.relu, "GELU": F.gelu}
+_NAMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "Tanh": torch.tanh,
+    "Identity": torch.nn.Identity(),
+    "ReLU": F.relu,
+    "GELU": F.gelu,
+}
 
 
 @dataclass(frozen=True, slots=True)

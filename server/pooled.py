@@ -108,7 +108,9 @@ class Encoder:
 
 
 def check_size(prompts: Sequence[Sequence[int]], param: str) -> None:
-    """Bound what one request may cost in all."""
+    """Bound what one request may cost in all. What has no tokens has no hidden states either."""
+    if not all(prompts):
+        raise errors.bad_request(f"An empty text of '{param}' has no tokens in this model.", param)
     tokens = sum(map(len, prompts))
     if tokens > limits.MAX_REQUEST_TOKENS:
         raise errors.bad_request(

@@ -108,13 +108,8 @@ async def _token_ids(body: EmbeddingRequest, serving: Serving) -> list[list[int]
     given: Any = body.inputs()
     if isinstance(given[0], str):
         texts = with_prompts(serving, given, body.prompt_name)
-        prompts = await encoder.texts(texts, body.add_special_tokens is not False)
-    else:
-        prompts = _cut(given, body, serving)
-    for index, token_ids in enumerate(prompts):
-        if not token_ids:
-            raise errors.bad_request(f"Number {index} of 'input' has no tokens.", "input")
-    return prompts
+        return await encoder.texts(texts, body.add_special_tokens is not False)
+    return _cut(given, body, serving)
 
 
 def _cut(given: list[list[int]], body: EmbeddingRequest, serving: Serving) -> list[list[int]]:

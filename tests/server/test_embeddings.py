@@ -355,6 +355,8 @@ def test_an_empty_text_has_tokens_or_is_refused(
     server: ServerProcess, embedding_server: ServerProcess
 ) -> None:
     assert "has no tokens" in refusal(post(server, "/v1/embeddings", model="tiny", input=[""]))[0]
+    body = {"model": "tiny", "query": "a", "documents": ["b", ""]}
+    assert refusal(post(server, "/v1/rerank", **body))[1] == "documents"
     found = post(embedding_server, "/v1/embeddings", model="tiny-bert", input="").json()
     assert found["usage"]["prompt_tokens"] == 2
 
