@@ -298,6 +298,7 @@ def _gathered(outputs: list[RequestOutput]) -> list[RequestOutput]:
         if so_far is output:
             continue
         so_far.token_ids += output.token_ids
+        so_far.embedding = output.embedding
         if output.logprobs is not None:
             so_far.logprobs = (so_far.logprobs or []) + output.logprobs
         so_far.finish_reason, so_far.stop_reason, so_far.error = (

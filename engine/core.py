@@ -83,6 +83,7 @@ class EngineCore:
         )
         self._open: _Launched | None = None  # the step whose result has not been taken in
         self._eos = frozenset(self.runner.eos_token_ids)
+        self._tasks = frozenset(self.runner.ready().tasks)
         self._random = random.Random(config.seed)
         self._config = config
 
@@ -115,6 +116,10 @@ class EngineCore:
         that is not compiled yet."""
         vocab_size = self.runner.vocab_size
         message.params.verify(vocab_size)
+        pooling = message.params.pooling
+        task = "generate" if pooling is None else pooling.task
+        if task not in self._tasks:
+            raise ValueError(f"this model does not {task}")
         prompt = message.prompt_token_ids
         if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(f"the prompt has token ids outside of 0 .. {vocab_size - 1}")

@@ -13,6 +13,7 @@ frame preceded by its length as a 4-byte little-endian integer. Never pickle. Im
 
 import msgspec
 
+from .pooling import EmbeddingInfo, Task
 from .request import SamplingParams
 
 
@@ -73,6 +74,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str = ""
+    # What params.pooling asked for, little-endian float32: an embedding, or one score
+    embedding: bytes = b""
 
 
 class EngineStats(msgspec.Struct, omit_defaults=True):
@@ -107,6 +110,8 @@ class Ready(msgspec.Struct, tag="ready"):
     kernels: dict[str, int]  # kernel name -> layers that use it
     ledger: dict[str, int]  # bytes: weights, kv_cache, activations, recurrent_states
     load_seconds: float = 0.0
+    tasks: tuple[Task, ...] = ("generate",)  # what may be asked of it
+    embedding: EmbeddingInfo | None = None  # where it embeds
 
 
 class Fatal(msgspec.Struct, tag="fatal"):

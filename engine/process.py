@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -24,6 +24,8 @@ from ..errors import UserError
 from . import child, host_memory
 from .config import EngineConfig
 from .core import EngineCore
+from .encoders.choose import is_encoder
+from .encoders.core import EncoderCore
 from .messages import (
     AbortRequests,
     AddRequest,
@@ -35,6 +37,7 @@ from .messages import (
     GrammarCompiled,
     Ping,
     Pong,
+    Ready,
     RequestOutput,
     Shutdown,
     StepOutputs,
@@ -49,9 +52,36 @@ if TYPE_CHECKING:
 
     from llguidance import LLMatcher
 
+    from .grammar.compiler import GrammarCompiler
+
 logger = logging.getLogger("nibble.engine")  # __name__ is __main__ here
 
-CoreFactory = Callable[[EngineConfig], EngineCore]
+
+class Core(Protocol):
+    """What the loop feeds: core.EngineCore, or encoders.core.EncoderCore where a checkpoint is an encoder."""
+
+    @property
+    def grammars(self) -> "GrammarCompiler | None":
+        """None: nothing is generated that could keep to one."""
+        ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def ready(self) -> Ready: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def add(self, message: AddRequest) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+    def check_idle(self) -> None: ...
+
+
+CoreFactory = Callable[[EngineConfig], Core]
 
 
 class Closed(Exception):
@@ -89,9 +119,9 @@ class Channel:
 
 
 class EngineLoop:
-    """Feeds one EngineCore from a channel until it is told to stop."""
+    """Feeds one core from a channel until it is told to stop."""
 
-    def __init__(self, core: EngineCore, channel: Channel):
+    def __init__(self, core: Core, channel: Channel):
         self.core = core
         self.channel = channel
         self._sent_stats = EngineStats()
@@ -130,12 +160,19 @@ class EngineLoop:
         return []
 
     def _compile(self, message: CompileGrammar) -> None:
-        def tell(compiled: "Future[LLMatcher]") -> None:
-            error = compiled.exception()
+        def tell(error: str) -> None:
             with contextlib.suppress(Closed):  # the loop finds that out for itself
-                self.channel.send(GrammarCompiled(message.key, "" if error is None else str(error)))
+                self.channel.send(GrammarCompiled(message.key, error))
 
-        self.core.grammars.compile(message.grammar).add_done_callback(tell)
+        def on_done(compiled: "Future[LLMatcher]") -> None:
+            error = compiled.exception()
+            tell("" if error is None else str(error))
+
+        grammars = self.core.grammars
+        if grammars is None:
+            tell("this model generates nothing")
+        else:
+            grammars.compile(message.grammar).add_done_callback(on_done)
 
     def _report(self, outputs: list[RequestOutput]) -> None:
         stats = self.core.stats()
@@ -167,7 +204,7 @@ def serve(sock: socket.socket, make_core: CoreFactory) -> int:
     return 0
 
 
-def _made(make_core: CoreFactory, config: EngineConfig) -> EngineCore:
+def _made(make_core: CoreFactory, config: EngineConfig) -> Core:
     """UserError where there is not enough memory: the limit is the user's to raise, and no defect."""
     room = host_memory.headroom()  # before: what a failed start has taken is not free yet
     try:
@@ -188,8 +225,12 @@ def _fatal(error: Exception) -> Fatal:
     return Fatal(f"the engine failed with {type(error).__name__}; its log has the cause")
 
 
-def _load(config: EngineConfig) -> EngineCore:
-    core = EngineCore(config, progress=_show)
+def _load(config: EngineConfig) -> Core:
+    core: Core
+    if is_encoder(config.model, config.revision):
+        core = EncoderCore(config, progress=_show)
+    else:
+        core = EngineCore(config, progress=_show)
     _show("")
     return core
 

@@ -15,12 +15,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..version import __version__
-from . import errors, metrics, openapi, sse
+from . import errors, metrics, openapi, rerank, score, sse
 from .anthropic import messages
 from .auth import OPEN_PATHS, AuthMiddleware
 from .keys import ApiKey
 from .memory import TrimMiddleware
-from .openai import chat, completions, models, tokenize
+from .openai import chat, completions, embeddings, models, tokenize
 from .openai.answer import json_response
 from .openai.responses.endpoints import Responses
 from .protocol import PROBES_ONLY
@@ -177,6 +177,21 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/messages/count_tokens")
     async def count_message_tokens(request: Request) -> Response:
         return await messages.count_tokens(request, serving)
+
+    @app.post("/v1/embeddings")
+    async def create_embeddings(request: Request) -> Response:
+        return await embeddings.create(request, serving)
+
+    @app.post("/rerank")
+    @app.post("/v1/rerank")
+    @app.post("/v2/rerank")
+    async def create_rerank(request: Request) -> Response:
+        return await rerank.create(request, serving)
+
+    @app.post("/score")
+    @app.post("/v1/score")
+    async def create_score(request: Request) -> Response:
+        return await score.create(request, serving)
 
     @app.get("/v1/models")
     async def list_models() -> Response:

@@ -356,7 +356,10 @@ def _ledger(ready: Ready, options: ServeOptions, sock: socket.socket) -> str:
         f"  {_LEDGER.get(part, part):<24}{size / 2**20:10.1f} MiB"
         for part, size in ready.ledger.items()
     ]
-    lines.append(f"  {'KV blocks':<24}{ready.num_blocks:10} of {ready.block_size} tokens")
+    if ready.num_blocks:
+        lines.append(f"  {'KV blocks':<24}{ready.num_blocks:10} of {ready.block_size} tokens")
+    if ready.embedding is not None:
+        lines.append(f"  {'embeddings':<24}{ready.embedding.dimensions:10} dimensions")
     lines.append(f"  {'context':<24}{ready.max_model_len:10} tokens")
     lines += [
         f"  {'kernel':<24}{count:10} linears on {name}" for name, count in ready.kernels.items()

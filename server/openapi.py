@@ -12,10 +12,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from ..engine.request import MAX_INT
-from . import metrics
+from . import metrics, rerank, score
 from .anthropic.schema import CountRequest, MessagesRequest
 from .auth import OPEN_PATHS
-from .openai import chat, completions, tokenize
+from .openai import chat, completions, embeddings, tokenize
 from .openai.fields import PROMPT_TEXT, TOKEN_ID
 from .openai.responses.schema import ResponsesRequest
 from .openapi_answers import answers, ref
@@ -29,10 +29,14 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountRequest,
+    "/v1/embeddings": embeddings.EmbeddingRequest,
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank.RerankRequest),
+    **dict.fromkeys(("/score", "/v1/score"), score.ScoreRequest),
     "/tokenize": tokenize.TokenizeRequest,
     "/detokenize": tokenize.DetokenizeRequest,
 }
 _STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_COMPUTED = tuple(path for path in _BODIES if "token" not in path)  # by the engine
 _ANSWERS = {
     "/v1/chat/completions": "ChatCompletion",
     "/v1/completions": "Completion",
@@ -42,6 +46,9 @@ _ANSWERS = {
     "/v1/responses/{response_id}/cancel": "Response",
     "/v1/messages": "Message",
     "/v1/messages/count_tokens": "TokenCount",
+    "/v1/embeddings": "Embeddings",
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "Ranking"),
+    **dict.fromkeys(("/score", "/v1/score"), "Scores"),
     "/v1/models": "ModelList",
     "/v1/models/{model}": "Model",
     "/tokenize": "Tokens",
@@ -114,7 +121,7 @@ def _responses(path: str, method: str) -> JsonSchema:
     if path in _BY_ID:
         statuses.append(404)
     error = "MessageError" if path in _ANTHROPIC else "Error"
-    if path in _STREAMS:
+    if path in _COMPUTED:
         statuses.append(500)
     return {"200": _response("The answer", answer)} | {
         str(status): _response(

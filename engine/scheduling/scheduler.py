@@ -114,6 +114,11 @@ class Scheduler:
                     RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
                 )
                 continue
+            if item.samples and request.params.pooling is not None:
+                self.kv_cache.settle_states(item, whole=False)
+                self._finish(request, FinishReason.STOP)
+                outputs.append(_pooled(request, result))
+                continue
             tokens = result.tokens[request.request_id] if item.samples else []
             end = item.end + len(tokens)
             tokens = tokens + result.forced.get(request.request_id, [])
@@ -196,10 +201,11 @@ class Scheduler:
         if self._outgrows(request):
             request.become_long()
         num_cached = 0
-        if request.prompt_logprobs is None:
+        # For these every prompt position is computed, again after a preemption
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs = []
+        elif request.params.pooling is None:
             num_cached = self.kv_cache.find_prefix(request)
-        else:
-            request.prompt_logprobs = []  # every prompt position is computed, again after a preemption
         end = min(request.num_tokens, num_cached + budget)
         if not self.kv_cache.admit(request, num_cached, end):
             return False
@@ -299,3 +305,12 @@ class Scheduler:
 def _next_chunk(request: Request, budget: int) -> ScheduledRequest:
     start = request.num_computed_tokens
     return ScheduledRequest(request, start, min(request.num_tokens - start, budget))
+
+
+def _pooled(request: Request, result: StepResult) -> RequestOutput:
+    """The only news of a request that wanted no tokens."""
+    return RequestOutput(
+        request.request_id,
+        finish_reason=FinishReason.STOP,
+        embedding=result.embeddings[request.request_id],
+    )

@@ -189,6 +189,7 @@ async def prompt_of(
     request: Request, body: ChatRequest, serving: Serving, use: ToolUse
 ) -> list[int]:
     """The tokens of the conversation. ApiError 400 if there are none, or too many."""
+    serving.check_task("generate")
     limit = serving.engine.ready.max_model_len
     continued = bool(body.continue_final_message)
     if continued and body.add_generation_prompt:

@@ -108,6 +108,7 @@ async def create(request: Request, serving: Serving) -> Response:
     serving.check_ready()
     body = await limits.parse_body(request, CompletionRequest)
     serving.check_model(body.model)
+    serving.check_task("generate")
     n = body.n or 1
     given = body.prompts()
     check_size(len(given) * n, 1, "prompt")
