@@ -104,7 +104,8 @@ def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     app.add_exception_handler(sse.ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)  # before its body was whole
     _add_probes(app, serving)
-    _add_api(app, serving)
+    for add in (_add_generating, _add_responses, _add_pooled, _add_others):
+        add(app, serving)
     app.openapi = lambda: openapi.describe(app, serving, bool(api_keys))  # type: ignore[method-assign]
     return app
 
@@ -139,7 +140,7 @@ def _probe(ok: bool, serving: Serving) -> Response:
     return response
 
 
-def _add_api(app: FastAPI, serving: Serving) -> None:
+def _add_generating(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         return await chat.create(request, serving)
@@ -148,6 +149,16 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
     async def create_completion(request: Request) -> Response:
         return await completions.create(request, serving)
 
+    @app.post("/v1/messages")
+    async def create_message(request: Request) -> Response:
+        return await messages.create(request, serving)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_message_tokens(request: Request) -> Response:
+        return await messages.count_tokens(request, serving)
+
+
+def _add_responses(app: FastAPI, serving: Serving) -> None:
     responses = Responses(serving)
 
     @app.post("/v1/responses")
@@ -170,14 +181,8 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
     async def cancel_response(request: Request, response_id: str) -> Response:
         return await responses.cancel(request, response_id)
 
-    @app.post("/v1/messages")
-    async def create_message(request: Request) -> Response:
-        return await messages.create(request, serving)
 
-    @app.post("/v1/messages/count_tokens")
-    async def count_message_tokens(request: Request) -> Response:
-        return await messages.count_tokens(request, serving)
-
+def _add_pooled(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/embeddings")
     async def create_embeddings(request: Request) -> Response:
         return await embeddings.create(request, serving)
@@ -193,6 +198,8 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
     async def create_score(request: Request) -> Response:
         return await score.create(request, serving)
 
+
+def _add_others(app: FastAPI, serving: Serving) -> None:
     @app.get("/v1/models")
     async def list_models() -> Response:
         return models.list_models(serving)
