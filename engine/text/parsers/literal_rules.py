@@ -97,7 +97,8 @@ class GemmaValues:
         low, high = schema.get("minItems", 0), schema.get("maxItems", "")
         if high == 0:
             return '"[" "]"'
-        more = f'("," {item}){{{max(low - 1, 0)},{high - 1 if high else ""}}}'
+        counts = f"{{{max(low - 1, 0)},{high - 1 if high else ''}}}"
+        more = "" if high == 1 else f'("," {item}){counts}'
         return f'"[" {item} {more} "]"' if low else f'"[" ({item} {more})? "]"'
 
 

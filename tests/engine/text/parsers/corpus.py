@@ -660,6 +660,14 @@ TEXT_CASES = [
         tail="<think>\n",
     ),
     Case(
+        "a thought the prompt has ended",
+        "Sunny.",
+        (),
+        "Sunny.",
+        reasoning="deepseek_r1",
+        tail="<｜Assistant｜><think>\n\n</think>\n\n",
+    ),
+    Case(
         "a thought nothing opens",
         "Hm.\n</think>\n\nSunny.",
         (),

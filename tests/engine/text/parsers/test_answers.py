@@ -141,6 +141,12 @@ def test_a_call_that_fails_does_not_hide_the_next() -> None:
         ),
         ("pythonic", "[f(a=Tru", '{"a": Tru', ""),
         (
+            "glm47",
+            "<tool_call>get_weather<arg_key>metric</arg_key><arg_value>tru",
+            '{"metric": tru',
+            "",
+        ),
+        (
             "hermes",
             r'<tool_call>{"name": "f", "arguments": {"a": "\"}"}}</tool_call>',
             r'{"a": "\"}"}',
@@ -292,6 +298,13 @@ def test_bare_values_are_typed_by_the_schema(name: str, text: str, value: object
     ((_, found),) = values(parse(call, "qwen3_coder", tools=[TYPED]))
     assert found == {name: value}
     assert type(found[name]) is type(value)
+
+
+def test_a_value_that_says_it_is_no_string_is_none() -> None:
+    parameter = '<｜DSML｜parameter name="city" string="false">3</｜DSML｜parameter>'
+    call = f'<｜DSML｜invoke name="get_weather">\n{parameter}\n</｜DSML｜invoke>'
+    text = f"<｜DSML｜function_calls>\n{call}\n</｜DSML｜function_calls>"
+    assert values(parse(text, "deepseek_v32")) == [("get_weather", {"city": 3})]
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,29 @@ def test_reasoning_may_come_before_and_must_end() -> None:
         assert takes(matcher(closed, special, TOOLS), call, special)
 
 
+def test_reasoning_holds_no_mark_that_begins_calls() -> None:
+    """The parser would take what follows it for a call, if it looks like one."""
+    case = next(case for case in STRICT if case.tool == "hermes" and case.name == "thinking")
+    assert not takes(
+        matcher(case, False, TOOLS), case.text.replace("tool:", "tool: <tool_call>"), False
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths"),
+    [({}, {0, 1, 2, 3}), ({"minItems": 1}, {1, 2, 3}), ({"minItems": 2, "maxItems": 2}, {2}), ({"maxItems": 1}, {0, 1}),
+     ({"maxItems": 0}, {0})],
+)  # fmt: skip
+def test_lengths_of_gemmas_lists(limits: dict[str, int], lengths: set[int]) -> None:
+    case = next(case for case in STRICT if case.tool == "gemma4" and case.name == "nested")
+    tools = [
+        Tool("f", {"properties": {"x": {"type": "array", "items": {"type": "integer"}, **limits}}})
+    ]
+    texts = [f"<|tool_call>call:f{{x:[{','.join('7' * n)}]}}<tool_call|>" for n in range(4)]
+    allowed = {n for n, text in enumerate(texts) if takes(matcher(case, False, tools), text, False)}
+    assert allowed == lengths
+
+
 def test_a_grammar_names_special_tokens_by_their_ids() -> None:
     grammar = output_format("hermes").grammar([Tool("f")], special_tokens={"<tool_call>": 7})
     assert "<[7]>" in grammar and '"<tool_call>' not in grammar
