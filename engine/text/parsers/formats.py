@@ -112,6 +112,12 @@ class OutputFormat(msgspec.Struct, frozen=True):
         lark = Lark(special_tokens or {})
         try:
             calls = self.tool.rules(lark, chosen, parallel and named is None)
+        except (
+            TypeError,
+            AttributeError,
+            KeyError,
+        ) as error:  # a keyword's value is of another type
+            raise ValueError(f"the schema of a tool makes no sense: {error}") from error
         except RecursionError:
             raise ValueError("the schema of a tool is nested too deeply") from None
         return lark.written(f"{self._before(lark, prompt_tail)} {calls}".strip())

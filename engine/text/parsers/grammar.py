@@ -14,16 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .answer import Tool
-from .typed import resolve
+from .typed import DEFINITIONS, resolve
 
 ANY_TEXT = "/(?s:.*)/"
-_DEFINITIONS = ("$defs", "definitions")
 _MAX_REFERENCES = 8  # one after the other, to where the parameters are
 # how tojson writes it, or without spaces, or on lines of its own; bounded, for a model may not end otherwise
 _WHITE_SPACE = {"x-guidance": {"whitespace_pattern": "[ \\n]{0,12}"}}
 # what a list of parameters, each with a schema of its own, keeps; the rest are notes
 _PARAMETER_KEYWORDS = frozenset(
-    ("type", "properties", "required", "additionalProperties", *_DEFINITIONS)
+    ("type", "properties", "required", "additionalProperties", *DEFINITIONS)
 )
 _NOTES = frozenset(
     [
@@ -144,7 +143,7 @@ class Parameter:
 
 def parameters_of(schema: Mapping[str, Any], what: str) -> list[Parameter]:
     """An object's parameters one by one, for syntaxes that have no JSON object around them."""
-    definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
+    definitions = {key: schema[key] for key in DEFINITIONS if key in schema}
     for _ in range(_MAX_REFERENCES):
         if "$ref" in schema:
             schema = resolve(schema["$ref"], {**definitions, **schema})

@@ -22,9 +22,15 @@ _SCALARS = frozenset(("number", "integer", "boolean", "null"))
 
 
 def pythonic_rules(
-    lark: Lark, tools: Sequence[Tool], parallel: bool, opening: str = "", closing: str = ""
+    lark: Lark,
+    tools: Sequence[Tool],
+    parallel: bool,
+    opening: str,
+    closing: str,
+    by_line: bool = False,
 ) -> str:
-    """A list of calls between marks."""
+    """Calls between marks: in a list, or each on a line of its own."""
+    newline = "\n" if by_line else ""
 
     def rule(lark: Lark, tool: Tool) -> str:
         what = f"tool {tool.name!r}"
@@ -32,10 +38,11 @@ def pythonic_rules(
             (f"{quoted(each.name + '=')} {_python_value(lark, each)}", each.required)
             for each in parameters_of(arguments_schema(tool), what)
         ]
-        return f"{quoted(tool.name + '(')} {listed(lark, items, ', ')} {quoted(')')}"
+        return f"{quoted(tool.name + '(')} {listed(lark, items, ', ')} {quoted(')' + newline)}"
 
-    calls = repeated(calls_of(lark, tools, rule), '", "', parallel)
-    return f"{lark.text(opening + '[')} {calls} {lark.text(']' + closing)}"
+    calls = repeated(calls_of(lark, tools, rule), "" if by_line else '", "', parallel)
+    brackets = (newline, "") if by_line else ("[", "]")
+    return f"{lark.text(opening + brackets[0])} {calls} {lark.text(brackets[1] + closing)}"
 
 
 def _python_value(lark: Lark, parameter: Parameter) -> str:

@@ -371,6 +371,40 @@ def test_no_text_is_lost_whatever_it_is(data: st.DataObject) -> None:
         assert (whole.content + whole.reasoning).count("né") == text.count("né")
 
 
+_KEYWORDS = (
+    "type", "properties", "required", "$ref", "$defs", "a", "city", "anyOf", "oneOf", "allOf", "enum", "const",
+    "items", "minItems", "maxItems", "minLength", "pattern", "additionalProperties",
+)  # fmt: skip
+_ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from(["string", "object", "#/$defs/a", "^a$"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYWORDS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["type", "properties", "required", "$ref", "$defs"]), _ANYTHING, max_size=4
+    )
+)
+def test_a_schema_that_makes_no_sense_does_no_harm(schema: dict[str, object]) -> None:
+    """Clients send what they like: a grammar is refused in words, and answers are read all the same."""
+    tools = [Tool("get_weather", schema)]
+    for name in ("qwen3_coder", "gemma4", "pythonic", "hermes"):
+        try:
+            output_format(name).grammar(tools)
+        except ValueError as error:
+            assert str(error)
+    values_of_both = "<parameter=city>5</parameter><parameter=a>x</parameter>"
+    text = f"<tool_call><function=get_weather>{values_of_both}</function></tool_call>"
+    assert len(parse(text, "qwen3_coder", tools=tools).calls) == 1
+
+
 LONG = 12_000
 
 
@@ -407,7 +441,7 @@ def test_time_grows_with_the_length_alone(tool: str, start: str, piece: str) -> 
 
 def test_time_grows_with_the_length_alone_of_what_comes_at_once() -> None:
     small, large = (
-        _seconds("pythonic", "[f(a=[" + "1, " * size, at_once=True) for size in (5_000, 40_000)
+        _seconds("pythonic", "[f(a=[" + "1, " * size, at_once=True) for size in (2_500, 20_000)
     )
     assert large < max(20 * small, 0.5)
 
