@@ -201,6 +201,8 @@ class ModelSpec:
     embedding: str = field(default="embed_tokens", metadata=_DETAIL)
     final_norm: str = field(default="norm", metadata=_DETAIL)
     head: str = field(default="lm_head", metadata=_DETAIL)  # the output head's module
+    # saved without an output head, as models are that embed: the one that is computed is the embedding
+    headless: bool = field(default=False, metadata=_DETAIL)
     # layers that follow in the checkpoint and draft tokens: neither computed nor converted
     num_draft_layers: int = field(default=0, metadata=_DETAIL)
 

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, UnsupportedError
 from . import (
     deepseek,
     dots,
+    encoders,
     gemma,
     gemma3n,
     gemma4,
@@ -119,7 +120,7 @@ def model_spec(config: Mapping[str, Any], names: Collection[str] = ()) -> ModelS
     try:
         spec = architecture.spec(Config(text_config(config)))
         if not is_multimodal(config):
-            return spec
+            return _headless(spec) if _is_headless(spec, names) else spec
         prefix, head = layout(names)
         return replace(spec, prefix=prefix, head=head)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
@@ -129,16 +130,34 @@ def model_spec(config: Mapping[str, Any], names: Collection[str] = ()) -> ModelS
         ) from error
 
 
+def _is_headless(spec: ModelSpec, names: Collection[str]) -> bool:
+    """Whether tensors have the names of the decoder alone (QwenModel in QwenForCausalLM)."""
+    whole = any(name.startswith((spec.prefix, f"{spec.head}.")) for name in names)
+    return spec.prefix == "model." and not whole and any(n.startswith("layers.") for n in names)
+
+
+def _headless(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, prefix="", headless=True, tie_word_embeddings=True)
+
+
 def find(config: Mapping[str, Any]) -> Architecture:
-    """The entry of a config.json. Raises UnsupportedError naming those that there are."""
+    """The entry of a config.json, also of the decoder alone. Raises UnsupportedError naming those that there are."""
     config = text_config(config)
     names = config.get("architectures") or []
     if not isinstance(names, list):
         names = [names]
     for entry in ARCHITECTURES:
-        if entry.name in names or (not names and entry.model_type == config.get("model_type")):
+        bare = entry.name.replace("ForCausalLM", "Model")
+        if {entry.name, bare} & set(names) or (
+            not names and entry.model_type == config.get("model_type")
+        ):
             return entry
     what = ", ".join(map(str, names)) or f"of model_type {config.get('model_type')!r}"
+    if encoders.find(config) is not None:
+        raise UnsupportedError(
+            f"config.json: architecture {what} is an encoder: `nibble serve` takes it, for embeddings and scores; it "
+            "generates no text and is not converted"
+        )
     inside = "ForConditionalGeneration"
     causal, others = (
         ", ".join(name.removesuffix(kind) for name in known if name.endswith(kind))

@@ -25,10 +25,12 @@ from .host_memory import gib, headroom
 from .messages import (
     AbortRequests,
     AddRequest,
+    CompileGrammar,
     EngineStats,
     Fatal,
     FrameReader,
     FromEngine,
+    GrammarCompiled,
     Ping,
     Ready,
     RequestOutput,
@@ -97,6 +99,7 @@ class AsyncEngine:
         ] = {}  # request id -> its name in the engine, which is never used again
         self._sinks: dict[str, Sink] = {}  # by that name
         self._serial = itertools.count()
+        self._compiling: dict[int, asyncio.Future[str]] = {}
         self._watching: asyncio.Task[None] | None = None
 
     @classmethod
@@ -177,6 +180,21 @@ class AsyncEngine:
             if self._names.get(request_id) == name:
                 self.abort(request_id)
 
+    async def compile_grammar(self, grammar: str) -> None:
+        """Have a grammar, in llguidance's form, ready for the requests that ask for it. ValueError, fit for the client
+        to read, if it cannot be kept to; EngineDeadError if the engine is dead."""
+        if not self.is_alive:
+            raise self.death()
+        key = next(self._serial)
+        told = self._compiling[key] = asyncio.get_running_loop().create_future()
+        self._send(CompileGrammar(key, grammar))
+        try:
+            error = await told
+        finally:
+            del self._compiling[key]
+        if error:
+            raise ValueError(error)
+
     def abort(self, request_id: str) -> None:
         """End a request, whose sink then hears finish_reason "abort". One that is unknown or finished is ignored."""
         name = self._names.get(request_id)
@@ -241,6 +259,9 @@ class AsyncEngine:
         self.dead.set()
         for sink in list(self._sinks.values()):
             sink(None)
+        for told in self._compiling.values():
+            if not told.done():
+                told.set_exception(self.death())
 
     def _deliver(self, messages: list[FromEngine]) -> None:
         """Hand each request's news to its sink: the first of the hands on a delta's way to its client."""
@@ -252,6 +273,10 @@ class AsyncEngine:
             elif isinstance(message, StepOutputs):
                 self.stats = message.stats
                 outputs += message.outputs
+            elif isinstance(message, GrammarCompiled):
+                told = self._compiling.get(message.key)
+                if told is not None and not told.done():
+                    told.set_result(message.error)
         for output in outputs if len(messages) == 1 else _gathered(outputs):
             sink = self._sinks.get(output.request_id)
             if sink is None:  # aborted while this was on its way
@@ -273,6 +298,7 @@ def _gathered(outputs: list[RequestOutput]) -> list[RequestOutput]:
         if so_far is output:
             continue
         so_far.token_ids += output.token_ids
+        so_far.embedding = output.embedding
         if output.logprobs is not None:
             so_far.logprobs = (so_far.logprobs or []) + output.logprobs
         so_far.finish_reason, so_far.stop_reason, so_far.error = (

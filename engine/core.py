@@ -16,9 +16,11 @@ are free and `check_idle` says so.
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from .config import EngineConfig
+from .grammar.structured_outputs import to_grammar
 from .messages import AddRequest, EngineStats, Ready, RequestOutput
 from .request import Request, SamplingParams
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
@@ -27,6 +29,8 @@ from .scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .grammar.compiler import GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +83,9 @@ class EngineCore:
         )
         self._open: _Launched | None = None  # the step whose result has not been taken in
         self._eos = frozenset(self.runner.eos_token_ids)
+        self._tasks = frozenset(self.runner.ready().tasks)
         self._random = random.Random(config.seed)
+        self._config = config
 
     @property
     def has_work(self) -> bool:
@@ -94,14 +100,32 @@ class EngineCore:
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
 
+    @cached_property
+    def grammars(self) -> "GrammarCompiler":
+        """Compiles grammars for this model's tokenizer."""
+        from .grammar.compiler import GrammarCompiler
+        from .text.tokenizer import Tokenizer
+
+        def read_tokenizer() -> Tokenizer:
+            return Tokenizer.from_pretrained(self._config.model, self._config.revision)
+
+        return GrammarCompiler(read_tokenizer, self.runner.vocab_size, self.runner.eos_token_ids)
+
     def add(self, message: AddRequest) -> None:
-        """Admit a request. ValueError says, fit for the client to read, why it cannot be served."""
+        """Admit a request. ValueError says, fit for the client to read, why it cannot be served. Waits for a grammar
+        that is not compiled yet."""
         vocab_size = self.runner.vocab_size
         message.params.verify(vocab_size)
+        pooling = message.params.pooling
+        task = "generate" if pooling is None else pooling.task
+        if task not in self._tasks:
+            raise ValueError(f"this model does not {task}")
         prompt = message.prompt_token_ids
         if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(f"the prompt has token ids outside of 0 .. {vocab_size - 1}")
         seed = message.params.seed
+        asked = message.params.structured_outputs
+        grammar = None if asked is None else self.grammars.state(to_grammar(asked))
         self.scheduler.add(
             Request(
                 request_id=message.request_id,
@@ -111,6 +135,7 @@ class EngineCore:
                 seed=self._random.getrandbits(63) if seed is None else seed,
                 arrival_time=message.arrival_time,
                 extra_keys=(message.cache_salt,),
+                grammar=grammar,
             )
         )
 

@@ -3,14 +3,17 @@ frame preceded by its length as a 4-byte little-endian integer. Never pickle. Im
 
     API process                             engine process
       AddRequest, AbortRequests, Shutdown  ->
+      CompileGrammar                       ->
       Ping                                 ->
                                            <-  Pong                 by the loop, between two steps
+                                           <-  GrammarCompiled      as soon as it is
                                            <-  Ready | Fatal        once, after loading
                                            <-  StepOutputs          after every step with news
 """
 
 import msgspec
 
+from .pooling import EmbeddingInfo, Task
 from .request import SamplingParams
 
 
@@ -24,6 +27,18 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
 
 class AbortRequests(msgspec.Struct, tag="abort"):
     request_ids: list[str]
+
+
+class CompileGrammar(msgspec.Struct, tag="compile"):
+    """Have a grammar ready for requests that are about to come. Answered by GrammarCompiled."""
+
+    key: int
+    grammar: str  # llguidance's form
+
+
+class GrammarCompiled(msgspec.Struct, tag="compiled"):
+    key: int
+    error: str  # empty, or why it cannot be kept to, fit for the client to read
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
@@ -59,6 +74,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str = ""
+    # What params.pooling asked for, little-endian float32: an embedding, or one score
+    embedding: bytes = b""
 
 
 class EngineStats(msgspec.Struct, omit_defaults=True):
@@ -93,6 +110,8 @@ class Ready(msgspec.Struct, tag="ready"):
     kernels: dict[str, int]  # kernel name -> layers that use it
     ledger: dict[str, int]  # bytes: weights, kv_cache, activations, recurrent_states
     load_seconds: float = 0.0
+    tasks: tuple[Task, ...] = ("generate",)  # what may be asked of it
+    embedding: EmbeddingInfo | None = None  # where it embeds
 
 
 class Fatal(msgspec.Struct, tag="fatal"):
@@ -102,8 +121,8 @@ class Fatal(msgspec.Struct, tag="fatal"):
     exit_code: int = 1
 
 
-ToEngine = AddRequest | AbortRequests | Shutdown | Ping
-FromEngine = Ready | Fatal | StepOutputs | Pong
+ToEngine = AddRequest | AbortRequests | CompileGrammar | Shutdown | Ping
+FromEngine = Ready | Fatal | StepOutputs | Pong | GrammarCompiled
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

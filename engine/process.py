@@ -9,11 +9,14 @@ Linux, when the parent dies in any way at all. SIGINT and SIGTERM are left to th
 terminal or a service manager sends them to both.
 """
 
+import contextlib
 import gc
 import logging
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -21,15 +24,20 @@ from ..errors import UserError
 from . import child, host_memory
 from .config import EngineConfig
 from .core import EngineCore
+from .encoders.choose import is_encoder
+from .encoders.core import EncoderCore
 from .messages import (
     AbortRequests,
     AddRequest,
+    CompileGrammar,
     EngineStats,
     Fatal,
     FrameReader,
     FromEngine,
+    GrammarCompiled,
     Ping,
     Pong,
+    Ready,
     RequestOutput,
     Shutdown,
     StepOutputs,
@@ -39,9 +47,41 @@ from .messages import (
 )
 from .request import FinishReason
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from llguidance import LLMatcher
+
+    from .grammar.compiler import GrammarCompiler
+
 logger = logging.getLogger("nibble.engine")  # __name__ is __main__ here
 
-CoreFactory = Callable[[EngineConfig], EngineCore]
+
+class Core(Protocol):
+    """What the loop feeds: core.EngineCore, or encoders.core.EncoderCore where a checkpoint is an encoder."""
+
+    @property
+    def grammars(self) -> "GrammarCompiler | None":
+        """None: nothing is generated that could keep to one."""
+        ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def ready(self) -> Ready: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def add(self, message: AddRequest) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def step(self) -> list[RequestOutput]: ...
+
+    def check_idle(self) -> None: ...
+
+
+CoreFactory = Callable[[EngineConfig], Core]
 
 
 class Closed(Exception):
@@ -54,6 +94,7 @@ class Channel:
     def __init__(self, sock: socket.socket):
         self._sock = sock
         self._frames = FrameReader()
+        self._sending = threading.Lock()  # threads that compile grammars send, too
 
     def receive(self, wait: bool) -> list[bytes]:
         """Every frame that has arrived whole; if `wait`, at least one. Raises Closed."""
@@ -71,15 +112,16 @@ class Channel:
 
     def send(self, message: FromEngine) -> None:
         try:
-            self._sock.sendall(frame(message))
+            with self._sending:
+                self._sock.sendall(frame(message))
         except (BrokenPipeError, ConnectionError):
             raise Closed from None
 
 
 class EngineLoop:
-    """Feeds one EngineCore from a channel until it is told to stop."""
+    """Feeds one core from a channel until it is told to stop."""
 
-    def __init__(self, core: EngineCore, channel: Channel):
+    def __init__(self, core: Core, channel: Channel):
         self.core = core
         self.channel = channel
         self._sent_stats = EngineStats()
@@ -111,9 +153,26 @@ class EngineLoop:
                         message.request_id, finish_reason=FinishReason.ERROR, error=str(error)
                     )
                 ]
+        elif isinstance(message, CompileGrammar):
+            self._compile(message)
         elif isinstance(message, Ping):
             self.channel.send(Pong())
         return []
+
+    def _compile(self, message: CompileGrammar) -> None:
+        def tell(error: str) -> None:
+            with contextlib.suppress(Closed):  # the loop finds that out for itself
+                self.channel.send(GrammarCompiled(message.key, error))
+
+        def on_done(compiled: "Future[LLMatcher]") -> None:
+            error = compiled.exception()
+            tell("" if error is None else str(error))
+
+        grammars = self.core.grammars
+        if grammars is None:
+            tell("this model generates nothing")
+        else:
+            grammars.compile(message.grammar).add_done_callback(on_done)
 
     def _report(self, outputs: list[RequestOutput]) -> None:
         stats = self.core.stats()
@@ -145,7 +204,7 @@ def serve(sock: socket.socket, make_core: CoreFactory) -> int:
     return 0
 
 
-def _made(make_core: CoreFactory, config: EngineConfig) -> EngineCore:
+def _made(make_core: CoreFactory, config: EngineConfig) -> Core:
     """UserError where there is not enough memory: the limit is the user's to raise, and no defect."""
     room = host_memory.headroom()  # before: what a failed start has taken is not free yet
     try:
@@ -166,8 +225,12 @@ def _fatal(error: Exception) -> Fatal:
     return Fatal(f"the engine failed with {type(error).__name__}; its log has the cause")
 
 
-def _load(config: EngineConfig) -> EngineCore:
-    core = EngineCore(config, progress=_show)
+def _load(config: EngineConfig) -> Core:
+    core: Core
+    if is_encoder(config.model, config.revision):
+        core = EncoderCore(config, progress=_show)
+    else:
+        core = EngineCore(config, progress=_show)
     _show("")
     return core
 

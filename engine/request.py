@@ -12,11 +12,15 @@ Where steps overlap, the last tokens may be UNKNOWN: the device computes the ste
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .grammar.structured_outputs import StructuredOutputs
+from .pooling import Pooling
+
 if TYPE_CHECKING:
+    from .grammar.state import GrammarState
     from .messages import TokenLogprobs
 
 UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
@@ -61,6 +65,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     )
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
+    # Give this of the prompt's hidden states, and no token: then max_tokens is 1
+    pooling: Pooling | None = None
 
     def verify(self, vocab_size: int) -> None:
         """Raise ParameterError naming the first field that is out of range."""
@@ -109,6 +116,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             "prompt_logprobs",
             "between 0 and 20",
         )
+        need(self.pooling is None or self.max_tokens == 1, "max_tokens", "1 where pooling is asked")
 
 
 def _quoted(value: object) -> str:
@@ -154,11 +162,13 @@ class Request:
     state_from: int | None = None  # a snapshot that its next step goes on from, not its own slot
     fork: int = 0  # tokens whose keys and values were found when it was admitted, state or not
     passing_snapshot: bytes | None = None  # name of its newest within a prompt or an answer
+    grammar: "GrammarState | None" = None  # what its output must be
     block_hashes: list[bytes] = field(default_factory=list)  # names of the blocks its tokens fill
     status: Status = Status.WAITING
     num_preemptions: int = 0
     # Of the chunks so far, until all are sent: None from then on, and where they were not asked for.
     prompt_logprobs: "list[TokenLogprobs] | None" = None
+    pooled: Any = None  # with params.pooling: a tensor of the runner's, of the chunks so far
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token id, where one of stop_token_ids ended it
 

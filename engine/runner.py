@@ -5,6 +5,7 @@ preempted request resumes anywhere, and a batch is only a list. (A decoder that 
 can also make anew from the Request.)
 """
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..architectures.config import eos_token_ids
 from ..architectures.multimodal import text_config
 from ..architectures.registry import model_spec
-from ..errors import UserError
+from ..errors import UnsupportedError, UserError
 from ..quant import canary
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
@@ -29,9 +30,13 @@ from .backends.triton.transfer import to_device
 from .backends.weights import ModelWeights
 from .config import EngineConfig
 from .messages import Ready, TokenLogprobs
+from .pooler import Pooler
+from .pooling import Task
 from .sampler import NOT_FINITE, token_logprobs
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 from .scheduling.kv_cache_manager import KVGroup
+
+logger = logging.getLogger(__name__)
 
 _LOGITS_ROWS = 256  # rows of prompt logits at a time: a vocabulary is wide
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -59,6 +64,7 @@ class Runner:
         self.max_model_len, self.vocab_size = self.plan.max_model_len, self.spec.vocab_size
         self.eos_token_ids = _eos_token_ids(checkpoint)
         self.cache = self.model.new_cache(self.plan.blocks, self.num_states)
+        self.pooler = _pooler(checkpoint, self.spec.hidden_size, self.device)
         self._check_sanity()
         self._check_canary(checkpoint)
         with torch.inference_mode():
@@ -107,7 +113,13 @@ class Runner:
             kernels=dict(self.model.report.used),
             ledger=ledger,
             load_seconds=self.load_seconds,
+            tasks=self._tasks(),
+            embedding=None if self.pooler is None else self.pooler.info,
         )
+
+    def _tasks(self) -> tuple[Task, ...]:
+        generating: tuple[Task, ...] = () if self.spec.headless else ("generate",)
+        return generating if self.pooler is None else (*generating, "embed")
 
     @torch.inference_mode()
     def execute(self, scheduled: ScheduledBatch) -> StepResult | PendingStep:
@@ -126,7 +138,11 @@ class Runner:
                 continue
             if item.request.params.prompt_logprobs is not None:
                 self._score_prompt(item, hidden[start:end], result)
-            if item.samples:
+            if item.request.params.pooling is not None and self.pooler is not None:
+                self.pooler.take(item, hidden[start:end], result)
+                if item.request.request_id in result.errors:
+                    self._fail(item, result)
+            elif item.samples:
                 ends.append(end - 1)
                 sampling.append(item)
         if not sampling:
@@ -149,7 +165,7 @@ class Runner:
 
     def _fail(self, item: ScheduledRequest, result: StepResult) -> None:
         """Clear this step's blocks (those before may be shared, and are whole), and the state."""
-        result.errors[item.request.request_id] = NOT_FINITE
+        result.errors.setdefault(item.request.request_id, NOT_FINITE)
         first = item.start // self.block_size
         blocks = [table[first:] for table in item.request.block_tables]
         self.cache.clear(blocks, item.request.state_slot)
@@ -234,3 +250,12 @@ def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
             *eos_token_ids(text_config(checkpoint.config), checkpoint.path),
         }
     )
+
+
+def _pooler(checkpoint: Checkpoint, width: int, device: torch.device) -> Pooler | None:
+    """None where the checkpoint wants its embeddings made in a way that is not computed: it generates all the same."""
+    try:
+        return Pooler.load(checkpoint.path, "lasttoken", width, device)
+    except UnsupportedError as error:
+        logger.warning("the model will not embed: %s", error)
+        return None

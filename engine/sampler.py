@@ -8,15 +8,17 @@ threshold, rounding in the last bits of the logits changes the winner only if tw
 Candidates are cut down by top_k, top_p and min_p before anything is sorted, so the whole vocabulary is sorted only if
 the nucleus is really that wide.
 
-Order of operations, as vLLM has it: logit bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
+Order of operations, as vLLM has it: logit bias, min_tokens, penalties, grammar, temperature, min_p, top_k, top_p.
 """
 
 import hashlib
 import struct
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .grammar import masking
 from .messages import TokenLogprobs
 from .request import Request, SamplingParams
 from .scheduling.batch import StepResult
@@ -37,15 +39,20 @@ def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
     }
     for row, request in enumerate(requests):
         _adjust(logits[row], request)
+    if any(request.grammar is not None for request in requests):
+        _constrain(logits, requests, result)
     best_logits, best = logits.max(dim=-1)
     finite = torch.isfinite(best_logits).tolist()
     greedy = best.tolist()
     for row, request in enumerate(requests):
         if not finite[row]:
-            result.errors[request.request_id] = NOT_FINITE
+            result.errors.setdefault(request.request_id, NOT_FINITE)
+        if request.request_id in result.errors:
             continue
         token = greedy[row] if request.params.temperature == 0 else _draw(logits[row], request)
         result.tokens[request.request_id] = [token]
+        if request.grammar is not None:
+            masking.accept(request, token, request.num_output_tokens, result)
         if row in raw_logprobs:
             top = request.params.logprobs or 0
             result.logprobs[request.request_id] = [token_logprobs(raw_logprobs[row], token, top)]
@@ -72,7 +79,22 @@ def stop_ids_forbidden(request: Request) -> set[int]:
     params = request.params
     if request.num_output_tokens >= params.min_tokens:
         return set()
+    if (
+        request.grammar is not None and request.grammar.is_accepting
+    ):  # perhaps nothing else may follow
+        return set(params.stop_token_ids)
     return set(params.stop_token_ids) | (set() if params.ignore_eos else set(request.eos_token_ids))
+
+
+def _constrain(logits: Tensor, requests: list[Request], result: StepResult) -> None:
+    """What a grammar does not allow next becomes impossible."""
+    found = masking.masks(requests, logits.shape[1], result)
+    if found is not None:
+        rows, bitmask = found
+        allowed = np.unpackbits(bitmask.numpy().view(np.uint8), axis=1, bitorder="little")
+        forbidden = torch.from_numpy(allowed[:, : logits.shape[1]] == 0).to(logits.device)
+        for row, mask in zip(rows, forbidden, strict=True):
+            logits[row].masked_fill_(mask, float("-inf"))
 
 
 def _adjust(logits: Tensor, request: Request) -> None:

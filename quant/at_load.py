@@ -174,7 +174,7 @@ class QuantizedAtLoad(Checkpoint):
 
     def _is_block_matrix(self, name: str) -> bool:
         return (
-            re.search(r"^(.+\.)?layers\.\d+\.", name) is not None
+            re.search(r"^(.+\.)?layers?\.\d+\.", name) is not None
             and not name.removeprefix("model.").startswith(self._other_parts)
             and name.removesuffix(".weight") not in self._stay_dense
             and self.inner.has(name)

@@ -15,12 +15,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..version import __version__
-from . import errors, metrics, openapi, sse
+from . import errors, metrics, openapi, rerank, score, sse
+from .anthropic import messages
 from .auth import OPEN_PATHS, AuthMiddleware
 from .keys import ApiKey
 from .memory import TrimMiddleware
-from .openai import chat, completions, models, tokenize
+from .openai import chat, completions, embeddings, models, tokenize
 from .openai.answer import json_response
+from .openai.responses.endpoints import Responses
 from .protocol import PROBES_ONLY
 from .serving import Phase, Serving
 
@@ -145,6 +147,51 @@ def _add_api(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         return await completions.create(request, serving)
+
+    responses = Responses(serving)
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        return await responses.create(request)
+
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve_response(request: Request, response_id: str) -> Response:
+        return responses.retrieve(request, response_id)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def list_input_items(request: Request, response_id: str) -> Response:
+        return responses.input_items(request, response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(request: Request, response_id: str) -> Response:
+        return responses.delete(request, response_id)
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(request: Request, response_id: str) -> Response:
+        return await responses.cancel(request, response_id)
+
+    @app.post("/v1/messages")
+    async def create_message(request: Request) -> Response:
+        return await messages.create(request, serving)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_message_tokens(request: Request) -> Response:
+        return await messages.count_tokens(request, serving)
+
+    @app.post("/v1/embeddings")
+    async def create_embeddings(request: Request) -> Response:
+        return await embeddings.create(request, serving)
+
+    @app.post("/rerank")
+    @app.post("/v1/rerank")
+    @app.post("/v2/rerank")
+    async def create_rerank(request: Request) -> Response:
+        return await rerank.create(request, serving)
+
+    @app.post("/score")
+    @app.post("/v1/score")
+    async def create_score(request: Request) -> Response:
+        return await score.create(request, serving)
 
     @app.get("/v1/models")
     async def list_models() -> Response:

@@ -31,9 +31,28 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
     def tenant(self, scope: Scope) -> ApiKey | None:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        borne = digest(key.strip())
+        borne = [digest(key) for key in _borne(scope)]
         # Every digest is compared, each in constant time: neither the key nor its position can be timed.
-        matches = [key for key in self.api_keys if secrets.compare_digest(borne, key.digest)]
-        return matches[0] if matches and scheme.lower() == b"bearer" else None
+        matches = [
+            key
+            for key in self.api_keys
+            for given in borne
+            if secrets.compare_digest(given, key.digest)
+        ]
+        return matches[0] if matches else None
+
+
+def _borne(scope: Scope) -> list[bytes]:
+    """Keys that a request bears: `Authorization: Bearer KEY`, as OpenAI's clients, `x-api-key: KEY`, as Anthropic's. A
+    header that comes twice bears none."""
+    keys = []
+    for wanted in (b"authorization", b"x-api-key"):
+        given = [value for name, value in scope["headers"] if name == wanted]
+        if len(given) != 1:
+            continue
+        scheme, _, key = given[0].partition(b" ")
+        if wanted == b"x-api-key":
+            keys.append(given[0].strip())
+        elif scheme.lower() == b"bearer":
+            keys.append(key.strip())
+    return keys

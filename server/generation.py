@@ -43,9 +43,10 @@ class Sequence:
         prompt_token_ids: list[int],
         params: SamplingParams,
         tokenizer: Tokenizer,
+        kept_ids: frozenset[int],
     ):
         self.index, self.prompt_token_ids, self.params = index, prompt_token_ids, params
-        self.detokenizer = Detokenizer(tokenizer, params, prompt_token_ids)
+        self.detokenizer = Detokenizer(tokenizer, params, prompt_token_ids, kept_ids)
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -82,14 +83,15 @@ class Generation:
         n: int,
         salt: bytes,
         arrival: float,
+        kept_ids: frozenset[int] = frozenset(),
     ):
-        """`arrival` is time.perf_counter() at the request's arrival."""
+        """`arrival`: time.perf_counter() at the request's arrival. `kept_ids`: special tokens that stay in texts."""
         self.serving, self.salt, self.arrival = serving, salt, arrival
         self.prompts, self.n = prompts, n
         self.id = uuid.uuid4().hex
         samples = [child_params(params, sample) for sample in range(n)]
         self.sequences = [
-            Sequence(i * n + j, prompt, samples[j], serving.tokenizer)
+            Sequence(i * n + j, prompt, samples[j], serving.tokenizer, kept_ids)
             for i, prompt in enumerate(prompts)
             for j in range(n)
         ]

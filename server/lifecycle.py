@@ -32,7 +32,9 @@ import msgspec
 
 from ..engine.client import AsyncEngine, EngineDeadError
 from ..engine.config import EngineConfig
+from ..engine.grammar.structured_outputs import StructuredOutputs, to_grammar
 from ..engine.messages import Ready
+from ..engine.text.chat_output import ChatOutput
 from ..engine.text.renderer import Renderer
 from ..engine.text.tokenizer import Tokenizer
 from ..engine.watchdog import until_stuck
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 60  # an idle connection is kept
 CLOSE_SECONDS = 2  # after the drain, for the last bytes to leave
+GRAMMAR_SECONDS = 2.0  # after the start
 DEAD_SECONDS = 1.0  # between the engine's death and the exit, for open streams to hear of it
 
 _LEDGER = {  # parts of Ready.ledger, as printed: what is used is one thing, what is reserved another
@@ -72,6 +75,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     # That wait, from one address beyond loopback; 0: any number, None: a quarter of all
     max_connections_per_ip: int | None = None
     parse_special_tokens: bool = False  # those written out in messages count as such
+    tool_call_parser: str | None = None  # how answers are read; None: as the chat template says
+    reasoning_parser: str | None = None
 
 
 def serve(
@@ -180,6 +185,8 @@ class Lifecycle:
             loaded, ready_tokenizer, renderer = await asyncio.gather(
                 engine, tokenizer, self._start_renderer(tokenizer)
             )
+            options = self.options
+            output = ChatOutput(ready_tokenizer, options.tool_call_parser, options.reasoning_parser)
         except UserError as error:
             self.failure = error
             self._exit(2)
@@ -188,17 +195,19 @@ class Lifecycle:
             log.error("%s", error)
             self._exit(1)
             return
-        self.serving.ready(loaded, ready_tokenizer, renderer)
+        self.serving.ready(loaded, ready_tokenizer, renderer, output)
         if self.http.should_exit:  # told to stop at this very moment: the socket may be closed
             return
         print(_ledger(loaded.ready, self.options, self.sock), file=sys.stderr, flush=True)
         gc.collect()
         gc.freeze()  # what loading left behind never dies: the collector need not walk it between tokens
-        watchdog = self._keep(asyncio.create_task(self._kill_if_stuck(loaded)))
+        beside = [self._kill_if_stuck(loaded), self._prepare_grammars(loaded)]
+        tasks = [self._keep(asyncio.create_task(work)) for work in beside]
         try:
             await loaded.dead.wait()
         finally:
-            watchdog.cancel()
+            for task in tasks:
+                task.cancel()
         if not self.http.should_exit:
             log.critical("the engine process has ended; shutting down")
             self.serving.lost()
@@ -215,6 +224,13 @@ class Lifecycle:
             self.options.engine_timeout,
         )
         engine.kill()
+
+    async def _prepare_grammars(self, engine: AsyncEngine) -> None:
+        """The first grammar costs the engine half a second, in which it does nothing else: better when nobody waits."""
+        await asyncio.sleep(GRAMMAR_SECONDS)
+        await self.serving.idle.wait()
+        with contextlib.suppress(ValueError, EngineDeadError):
+            await engine.compile_grammar(to_grammar(StructuredOutputs(json_object=True)))
 
     async def _start_renderer(self, tokenizer: "asyncio.Future[Tokenizer]") -> Renderer:
         """The process that renders chat templates, warm by the time that the engine is up."""
@@ -340,7 +356,10 @@ def _ledger(ready: Ready, options: ServeOptions, sock: socket.socket) -> str:
         f"  {_LEDGER.get(part, part):<24}{size / 2**20:10.1f} MiB"
         for part, size in ready.ledger.items()
     ]
-    lines.append(f"  {'KV blocks':<24}{ready.num_blocks:10} of {ready.block_size} tokens")
+    if ready.num_blocks:
+        lines.append(f"  {'KV blocks':<24}{ready.num_blocks:10} of {ready.block_size} tokens")
+    if ready.embedding is not None:
+        lines.append(f"  {'embeddings':<24}{ready.embedding.dimensions:10} dimensions")
     lines.append(f"  {'context':<24}{ready.max_model_len:10} tokens")
     lines += [
         f"  {'kernel':<24}{count:10} linears on {name}" for name, count in ready.kernels.items()

@@ -17,6 +17,10 @@ MAX_BODY_BYTES = 10 * 2**20  # held in memory while it is parsed
 BODY_SECONDS = 60.0  # for the whole body to arrive
 DISCARD_SECONDS = 1.0  # that the body of a refused request is still read
 MAX_N = 128  # samples of one prompt
+MAX_TEXTS = 2048  # of one request for embeddings, and documents of one for scores; as OpenAI
+TEXTS_PER_SEQUENCE = (
+    16  # that take a sequence's place in the queue: each is computed once, and holds nothing after
+)
 MAX_SEQUENCES = 1024  # prompts x n in one request
 MAX_REQUEST_TOKENS = 2**18  # sequences x max_tokens in one request
 MAX_STOP_STRINGS = 16  # each is searched in every delta
@@ -28,6 +32,10 @@ MAX_MESSAGES = 4096
 MAX_TOKENIZE_TOKENS = 2**17  # of /tokenize, or the context where that is longer, and of /detokenize
 MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
+MAX_GRAMMAR_CHARS = 2**18
+MAX_CHOICES = 4096
+MAX_TOOLS = 1024
+MAX_TOOL_CALLS = 1024  # of one message
 MAX_HEADER_BYTES = 65536  # h11: request line and headers together
 
 # The variables a request may set in the chat template. An allowlist: any other name could be an argument of the

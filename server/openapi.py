@@ -12,30 +12,56 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from ..engine.request import MAX_INT
-from . import metrics
+from . import metrics, rerank, score
+from .anthropic.schema import CountRequest, MessagesRequest
 from .auth import OPEN_PATHS
-from .openai import chat, completions, tokenize
-from .openai.sampling import PROMPT_TEXT, TOKEN_ID
-from .serving import Phase, Serving
+from .openai import chat, completions, embeddings, tokenize
+from .openai.fields import PROMPT_TEXT, TOKEN_ID
+from .openai.responses.schema import ResponsesRequest
+from .openapi_answers import answers, ref
+from .serving import Serving
 
 JsonSchema = dict[str, Any]
 
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": chat.ChatRequest,
     "/v1/completions": completions.CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
+    "/v1/embeddings": embeddings.EmbeddingRequest,
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank.RerankRequest),
+    **dict.fromkeys(("/score", "/v1/score"), score.ScoreRequest),
     "/tokenize": tokenize.TokenizeRequest,
     "/detokenize": tokenize.DetokenizeRequest,
 }
-_STREAMS = ("/v1/chat/completions", "/v1/completions")
+_STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_COMPUTED = tuple(path for path in _BODIES if "token" not in path)  # by the engine
 _ANSWERS = {
     "/v1/chat/completions": "ChatCompletion",
     "/v1/completions": "Completion",
+    "/v1/responses": "Response",
+    "/v1/responses/{response_id}": "Response",
+    "/v1/responses/{response_id}/input_items": "ItemList",
+    "/v1/responses/{response_id}/cancel": "Response",
+    "/v1/messages": "Message",
+    "/v1/messages/count_tokens": "TokenCount",
+    "/v1/embeddings": "Embeddings",
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "Ranking"),
+    **dict.fromkeys(("/score", "/v1/score"), "Scores"),
     "/v1/models": "ModelList",
     "/v1/models/{model}": "Model",
     "/tokenize": "Tokens",
     "/detokenize": "Text",
     "/version": "Version",
 }
+_BY_ID = (
+    "/v1/models/{model}",
+    "/v1/responses/{response_id}",
+    "/v1/responses/{response_id}/input_items",
+    "/v1/responses/{response_id}/cancel",
+)
+_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 _EVENT: JsonSchema = {  # each event of a stream
     "type": "object",
     "properties": {
@@ -73,39 +99,48 @@ def describe(app: FastAPI, serving: Serving, secured: bool) -> JsonSchema:
         "RetryAfter": {"description": "Seconds", "schema": {"type": "integer", "minimum": 0}},
     }
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            operation["responses"] = _probe() if path in OPEN_PATHS else _responses(path)
+        for method, operation in operations.items():
+            operation["responses"] = _probe() if path in OPEN_PATHS else _responses(path, method)
             if path in _BODIES:
-                content = {"application/json": {"schema": _ref(_BODIES[path].__name__)}}
+                content = {"application/json": {"schema": ref(_BODIES[path].__name__)}}
                 operation["requestBody"] = {"required": True, "content": content}
             if secured and path not in OPEN_PATHS:
                 operation["security"] = [{"bearer": []}]
     return document
 
 
-def _responses(path: str) -> JsonSchema:
+def _responses(path: str, method: str) -> JsonSchema:
     if path == "/metrics":
         answer: JsonSchema = {metrics.CONTENT_TYPE: {"schema": {"type": "string"}}}
     else:
-        answer = {"application/json": {"schema": _ref(_ANSWERS[path])}}
+        name = "Deleted" if method == "delete" else _ANSWERS[path]
+        answer = {"application/json": {"schema": ref(name)}}
     if path in _STREAMS:
         answer["text/event-stream"] = {"schema": _EVENT}
     statuses = [*_OF_ALL, *(_OF_BODIES if path in _BODIES else ())]
-    if path == "/v1/models/{model}":
+    if path in _BY_ID:
         statuses.append(404)
-    if path in _STREAMS:
+    error = "MessageError" if path in _ANTHROPIC else "Error"
+    if path in _COMPUTED:
         statuses.append(500)
     return {"200": _response("The answer", answer)} | {
         str(status): _response(
-            _ERRORS[status], {"application/json": {"schema": _ref("Error")}}, status == 503
+            _ERRORS[status],
+            {"application/json": {"schema": _either("Error", error)}},
+            status == 503,
         )
         for status in sorted(statuses)
     }
 
 
+def _either(name: str, other: str) -> JsonSchema:
+    """Of two names, which may be one."""
+    return ref(name) if name == other else {"anyOf": [ref(name), ref(other)]}
+
+
 def _probe() -> JsonSchema:
-    content = {"application/json": {"schema": _ref("Status")}}
-    either = {"application/json": {"schema": _ref("Error")}}
+    content = {"application/json": {"schema": ref("Status")}}
+    either = {"application/json": {"schema": ref("Error")}}
     return {
         "200": _response("Yes", content),
         "400": _response("The request is no HTTP", either),
@@ -126,7 +161,7 @@ def _schemas() -> JsonSchema:
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[body.__name__] = schema
-    return schemas | _answers()
+    return schemas | answers()
 
 
 def _limit(schema: Any, vocab_size: int, min_chars: int) -> None:
@@ -154,108 +189,3 @@ def _up_to(number: int) -> str:
         if int(digit) > int(i == 0 and number > 9)
     ]
     return f"^({'|'.join(dict.fromkeys(['0', *shorter, *smaller, digits]))})$"
-
-
-_TEXT: JsonSchema = {"type": "string"}
-_NUMBER: JsonSchema = {"type": "number"}
-_COUNT: JsonSchema = {"type": "integer", "minimum": 0}
-_NULL: JsonSchema = {"type": "null"}
-
-
-def _answers() -> JsonSchema:
-    return _generated() | {
-        "Error": _object(
-            error=_object(
-                message=_TEXT | {"minLength": 1},
-                type={"enum": ["invalid_request_error", "server_error"]},
-                param=_or_null(_TEXT),
-                code=_or_null(_TEXT),
-            )
-        ),
-        "Status": _object(status={"enum": [phase.value for phase in Phase]}),
-        "Version": _object(version=_TEXT),
-        "Model": _object(
-            id=_TEXT,
-            object={"const": "model"},
-            created=_COUNT,
-            owned_by={"const": "nibble"},
-            root=_TEXT,
-            parent=_NULL,
-            max_model_len=_COUNT,
-            quantization=_TEXT,
-        ),
-        "ModelList": _object(object={"const": "list"}, data=_list(_ref("Model"))),
-        "Tokens": _object(
-            count=_COUNT,
-            max_model_len=_COUNT,
-            tokens=_list(_COUNT),
-            token_strs=_or_null(_list(_TEXT)),
-        ),
-        "Text": _object(prompt=_TEXT),
-    }
-
-
-def _generated() -> JsonSchema:
-    """What the two generating endpoints answer when they do not stream."""
-    token = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_COUNT)}
-    message = _object(role={"const": "assistant"}, content=_TEXT, refusal=_NULL)
-    chat_logprobs = _object(
-        content=_list(_object(**token, top_logprobs=_list(_object(**token)))), refusal=_NULL
-    )
-    logprobs = _object(
-        text_offset=_list(_COUNT),
-        token_logprobs=_list(_or_null(_NUMBER)),
-        tokens=_list(_TEXT),
-        top_logprobs=_list(_or_null({"type": "object", "additionalProperties": _NUMBER})),
-    )
-    return {
-        "Usage": _object(
-            prompt_tokens=_COUNT,
-            completion_tokens=_COUNT,
-            total_tokens=_COUNT,
-            prompt_tokens_details=_object(cached_tokens=_COUNT),
-        ),
-        "ChatCompletion": _completion(
-            "chatcmpl-", "chat.completion", chat_logprobs, message=message
-        ),
-        "Completion": _completion("cmpl-", "text_completion", logprobs, text=_TEXT),
-    }
-
-
-def _completion(prefix: str, kind: str, logprobs: JsonSchema, **content: JsonSchema) -> JsonSchema:
-    choice = _object(
-        index=_COUNT,
-        **content,
-        logprobs=_or_null(logprobs),
-        finish_reason={"enum": ["stop", "length"]},
-    )
-    return _object(
-        id=_TEXT | {"pattern": f"^{prefix}"},
-        object={"const": kind},
-        model=_TEXT,
-        created=_COUNT,
-        choices=_list(choice),
-        usage=_ref("Usage"),
-    )
-
-
-def _object(**properties: JsonSchema) -> JsonSchema:
-    """An object with exactly these properties."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _list(items: JsonSchema) -> JsonSchema:
-    return {"type": "array", "items": items}
-
-
-def _or_null(schema: JsonSchema) -> JsonSchema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _ref(name: str) -> JsonSchema:
-    return {"$ref": f"#/components/schemas/{name}"}

@@ -16,8 +16,16 @@ from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..engine.client import AsyncEngine
+    from ..engine.pooling import Task
+    from ..engine.text.chat_output import ChatOutput
     from ..engine.text.renderer import Renderer
     from ..engine.text.tokenizer import Tokenizer
+
+_PATHS: "dict[Task, tuple[str, ...]]" = {
+    "generate": ("/v1/chat/completions", "/v1/completions"),
+    "embed": ("/v1/embeddings", "/v1/rerank", "/v1/score"),
+    "score": ("/v1/rerank", "/v1/score"),
+}
 
 
 class Phase(enum.Enum):
@@ -40,14 +48,20 @@ class Serving:
         self.model_names = model_names
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING
-        self._loaded: tuple[AsyncEngine, Tokenizer, Renderer] | None = None
+        self._loaded: tuple[AsyncEngine, Tokenizer, Renderer, ChatOutput] | None = None
         self.active_sequences = 0
         self.idle = asyncio.Event()
         self.idle.set()
         self.metrics = Metrics(model_names[0])
 
-    def ready(self, engine: "AsyncEngine", tokenizer: "Tokenizer", renderer: "Renderer") -> None:
-        self._loaded = engine, tokenizer, renderer
+    def ready(
+        self,
+        engine: "AsyncEngine",
+        tokenizer: "Tokenizer",
+        renderer: "Renderer",
+        output: "ChatOutput",
+    ) -> None:
+        self._loaded = engine, tokenizer, renderer, output
         self.metrics.watch(engine)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
@@ -75,7 +89,11 @@ class Serving:
     def renderer(self) -> "Renderer":
         return self._all()[2]
 
-    def _all(self) -> "tuple[AsyncEngine, Tokenizer, Renderer]":
+    @property
+    def output(self) -> "ChatOutput":
+        return self._all()[3]
+
+    def _all(self) -> "tuple[AsyncEngine, Tokenizer, Renderer, ChatOutput]":
         if self._loaded is None:
             raise errors.loading()
         return self._loaded
@@ -112,6 +130,17 @@ class Serving:
         self.active_sequences -= sequences
         if not self.active_sequences:
             self.idle.set()
+
+    def check_task(self, *tasks: "Task") -> None:
+        """Raise ApiError 400, which says what there is, unless one of these may be asked of the model."""
+        served = self.engine.ready.tasks
+        if not set(tasks) & set(served):
+            paths = dict.fromkeys(path for task in served for path in _PATHS[task])
+            raise errors.bad_request(
+                f"The model `{self.model_names[0]}` does not {tasks[0]}; it serves {', '.join(paths)}.",
+                "model",
+                "unsupported_endpoint",
+            )
 
     def check_model(self, model: str) -> None:
         if model not in self.model_names:

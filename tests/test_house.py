@@ -37,6 +37,8 @@ TORCH_FREE = (
     "engine.request",
     "engine.config",
     "engine.text",
+    "engine.grammar.structured_outputs",
+    "engine.grammar.structural_tag",
     "quant.locate",
     "quant.files",
     "architectures.config",

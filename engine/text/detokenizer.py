@@ -32,16 +32,23 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        kept_ids: frozenset[int] = frozenset(),
     ):
+        """kept_ids: special tokens that are text all the same, whatever params say."""
         self.stopped = False
         self.stop_reason: str | None = None
         self.token_offsets: list[int] = []
         self._tokenizer = tokenizer
         self._params = params
         self._silent_ids = _silent_ids(tokenizer, params)
-        self._skipped_ids = tokenizer.special_ids if params.skip_special_tokens else frozenset()
-        self._window = list(prompt_token_ids[-_CONTEXT:])
+        skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        self._skipped_ids = skipped - kept_ids if kept_ids else skipped
+        self._decodes_special = bool(skipped & kept_ids) or not params.skip_special_tokens
+        self._window = [t for t in prompt_token_ids[-_CONTEXT:] if t not in self._skipped_ids]
         self._num_read = len(self._window)  # tokens of the window whose text has been emitted
         self._read_text = self._decode(self._window)
         self._held = ""
@@ -85,7 +92,7 @@ class Detokenizer:
         return new
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, self._params.skip_special_tokens)
+        return self._tokenizer.decode(token_ids, not self._decodes_special)
 
     def _emit(self, new: str) -> str:
         """Pass text on as far as it cannot be part of a stop string that began after min_tokens."""

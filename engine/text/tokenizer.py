@@ -121,14 +121,10 @@ class Tokenizer:
         return encoding.ids
 
     def _check_length(self, text: str, max_tokens: int) -> None:
-        """TooManyTokens as soon as the beginning of a long text has too many: first one that most texts of max_tokens
-        fit in, then twice as much, and so on. All of it is tokenised only if half of it had few enough."""
-        end = (max_tokens + _SLACK) * _CHARS_PER_TOKEN
-        while end < len(text):
-            count = len(self._encoding(text[:end], add_special_tokens=False))
-            if count > max_tokens + _SLACK:
-                raise TooManyTokens(count - _SLACK, at_least=True)
-            end *= 2
+        """TooManyTokens as soon as the beginning of a long text has too many."""
+        if len(begun := beginning(self, text, max_tokens)) < len(text):
+            count = len(self._encoding(begun, add_special_tokens=False))
+            raise TooManyTokens(count - _SLACK, at_least=True)
 
     def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         # `encode` would hold the interpreter's lock for as long as it takes: seconds, for a book
@@ -202,12 +198,35 @@ class Tokenizer:
         )
         return self.encode(text, add_special_tokens=False, marked=True)
 
+    @property
+    def chat_template(self) -> str:
+        """That of conversations with tools, where there are two; empty where there is none."""
+        return self._chat_templates.get("tool_use") or self._chat_templates.get("default", "")
+
+    @cached_property
+    def special_token_ids(self) -> dict[str, int]:
+        """Content -> id of the special tokens."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special}
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The tokens that `decode` skips with skip_special_tokens."""
         return frozenset(
             i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
         )
+
+
+def beginning(tokenizer: Tokenizer, text: str, tokens: int) -> str:
+    """A text, or so much of it as has more than `tokens` tokens for certain, however it goes on: first a beginning that
+    most texts of so many fit in, then twice as much, and so on. All of it is tokenised only if half of it had few
+    enough."""
+    end = (tokens + _SLACK) * _CHARS_PER_TOKEN
+    while end < len(text):
+        if len(tokenizer._encoding(text[:end], add_special_tokens=False)) > tokens + _SLACK:
+            return text[:end]
+        end *= 2
+    return text
 
 
 def _conversation(

@@ -4,8 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..measure.compile_cases import CompileCase
-from .sample import BLOCK
-from .sample_kernels import PIECE, bias_kernel, choose_kernel, record_kernel, scan_kernel
+from .sample import BLOCK, MASK_BLOCK
+from .sample_kernels import (
+    PIECE,
+    bias_kernel,
+    bitmask_kernel,
+    choose_kernel,
+    record_kernel,
+    scan_kernel,
+)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -72,6 +79,14 @@ def _state_cases() -> list[CompileCase]:
             {"count": "i32"},
             {"OUTPUT": True, "BLOCK": BLOCK},
             2,
+        ),
+        _case(
+            "bitmask",
+            bitmask_kernel,
+            {"logits_ptr": "*fp32", "row_ptr": "*i64", "bitmask_ptr": "*i32"},
+            {"vocab": "i32", "logits_stride": "i32", "words": "i32"},
+            {"BLOCK": MASK_BLOCK},
+            4,
         ),
         _case(
             "bias",

@@ -24,9 +24,17 @@ import triton
 from torch import Tensor
 
 from ..fused.rows import FLOATS, need, need_rows
-from .sample_kernels import PIECE, bias_kernel, choose_kernel, record_kernel, scan_kernel
+from .sample_kernels import (
+    PIECE,
+    bias_kernel,
+    bitmask_kernel,
+    choose_kernel,
+    record_kernel,
+    scan_kernel,
+)
 
 BLOCK = 256
+MASK_BLOCK = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,21 @@ def add_bias(logits: Tensor, rows: Tensor, tokens: Tensor, biases: Tensor) -> No
     if len(rows):
         bias_kernel[(triton.cdiv(len(rows), BLOCK),)](
             logits, rows, tokens, biases, len(rows), logits.stride(0), BLOCK=BLOCK, num_warps=2
+        )
+
+
+def apply_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> None:
+    """logits[rows[i], t] = -inf, in place, where bit t of bitmask[i] is 0: what a grammar does not allow. rows int64
+    [n], distinct and within logits [B, V]; bitmask int32 [n, ceil(V / 32)], token t at bit t % 32 of word t // 32."""
+    need_rows("apply_bitmask", "logits", logits, FLOATS, None, None)
+    need_rows("apply_bitmask", "rows", rows, (torch.int64,), None)
+    vocab = logits.shape[1]
+    words = triton.cdiv(vocab, 32)
+    need_rows("apply_bitmask", "bitmask", bitmask, (torch.int32,), len(rows), words)
+    need(bitmask.is_contiguous(), "apply_bitmask", "bitmask is not contiguous")
+    if len(rows):
+        bitmask_kernel[(len(rows), triton.cdiv(vocab, MASK_BLOCK))](
+            logits, rows, bitmask, vocab, logits.stride(0), words, BLOCK=MASK_BLOCK, num_warps=4
         )
 
 

@@ -286,3 +286,17 @@ def bias_kernel(
     logit = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     logit += tl.load(bias_ptr + index, mask=inside, other=0.0)
     tl.store(logits_ptr + at, logit.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bitmask_kernel(
+    logits_ptr, row_ptr, bitmask_ptr, vocab, logits_stride, words, BLOCK: tl.constexpr
+):
+    """logits[row, token] = -inf where the token's bit is 0, for one block of one row of the bitmask."""
+    line = tl.program_id(0)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocab
+    word = tl.load(bitmask_ptr + line * words + token // 32, mask=inside, other=-1)
+    forbidden = inside & (((word >> (token % 32)) & 1) == 0)
+    at = tl.load(row_ptr + line) * logits_stride + token
+    tl.store(logits_ptr + at, float("-inf"), mask=forbidden)

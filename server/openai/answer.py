@@ -6,16 +6,28 @@ text is the only thing that is encoded per token. An answer knows nothing of whe
 
 import time
 from collections.abc import Sequence as Items
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import Response
 
-from .. import sse
+from .. import errors, sse
 from ..generation import Delta, Sequence
-from .sampling import SamplingFields
 
 encode = msgspec.json.Encoder().encode
+
+
+class AnswerBody(Protocol):
+    """What an answer needs to know of its request."""
+
+    @property
+    def stream(self) -> bool | None: ...
+
+    @property
+    def include_usage(self) -> bool: ...
+
+    @property
+    def continuous_usage(self) -> bool: ...
 
 
 class Answer:
@@ -25,7 +37,7 @@ class Answer:
     object: str
     chunk_object: str
 
-    def __init__(self, body: SamplingFields, model: str):
+    def __init__(self, body: AnswerBody, model: str):
         self.body, self.model = body, model
         self.created = int(time.time())
         self.tail = b',"usage":null}\n\n' if body.include_usage else b"}\n\n"
@@ -57,6 +69,10 @@ class Answer:
         if not self.body.include_usage:
             return sse.DONE
         return self.head + b'],"usage":' + encode(self.usage(usage)) + b"}\n\n" + sse.DONE
+
+    def failure(self, error: errors.ApiError) -> bytes:
+        """The events that end a stream which cannot go on."""
+        return b"data: " + error.body() + b"\n\n" + sse.DONE
 
     def usage(self, counted: dict[str, Any]) -> dict[str, Any]:
         """What is said of the usage, of which `counted` is what the engine did."""

@@ -1,86 +1,41 @@
 """POST /v1/chat/completions: schema, prompt, answer.
 
 Not streamed, the answer is one `chat.completion`. Streamed, it is `chat.completion.chunk`s: the role for each choice,
-its text as it comes, an empty delta with the finish_reason; then the usage if asked for, then [DONE].
+its text, reasoning and calls as they come, an empty delta with the finish_reason; then the usage if asked for, then
+[DONE].
 """
 
 import time
-from collections.abc import Sequence as Items
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import Request, Response
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from ...engine.grammar.structured_outputs import StructuredOutputs
 from ...engine.request import MAX_INT, SamplingParams
 from ...engine.text.chat_template import Conversation
+from ...engine.text.parsers import Tool
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
-from ..generation import Delta, Sequence
 from ..serving import Serving
-from .answer import Answer, encode
-from .logprobs import chat_logprobs
-from .prompt import encode_chat
-from .sampling import (
+from .chat_answer import ChatAnswer
+from .fields import (
     INTEGRAL,
     NOT_BOTH_ENDS,
-    STREAM_OPTIONS_NEED_STREAM,
     Ignored,
     OnlyEmptyList,
     OnlyFalse,
     OnlyNone,
-    SamplingFields,
-    Schema,
-    check_size,
-    completion_room,
     excludes,
 )
+from .messages import Messages, for_template
+from .parsed_answer import NewParser
+from .prompt import encode_chat
+from .sampling import STREAM_OPTIONS_NEED_STREAM, SamplingFields, check_size, completion_room
 from .stream import run
-
-
-class TextPart(Schema):
-    type: Annotated[str, Field(json_schema_extra={"const": "text"})]
-    text: str | None = None
-    # Named so that the refusal of a part we cannot read says what kind it was, not that this field is unknown.
-    image_url: OnlyNone = None
-    input_audio: OnlyNone = None
-    video_url: OnlyNone = None
-    file: OnlyNone = None
-    refusal: OnlyNone = None
-
-    @field_validator("type")
-    @classmethod
-    def _text_only(cls, type: str) -> str:
-        if type != "text":
-            raise ValueError(f"content part type '{type[:64]}' is not supported, only 'text' is")
-        return type
-
-
-class Message(Schema):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: Ignored = None
-    # What a client sends back when it repeats an answer of ours.
-    refusal: OnlyNone = None
-    audio: OnlyNone = None
-    function_call: OnlyNone = None
-    tool_calls: OnlyEmptyList = None
-    annotations: OnlyEmptyList = None
-    reasoning_content: OnlyNone = None
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "\n".join(part.text or "" for part in self.content)
-        return self.content or ""
-
-    def for_template(self) -> dict[str, str]:
-        """`developer` is OpenAI's newer name for what every template calls `system`."""
-        message = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.text,
-        }
-        return message | ({"name": self.name} if self.name else {})
-
+from .structured import compiled
+from .tools import ToolFields, ToolUse
 
 TemplateValue = (
     StrictBool
@@ -94,12 +49,10 @@ TemplateKwargs = Annotated[
 ]
 
 
-Messages = Annotated[
-    list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES, fail_fast=True)
-]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, ToolFields):
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
@@ -118,30 +71,36 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+    reasoning_effort: ReasoningEffort | None = None  # "none": the model is asked not to think
     # Not supported
-    tools: OnlyEmptyList = None
-    tool_choice: Literal["none", "auto"] | None = None  # without tools these are the same
-    parallel_tool_calls: bool | None = None  # means nothing without tools
     functions: OnlyEmptyList = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     audio: OnlyNone = None
     prediction: OnlyNone = None
-    reasoning_effort: Literal["none"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: OnlyFalse = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = (
-        None  # of use only with store
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = (
+        None  # there is one
     )
+    store: OnlyFalse = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None  # of use with store
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     web_search_options: OnlyNone = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None  # for models that are told of it
 
     @property
     def asked_tokens(self) -> int | None:
         newer = self.max_completion_tokens
         return self.max_tokens if newer is None else newer
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is told besides the messages."""
+        effort = self.reasoning_effort
+        told: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        if effort == "none":
+            told["enable_thinking"] = False
+        return told | dict(self.chat_template_kwargs or {})
 
     @property
     def num_logprobs(self) -> int | None:
@@ -154,22 +113,83 @@ class ChatRequest(SamplingFields):
         return self.top_logprobs or 0
 
 
+class Asked(msgspec.Struct):
+    """What a chat request comes to: what the engine computes, and what its answer is read with."""
+
+    prompt: list[int]
+    params: SamplingParams
+    n: int
+    new_parser: NewParser | None
+    kept_ids: frozenset[int]  # control tokens that stay in the text, for the parser to see
+
+
 async def create(request: Request, serving: Serving) -> Response:
     """Answer one chat request."""
     arrival = time.perf_counter()
     serving.check_ready()
     body = await limits.parse_body(request, ChatRequest)
     serving.check_model(body.model)
-    prompt = await _prompt(request, body, serving)
-    params = _params(body, serving, len(prompt))
-    n = body.n or 1
-    check_size(n, params.max_tokens)
+    asked = await prepare(request, body, serving)
+    answer = ChatAnswer(body, serving.tokenizer, body.top_logprobs or 0, asked.new_parser)
     return await run(
-        request, serving, ChatAnswer(body, serving), [prompt], params, n, body.cache_salt, arrival
+        request,
+        serving,
+        answer,
+        [asked.prompt],
+        asked.params,
+        asked.n,
+        body.cache_salt,
+        arrival,
+        asked.kept_ids,
     )
 
 
-async def _prompt(request: Request, body: ChatRequest, serving: Serving) -> list[int]:
+async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Asked:
+    """Everything before the first token. ApiError 400 for what cannot be served."""
+    use = body.tool_use()
+    prompt = await prompt_of(request, body, serving, use)
+    output = serving.output
+    tail = output.tail(prompt)
+    outputs = await _structured(body, serving, use, tail)
+    limit = serving.engine.ready.max_model_len
+    max_tokens = completion_room(limit, len(prompt), body.asked_tokens, None, "messages")
+    params = body.sampling_params(
+        serving.engine.ready.vocab_size, max_tokens, body.num_logprobs, None, outputs
+    )
+    n = body.n or 1
+    check_size(n, params.max_tokens)
+    tools = [Tool.of(tool) for tool in use.tools]
+    form = output.format_of(bool(tools))
+    new_parser = None if form is None else lambda: form.parser(tools, tail)
+    kept = frozenset() if form is None else output.kept_ids(form)
+    return Asked(prompt, params, n, new_parser, kept)
+
+
+async def _structured(
+    body: ChatRequest, serving: Serving, use: ToolUse, tail: str
+) -> StructuredOutputs | None:
+    """What holds the answer to its form: to calls where they are required, else to what the request says of its
+    text. A model that thinks, thinks first."""
+    given = body.structured()
+    output = serving.output
+    if use.required:
+        try:
+            grammar = output.calls_grammar(use.tools, use.named, use.parallel, tail)
+        except ValueError as error:
+            raise errors.bad_request(f"Invalid value for 'tools': {error}", "tools") from None
+        return await compiled(serving, StructuredOutputs(grammar=grammar), "tools")
+    if given is None:
+        return None
+    outputs, param = given
+    outputs = msgspec.structs.replace(outputs, before=output.reasoning_grammar(tail))
+    return await compiled(serving, outputs, param)
+
+
+async def prompt_of(
+    request: Request, body: ChatRequest, serving: Serving, use: ToolUse
+) -> list[int]:
+    """The tokens of the conversation. ApiError 400 if there are none, or too many."""
+    serving.check_task("generate")
     limit = serving.engine.ready.max_model_len
     continued = bool(body.continue_final_message)
     if continued and body.add_generation_prompt:
@@ -182,11 +202,13 @@ async def _prompt(request: Request, body: ChatRequest, serving: Serving) -> list
             "'continue_final_message' needs a last message of the assistant.", "messages"
         )
     generation = not continued if body.add_generation_prompt is None else body.add_generation_prompt
+    messages, tools = serving.output.conversation(for_template(body.messages), use.tools)
     conversation = Conversation(
-        [message.for_template() for message in body.messages],
+        messages,
+        tools,
         add_generation_prompt=generation,
         continue_final_message=continued,
-        variables=dict(body.chat_template_kwargs or {}),
+        variables=body.template_variables,
     )
     try:
         token_ids = await encode_chat(request, serving, conversation, limit)
@@ -197,63 +219,3 @@ async def _prompt(request: Request, body: ChatRequest, serving: Serving) -> list
     if not token_ids:
         raise errors.bad_request("The messages come to no tokens at all.", "messages")
     return token_ids
-
-
-def _params(body: ChatRequest, serving: Serving, prompt_tokens: int) -> SamplingParams:
-    ready = serving.engine.ready
-    asked = body.asked_tokens
-    max_tokens = completion_room(ready.max_model_len, prompt_tokens, asked, None, "messages")
-    return body.sampling_params(ready.vocab_size, max_tokens, body.num_logprobs)
-
-
-class ChatAnswer(Answer):
-    """Writes deltas as chat completions."""
-
-    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, body: ChatRequest, serving: Serving):
-        super().__init__(body, body.model)
-        self.tokenizer = serving.tokenizer
-        self.top_n = body.top_logprobs or 0
-
-    def choice(self, whole: Delta) -> dict[str, Any]:
-        return {
-            "index": whole.sequence.index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
-            "logprobs": self._logprobs(whole),
-            "finish_reason": whole.finish_reason,
-        }
-
-    def opening(self, sequences: Items[Sequence]) -> bytes:
-        return b"".join(
-            self.chunk(
-                b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-                b'"finish_reason":null}' % sequence.index,
-                sequence,
-            )
-            for sequence in sequences
-        )
-
-    def event(self, delta: Delta) -> bytes:
-        sequence, data = delta.sequence, b""
-        if delta.text or delta.logprobs:
-            logprobs = encode(self._logprobs(delta)) if delta.logprobs else b"null"
-            data = self.chunk(
-                b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null}'
-                % (sequence.index, encode(delta.text), logprobs),
-                sequence,
-            )
-        if delta.finish_reason is not None:
-            data += self.chunk(
-                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}'
-                % (sequence.index, encode(delta.finish_reason)),
-                sequence,
-            )
-        return data
-
-    def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        return (
-            None
-            if delta.logprobs is None
-            else chat_logprobs(self.tokenizer, delta.logprobs, self.top_n)
-        )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request, Response
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
+from ...engine.grammar.structured_outputs import StructuredOutputs
 from ...engine.messages import TokenLogprobs
 from ...engine.request import FinishReason, SamplingParams
 from ...engine.text.detokenizer import Detokenizer
@@ -19,20 +20,12 @@ from .. import errors, limits
 from ..generation import Delta, Sequence, usage
 from ..serving import Serving
 from .answer import Answer, encode, json_response
+from .fields import INTEGRAL, INTEGRALS, PROMPT_TEXT, TokenId, excludes
 from .logprobs import completion_logprobs
 from .prompt import encode_texts
-from .sampling import (
-    INTEGRAL,
-    INTEGRALS,
-    PROMPT_TEXT,
-    STREAM_OPTIONS_NEED_STREAM,
-    SamplingFields,
-    TokenId,
-    check_size,
-    completion_room,
-    excludes,
-)
+from .sampling import STREAM_OPTIONS_NEED_STREAM, SamplingFields, check_size, completion_room
 from .stream import run
+from .structured import wanted
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -115,11 +108,12 @@ async def create(request: Request, serving: Serving) -> Response:
     serving.check_ready()
     body = await limits.parse_body(request, CompletionRequest)
     serving.check_model(body.model)
+    serving.check_task("generate")
     n = body.n or 1
     given = body.prompts()
     check_size(len(given) * n, 1, "prompt")
     prompts = await _token_ids(body, given, serving)
-    params = _params(body, serving, max(map(len, prompts)))
+    params = _params(body, serving, max(map(len, prompts)), await wanted(body, serving))
     check_size(len(prompts) * n, params.max_tokens)
     answer = CompletionAnswer(body, serving, prompts)
     if body.max_tokens == 0 and body.logprobs is None:
@@ -154,14 +148,23 @@ async def _token_ids(
     return prompts
 
 
-def _params(body: CompletionRequest, serving: Serving, prompt_tokens: int) -> SamplingParams:
+def _params(
+    body: CompletionRequest,
+    serving: Serving,
+    prompt_tokens: int,
+    structured_outputs: StructuredOutputs | None,
+) -> SamplingParams:
     ready = serving.engine.ready
     asked = body.max_tokens if body.max_tokens is None else max(1, body.max_tokens)
     max_tokens = completion_room(
         ready.max_model_len, prompt_tokens, asked, DEFAULT_MAX_TOKENS, "prompt"
     )
     return body.sampling_params(
-        ready.vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None
+        ready.vocab_size,
+        max_tokens,
+        body.logprobs,
+        body.logprobs if body.echo else None,
+        structured_outputs,
     )
 
 

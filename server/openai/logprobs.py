@@ -18,7 +18,7 @@ _LOWEST = -9999.0  # JSON has no -inf
 
 def chat_logprobs(
     tokenizer: Tokenizer, positions: Sequence[TokenLogprobs], top_n: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """`positions` in the chat style, with `top_n` alternatives each."""
     content = []
     for position in positions:

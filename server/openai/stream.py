@@ -35,6 +35,7 @@ async def run(
     n: int,
     salt: str | None,
     arrival: float,
+    kept_ids: frozenset[int] = frozenset(),
 ) -> Response:
     """Admit the request's sequences, generate, answer. They are released when the answer ends, however it ends."""
     sequences = len(prompts) * n
@@ -45,7 +46,7 @@ async def run(
         own_salt = cache_salt(tenant.digest if tenant else b"", salt)
         if tenant:
             serving.metrics.borne(tenant.name)
-        generation = Generation(serving, prompts, params, n, own_salt, arrival)
+        generation = Generation(serving, prompts, params, n, own_salt, arrival, kept_ids)
         answer.begin(generation.id)
         if answer.body.stream:
             streamed = True
@@ -108,7 +109,7 @@ class StreamedAnswer:
 
     def _fail(self, error: errors.ApiError) -> None:
         self.generation.close()
-        self.push(b"data: " + error.body() + b"\n\n" + sse.DONE, True)
+        self.push(self.answer.failure(error), True)
 
 
 async def collect(generation: Generation) -> list[Delta]:

@@ -11,9 +11,11 @@ from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..serving import Serving
 from .answer import json_response
-from .chat import Messages, TemplateKwargs
+from .chat import TemplateKwargs
+from .fields import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
+from .messages import Messages, for_template
 from .prompt import encode_chat, encode_texts
-from .sampling import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
+from .tools import Tools, plain_tools
 
 
 def _one_without_the_other(field: str, type: str, other: str) -> dict[str, Any]:
@@ -39,6 +41,7 @@ class TokenizeRequest(Schema):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None  # with messages
     add_special_tokens: bool | None = None  # default: true for a prompt, false for messages
     add_generation_prompt: bool | None = (
         None  # default: true, unless the final message is continued
@@ -97,8 +100,12 @@ async def _encode(request: Request, body: TokenizeRequest, serving: Serving) -> 
         if body.prompt is not None:
             special = body.add_special_tokens is not False
             return (await encode_texts(serving, [body.prompt], special, limit))[0]
+        messages, tools = serving.output.conversation(
+            for_template(body.messages or []), plain_tools(body.tools or [])
+        )
         conversation = Conversation(
-            [message.for_template() for message in body.messages or ()],
+            messages,
+            tools,
             add_generation_prompt=body.generation_prompt,
             continue_final_message=bool(body.continue_final_message),
             variables=dict(body.chat_template_kwargs or {}),

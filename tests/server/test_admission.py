@@ -10,7 +10,8 @@ from nibble.server.serving import Serving, cache_salt
 
 def loaded(**limits: int) -> Serving:
     serving = Serving(("tiny",), **limits)
-    serving.ready(SimpleNamespace(is_alive=True), SimpleNamespace(), SimpleNamespace())
+    nothing = SimpleNamespace()
+    serving.ready(SimpleNamespace(is_alive=True), nothing, nothing, nothing)
     return serving
 
 

@@ -15,6 +15,7 @@ from nibble.server import openapi
 from .conftest import KEY, ServerProcess
 
 GENERATING = ("/v1/chat/completions", "/v1/completions")
+POOLING = ("/v1/embeddings", "/v1/rerank", "/v1/score")
 KEYED = ("-H", f"Authorization: Bearer {KEY}")
 
 
@@ -65,9 +66,10 @@ def test_the_same_of_the_model_that_is_served(
     url: str, document: dict, tmp_path: Path, phases: str, examples: str
 ) -> None:
     """Here answers are generated. What is beyond the vocabulary or the context is refused, which no document says."""
-    for body in ("ChatRequest", "CompletionRequest"):
-        document["components"]["schemas"][body]["properties"]["model"]["enum"] = ["tiny"]
-    document["paths"] = {path: document["paths"][path] for path in GENERATING}
+    for body in ("Chat", "Completion", "Embedding", "Rerank", "Score"):
+        schema = document["components"]["schemas"][f"{body}Request"]
+        schema["properties"]["model"]["enum"] = ["tiny"]
+    document["paths"] = {path: document["paths"][path] for path in (*GENERATING, *POOLING)}
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     checks = (
         "not_a_server_error,status_code_conformance,content_type_conformance,"

@@ -14,7 +14,8 @@ from nibble.engine.request import SamplingParams
 from nibble.engine.text.tokenizer import Tokenizer
 from nibble.server import errors, protocol, sse
 from nibble.server.generation import Generation
-from nibble.server.openai.chat import ChatAnswer, ChatRequest
+from nibble.server.openai.chat import ChatRequest
+from nibble.server.openai.chat_answer import ChatAnswer
 from nibble.server.openai.stream import StreamedAnswer
 from nibble.server.serving import Serving
 
@@ -38,8 +39,9 @@ def streamed(tiny_llama: Path) -> SimpleNamespace:
     """One chat request under way: `news(token_ids, ...)` is a message from its engine."""
     engine = AsyncEngine(SimpleNamespace(), SimpleNamespace(write=lambda _: None), None)
     serving = Serving(("m",))
-    serving.ready(engine, Tokenizer.from_pretrained(tiny_llama), SimpleNamespace())
-    answer = ChatAnswer(ChatRequest.model_validate_json(BODY), serving)
+    tokenizer, nothing = Tokenizer.from_pretrained(tiny_llama), SimpleNamespace()
+    serving.ready(engine, tokenizer, nothing, nothing)
+    answer = ChatAnswer(ChatRequest.model_validate_json(BODY), tokenizer, 0, None)
     generation = Generation(serving, [[1, 2]], SamplingParams(), 1, b"", 0.0)
     answer.begin(generation.id)
     stream = sse.EventStream(StreamedAnswer(answer, generation), lambda _: None)

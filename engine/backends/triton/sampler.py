@@ -1,6 +1,6 @@
 """Sampling on the device: what `sampler.py` computes, by the kernels of kernels/sampling, without a host wait.
 
-    logits -> logit_bias, min_tokens (add_bias) -> penalties, temperature, filters, race -> tokens, still on the device
+    logits -> grammars, logit_bias, min_tokens -> penalties, temperature, filters, race -> tokens, still on the device
 
 Penalties need to know what a request has said. A row of `state` holds that for each request that asks for them: filled
 from its tokens once, then kept by the kernel. Rows are taken back from requests that are gone or not in the step.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ....kernels.sampling import sample as kernels
+from ...grammar import masking
 from ...request import Request
 from ...sampler import NOT_FINITE, is_penalized, stop_ids_forbidden
 from ...scheduling.batch import StepResult
@@ -25,18 +26,24 @@ class DeviceStep:
     """A PendingStep: tokens on their way to the host."""
 
     requests: list[Request]
+    positions: list[int]  # of the tokens, in each request's output
     tokens: Tensor  # int64 [B], pinned where `done` is given; -1: the logits were not numbers
     done: "torch.cuda.Event | None"
     step: StepResult
 
     def result(self) -> StepResult:
+        requests, self.requests = self.requests, []
+        if not requests:  # it has been asked for before
+            return self.step
         if self.done is not None:
             self.done.synchronize()
-        for request, token in zip(self.requests, self.tokens.tolist(), strict=True):
+        rows = zip(requests, self.positions, self.tokens.tolist(), strict=True)
+        for request, position, token in rows:
             if token < 0:
-                self.step.errors[request.request_id] = NOT_FINITE
+                self.step.errors.setdefault(request.request_id, NOT_FINITE)
             else:
                 self.step.tokens[request.request_id] = [token]
+                masking.accept(request, token, position, self.step)
         return self.step
 
 
@@ -47,12 +54,14 @@ class DeviceSampler:
         self.vocab_size, self.device = vocab_size, device
         self.previous: SampledTokens | None = None  # of the last step
         self._max_rows = max_num_seqs
+        self._last: DeviceStep | None = None
         # request -> its row of `_state`, tokens that row has taken in
         self._rows: WeakKeyDictionary[Request, tuple[int, int]] = WeakKeyDictionary()
         self._state: Tensor | None = None  # made when somebody first asks for penalties
 
     def launch(self, logits: Tensor, requests: list[Request], step: StepResult) -> DeviceStep:
         """One token per row of logits (float32 [B, vocab]; changed in place)."""
+        self._constrain(logits, requests, step)
         self._add_biases(logits, requests)
         if any(request.params.temperature > 0 or is_penalized(request) for request in requests):
             tokens = kernels.sample(logits, self._sampling_rows(requests))
@@ -60,13 +69,31 @@ class DeviceSampler:
             tokens = kernels.greedy(logits)
         rows = {request.request_id: row for row, request in enumerate(requests)}
         self.previous = SampledTokens(tokens.clamp(min=0), rows)
-        if self.device.type != "cuda":
-            return DeviceStep(requests, tokens, None, step)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return DeviceStep(requests, host, done, step)
+        host, done = tokens, None
+        if self.device.type == "cuda":
+            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            host.copy_(tokens, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        positions = [request.num_output_tokens for request in requests]
+        self._last = DeviceStep(requests, positions, host, done, step)
+        return self._last
+
+    def _constrain(self, logits: Tensor, requests: list[Request], step: StepResult) -> None:
+        """What a grammar does not allow next becomes impossible. Which that is follows from the token before, for which
+        the host waits here, while the device is busy with this step's layers."""
+        if all(request.grammar is None for request in requests):
+            return
+        if self._last is not None:
+            self._last.result()
+        found = masking.masks(requests, logits.shape[1], step)
+        if found is not None:
+            rows, bitmask = found
+            kernels.apply_bitmask(
+                logits,
+                to_device(rows, torch.int64, self.device),
+                to_device(bitmask, torch.int32, self.device),
+            )
 
     def _add_biases(self, logits: Tensor, requests: list[Request]) -> None:
         rows: list[int] = []

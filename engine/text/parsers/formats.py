@@ -122,6 +122,12 @@ class OutputFormat(msgspec.Struct, frozen=True):
             raise ValueError("the schema of a tool is nested too deeply") from None
         return lark.written(f"{self._before(lark, prompt_tail)} {calls}".strip())
 
+    def reasoning_grammar(self, special_tokens: Mapping[str, int], prompt_tail: str) -> str | None:
+        """Lark, of the reasoning that an answer may begin with; None where it has none. The answer proper follows."""
+        lark = Lark(special_tokens)
+        before = self._before(lark, prompt_tail)
+        return lark.written(before) if before else None
+
     def _before(self, lark: Lark, prompt_tail: str) -> str:
         reasoning = self.reasoning
         if reasoning is None or reasoning.read_all or reasoning.is_closed(prompt_tail):

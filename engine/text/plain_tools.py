@@ -1,0 +1,81 @@
+"""Tools for a model whose chat template knows of none: they are told of in words, in the form that Hermes made common.
+
+system      ... # Tools ... <tools>{"type": "function", ...}</tools> ... <tool_call>{"name": ..., "arguments": ...}
+assistant   tool_calls become <tool_call> in its text
+tool        becomes a user's <tool_response>
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+_INTRODUCTION = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a JSON object with the function's name and arguments within <tool_call></tool_call> XML \
+tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <arguments-object>}}
+</tool_call>"""
+
+
+def takes_tools(template: str) -> bool:
+    """Whether a chat template tells the model of tools."""
+    return "tools" in template
+
+
+def told_in_words(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], takes_system: bool
+) -> list[Message]:
+    """A conversation without `tools`, calls and results, and with what they say."""
+    told = [_in_words(message) for message in messages]
+    if tools:
+        text = _INTRODUCTION.format(
+            tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        )
+        role = "system" if takes_system else "user"
+        if told and told[0]["role"] == role:
+            joined = (
+                f"{told[0]['content']}\n\n{text}"
+                if takes_system
+                else f"{text}\n\n{told[0]['content']}"
+            )
+            told[0] = {**told[0], "content": joined}
+        else:
+            told.insert(0, {"role": role, "content": text})
+    return _joined(told)
+
+
+def _in_words(message: Message) -> Message:
+    content = message.get("content") or ""
+    if message["role"] == "tool":
+        text = f"<tool_response>\n{content}\n</tool_response>"
+        return {"role": "user", "content": text, "is_result": True}
+    kept = {name: value for name, value in message.items() if name != "tool_calls"}
+    calls = [
+        f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**kept, "content": "\n".join(filter(None, [content, *calls]))}
+
+
+def _joined(messages: Sequence[Message]) -> list[Message]:
+    """Results that follow each other are one message: many templates want roles to alternate."""
+    joined: list[Message] = []
+    for message in messages:
+        is_result = message.pop("is_result", False)
+        if is_result and joined and joined[-1].get("is_result"):
+            joined[-1]["content"] += "\n" + message["content"]
+        else:
+            joined.append({**message, **({"is_result": True} if is_result else {})})
+    for message in joined:
+        message.pop("is_result", None)
+    return joined

@@ -1,0 +1,86 @@
+"""The messages of a conversation, as clients send them and as chat templates take them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from .. import errors, limits
+from .fields import Ignored, OnlyEmptyList, OnlyNone, Schema
+from .tools import ToolCall
+
+
+class TextPart(Schema):
+    type: Annotated[str, Field(json_schema_extra={"const": "text"})]
+    text: str | None = None
+    # Named so that the refusal of a part we cannot read says what kind it was, not that this field is unknown.
+    image_url: OnlyNone = None
+    input_audio: OnlyNone = None
+    video_url: OnlyNone = None
+    file: OnlyNone = None
+    refusal: OnlyNone = None
+
+    @field_validator("type")
+    @classmethod
+    def _text_only(cls, type: str) -> str:
+        if type != "text":
+            raise ValueError(f"content part type '{type[:64]}' is not supported, only 'text' is")
+        return type
+
+
+class Message(Schema):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: Ignored = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    # What a client sends back when it repeats an answer of ours.
+    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MAX_TOOL_CALLS)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # the same under OpenAI's name
+    refusal: OnlyNone = None
+    audio: OnlyNone = None
+    function_call: OnlyNone = None
+    annotations: OnlyEmptyList = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "\n".join(part.text or "" for part in self.content)
+        return self.content or ""
+
+    def for_template(self) -> dict[str, Any]:
+        """`developer` is OpenAI's newer name for what every template calls `system`."""
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.text,
+        }
+        reasoning = self.reasoning_content or self.reasoning
+        given = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": reasoning,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()],
+        }
+        return message | {name: value for name, value in given.items() if value}
+
+
+Messages = Annotated[
+    list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES, fail_fast=True)
+]
+
+
+def for_template(messages: list[Message]) -> list[dict[str, Any]]:
+    """Plain messages, each result with the name of the function that gave it. ApiError 400 for calls that are not the
+    assistant's."""
+    names: dict[str, str] = {}
+    found = []
+    for index, message in enumerate(messages):
+        plain = message.for_template()
+        if message.tool_calls and message.role != "assistant":
+            raise errors.bad_request(
+                f"messages[{index}]: only the assistant has 'tool_calls'.", "messages"
+            )
+        names |= {call.id: call.function.name for call in message.tool_calls or () if call.id}
+        if message.role == "tool" and message.tool_call_id is not None:
+            plain.setdefault("name", names.get(message.tool_call_id, ""))
+        found.append(plain)
+    return found
