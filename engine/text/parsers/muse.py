@@ -71,13 +71,21 @@ def _read_body(answer: Answer, recipient: str) -> Steps[str]:
     return end
 
 
+def _thoughts(lark: Lark) -> str:
+    thought, again = lark.text(f" {_TO}self{MESSAGE}"), lark.text(f"{START}assistant")
+    return f"({thought} {lark.upto(ENDS[0], without(*MUSE_KEPT))} {again})*"
+
+
+def muse_before_content(lark: Lark) -> str:
+    """Reasoning, and the header of the message for the user."""
+    return f"{_thoughts(lark)} {lark.text(f' {_TO}user{MESSAGE}')}"
+
+
 def muse_rules(lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
     """Reasoning, then calls, each a message of its own."""
-    again = lark.text(f"{START}assistant")
-    thought = lark.text(f" {_TO}self{MESSAGE}")
-    thoughts = f"({thought} {lark.upto(ENDS[0], without(*MUSE_KEPT))} {again})*"
+    again = lark.text(f"{ENDS[0]}{START}assistant")
 
     def rule(lark: Lark, tool: Tool) -> str:
         return f"{lark.text(f' {_TO}{tool.name}{MESSAGE}')} {tag_rules(lark, [tool], False, ATEM)}"
 
-    return f"{thoughts} {repeated(calls_of(lark, tools, rule), f'{lark.text(ENDS[0])} {again}', parallel)}"
+    return f"{_thoughts(lark)} {repeated(calls_of(lark, tools, rule), again, parallel)}"

@@ -3,11 +3,11 @@
 from functools import partial
 
 from .formats import OutputFormat, ReasoningFormat, ToolFormat
-from .harmony import KEPT, harmony_rules, read_harmony
+from .harmony import KEPT, harmony_before_content, harmony_rules, read_harmony
 from .json_formats import JSON_FORMATS
 from .literal_rules import gemma_rules, pythonic_rules
 from .literals import FUNCTION_GEMMA, GEMMA, Dialect, gemma_calls, pythonic_calls
-from .muse import MUSE_KEPT, muse_rules, read_muse
+from .muse import MUSE_KEPT, muse_before_content, muse_rules, read_muse
 from .sections import (
     DEEPSEEK,
     KIMI,
@@ -153,8 +153,22 @@ REASONING_PARSERS = {
             ("</think>", "Here is my response:", "Here's my response:"),
             ignored=("<response>", "</response>"),
         ),
-        ReasoningFormat("muse_glimmer", (), (), tokens=MUSE_KEPT, read_all=read_muse),
-        ReasoningFormat("openai_gptoss", (), (), tokens=KEPT, read_all=read_harmony),
+        ReasoningFormat(
+            "muse_glimmer",
+            (),
+            (),
+            tokens=MUSE_KEPT,
+            read_all=read_muse,
+            before_content=muse_before_content,
+        ),
+        ReasoningFormat(
+            "openai_gptoss",
+            (),
+            (),
+            tokens=KEPT,
+            read_all=read_harmony,
+            before_content=harmony_before_content,
+        ),
     )
 }
 

@@ -119,20 +119,103 @@ def test_parallel_calls_can_be_ruled_out() -> None:
     assert not takes(matcher(case, False, TOOLS, parallel=False), case.text, False)
 
 
-def test_what_cannot_be_promised_is_said() -> None:
+@pytest.mark.parametrize(
+    ("name", "parameter", "said_of_it"),
+    [
+        ("qwen3_coder", {"type": "string", "allOf": [{}]}, "parameter 'a'.*'allOf'"),
+        ("qwen3_coder", {"type": "string", "not": {"const": "x"}}, "'not'"),
+        ("qwen3_coder", {"type": "string", "pattern": "^a|b$"}, "alternatives"),
+        ("qwen3_coder", {"anyOf": [{"type": "string"}], "maxLength": 3}, "'maxLength'"),
+        (
+            "qwen3_coder",
+            {"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]},
+            "'oneOf'",
+        ),
+        ("qwen3_coder", {"enum": ["a"], "maxLength": 0}, "'maxLength'"),
+        ("gemma4", {}, "a type"),
+        (
+            "gemma4",
+            {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+            "'uniqueItems'",
+        ),
+        ("gemma4", {"oneOf": [{"type": "integer"}, {"type": "number"}]}, "'oneOf'"),
+        ("gemma4", {"anyOf": [{"type": "integer"}], "minimum": 3}, "'minimum'"),
+    ],
+)
+def test_what_cannot_be_promised_is_said(
+    name: str, parameter: dict[str, object], said_of_it: str
+) -> None:
+    with pytest.raises(ValueError, match=said_of_it):
+        output_format(name).grammar([Tool("f", {"properties": {"a": parameter}})])
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        {"oneOf": [{"const": "a", "title": "A"}, {"const": "b"}]},
+        {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 3}]},
+        {"anyOf": [{"type": "string", "enum": ["a"]}, {"$ref": "#/$defs/b"}], "description": "x"},
+        {"type": ["string", "null"]},
+    ],
+)
+@pytest.mark.parametrize("name", ["gemma4", "glm47"])
+def test_alternatives_that_can_be_promised(name: str, parameter: dict[str, object]) -> None:
+    schema = {"properties": {"a": parameter}, "required": ["a"], "$defs": {"b": {"const": "b"}}}
+    case = next(case for case in STRICT if case.tool == name)._replace(reasoning=None, tail="")
+    for seed in range(5):
+        text = walk(
+            matcher(case, False, [Tool("f", schema)], named="f"), case, False, random.Random(seed)
+        )
+        ((_, arguments),) = values(said(output_format(name).parser([Tool("f", schema)]), [text]))
+        jsonschema_rs.validate(schema, arguments)
+
+
+def test_tools_that_there_are_not() -> None:
     coder = output_format("qwen3_coder")
     with pytest.raises(ValueError, match="'if'"):
         coder.grammar([Tool("f", {"type": "object", "if": {}})])
-    with pytest.raises(ValueError, match="parameter 'a'.*allOf"):
-        coder.grammar([Tool("f", {"properties": {"a": {"type": "string", "allOf": [{}]}}})])
-    with pytest.raises(ValueError, match="alternatives"):
-        coder.grammar([Tool("f", {"properties": {"a": {"type": "string", "pattern": "^a|b$"}}})])
-    with pytest.raises(ValueError, match="a type"):
-        output_format("gemma4").grammar([Tool("f", {"properties": {"a": {}}})])
     with pytest.raises(ValueError, match="no tool 'g'"):
         coder.grammar([Tool("f")], named="g")
     with pytest.raises(ValueError, match="no format"):
         output_format(None, "qwen3").grammar([Tool("f")])
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "tail", "before"),
+    [
+        ("qwen3", "<think>\n", "Hm.\n</think>\n\n"),
+        ("qwen3", "", "<think>\nHm.\n</think>\n\n"),
+        (
+            "openai_gptoss",
+            "",
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>",
+        ),
+        ("openai_gptoss", "", "<|channel|>final <|constrain|>json<|message|>"),
+        ("muse_glimmer", "", " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>"),
+    ],
+)
+@pytest.mark.parametrize("special", [True, False], ids=["tokens", "text"])
+def test_what_comes_before_an_answer_in_json(
+    reasoning: str, tail: str, before: str, special: bool
+) -> None:
+    answer_format = output_format(None, reasoning)
+    lark = answer_format.reasoning_grammar(special_tokens(special), tail)
+    assert lark is not None
+    grammars = [
+        {"lark_grammar": "start: @before @answer"},
+        {"name": "before", "lark_grammar": lark},
+        {"name": "answer", "json_schema": {"type": "object"}},
+    ]
+    made = LLMatcher(guide(special), json.dumps({"grammars": grammars}))
+    assert not made.is_error(), made.get_error()
+    assert takes(made.deep_copy(), before + '{"a": 1}', special)
+    assert not takes(made.deep_copy(), before + "a", special)
+    assert said(answer_format.parser([], tail), [before + "{}"]).content == "{}"
+
+
+def test_no_reasoning_has_no_grammar() -> None:
+    assert output_format("hermes").reasoning_grammar({}, "") is None
+    assert output_format("hermes", "qwen3").reasoning_grammar({}, "<think>\n\n</think>\n\n") is None
 
 
 WALK_TOOLS = [
