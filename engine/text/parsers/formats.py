@@ -42,6 +42,9 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
     is_anywhere: bool = False  # the marks are control tokens and no text, so they count everywhere
     is_assumed: bool = False  # the model thinks first, whether it or the prompt says so or not
     read_all: ReadAll | None = None
+    before_content: Callable[[Lark], str] | None = (
+        None  # for those: thoughts, and what opens the message
+    )
 
     @property
     def kept_tokens(self) -> frozenset[str]:
@@ -112,6 +115,12 @@ class OutputFormat(msgspec.Struct, frozen=True):
         lark = Lark(special_tokens or {})
         try:
             calls = self.tool.rules(lark, chosen, parallel and named is None)
+        except (
+            TypeError,
+            AttributeError,
+            KeyError,
+        ) as error:  # a keyword's value is of another type
+            raise ValueError(f"the schema of a tool makes no sense: {error}") from error
         except RecursionError:
             raise ValueError("the schema of a tool is nested too deeply") from None
         return lark.written(f"{self._before(lark, prompt_tail)} {calls}".strip())
@@ -119,7 +128,10 @@ class OutputFormat(msgspec.Struct, frozen=True):
     def reasoning_grammar(self, special_tokens: Mapping[str, int], prompt_tail: str) -> str | None:
         """Lark, of the reasoning that an answer may begin with; None where it has none. The answer proper follows."""
         lark = Lark(special_tokens)
-        before = self._before(lark, prompt_tail)
+        if self.reasoning and self.reasoning.before_content:
+            before = self.reasoning.before_content(lark)
+        else:
+            before = self._before(lark, prompt_tail)
         return lark.written(before) if before else None
 
     def _before(self, lark: Lark, prompt_tail: str) -> str:

@@ -14,16 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .answer import Tool
-from .typed import resolve
+from .typed import DEFINITIONS, resolve
 
 ANY_TEXT = "/(?s:.*)/"
-_DEFINITIONS = ("$defs", "definitions")
 _MAX_REFERENCES = 8  # one after the other, to where the parameters are
 # how tojson writes it, or without spaces, or on lines of its own; bounded, for a model may not end otherwise
 _WHITE_SPACE = {"x-guidance": {"whitespace_pattern": "[ \\n]{0,12}"}}
 # what a list of parameters, each with a schema of its own, keeps; the rest are notes
 _PARAMETER_KEYWORDS = frozenset(
-    ("type", "properties", "required", "additionalProperties", *_DEFINITIONS)
+    ("type", "properties", "required", "additionalProperties", *DEFINITIONS)
 )
 _NOTES = frozenset(
     [
@@ -142,17 +141,22 @@ class Parameter:
         self.name, self.schema, self.required = name, schema, required
 
 
-def parameters_of(schema: Mapping[str, Any], what: str) -> list[Parameter]:
-    """An object's parameters one by one, for syntaxes that have no JSON object around them."""
-    definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
-    for _ in range(_MAX_REFERENCES):
-        if "$ref" in schema:
-            schema = resolve(schema["$ref"], {**definitions, **schema})
-    unknown = sorted(set(schema) - _PARAMETER_KEYWORDS - _NOTES)
+def check_keywords(schema: Mapping[str, Any], known: Iterable[str], what: str) -> None:
+    """ValueError for a keyword that is not among the known ones and says something of values."""
+    unknown = sorted(set(schema) - {*known, *DEFINITIONS} - _NOTES)
     if unknown:
         raise ValueError(
             f"{what}: this model's calls cannot be held to {unknown[0]!r}; leave it out of the schema"
         )
+
+
+def parameters_of(schema: Mapping[str, Any], what: str) -> list[Parameter]:
+    """An object's parameters one by one, for syntaxes that have no JSON object around them."""
+    definitions = {key: schema[key] for key in DEFINITIONS if key in schema}
+    for _ in range(_MAX_REFERENCES):
+        if "$ref" in schema:
+            schema = resolve(schema["$ref"], {**definitions, **schema})
+    check_keywords(schema, _PARAMETER_KEYWORDS, what)
     properties = schema.get("properties") or {}
     required = list(schema.get("required") or ())
     names = [*properties, *(name for name in required if name not in properties)]
@@ -187,23 +191,25 @@ def _bare_strings(
 ) -> list[str]:
     """`followed`: the references whose strings are among them already."""
     if "$ref" in schema:
+        check_keywords(schema, ("$ref", "type"), what)
         reference = str(schema["$ref"])
         if reference in followed:
             return []
         followed.add(reference)
         return _bare_strings(resolve(reference, root), root, what, followed)
-    for key in ("anyOf", "oneOf"):
-        if key in schema:
-            return [
-                found for each in schema[key] for found in _bare_strings(each, root, what, followed)
-            ]
-    if "allOf" in schema:
-        raise ValueError(
-            f"{what}: this model's calls cannot hold a string to 'allOf'; leave it out of the schema"
-        )
-    if "const" in schema or "enum" in schema:
+    alternatives = schema.get("anyOf") or schema.get("oneOf")
+    if alternatives:
+        # of oneOf two could fit, unless each lists its values
+        known = ("anyOf", "type", "oneOf" if all(map(is_listed, alternatives)) else "anyOf")
+        check_keywords(schema, known, what)
+        return [
+            found for each in alternatives for found in _bare_strings(each, root, what, followed)
+        ]
+    if is_listed(schema):
+        check_keywords(schema, ("type", "const", "enum", "format"), what)
         values = [schema["const"]] if "const" in schema else schema["enum"]
         return [quoted(value) for value in values]
+    check_keywords(schema, ("type", "pattern", "minLength", "maxLength", "format"), what)
     terminals = []
     if "pattern" in schema:
         terminals.append(_pattern(schema["pattern"], what))
@@ -211,6 +217,11 @@ def _bare_strings(
     if low or high != "":
         terminals.append(f"/(?s:.){{{low},{high}}}/")
     return [" & ".join(terminals) or ANY_TEXT]
+
+
+def is_listed(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema says which values there are."""
+    return "const" in schema or "enum" in schema
 
 
 def _pattern(pattern: str, what: str) -> str:

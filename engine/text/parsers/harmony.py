@@ -112,14 +112,22 @@ def _recipient(header: str) -> str | None:
     return found[1] if found and found[1] not in _NOBODY else None
 
 
-def harmony_rules(lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
-    """Reasoning, then one call: its last mark ends the answer."""
+def _thoughts(lark: Lark) -> str:
     thought = lark.text(f"{CHANNEL}{REASONING}{MESSAGE}")
     text = lark.upto("<|end|>", without(*KEPT))
-    thought = f"({thought} {text} {lark.text(START + 'assistant')})*"
+    return f"({thought} {text} {lark.text(START + 'assistant')})*"
+
+
+def harmony_before_content(lark: Lark) -> str:
+    """Reasoning, and the header of the message for the user."""
+    return f"{_thoughts(lark)} {lark.text(f'{CHANNEL}final')} ({lark.text(f' {CONSTRAIN}json')})? {lark.text(MESSAGE)}"
+
+
+def harmony_rules(lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+    """Reasoning, then one call: its last mark ends the answer."""
 
     def rule(lark: Lark, tool: Tool) -> str:
         head = f"{CHANNEL}commentary to=functions.{tool.name} {CONSTRAIN}json{MESSAGE}"
         return f"{lark.text(head)} {lark.json(arguments_schema(tool))}"
 
-    return f"{thought} {calls_of(lark, tools, rule)}"
+    return f"{_thoughts(lark)} {calls_of(lark, tools, rule)}"

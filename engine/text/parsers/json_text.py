@@ -35,13 +35,14 @@ def json_value(feed: Feed, sink: Sink) -> Steps[None]:
         found = yield from feed.upto(_STRUCTURE, sink)
         sink(found)
         if found == '"':
-            yield from _rest_of_string(feed, sink)
+            yield from rest_of_string(feed, sink)
         depth += (found in ("{", "[")) - (found in ("}", "]"))
         if depth <= 0 or not found:
             return
 
 
-def _rest_of_string(feed: Feed, sink: Sink) -> Steps[None]:
+def rest_of_string(feed: Feed, sink: Sink) -> Steps[None]:
+    """A string as it stands, after its opening quote."""
     while True:
         found = yield from feed.upto(_IN_STRING, sink)
         sink(found)

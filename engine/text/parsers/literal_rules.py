@@ -10,21 +10,29 @@ from .grammar import (
     Parameter,
     arguments_schema,
     bare_strings,
+    check_keywords,
+    is_listed,
     listed,
     one_of,
     parameters_of,
     quoted,
     repeated,
 )
-from .typed import is_text, resolve, types_of
+from .typed import DEFINITIONS, is_text, resolve, types_of
 
 _SCALARS = frozenset(("number", "integer", "boolean", "null"))
 
 
 def pythonic_rules(
-    lark: Lark, tools: Sequence[Tool], parallel: bool, opening: str = "", closing: str = ""
+    lark: Lark,
+    tools: Sequence[Tool],
+    parallel: bool,
+    opening: str,
+    closing: str,
+    by_line: bool = False,
 ) -> str:
-    """A list of calls between marks."""
+    """Calls between marks: in a list, or each on a line of its own."""
+    newline = "\n" if by_line else ""
 
     def rule(lark: Lark, tool: Tool) -> str:
         what = f"tool {tool.name!r}"
@@ -32,10 +40,11 @@ def pythonic_rules(
             (f"{quoted(each.name + '=')} {_python_value(lark, each)}", each.required)
             for each in parameters_of(arguments_schema(tool), what)
         ]
-        return f"{quoted(tool.name + '(')} {listed(lark, items, ', ')} {quoted(')')}"
+        return f"{quoted(tool.name + '(')} {listed(lark, items, ', ')} {quoted(')' + newline)}"
 
-    calls = repeated(calls_of(lark, tools, rule), '", "', parallel)
-    return f"{lark.text(opening + '[')} {calls} {lark.text(']' + closing)}"
+    calls = repeated(calls_of(lark, tools, rule), "" if by_line else '", "', parallel)
+    brackets = (newline, "") if by_line else ("[", "]")
+    return f"{lark.text(opening + brackets[0])} {calls} {lark.text(brackets[1] + closing)}"
 
 
 def _python_value(lark: Lark, parameter: Parameter) -> str:
@@ -50,14 +59,14 @@ class GemmaValues:
 
     def __init__(self, lark: Lark, quote: str, root: Mapping[str, Any], what: str):
         self._lark, self._quote, self._root, self._what = lark, quote, root, what
+        self._definitions = {key: root[key] for key in DEFINITIONS if key in root}
         self._references: dict[str, str] = {}
 
     def value(self, schema: Mapping[str, Any]) -> str:
         if "$ref" in schema:
             return self._reference(str(schema["$ref"]))
-        for key in ("anyOf", "oneOf"):
-            if key in schema:
-                return one_of(self.value(each) for each in schema[key])
+        if "anyOf" in schema or "oneOf" in schema:
+            return self._alternatives(schema)
         if isinstance(schema.get("type"), list):
             return one_of(self.value({**schema, "type": each}) for each in schema["type"])
         if is_text(schema):
@@ -73,6 +82,21 @@ class GemmaValues:
             f"{self._what}: this model's calls cannot hold a value to a schema without a type, properties or items; "
             "say what it is"
         )
+
+    def _alternatives(self, schema: Mapping[str, Any]) -> str:
+        """Of oneOf two could fit, unless their types differ; a whole number is a number too."""
+        alternatives = schema.get("anyOf") or schema.get("oneOf") or ()
+        kinds = [
+            kind
+            for each in alternatives
+            for kind in types_of({**self._definitions, **each}) or {""}
+        ]
+        differ = len(set(kinds)) == len(kinds) and "" not in kinds
+        is_exclusive = all(map(is_listed, alternatives)) or (
+            differ and not {"integer", "number"} <= {*kinds}
+        )
+        check_keywords(schema, ("anyOf", "type", "oneOf" if is_exclusive else "anyOf"), self._what)
+        return one_of(self.value(each) for each in alternatives)
 
     def arguments(self, schema: Mapping[str, Any]) -> str:
         items = [
@@ -93,11 +117,13 @@ class GemmaValues:
         return f"{quote} {one_of(self._lark.upto(self._quote, each) for each in terminals)}"
 
     def _array(self, schema: Mapping[str, Any]) -> str:
+        check_keywords(schema, ("type", "items", "minItems", "maxItems"), self._what)
         item = self._lark.rule(self.value(schema.get("items", {})))
         low, high = schema.get("minItems", 0), schema.get("maxItems", "")
         if high == 0:
             return '"[" "]"'
-        more = f'("," {item}){{{max(low - 1, 0)},{high - 1 if high else ""}}}'
+        counts = f"{{{max(low - 1, 0)},{high - 1 if high else ''}}}"
+        more = "" if high == 1 else f'("," {item}){counts}'
         return f'"[" {item} {more} "]"' if low else f'"[" ({item} {more})? "]"'
 
 

@@ -3,10 +3,11 @@
 from functools import partial
 
 from .formats import OutputFormat, ReasoningFormat, ToolFormat
-from .harmony import KEPT, harmony_rules, read_harmony
+from .harmony import KEPT, harmony_before_content, harmony_rules, read_harmony
 from .json_formats import JSON_FORMATS
 from .literal_rules import gemma_rules, pythonic_rules
 from .literals import FUNCTION_GEMMA, GEMMA, Dialect, gemma_calls, pythonic_calls
+from .muse import MUSE_KEPT, muse_before_content, muse_rules, read_muse
 from .sections import (
     DEEPSEEK,
     KIMI,
@@ -61,11 +62,17 @@ def _sections(name: str, sections: Sections, fenced: bool = False) -> ToolFormat
     )
 
 
-def _pythonic(name: str, opening: str = "", closing: str = "", *starts: str) -> ToolFormat:
+def _pythonic(
+    name: str,
+    opening: str = "",
+    closing: str = "",
+    starts: tuple[str, ...] = (),
+    by_line: bool = False,
+) -> ToolFormat:
     return ToolFormat(
         name,
         partial(pythonic_calls, end=closing),
-        partial(pythonic_rules, opening=opening, closing=closing),
+        partial(pythonic_rules, opening=opening, closing=closing, by_line=by_line),
         marks=(opening,) if opening else (),
         starts=starts,
         inner_marks=(closing,) if closing else (),
@@ -102,12 +109,13 @@ TOOL_PARSERS = {
         _sections("deepseek_v3", DEEPSEEK, fenced=True),
         _sections("deepseek_v31", DEEPSEEK),
         _sections("kimi_k2", KIMI),
-        _pythonic("pythonic", "", "", "["),
-        _pythonic("llama4_pythonic", "<|python_start|>", "<|python_end|>", "["),
-        _pythonic("olmo3", "<function_calls>", "</function_calls>"),
+        _pythonic("pythonic", starts=("[",)),
+        _pythonic("llama4_pythonic", "<|python_start|>", "<|python_end|>", starts=("[",)),
+        _pythonic("olmo3", "<function_calls>", "</function_calls>", by_line=True),
         _pythonic("lfm2", "<|tool_call_start|>", "<|tool_call_end|>"),
         _gemma("gemma4", "<|tool_call>", "<tool_call|>", GEMMA),
         _gemma("functiongemma", "<start_function_call>", "<end_function_call>", FUNCTION_GEMMA),
+        ToolFormat("muse_glimmer", None, muse_rules, inner_marks=MUSE_KEPT, read_all=read_muse),
         ToolFormat(
             "mistral",
             mistral_calls,
@@ -145,13 +153,29 @@ REASONING_PARSERS = {
             ("</think>", "Here is my response:", "Here's my response:"),
             ignored=("<response>", "</response>"),
         ),
-        ReasoningFormat("openai_gptoss", (), (), tokens=KEPT, read_all=read_harmony),
+        ReasoningFormat(
+            "muse_glimmer",
+            (),
+            (),
+            tokens=MUSE_KEPT,
+            read_all=read_muse,
+            before_content=muse_before_content,
+        ),
+        ReasoningFormat(
+            "openai_gptoss",
+            (),
+            (),
+            tokens=KEPT,
+            read_all=read_harmony,
+            before_content=harmony_before_content,
+        ),
     )
 }
 
 _Signs = tuple[tuple[str | None, tuple[str, ...]], ...]
 # The first that a template has all of says how it calls tools. Some marks are parts of others, so order matters.
 _TOOL_SIGNS: _Signs = (
+    ("muse_glimmer", ("<atem:function_calls>",)),
     (None, ("]<]minimax[>[",)),  # MiniMax M3's tags, which only begin like others
     ("openai", ("<|channel|>", "<|message|>")),
     ("gemma4", ("<|tool_call>",)),
@@ -181,6 +205,7 @@ _TOOL_SIGNS: _Signs = (
     ("json", ("tools", "tool_calls")),
 )
 _REASONING_SIGNS: _Signs = (
+    ("muse_glimmer", ("<atem:function_calls>",)),
     ("openai_gptoss", ("<|channel|>", "<|message|>")),
     ("gemma4", ("<|channel>",)),
     ("mistral", ("[THINK]",)),

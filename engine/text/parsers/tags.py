@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from .answer import Answer, Tool
-from .feed import SPACE, Steps, marks
+from .feed import SPACE, Feed, Sink, Steps, marks
 from .formats import calls_of
 from .grammar import (
     Lark,
@@ -31,6 +31,7 @@ from .grammar import (
     parameters_of,
     repeated,
 )
+from .json_text import rest_of_string
 from .literals import python_json
 from .typed import escaped, is_text, property_schema, to_json, types_of, value_json
 
@@ -169,10 +170,20 @@ def _value(answer: Answer, tags: Tags, schema: Mapping[str, Any], is_string: boo
         write('"' if end else "")
         return bool(end)
     pieces: list[str] = []
-    end = yield from feed.upto(marks(*ends), pieces.append)
+    end = yield from _upto_end(feed, ends, pieces.append)
     text = "".join(pieces)
     write(_json_of(text, schema) if end else text)
     return bool(end)
+
+
+def _upto_end(feed: Feed, ends: list[str], sink: Sink) -> Steps[str]:
+    """All of a value that is no string. If it is JSON, a mark in one of its strings does not end it."""
+    is_json = (yield from feed.peek()) in ("{", "[", '"')
+    wanted = marks(*ends, '"') if is_json else marks(*ends)
+    while (end := (yield from feed.upto(wanted, sink))) == '"':
+        sink(end)
+        yield from rest_of_string(feed, sink)
+    return end
 
 
 def _json_of(text: str, schema: Mapping[str, Any]) -> str:

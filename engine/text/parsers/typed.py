@@ -21,17 +21,19 @@ _TYPES: dict[type, tuple[str, ...]] = {
     str: ("string",), bool: ("boolean",), int: ("integer", "number"), float: ("number",),
     dict: ("object",), list: ("array",), type(None): ("null",),
 }  # fmt: skip
+DEFINITIONS = ("$defs", "definitions")
 _MAX_DEPTH = 32  # of alternatives within alternatives
 
 
 def property_schema(schema: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
     """The schema of one argument, with the definitions that it may refer to; {}, which any value fits, if unknown."""
-    properties = schema.get("properties") if schema else None
+    if not isinstance(schema, Mapping):
+        return {}
+    properties = schema.get("properties")
     found = properties.get(name) if isinstance(properties, Mapping) else None
     if not isinstance(found, Mapping):
         return {}
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in (schema or ())}  # type: ignore[index]
-    return {**definitions, **found}
+    return {**{key: schema[key] for key in DEFINITIONS if key in schema}, **found}
 
 
 def types_of(schema: Mapping[str, Any]) -> frozenset[str]:
@@ -54,13 +56,15 @@ def _types(
             known[reference] = frozenset()  # one that refers to itself adds nothing
             known[reference] = _types(resolve(reference, root), root, known, depth + 1)
         return known[reference]
-    kind = schema.get("type")
-    if kind is not None:
-        return frozenset([kind] if isinstance(kind, str) else kind)
+    kinds = schema.get("type")
+    if kinds is not None:
+        return frozenset(kind for kind in _list(kinds) if isinstance(kind, str))
     if "const" in schema or "enum" in schema:
-        values = [schema["const"]] if "const" in schema else schema["enum"]
+        values = [schema["const"]] if "const" in schema else _list(schema["enum"])
         return frozenset(_TYPES[type(value)][0] for value in values)
-    key = next((key for key in ("anyOf", "oneOf", "allOf") if key in schema), None)
+    key = next(
+        (key for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)), None
+    )
     if key is None:
         return None
     found = [
@@ -70,6 +74,10 @@ def _types(
     return (
         frozenset().union(*said) if said and (key == "allOf" or len(said) == len(found)) else None
     )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def resolve(reference: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,18 +1,25 @@
-"""Answers as models write them, per format, and what they mean. Their forms are from these templates and pages:
+"""Answers as models write them, per format, and what they mean.
 
-hermes, qwen3         Qwen/Qwen3-0.6B and NousResearch/Hermes-3-Llama-3.1-8B, chat_template
-qwen3_coder           Qwen/Qwen3-Coder-30B-A3B-Instruct and Qwen/Qwen3.5-4B, chat_template
-llama3_json           meta-llama/Llama-3.2-3B-Instruct, chat_template; vLLM, docs/features/tool_calling.md
-mistral               mistralai/Mistral-Nemo-Instruct-2407 and Ministral-3-14B-Reasoning-2512, chat_template
-openai                openai/harmony, docs/format.md; openai/gpt-oss-120b, chat_template
-glm45, glm47          zai-org/GLM-4.6 and GLM-4.7-Flash, chat_template
-deepseek_v3, _v31     deepseek-ai/DeepSeek-R1-0528 and DeepSeek-V3.1, chat_template; _v32, _v4: their encodings
-kimi_k2               moonshotai/Kimi-K2-Instruct, docs/tool_call_guidance.md
-pythonic, lfm2        Llama 4's prompt format page; LiquidAI/LFM2-1.2B, model card; allenai/Olmo-3-7B-Instruct
-gemma4, functiongemma google/gemma-4-31B-it, chat_template; google/functiongemma-270m-it, model card
-phi4_mini_json        microsoft/Phi-4-mini-instruct, model card; vLLM, examples/tool_chat_template_phi4_mini.jinja
-granite               ibm-granite/granite-3.3-2b-instruct, chat_template
-seed_oss, minimax_m2, nemotron_json     ByteDance-Seed/Seed-OSS-36B, MiniMaxAI/MiniMax-M2, NVIDIA-Nemotron-Nano-v2
+Their forms are those of these chat templates (most as llama.cpp's models/templates has them) and pages:
+
+    hermes, qwen3           Qwen/Qwen3-0.6B, NousResearch/Hermes-3-Llama-3.1-8B
+    qwen3_coder             Qwen/Qwen3-Coder-30B-A3B-Instruct, Qwen/Qwen3.5-4B
+    llama3_json             meta-llama/Llama-3.2-3B-Instruct, Llama-3.1-8B-Instruct
+    mistral                 mistralai/Mistral-Nemo-Instruct-2407, Mistral-Small-3.2-24B, Ministral-3-14B-Reasoning-2512
+    openai                  openai/gpt-oss-120b
+    glm45, glm47            zai-org/GLM-4.6, GLM-4.7-Flash
+    deepseek_v3, v31, v32, v4    llama-cpp-deepseek-r1.jinja; deepseek-ai/DeepSeek-V3.1, V3.2, V4
+    kimi_k2                 moonshotai/Kimi-K2-Instruct
+    lfm2                    LiquidAI/LFM2.5-8B-A1B; vLLM's parser of that name
+    pythonic, llama4_pythonic    vLLM's tests of the parsers of these names
+    gemma4                  google/gemma-4-31B-it
+    phi4_mini_json          llama-cpp-microsoft-Phi-4-mini-instruct.jinja; llguidance, docs/toolcalls.md
+    granite                 ibm-granite/granite-3.3-2b-instruct; vLLM's parsers of that name
+    muse_glimmer            muse-glimmer.jinja; llama.cpp, tests/test-chat.cpp
+    seed_oss, minimax_m2, nemotron_json, apriel    Seed-OSS, MiniMax-M2, NVIDIA-Nemotron-Nano-v2, Apriel-1.5
+    functiongemma, olmo3    public descriptions of these models' output
+
+Everything else about an answer, such as what it calls, is made up here.
 """
 
 from typing import Any, NamedTuple
@@ -520,6 +527,7 @@ LITERAL_CASES = [
         '<function_calls>\nget_weather(city="Paris")\nget_time()\n</function_calls>',
         (PARIS, TIME),
         tool="olmo3",
+        strict=True,
     ),
     Case(
         "two, after thinking",
@@ -621,6 +629,63 @@ HARMONY_CASES = [
     Case("no channels at all", "It is sunny.\n", (), "It is sunny.\n", **HARMONY),
 ]
 
+_ATEM = (
+    '<atem:function_calls>\n<atem:invoke name="get_weather">\n<atem:parameter name="city">Rome</atem:parameter>\n'
+    '<atem:parameter name="days">3</atem:parameter>\n<atem:parameter name="metric">true</atem:parameter>\n'
+    "</atem:invoke>\n</atem:function_calls>"
+)
+_ATEM_TIME = (
+    '<atem:function_calls>\n<atem:invoke name="get_time">\n</atem:invoke>\n</atem:function_calls>'
+)
+_TO_SELF = f" to=self<|message|>{THOUGHT}<|eom|>{_ASSISTANT}"
+MUSE = {"tool": "muse_glimmer", "reasoning": "muse_glimmer", "tail": _ASSISTANT}
+MUSE_CASES = [
+    Case(
+        "two calls after a thought",
+        f"{_TO_SELF} to=get_weather<|message|>{_ATEM}<|eom|>{_ASSISTANT} to=get_time<|message|>{_ATEM_TIME}",
+        (ROME, TIME),
+        thought=THOUGHT,
+        strict=True,
+        **MUSE,
+    ),
+    Case(
+        "a word for the user before a call",
+        f" to=user<|message|>Let me look.\n<|eom|>{_ASSISTANT} to=get_weather<|message|>{_ATEM}<|eot|>",
+        (ROME,),
+        "Let me look.",
+        **MUSE,
+    ),
+    Case(
+        "tags that call nothing",
+        f" to=self<|message|>I could {_ATEM}.<|eom|>{_ASSISTANT} to=user<|message|>Use:\n{_ATEM}<|eot|>",
+        (),
+        f"Use:\n{_ATEM}",
+        f"I could {_ATEM}.",
+        **MUSE,
+    ),
+    Case(
+        "no recipient",
+        f"<|message|>Sunny.{_ASSISTANT}<|message|>Warm.",
+        (),
+        "Sunny.\nWarm.",
+        **MUSE,
+    ),
+    Case("no header", "It is sunny.\n", (), "It is sunny.\n", **MUSE),
+    Case("no header after all", " to=user it was", (), " to=user it was", **MUSE),
+    Case(
+        "no calls in a call", f"{_TO_SELF} to=f<|message|>f(1)<|eot|>", (), "f(1)", THOUGHT, **MUSE
+    ),
+    Case(
+        "begun by the prompt",
+        f"Hm.<|eom|>{_ASSISTANT} to=user<|message|>Sunny.",
+        (),
+        "Sunny.",
+        "Hm.",
+        tool="muse_glimmer",
+        tail="<|start|>assistant to=self<|message|>",
+    ),
+]
+
 TEXT_CASES = [
     Case("spaces stay", "  It is sunny.\n\n", (), "  It is sunny.\n\n", tool="hermes"),
     Case("nothing", "", tool="hermes", reasoning="qwen3"),
@@ -660,6 +725,14 @@ TEXT_CASES = [
         tail="<think>\n",
     ),
     Case(
+        "a thought the prompt has ended",
+        "Sunny.",
+        (),
+        "Sunny.",
+        reasoning="deepseek_r1",
+        tail="<｜Assistant｜><think>\n\n</think>\n\n",
+    ),
+    Case(
         "a thought nothing opens",
         "Hm.\n</think>\n\nSunny.",
         (),
@@ -672,4 +745,12 @@ TEXT_CASES = [
     Case("no format", "<think>a</think><tool_call>", (), "<think>a</think><tool_call>"),
 ]
 
-CASES = [*JSON_CASES, *TAG_CASES, *SECTION_CASES, *LITERAL_CASES, *HARMONY_CASES, *TEXT_CASES]
+CASES = [
+    *JSON_CASES,
+    *TAG_CASES,
+    *SECTION_CASES,
+    *LITERAL_CASES,
+    *HARMONY_CASES,
+    *MUSE_CASES,
+    *TEXT_CASES,
+]

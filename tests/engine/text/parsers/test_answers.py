@@ -141,6 +141,12 @@ def test_a_call_that_fails_does_not_hide_the_next() -> None:
         ),
         ("pythonic", "[f(a=Tru", '{"a": Tru', ""),
         (
+            "glm47",
+            "<tool_call>get_weather<arg_key>metric</arg_key><arg_value>tru",
+            '{"metric": tru',
+            "",
+        ),
+        (
             "hermes",
             r'<tool_call>{"name": "f", "arguments": {"a": "\"}"}}</tool_call>',
             r'{"a": "\"}"}',
@@ -279,6 +285,9 @@ TYPED = Tool(
         ("list", '[1, {"a": "b"}]', [1, {"a": "b"}]),
         ("list", "1, 2", "1, 2"),
         ("list", "[1, 2", "[1, 2"),
+        ("list", '["</parameter>", "\\"\\n</parameter>"]', ["</parameter>", '"\n</parameter>']),
+        ("maybe", '"a</parameter>"', "a</parameter>"),
+        ("whole", "", ""),
         ("list", "[True, {'a': None}]", [True, {"a": None}]),
         ("list", "[True] and", "[True] and"),
         ("any", "5", 5),
@@ -292,6 +301,13 @@ def test_bare_values_are_typed_by_the_schema(name: str, text: str, value: object
     ((_, found),) = values(parse(call, "qwen3_coder", tools=[TYPED]))
     assert found == {name: value}
     assert type(found[name]) is type(value)
+
+
+def test_a_value_that_says_it_is_no_string_is_none() -> None:
+    parameter = '<｜DSML｜parameter name="city" string="false">3</｜DSML｜parameter>'
+    call = f'<｜DSML｜invoke name="get_weather">\n{parameter}\n</｜DSML｜invoke>'
+    text = f"<｜DSML｜function_calls>\n{call}\n</｜DSML｜function_calls>"
+    assert values(parse(text, "deepseek_v32")) == [("get_weather", {"city": 3})]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +374,40 @@ def test_no_text_is_lost_whatever_it_is(data: st.DataObject) -> None:
         assert (whole.content + whole.reasoning).count("né") == text.count("né")
 
 
+_KEYWORDS = (
+    "type", "properties", "required", "$ref", "$defs", "a", "city", "anyOf", "oneOf", "allOf", "enum", "const",
+    "items", "minItems", "maxItems", "minLength", "pattern", "additionalProperties",
+)  # fmt: skip
+_ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from(["string", "object", "#/$defs/a", "^a$"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYWORDS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["type", "properties", "required", "$ref", "$defs"]), _ANYTHING, max_size=4
+    )
+)
+def test_a_schema_that_makes_no_sense_does_no_harm(schema: dict[str, object]) -> None:
+    """Clients send what they like: a grammar is refused in words, and answers are read all the same."""
+    tools = [Tool("get_weather", schema)]
+    for name in ("qwen3_coder", "gemma4", "pythonic", "hermes"):
+        try:
+            output_format(name).grammar(tools)
+        except ValueError as error:
+            assert str(error)
+    values_of_both = "<parameter=city>5</parameter><parameter=a>x</parameter>"
+    text = f"<tool_call><function=get_weather>{values_of_both}</function></tool_call>"
+    assert len(parse(text, "qwen3_coder", tools=tools).calls) == 1
+
+
 LONG = 12_000
 
 
@@ -394,7 +444,7 @@ def test_time_grows_with_the_length_alone(tool: str, start: str, piece: str) -> 
 
 def test_time_grows_with_the_length_alone_of_what_comes_at_once() -> None:
     small, large = (
-        _seconds("pythonic", "[f(a=[" + "1, " * size, at_once=True) for size in (5_000, 40_000)
+        _seconds("pythonic", "[f(a=[" + "1, " * size, at_once=True) for size in (2_500, 20_000)
     )
     assert large < max(20 * small, 0.5)
 

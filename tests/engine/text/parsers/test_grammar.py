@@ -76,19 +76,23 @@ def _name(case: Case) -> str:
     return f"{case.tool}-{case.name}".replace(" ", "_")
 
 
-@pytest.mark.parametrize("special", [True, False], ids=["tokens", "text"])
-@pytest.mark.parametrize("case", STRICT, ids=_name)
-def test_recorded_answers_are_allowed(case: Case, special: bool) -> None:
-    if (special and FILE in case.calls) or (case.tool == "mistral" and not special):
-        pytest.skip(
-            "a mark in a string is text, not the token; and without tokens Mistral's syntax is the older one"
-        )
-    made = matcher(case, special, TOOLS)
-    assert takes(made, case.text, special), case.text
+# A mark in a string is text, not the token; and without tokens Mistral's syntax is the older one.
+WITH_TOKENS = [case for case in STRICT if FILE not in case.calls]
+WITHOUT_TOKENS = [case for case in STRICT if case.tool != "mistral"]
+
+
+@pytest.mark.parametrize("case", WITH_TOKENS, ids=_name)
+def test_recorded_answers_are_allowed_with_tokens(case: Case) -> None:
+    assert takes(matcher(case, True, TOOLS), case.text, True), case.text
+
+
+@pytest.mark.parametrize("case", WITHOUT_TOKENS, ids=_name)
+def test_recorded_answers_are_allowed_without_tokens(case: Case) -> None:
+    assert takes(matcher(case, False, TOOLS), case.text, False), case.text
 
 
 def test_every_format_has_a_recorded_answer_that_is_allowed() -> None:
-    without = {"json", "granite4", "apriel", "kimi_k2", "deepseek_v4", "olmo3"}
+    without = {"json", "granite4", "apriel", "kimi_k2", "deepseek_v4"}
     assert {case.tool for case in STRICT} | without >= set(FORMATS)
 
 
@@ -115,20 +119,103 @@ def test_parallel_calls_can_be_ruled_out() -> None:
     assert not takes(matcher(case, False, TOOLS, parallel=False), case.text, False)
 
 
-def test_what_cannot_be_promised_is_said() -> None:
+@pytest.mark.parametrize(
+    ("name", "parameter", "said_of_it"),
+    [
+        ("qwen3_coder", {"type": "string", "allOf": [{}]}, "parameter 'a'.*'allOf'"),
+        ("qwen3_coder", {"type": "string", "not": {"const": "x"}}, "'not'"),
+        ("qwen3_coder", {"type": "string", "pattern": "^a|b$"}, "alternatives"),
+        ("qwen3_coder", {"anyOf": [{"type": "string"}], "maxLength": 3}, "'maxLength'"),
+        (
+            "qwen3_coder",
+            {"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]},
+            "'oneOf'",
+        ),
+        ("qwen3_coder", {"enum": ["a"], "maxLength": 0}, "'maxLength'"),
+        ("gemma4", {}, "a type"),
+        (
+            "gemma4",
+            {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+            "'uniqueItems'",
+        ),
+        ("gemma4", {"oneOf": [{"type": "integer"}, {"type": "number"}]}, "'oneOf'"),
+        ("gemma4", {"anyOf": [{"type": "integer"}], "minimum": 3}, "'minimum'"),
+    ],
+)
+def test_what_cannot_be_promised_is_said(
+    name: str, parameter: dict[str, object], said_of_it: str
+) -> None:
+    with pytest.raises(ValueError, match=said_of_it):
+        output_format(name).grammar([Tool("f", {"properties": {"a": parameter}})])
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        {"oneOf": [{"const": "a", "title": "A"}, {"const": "b"}]},
+        {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 3}]},
+        {"anyOf": [{"type": "string", "enum": ["a"]}, {"$ref": "#/$defs/b"}], "description": "x"},
+        {"type": ["string", "null"]},
+    ],
+)
+@pytest.mark.parametrize("name", ["gemma4", "glm47"])
+def test_alternatives_that_can_be_promised(name: str, parameter: dict[str, object]) -> None:
+    schema = {"properties": {"a": parameter}, "required": ["a"], "$defs": {"b": {"const": "b"}}}
+    case = next(case for case in STRICT if case.tool == name)._replace(reasoning=None, tail="")
+    for seed in range(5):
+        text = walk(
+            matcher(case, False, [Tool("f", schema)], named="f"), case, False, random.Random(seed)
+        )
+        ((_, arguments),) = values(said(output_format(name).parser([Tool("f", schema)]), [text]))
+        jsonschema_rs.validate(schema, arguments)
+
+
+def test_tools_that_there_are_not() -> None:
     coder = output_format("qwen3_coder")
     with pytest.raises(ValueError, match="'if'"):
         coder.grammar([Tool("f", {"type": "object", "if": {}})])
-    with pytest.raises(ValueError, match="parameter 'a'.*allOf"):
-        coder.grammar([Tool("f", {"properties": {"a": {"type": "string", "allOf": [{}]}}})])
-    with pytest.raises(ValueError, match="alternatives"):
-        coder.grammar([Tool("f", {"properties": {"a": {"type": "string", "pattern": "^a|b$"}}})])
-    with pytest.raises(ValueError, match="a type"):
-        output_format("gemma4").grammar([Tool("f", {"properties": {"a": {}}})])
     with pytest.raises(ValueError, match="no tool 'g'"):
         coder.grammar([Tool("f")], named="g")
     with pytest.raises(ValueError, match="no format"):
         output_format(None, "qwen3").grammar([Tool("f")])
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "tail", "before"),
+    [
+        ("qwen3", "<think>\n", "Hm.\n</think>\n\n"),
+        ("qwen3", "", "<think>\nHm.\n</think>\n\n"),
+        (
+            "openai_gptoss",
+            "",
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>",
+        ),
+        ("openai_gptoss", "", "<|channel|>final <|constrain|>json<|message|>"),
+        ("muse_glimmer", "", " to=self<|message|>Hm.<|eom|><|start|>assistant to=user<|message|>"),
+    ],
+)
+@pytest.mark.parametrize("special", [True, False], ids=["tokens", "text"])
+def test_what_comes_before_an_answer_in_json(
+    reasoning: str, tail: str, before: str, special: bool
+) -> None:
+    answer_format = output_format(None, reasoning)
+    lark = answer_format.reasoning_grammar(special_tokens(special), tail)
+    assert lark is not None
+    grammars = [
+        {"lark_grammar": "start: @before @answer"},
+        {"name": "before", "lark_grammar": lark},
+        {"name": "answer", "json_schema": {"type": "object"}},
+    ]
+    made = LLMatcher(guide(special), json.dumps({"grammars": grammars}))
+    assert not made.is_error(), made.get_error()
+    assert takes(made.deep_copy(), before + '{"a": 1}', special)
+    assert not takes(made.deep_copy(), before + "a", special)
+    assert said(answer_format.parser([], tail), [before + "{}"]).content == "{}"
+
+
+def test_no_reasoning_has_no_grammar() -> None:
+    assert output_format("hermes").reasoning_grammar({}, "") is None
+    assert output_format("hermes", "qwen3").reasoning_grammar({}, "<think>\n\n</think>\n\n") is None
 
 
 WALK_TOOLS = [
@@ -191,9 +278,9 @@ def walk(made: LLMatcher, case: Case, special: bool, rng: random.Random) -> str:
     weights = _weights(special)
     closing = [backend.encode(text, add_special_tokens=False).ids for text in _endings(case)]
     while not made.is_stopped() and len(ids) < 3000:
-        if len(ids) > 40 and made.is_accepting():
+        if len(ids) > 25 and made.is_accepting():
             break
-        closers = [c for c in closing if len(ids) > 40 and made.validate_tokens(c) == len(c)]
+        closers = [c for c in closing if len(ids) > 25 and made.validate_tokens(c) == len(c)]
         if closers:
             chosen = rng.choice(closers)
         else:
@@ -244,6 +331,29 @@ def test_reasoning_may_come_before_and_must_end() -> None:
         assert takes(matcher(opened, special, TOOLS), f"Hm <b>.\n</think>\n\n{call}", special)
         assert not takes(matcher(closed, special, TOOLS), case.text, special)
         assert takes(matcher(closed, special, TOOLS), call, special)
+
+
+def test_reasoning_holds_no_mark_that_begins_calls() -> None:
+    """The parser would take what follows it for a call, if it looks like one."""
+    case = next(case for case in STRICT if case.tool == "hermes" and case.name == "thinking")
+    assert not takes(
+        matcher(case, False, TOOLS), case.text.replace("tool:", "tool: <tool_call>"), False
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths"),
+    [({}, {0, 1, 2, 3}), ({"minItems": 1}, {1, 2, 3}), ({"minItems": 2, "maxItems": 2}, {2}), ({"maxItems": 1}, {0, 1}),
+     ({"maxItems": 0}, {0})],
+)  # fmt: skip
+def test_lengths_of_gemmas_lists(limits: dict[str, int], lengths: set[int]) -> None:
+    case = next(case for case in STRICT if case.tool == "gemma4" and case.name == "nested")
+    tools = [
+        Tool("f", {"properties": {"x": {"type": "array", "items": {"type": "integer"}, **limits}}})
+    ]
+    texts = [f"<|tool_call>call:f{{x:[{','.join('7' * n)}]}}<tool_call|>" for n in range(4)]
+    allowed = {n for n, text in enumerate(texts) if takes(matcher(case, False, tools), text, False)}
+    assert allowed == lengths
 
 
 def test_a_grammar_names_special_tokens_by_their_ids() -> None:
