@@ -1,7 +1,7 @@
 """Embeddings of many short texts: `nibble serve` over HTTP, with the openai client, against sentence-transformers in
 process, in turn on the same cores.
 
-    python bench/embeddings.py [--model all-MiniLM-L6-v2] [--texts 1000] [--quantize int8] [--repeats 3]
+    python bench/embeddings.py [--model all-MiniLM-L6-v2] [--texts 1000] [--quantize int8] [--repeats 3] [--save]
 
     texts/s   texts / seconds for all of them, tokenizing included; the best of the repeats, because what disturbs a
               measurement only ever makes it slower
@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import machine
 import numpy as np
 import openai
 import torch
-from machine import describe
 from sentence_transformers import SentenceTransformer
 
 from nibble.tools.fetch import ENCODER_WHEELS, sentence_encoder
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--quantize", choices=("int8", "int4", "fp8"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="a file in bench/results/")
     args = parser.parse_args()
     folder = sentence_encoder(MODELS, args.model)
     texts = short_texts(args.texts)
@@ -117,8 +118,18 @@ def main() -> None:
         rates = {way: len(texts) / seconds for way, seconds in best(ways, args.repeats).items()}
     finally:
         server.stop()
-    print(json.dumps(describe()))
-    print(f"torch with {torch.get_num_threads()} threads")
+    result = {
+        **machine.describe(),
+        "model": args.model,
+        "texts": len(texts),
+        "weights": args.quantize or "float32",
+        "threads": torch.get_num_threads(),
+        "least_cosine": cosine,
+        "texts_per_second": rates,
+    }
+    print(json.dumps(result))
+    if args.save:
+        print(f"written to {machine.save('embeddings', result).relative_to(machine.ROOT)}")
     print(
         f"{args.model}, {len(texts)} texts, {args.quantize or 'float32'}: cosine at least {cosine:.6f}"
     )

@@ -58,7 +58,8 @@ class LinearBuilder:
         for linear in linears:
             weight = linear.weight
             numel = weight.numel() if isinstance(weight, Tensor) else weight.codes.numel()
-            self.weight_bytes += numel * self.dtype.itemsize  # of a quantized one, at most
+            bias = 0 if linear.bias is None else linear.bias.numel()
+            self.weight_bytes += (numel + bias) * self.dtype.itemsize  # of a quantized one, at most
         return FusedLinear.build(linears, self.dtype, self.device, self.report)
 
     @property
@@ -74,7 +75,7 @@ class LinearBuilder:
         prepared = [prepare(_finer(linear.weight), linear.bias) for linear in linears]
         for each in prepared:
             self.report.used[f"cpu-{self._pool.isa} {each.describe(int8)}"] += 1
-            self.weight_bytes += each.nbytes
+            self.weight_bytes += each.nbytes + (0 if each.bias is None else each.bias.nbytes)
         return CppLinears(PreparedGroup(prepared, int8), self._pool)
 
 

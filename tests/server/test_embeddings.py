@@ -251,6 +251,8 @@ def test_rerank_by_a_cross_encoder(score_server: ServerProcess, reranker: Path) 
         assert result["relevance_score"] == pytest.approx(want[result["index"]], abs=1e-5)
         assert result["document"] == {"text": TEXTS[result["index"]]}
     assert answer["usage"]["total_tokens"] == sum(len(ids) for ids, _ in pairs)
+    every = post(score_server, "/rerank", **body, top_n=0).json()["results"]
+    assert [result["index"] for result in every] == [result["index"] for result in results]
     for path in ("/rerank", "/v2/rerank"):
         body |= {"top_n": 2, "return_documents": False}
         short = post(score_server, path, **body).json()["results"]

@@ -406,6 +406,7 @@ CHANGES: dict[tuple[str, str], list[ModelSpec]] = {
     ("ModelSpec", "logits_scale"): [replace(MODEL, logits_scale=0.2, final_soft_cap=0.5)],
     ("ModelSpec", "final_soft_cap"): [replace(MODEL, final_soft_cap=0.5)],
     ("ModelSpec", "head"): [replace(MODEL, head="language_model.lm_head")],
+    ("ModelSpec", "headless"): [replace(MODEL, prefix="", headless=True)],
     ("ModelSpec", "prefix"): [replace(MODEL, prefix="language_model.model.")],
     ("ModelSpec", "num_draft_layers"): [replace(MODEL, num_draft_layers=1)],
     ("ModelSpec", "alt_up"): [

@@ -21,7 +21,7 @@ from nibble.errors import CheckpointError, UnsupportedError, UserError
 from . import models
 
 RAGGED = [
-    models.ids(models.words(count, seed)) for seed, count in enumerate((5, 1, 40, 5, 150, 17, 0))
+    models.ids(models.words(count, seed)) for seed, count in enumerate((5, 1, 40, 5, 150, 17, 0, 8))
 ]
 
 
@@ -173,7 +173,7 @@ def test_what_was_quantized_can_be_kept(folder_of, tmp_path: Path) -> None:
     load(folder_of("bert"), quantize="int8", save_quantized=str(tmp_path / "kept"))
     again = load(tmp_path / "kept")
     at_load = load(folder_of("bert"), quantize="int8")
-    found, want = (runner.execute(RAGGED, [Pooling()] * 7) for runner in (again, at_load))
+    found, want = (runner.execute(RAGGED, [Pooling()] * 8) for runner in (again, at_load))
     assert found == want and "int8" in again.quantization
 
 
@@ -259,6 +259,18 @@ def test_the_longest_text_is_computed(folder_of) -> None:
     (found,) = hidden_of(load(folder_of("roberta")), [longest])
     want = models.hidden(folder_of("roberta"), longest)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_ledger_counts_every_byte(folder_of) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder_of("bert") / "model.safetensors")
+    used = [tensor.nbytes for name, tensor in tensors.items() if not name.startswith("pooler")]
+    runner = load(folder_of("bert"))
+    ledger = runner.ready().ledger
+    assert ledger["weights"] == sum(used)
+    # hidden states, what is added to them, and qkv or twice the inner ones
+    assert ledger["activations"] >= 2048 * 4 * (2 * 64 + 3 * 64)
 
 
 def test_the_loop_gives_each_request_its_own(folder_of) -> None:
