@@ -374,9 +374,9 @@ def test_max_tokens_beyond_the_context(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"extra_body": {"guided_json": {}}}, "guided_json"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"extra_body": {"guided_json": 3}}, "guided_json"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"store": True}, "store"),
         (
             {
