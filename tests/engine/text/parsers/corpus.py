@@ -671,6 +671,7 @@ MUSE_CASES = [
         **MUSE,
     ),
     Case("no header", "It is sunny.\n", (), "It is sunny.\n", **MUSE),
+    Case("tags for the user", f" to=user<|message|>{_ATEM}<|eot|>", (), _ATEM, **MUSE),
     Case("no header after all", " to=user it was", (), " to=user it was", **MUSE),
     Case(
         "no calls in a call", f"{_TO_SELF} to=f<|message|>f(1)<|eot|>", (), "f(1)", THOUGHT, **MUSE
