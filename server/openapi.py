@@ -158,9 +158,11 @@ def _response(description: str, content: JsonSchema, retry: bool = False) -> Jso
 def _schemas() -> JsonSchema:
     schemas: JsonSchema = {}
     for body in _BODIES.values():
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas[body.__name__] = schema
+        name = body.__name__
+        # each API has a Message and a Tool of its own
+        schema = body.model_json_schema(ref_template=f"#/components/schemas/{name}.{{model}}")
+        schemas |= {f"{name}.{part}": of for part, of in schema.pop("$defs", {}).items()}
+        schemas[name] = schema
     return schemas | answers()
 
 

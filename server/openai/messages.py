@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from .. import errors, limits
-from .fields import Ignored, OnlyEmptyList, OnlyNone, Schema
+from .fields import Ignored, OnlyEmptyList, OnlyNone, Schema, excludes
 from .tools import ToolCall
 
 
@@ -28,6 +28,14 @@ class TextPart(Schema):
 
 
 class Message(Schema):
+    model_config = ConfigDict(
+        json_schema_extra=excludes(
+            "tool_calls",
+            unless={"role": "assistant"},
+            anyOf=[{"type": "null"}, {"type": "array", "maxItems": 0}],
+        )
+    )
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Ignored = None

@@ -52,7 +52,7 @@ def test_a_stream_comes_to_the_same(client: anthropic.Anthropic) -> None:
     with client.messages.stream(**given) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_message()
-    assert final.content == whole.content
+    assert [block.text for block in final.content] == [block.text for block in whole.content]
     assert final.stop_reason == whole.stop_reason
     assert final.usage.output_tokens == whole.usage.output_tokens
     assert kinds[0] == "message_start" and kinds[-1] == "message_stop"
