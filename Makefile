@@ -19,7 +19,7 @@ QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:
 
 BIN := $(VENV)/bin
 
-.PHONY: help install demo serve test test-slow test-robust test-server test-models coverage mutants matrix sanitize test-neon check bench bench-cpu test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help install demo serve test test-slow test-robust test-server test-models coverage mutants matrix sanitize test-neon check bench bench-cpu bench-embeddings test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -36,6 +36,7 @@ help:
 	@echo '  make check      ruff, mypy, import order'
 	@echo '  make bench      measure start-up, time to first token and tokens per second'
 	@echo '  make bench-cpu  Nibble, vLLM and llama.cpp side by side on this CPU'
+	@echo '  make bench-embeddings  embeddings of short texts beside sentence-transformers'
 	@echo '  make test-gpu, make bench-gpu  every kernel on this GPU: is it right, how fast is it; `nibble tune` makes it faster'
 	@echo '  make kernels-report  what the Triton kernels compile to, for every card'
 	@echo '  make interop    what Nibble writes, loaded by transformers and vLLM in environments of their own'
@@ -108,6 +109,10 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/serving.py --demo-models
+
+# Embeddings of many short texts beside sentence-transformers. Arguments go through: ARGS='--quantize int8 --save'
+bench-embeddings: $(VENV)/.installed-dev
+	$(BIN)/python bench/embeddings.py $(ARGS)
 
 # Other quantizers, each in an environment of its own (several gigabytes).
 bench-cpu: $(VENV)/.installed

@@ -3,9 +3,10 @@ token budget lets in, computes them whole and is done with them.
 
     add -> waiting [ t1 t2 t3 | t4 ... ] -> one batch, of any lengths (batch.py) -> RequestOutputs
 
-There is no cache, so nothing is planned and nothing can be preempted; a text that alone is longer than the budget is a
-step of its own. A step that fails takes down the texts that were in it and nobody else, provided that the device still
-computes: one token is run as a probe, and only if that fails too is the engine given up.
+There is no cache, so nothing is planned and nothing can be preempted; a text that alone is longer than the budget is
+a step of its own (of a minute, on a small machine: the watchdog sees that it computes). A step that fails takes down
+the texts that were in it and nobody else, provided that the device still computes: one token is run as a probe, and
+only if that fails too is the engine given up.
 """
 
 import logging

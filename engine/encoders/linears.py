@@ -88,9 +88,7 @@ def _finer(weight: QuantizedWeight | Tensor) -> QuantizedWeight | Tensor:
     if width <= _GROUP or width % _GROUP:
         return weight
 
-    def spread(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.repeat_interleave(width // _GROUP, 1)
-
-    scales = weight.scales.repeat_interleave(width // _GROUP, 1)
-    zeros, mins = spread(weight.zeros), spread(weight.mins)
+    groups = torch.arange(0, weight.in_features, _GROUP) // width
+    zeros, mins = (None if v is None else v[:, groups] for v in (weight.zeros, weight.mins))
+    scales = weight.scales[:, groups]
     return replace(weight, scales=scales, zeros=zeros, mins=mins, block=(1, _GROUP))

@@ -110,7 +110,8 @@ class EncoderRunner:
         rows = max(self.config.max_num_batched_tokens, self.max_model_len)
         inner = spec.intermediate_size * (3 if spec.gated else 2)
         scores = spec.num_heads * self.max_model_len**2 if spec.relative_buckets else 0
-        windows = self.max_model_len**2 if any(spec.windows) else 0
+        # which of them count, a byte each, of which torch makes a number each
+        windows = 5 * self.max_model_len**2 if any(spec.windows) else 0
         of_rows = rows * (2 * spec.hidden_size + max(5 * spec.hidden_size, inner))
         return (of_rows + scores) * self.dtype.itemsize + windows
 

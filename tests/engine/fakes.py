@@ -78,6 +78,7 @@ class FakeRunner:
             "none",
             {},
             {},
+            tasks=("generate", "embed"),
         )
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -107,12 +108,22 @@ class FakeRunner:
             ]
         if request.request_id in self.nan_ids:
             result.errors[request.request_id] = "the logits are not finite"
+        elif request.params.pooling is not None:
+            self._pool(item, result)
         elif item.samples:
             tokens = self._sample(request, item.start, item.end)
             result.tokens[request.request_id] = tokens
             result.logprobs[request.request_id] = [
                 TokenLogprobs(t, -0.5, 1, [], []) for t in tokens
             ]
+
+    def _pool(self, item: ScheduledRequest, result: StepResult) -> None:
+        """A prompt's embedding is the prompt, as far as all of it was computed since it last began."""
+        request = item.request
+        before = [] if item.start == 0 else request.pooled
+        request.pooled = before + request.token_ids[item.start : item.end]
+        if item.samples:
+            result.embeddings[request.request_id] = bytes(request.pooled)
 
     def _carry_state(self, item: ScheduledRequest) -> None:
         """AssertionError unless the state that it goes on from is that of its tokens so far."""

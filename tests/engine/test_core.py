@@ -5,6 +5,7 @@ import pytest
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest, RequestOutput
+from nibble.engine.pooling import Pooling
 from nibble.engine.request import SamplingParams
 
 from .fakes import EOS, VOCAB_SIZE, FakeRunner, OverlappingRunner
@@ -135,3 +136,39 @@ def test_eos_comes_from_the_runner() -> None:
     core = make_core()
     add(core, "a", [1], ignore_eos=False)
     assert core.scheduler.waiting[0].eos_token_ids == {EOS}
+
+
+@pytest.mark.parametrize("runner", [FakeRunner, OverlappingRunner])
+@pytest.mark.parametrize("num_blocks", [16, 64])
+def test_prompts_are_pooled_beside_others_that_generate(
+    runner: type[FakeRunner], num_blocks: int
+) -> None:
+    """In chunks, one step ahead, set back for want of blocks, with known prefixes: whole, once, and nothing is held."""
+    config = EngineConfig(model="fake", max_num_batched_tokens=7)
+    core = EngineCore(config, runner(num_blocks=num_blocks))
+    prompts = {f"p{i}": list(range(10, 12 + 5 * i)) for i in range(6)}
+    pooling = {"pooling": Pooling(), "max_tokens": 1, "ignore_eos": False}
+    for index, (name, prompt) in enumerate(prompts.items()):
+        add(core, f"t{index}", prompt, max_tokens=20)
+        add(core, name, prompt, **pooling)
+    outputs, begun = (
+        run(core),
+        [name for batch in core.runner.batches for name, start, _ in batch if not start],
+    )
+    for index, (name, prompt) in enumerate(prompts.items()):
+        (output,) = outputs[name]
+        assert (output.finish_reason, output.token_ids) == ("stop", [])
+        assert output.embedding == bytes(prompt) and output.num_cached_tokens == 0
+        text = [token for each in outputs[f"t{index}"] for token in each.token_ids]
+        assert text == solo(prompt, 20)
+    set_back = any(begun.count(name) > 1 for name in prompts)
+    assert set_back == (num_blocks == 16)
+
+
+def test_a_pooled_prompt_that_is_aborted_holds_nothing() -> None:
+    core = EngineCore(EngineConfig(model="fake", max_num_batched_tokens=4), OverlappingRunner())
+    add(core, "a", list(range(10)), pooling=Pooling(), max_tokens=1)
+    core.step()
+    core.step()
+    core.abort("a")
+    assert run(core) == {}

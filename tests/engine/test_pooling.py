@@ -17,6 +17,7 @@ from nibble.engine.pooler import Pooler, vectors
 from nibble.engine.pooling import NORMALIZE, EmbeddingFiles, Pooling, read_files
 from nibble.engine.request import ParameterError, SamplingParams
 from nibble.errors import CheckpointError, UnsupportedError
+from nibble.kernels.cpu import library
 
 from .encoders.models import rewrite, write_modules
 
@@ -193,6 +194,16 @@ def test_a_decoders_embedding_is_of_its_normed_hidden_states(
         torch.testing.assert_close(vector, want, atol=1e-5, rtol=1e-5)
     ready = core.ready()
     assert ready.tasks == ("generate", "embed") and ready.embedding.dimensions == 64
+
+
+def test_the_cpp_decoder_embeds_as_well(tiny_llama: Path) -> None:
+    if reason := library.why_missing():
+        pytest.skip(reason)
+    found, core = embed(tiny_llama, PROMPTS, dtype="bfloat16", max_num_batched_tokens=16)
+    assert any(name.startswith("cpu-") for name in core.ready().kernels)
+    for prompt, vector in zip(PROMPTS, found, strict=True):
+        want = hidden(tiny_llama, prompt)[-1]
+        assert torch.cosine_similarity(vector, want, dim=0) > 0.999
 
 
 def test_a_decoder_saved_without_a_head_embeds_alone(tiny_llama: Path, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from nibble.engine.encoders.attention import buckets
 from nibble.engine.encoders.batch import EncoderBatch
 from nibble.engine.encoders.choose import is_encoder
 from nibble.engine.encoders.core import EncoderCore
+from nibble.engine.encoders.linears import _finer
 from nibble.engine.encoders.runner import EncoderRunner
 from nibble.engine.messages import AddRequest
 from nibble.engine.pooling import Pooling
 from nibble.engine.request import SamplingParams
 from nibble.errors import CheckpointError, UnsupportedError, UserError
+from nibble.quant.weight import QuantizedWeight
 
 from . import models
 
@@ -167,6 +169,17 @@ def test_8_bit_weights_are_close(name: str, folder_of) -> None:
     quantized = load(folder, quantize="int8")
     assert quantized.weight_bytes < 0.6 * plain.weight_bytes
     assert quantized.model.word.dtype == torch.float16
+
+
+def test_groups_of_8_bit_weights_are_told_finer() -> None:
+    """Also where the last one is short: what it dequantizes to stays the same."""
+    codes = torch.randint(0, 256, (4, 200), dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.rand(4, 2), bits=8, block=(1, 128))
+    finer = _finer(weight)
+    assert finer.block == (1, 32) and finer.scales.shape == (4, 7)
+    assert torch.equal(finer.dequantize(torch.float32), weight.dequantize(torch.float32))
+    narrow = QuantizedWeight(codes, torch.rand(4, 5), bits=8, block=(1, 40))
+    assert _finer(narrow) is narrow
 
 
 def test_what_was_quantized_can_be_kept(folder_of, tmp_path: Path) -> None:
