@@ -2,8 +2,8 @@
 
     python bench/structured.py MODEL [--requests 32] [--tokens 96] [--repeats 3]
 
-Both batches are run in turn, and the best of each counts. Every second request of the one is kept to a schema that does not
-end within `tokens`, so both generate the same number of tokens. Saved in bench/results/.
+Both batches are run in turn, and the best of each counts. Every second request of the one is kept to a schema that
+does not end within `tokens`, so both generate the same number of tokens. Saved in bench/results/.
 """
 
 import argparse
