@@ -180,6 +180,11 @@ class AsyncEngine:
             if self._names.get(request_id) == name:
                 self.abort(request_id)
 
+    @property
+    def num_compiling(self) -> int:
+        """Grammars that somebody waits for."""
+        return len(self._compiling)
+
     async def compile_grammar(self, grammar: str) -> None:
         """Have a grammar, in llguidance's form, ready for the requests that ask for it. ValueError, fit for the client
         to read, if it cannot be kept to; EngineDeadError if the engine is dead."""

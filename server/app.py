@@ -216,6 +216,10 @@ def _add_others(app: FastAPI, serving: Serving) -> None:
     async def create_text(request: Request) -> Response:
         return await tokenize.detokenize(request, serving)
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return tokenize.tokenizer_info(serving)
+
     @app.get("/metrics")
     async def scrape() -> Response:
         return Response(

@@ -34,6 +34,7 @@ MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
 MAX_GRAMMAR_CHARS = 2**18
 MAX_CHOICES = 4096
+MAX_COMPILING = 64  # grammars that wait to be compiled: seconds each, at worst
 MAX_TOOLS = 1024
 MAX_TOOL_CALLS = 1024  # of one message
 MAX_HEADER_BYTES = 65536  # h11: request line and headers together

@@ -53,6 +53,7 @@ _ANSWERS = {
     "/v1/models/{model}": "Model",
     "/tokenize": "Tokens",
     "/detokenize": "Text",
+    "/tokenizer_info": "TokenizerInfo",
     "/version": "Version",
 }
 _BY_ID = (

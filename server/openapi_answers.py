@@ -44,6 +44,16 @@ def answers() -> JsonSchema:
                 token_strs=_or_null(_list(_TEXT)),
             ),
             "Text": _object(prompt=_TEXT),
+            "TokenizerInfo": _object(
+                bos_token=_or_null(_TEXT),
+                eos_token=_or_null(_TEXT),
+                unk_token=_or_null(_TEXT),
+                pad_token=_or_null(_TEXT),
+                additional_special_tokens=_list(_TEXT),
+                chat_template=_or_null(_TEXT),
+                model_max_length=_COUNT,
+                vocab_size=_COUNT,
+            ),
             "Response": _open(
                 id=_TEXT | {"pattern": "^resp_"},
                 object={"const": "response"},

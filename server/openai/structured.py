@@ -135,7 +135,11 @@ def _of_format(given: Any) -> StructuredOutputs | None:
 
 
 async def compiled(serving: Serving, asked: StructuredOutputs, param: str) -> StructuredOutputs:
-    """The same, once the engine has it ready. ApiError 400 says, of `param`, what cannot be kept to."""
+    """The same, once the engine has it ready. ApiError 400 says, of `param`, what cannot be kept to; 503: too many
+    wait for theirs."""
+    if serving.engine.num_compiling >= limits.MAX_COMPILING:
+        serving.metrics.rejected("queue_full")
+        raise errors.unavailable("Too many grammars are being compiled.", retry_after=1)
     try:
         await serving.engine.compile_grammar(to_grammar(asked))
     except GrammarError as error:

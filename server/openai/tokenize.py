@@ -1,4 +1,5 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes: how a text or a conversation comes out in tokens, and back."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, in vLLM's shapes: how a text or a conversation comes out in
+tokens, and back, and what tokens there are."""
 
 import asyncio
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ from .fields import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
 from .messages import Messages, for_template
 from .prompt import encode_chat, encode_texts
 from .tools import Tools, plain_tools
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def _one_without_the_other(field: str, type: str, other: str) -> dict[str, Any]:
@@ -92,6 +95,20 @@ async def detokenize(request: Request, serving: Serving) -> Response:
         raise errors.bad_request(f"Token ids must be between 0 and {vocab_size - 1}.", "tokens")
     text = await asyncio.to_thread(serving.tokenizer.decode, body.tokens, False)
     return json_response({"prompt": text})
+
+
+def tokenizer_info(serving: Serving) -> Response:
+    """What lm-eval's `tokenizer_backend=remote` asks for, in vLLM's shape."""
+    tokenizer = serving.tokenizer
+    return json_response(
+        {
+            **{role: tokenizer.special_tokens.get(role) for role in _ROLES},
+            "additional_special_tokens": sorted(tokenizer.special_token_ids),
+            "chat_template": tokenizer.chat_template or None,
+            "model_max_length": serving.engine.ready.max_model_len,
+            "vocab_size": tokenizer.vocab_size,
+        }
+    )
 
 
 async def _encode(request: Request, body: TokenizeRequest, serving: Serving) -> list[int]:

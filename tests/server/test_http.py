@@ -211,6 +211,22 @@ def test_tokenize_and_back(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "a🙂"}
 
 
+def test_tokenizer_info(http: httpx.Client) -> None:
+    info = http.get("/tokenizer_info").raise_for_status().json()
+    assert info["eos_token"] == "<|im_end|>" and info["bos_token"] is None
+    assert "<|im_start|>" in info["chat_template"]
+    assert info["additional_special_tokens"] == ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
+    assert info["vocab_size"] == 259
+
+
+def test_tools_are_part_of_a_conversations_tokens(http: httpx.Client) -> None:
+    function = {"name": "get_weather", "parameters": {"type": "object"}}
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    told = {**body, "tools": [{"type": "function", "function": function}]}
+    plain, more = (http.post("/tokenize", json=given).json()["count"] for given in (body, told))
+    assert more > plain + len("get_weather")
+
+
 def test_tokenize_messages(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"messages": GOOD["messages"]}).json()["tokens"]
     assert http.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == (

@@ -4,14 +4,22 @@ The model is random, so what it says is held to a grammar: by the server, where 
 which makes it say a text that holds a call.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
 import jsonschema_rs
 import openai
 import pytest
+
+from nibble.engine.grammar.structured_outputs import StructuredOutputs
+from nibble.server import limits
+from nibble.server.errors import ApiError
+from nibble.server.openai.structured import compiled
+from nibble.server.serving import Serving
 
 from .conftest import KEY, ServerProcess
 
@@ -235,3 +243,14 @@ def test_what_cannot_be_kept_to_is_a_400_before_a_stream_begins(
         error = answer.json()["error"]
         assert (answer.status_code, error["param"].split(".")[0]) == (400, param)
         assert words in error["message"]
+
+
+def test_grammars_that_wait_to_be_compiled_are_bounded() -> None:
+    """Of a stand-in for an engine that is busy with others."""
+    serving = Serving(("m",))
+    engine = SimpleNamespace(is_alive=True, num_compiling=limits.MAX_COMPILING)
+    nothing = SimpleNamespace()
+    serving.ready(engine, nothing, nothing, nothing)
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(compiled(serving, StructuredOutputs(regex="a"), "grammar"))
+    assert refused.value.status == 503

@@ -12,6 +12,7 @@ from nibble.kernels.errors import KernelArgumentError
 from nibble.kernels.sampling.sample import (
     SamplingRows,
     add_bias,
+    apply_bitmask,
     greedy,
     new_state,
     race_key,
@@ -149,6 +150,20 @@ def test_bias() -> None:
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("vocab", [7, 32, 2048, 5000])
+def test_what_a_bitmask_forbids_is_impossible(vocab: int) -> None:
+    """Of some rows of a batch, whose rows are apart in memory."""
+    logits = torch.zeros(4, vocab + 3)[:, :vocab].copy_(_logits(4, vocab))
+    allowed = torch.rand(2, vocab, generator=torch.Generator().manual_seed(vocab)) < 0.4
+    padded = torch.nn.functional.pad(allowed, (0, -vocab % 32)).view(2, -1, 32)
+    words = (padded.long() << torch.arange(32)).sum(-1)
+    bitmask = torch.where(words >= 2**31, words - 2**32, words).int()
+    expected = logits.clone()
+    expected[[3, 1]] = expected[[3, 1]].masked_fill(~allowed, float("-inf"))
+    apply_bitmask(logits, torch.tensor([3, 1]), bitmask)
+    assert torch.equal(logits, expected)
+
+
 def test_wrong_arguments_are_named() -> None:
     logits, keys = torch.zeros(2, 10), torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(
@@ -159,4 +174,6 @@ def test_wrong_arguments_are_named() -> None:
         sample(logits, SamplingRows(torch.ones(2, 4), keys, penalties=torch.ones(2, 3)))
     with pytest.raises(KernelArgumentError, match="greedy: logits is torch.int64"):
         greedy(logits.long())
+    with pytest.raises(KernelArgumentError, match=r"bitmask has shape \[1, 2\], want \[1, 1\]"):
+        apply_bitmask(logits, torch.tensor([0]), torch.zeros(1, 2, dtype=torch.int32))
     assert greedy(torch.zeros(0, 10)).tolist() == []
