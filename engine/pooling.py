@@ -58,7 +58,6 @@ class EmbeddingFiles(msgspec.Struct, frozen=True):
 
     mode: Mode
     steps: tuple[str, ...] = (NORMALIZE,)
-    max_seq_length: int | None = None
     lower_case: bool = False
     prompts: dict[str, str] = {}
     default_prompt: str | None = None
@@ -67,7 +66,7 @@ class EmbeddingFiles(msgspec.Struct, frozen=True):
 def read_files(path: Path, default: Mode) -> EmbeddingFiles:
     """Of a checkpoint's folder; of a file, what holds without. UnsupportedError for what is not computed."""
     if not (path / "modules.json").is_file():
-        return EmbeddingFiles(default, max_seq_length=_length(path, {}))
+        return EmbeddingFiles(default)
     mode, steps = _modules(path)
     own = _object(path / "sentence_bert_config.json")
     texts = _object(path / "config_sentence_transformers.json")
@@ -81,11 +80,23 @@ def read_files(path: Path, default: Mode) -> EmbeddingFiles:
     return EmbeddingFiles(
         mode,
         steps,
-        _length(path, own),
         own.get("do_lower_case") is True,
         {name: text for name, text in prompts.items() if text},
         chosen if prompts.get(chosen) else None,
     )
+
+
+class EncoderFiles(msgspec.Struct, frozen=True):
+    """What they say of an encoder whatever it is for."""
+
+    max_seq_length: int | None
+    activation: str | None  # of a cross-encoder's score; older files name it in config.json
+
+
+def read_encoder_files(path: Path) -> EncoderFiles:
+    own = _object(path / "sentence_bert_config.json")
+    found = _object(path / "config_sentence_transformers.json").get("activation_fn")
+    return EncoderFiles(_length(path, own), found if isinstance(found, str) else None)
 
 
 def _modules(path: Path) -> tuple[Mode, tuple[str, ...]]:

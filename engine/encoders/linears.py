@@ -20,12 +20,12 @@ _GROUP = 32  # columns of activations that share a scale
 
 Apply = Callable[[Tensor], Tensor]
 
-ACTIVATIONS: dict[Activation, Apply] = {
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
-    "silu": torch.nn.functional.silu,
-    "tanh": torch.tanh,
+ACTIVATIONS: dict[Activation, Apply] = {  # in place: memory that is new each time costs more
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": torch.ops.aten.silu_,
+    "tanh": torch.tanh_,
 }
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..host_memory import gib
 from ..memory import available
 from ..messages import Ready
 from ..pooler import Pooler, vectors
-from ..pooling import Pooling
+from ..pooling import EncoderFiles, Pooling, read_encoder_files
 from ..runner import resolve_device, resolve_dtype
 from .batch import EncoderBatch
 from .linears import LinearBuilder
@@ -35,16 +35,19 @@ class EncoderRunner:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         checkpoint = open_checkpoint(config.model, config.revision)
-        self.spec = encoder_spec(checkpoint.config, checkpoint.names())
+        files = read_encoder_files(checkpoint.path)
+        self.spec = encoder_spec(_with_activation(checkpoint, files), checkpoint.names())
         self.device = resolve_device(config.device)
         self.dtype = _dtype(config, checkpoint, self.spec, self.device)
-        self.pooler = Pooler.load(checkpoint.path, "mean", self.spec.hidden_size, self.device)
-        self.max_model_len = _max_tokens(config, self.spec, self.pooler.files.max_seq_length)
+        self.pooler: Pooler | None = None
+        if self.spec.classifier is None:
+            self.pooler = Pooler.load(checkpoint.path, "mean", self.spec.hidden_size, self.device)
+        self.max_model_len = _max_tokens(config, self.spec, files.max_seq_length)
         self.vocab_size = self.spec.vocab_size
         if progress is not None:
             progress("loading")
         self._load(checkpoint)
-        self.task: Literal["embed", "score"] = "score" if self.model.head else "embed"
+        self.task: Literal["embed", "score"] = "score" if self.pooler is None else "embed"
         self._check_sanity()
         self.load_seconds = time.perf_counter() - started
 
@@ -73,7 +76,7 @@ class EncoderRunner:
             ledger={"weights": self.weight_bytes, "activations": self._activation_bytes()},
             load_seconds=self.load_seconds,
             tasks=(self.task,),
-            embedding=self.pooler.info if self.task == "embed" else None,
+            embedding=None if self.pooler is None else self.pooler.info,
         )
 
     def execute(
@@ -92,9 +95,10 @@ class EncoderRunner:
     def _pooled(self, batch: EncoderBatch) -> Tensor:
         """float32 [texts, dimensions], in the batch's order; of a cross-encoder [texts, 1]."""
         groups = batch.grouped(self.model(batch))
-        if self.model.head is not None:
+        pooler = self.pooler
+        if pooler is None:
             return torch.cat([self.model.scores(group) for group in groups])
-        return self.pooler.finish(torch.cat([self.pooler.pool(group) for group in groups]))
+        return pooler.finish(torch.cat([pooler.pool(group) for group in groups]))
 
     def _check_sanity(self) -> None:
         """One measured pass: broken weights are found now, not by a user."""
@@ -114,6 +118,13 @@ class EncoderRunner:
         windows = 5 * self.max_model_len**2 if any(spec.windows) else 0
         of_rows = rows * (2 * spec.hidden_size + max(5 * spec.hidden_size, inner))
         return (of_rows + scores) * self.dtype.itemsize + windows
+
+
+def _with_activation(checkpoint: Checkpoint, files: EncoderFiles) -> dict[str, Any]:
+    """config.json, with what a newer file beside it says of a cross-encoder's score."""
+    if files.activation is None:
+        return checkpoint.config
+    return checkpoint.config | {"sentence_transformers": {"activation_fn": files.activation}}
 
 
 def _max_tokens(config: EngineConfig, spec: EncoderSpec, own: int | None) -> int:

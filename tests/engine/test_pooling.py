@@ -14,7 +14,14 @@ from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest
 from nibble.engine.pooler import Pooler, vectors
-from nibble.engine.pooling import NORMALIZE, EmbeddingFiles, Pooling, read_files
+from nibble.engine.pooling import (
+    NORMALIZE,
+    EmbeddingFiles,
+    EncoderFiles,
+    Pooling,
+    read_encoder_files,
+    read_files,
+)
 from nibble.engine.request import ParameterError, SamplingParams
 from nibble.errors import CheckpointError, UnsupportedError
 from nibble.kernels.cpu import library
@@ -27,9 +34,13 @@ CPU = torch.device("cpu")
 def test_without_files_a_models_kind_decides(tmp_path: Path) -> None:
     assert read_files(tmp_path, "mean") == EmbeddingFiles("mean", (NORMALIZE,))
     rewrite(tmp_path / "tokenizer_config.json", model_max_length=512)
-    assert read_files(tmp_path, "lasttoken") == EmbeddingFiles("lasttoken", max_seq_length=512)
+    assert read_files(tmp_path, "lasttoken") == EmbeddingFiles("lasttoken")
+    assert read_encoder_files(tmp_path) == EncoderFiles(512, None)
+    rewrite(tmp_path / "sentence_bert_config.json", max_seq_length=256)
+    assert read_encoder_files(tmp_path).max_seq_length == 256
+    (tmp_path / "sentence_bert_config.json").unlink()
     rewrite(tmp_path / "tokenizer_config.json", model_max_length=10**30)
-    assert read_files(tmp_path, "mean").max_seq_length is None
+    assert read_encoder_files(tmp_path).max_seq_length is None
 
 
 @pytest.mark.parametrize(
@@ -49,16 +60,16 @@ def test_pooling_as_old_and_new_files_say_it(tmp_path: Path, config: dict, mode:
     assert read_files(tmp_path, "cls") == EmbeddingFiles(mode, ())
 
 
-def test_steps_prompts_and_length(tmp_path: Path) -> None:
+def test_steps_and_prompts(tmp_path: Path) -> None:
     write_modules(tmp_path, "cls_token", "Dense", "Normalize")
-    rewrite(tmp_path / "sentence_bert_config.json", max_seq_length=256, do_lower_case=True)
+    rewrite(tmp_path / "sentence_bert_config.json", do_lower_case=True)
     rewrite(
         tmp_path / "config_sentence_transformers.json",
         prompts={"query": "search: ", "document": ""},
         default_prompt_name="query",
     )
     assert read_files(tmp_path, "mean") == EmbeddingFiles(
-        "cls", ("2_Dense", NORMALIZE), 256, True, {"query": "search: "}, "query"
+        "cls", ("2_Dense", NORMALIZE), True, {"query": "search: "}, "query"
     )
 
 

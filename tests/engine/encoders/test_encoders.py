@@ -1,5 +1,7 @@
 """Every class of encoder, tiny and seeded, gives transformers' own hidden states and scores, in whatever batch."""
 
+import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -90,6 +92,29 @@ def test_a_score_may_be_the_logit_itself(folder_of, tmp_path: Path) -> None:
     ids, second = models.pair_ids(models.words(3), models.words(9))
     (found,) = load(folder).execute([ids], [Pooling(task="score", second_part=second)])
     assert floats(found).item() == pytest.approx(models.logit(folder, ids, second), abs=1e-5)
+
+
+def test_a_cross_encoder_as_newer_sentence_transformers_save_it(tmp_path: Path) -> None:
+    """Modules without pooling, and the activation beside config.json."""
+    folder = models.save(tmp_path / "newer", "bert", classifier=True)
+    models.write_modules(folder, "mean_tokens")
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules[:1]))
+    models.rewrite(folder / "sentence_bert_config.json", max_seq_length=77)
+    ids, second = models.pair_ids(models.words(3), models.words(9))
+    logit = models.logit(folder, ids, second)
+    for name, want in [("Identity", logit), ("Sigmoid", 1 / (1 + math.exp(-logit)))]:
+        models.rewrite(
+            folder / "config_sentence_transformers.json",
+            activation_fn=f"torch.nn.modules.activation.{name}",
+        )
+        runner = load(folder)
+        assert runner.max_model_len == 77 and runner.task == "score"
+        (found,) = runner.execute([ids], [Pooling(task="score", second_part=second)])
+        assert floats(found).item() == pytest.approx(want, abs=1e-5)
+    models.rewrite(folder / "config_sentence_transformers.json", activation_fn="my.code.Score")
+    with pytest.raises(UnsupportedError, match=r"my\.code\.Score"):
+        load(folder)
 
 
 def test_modernbert_pools_what_it_classifies_as_it_is_told(tmp_path: Path) -> None:
