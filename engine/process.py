@@ -161,7 +161,7 @@ class EngineLoop:
 
     def _compile(self, message: CompileGrammar) -> None:
         def tell(error: str) -> None:
-            with contextlib.suppress(Closed):  # the loop finds that out for itself
+            with contextlib.suppress(Closed, OSError):  # the loop has ended, and nobody waits
                 self.channel.send(GrammarCompiled(message.key, error))
 
         def on_done(compiled: "Future[LLMatcher]") -> None:

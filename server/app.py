@@ -123,7 +123,7 @@ def _add_probes(app: FastAPI, serving: Serving) -> None:
     @app.get("/readyz")
     async def readyz() -> Response:
         """Requests are accepted; send none if not."""
-        return _probe(serving.alive and serving.phase is Phase.READY, serving)
+        return _probe(serving.is_ready, serving)
 
     @app.get("/health")
     async def health() -> Response:

@@ -229,6 +229,8 @@ class Lifecycle:
         """The first grammar costs the engine half a second, in which it does nothing else: better when nobody waits."""
         await asyncio.sleep(GRAMMAR_SECONDS)
         await self.serving.idle.wait()
+        if not self.serving.is_ready:
+            return
         with contextlib.suppress(ValueError, EngineDeadError):
             await engine.compile_grammar(to_grammar(StructuredOutputs(json_object=True)))
 

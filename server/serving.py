@@ -74,6 +74,11 @@ class Serving:
         self.phase = Phase.DEAD
 
     @property
+    def is_ready(self) -> bool:
+        """Whether anything is admitted."""
+        return self.alive and self.phase is Phase.READY
+
+    @property
     def is_loaded(self) -> bool:
         return self._loaded is not None
 

@@ -45,7 +45,8 @@ class Engine:
 
 def serving_of(engine: Engine, **limits: int) -> Serving:
     serving = Serving(("tiny",), **limits)
-    serving.ready(engine, SimpleNamespace(), SimpleNamespace())
+    nothing = SimpleNamespace()
+    serving.ready(engine, nothing, nothing, nothing)
     return serving
 
 
