@@ -15,6 +15,7 @@ def answers() -> JsonSchema:
     return (
         _generated()
         | _pooled()
+        | _conversations()
         | {
             "Error": _object(
                 error=_object(
@@ -54,27 +55,33 @@ def answers() -> JsonSchema:
                 model_max_length=_COUNT,
                 vocab_size=_COUNT,
             ),
-            "Response": _open(
-                id=_TEXT | {"pattern": "^resp_"},
-                object={"const": "response"},
-                status={"enum": ["in_progress", "completed", "incomplete", "failed", "cancelled"]},
-                output=_list(_open(id=_TEXT, type=_TEXT, status=_TEXT)),
-            ),
-            "Deleted": _object(id=_TEXT, object={"const": "response"}, deleted={"const": True}),
-            "ItemList": _open(object={"const": "list"}, data=_list(_open(id=_TEXT))),
-            "Message": _open(
-                id=_TEXT | {"pattern": "^msg_"},
-                type={"const": "message"},
-                role={"const": "assistant"},
-                content=_list(_open(type={"enum": ["text", "thinking", "tool_use"]})),
-                stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
-            ),
-            "MessageError": _object(
-                type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT | {"minLength": 1})
-            ),
-            "TokenCount": _object(input_tokens=_COUNT),
         }
     )
+
+
+def _conversations() -> JsonSchema:
+    """What the Responses and the Messages API answer."""
+    return {
+        "Response": _open(
+            id=_TEXT | {"pattern": "^resp_"},
+            object={"const": "response"},
+            status={"enum": ["in_progress", "completed", "incomplete", "failed", "cancelled"]},
+            output=_list(_open(id=_TEXT, type=_TEXT, status=_TEXT)),
+        ),
+        "Deleted": _object(id=_TEXT, object={"const": "response"}, deleted={"const": True}),
+        "ItemList": _open(object={"const": "list"}, data=_list(_open(id=_TEXT))),
+        "Message": _open(
+            id=_TEXT | {"pattern": "^msg_"},
+            type={"const": "message"},
+            role={"const": "assistant"},
+            content=_list(_open(type={"enum": ["text", "thinking", "tool_use"]})),
+            stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+        ),
+        "MessageError": _object(
+            type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT | {"minLength": 1})
+        ),
+        "TokenCount": _object(input_tokens=_COUNT),
+    }
 
 
 def _generated() -> JsonSchema:
