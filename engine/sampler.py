@@ -51,8 +51,7 @@ def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
             continue
         token = greedy[row] if request.params.temperature == 0 else _draw(logits[row], request)
         result.tokens[request.request_id] = [token]
-        if request.grammar is not None:
-            masking.accept(request, token, request.num_output_tokens, result)
+        masking.accept(request, token, request.num_output_tokens, result)
         if row in raw_logprobs:
             top = request.params.logprobs or 0
             result.logprobs[request.request_id] = [token_logprobs(raw_logprobs[row], token, top)]

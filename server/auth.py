@@ -45,14 +45,13 @@ class AuthMiddleware:
 def _borne(scope: Scope) -> list[bytes]:
     """Keys that a request bears: `Authorization: Bearer KEY`, as OpenAI's clients, `x-api-key: KEY`, as Anthropic's. A
     header that comes twice bears none."""
+    headers: dict[bytes, list[bytes]] = {}
+    for name, value in scope["headers"]:
+        headers.setdefault(name, []).append(value)
     keys = []
-    for wanted in (b"authorization", b"x-api-key"):
-        given = [value for name, value in scope["headers"] if name == wanted]
-        if len(given) != 1:
-            continue
+    if len(given := headers.get(b"authorization", [])) == 1:
         scheme, _, key = given[0].partition(b" ")
-        if wanted == b"x-api-key":
-            keys.append(given[0].strip())
-        elif scheme.lower() == b"bearer":
-            keys.append(key.strip())
+        keys += [key.strip()] if scheme.lower() == b"bearer" else []
+    if len(given := headers.get(b"x-api-key", [])) == 1:
+        keys.append(given[0].strip())
     return keys

@@ -32,7 +32,6 @@ MAX_MESSAGES = 4096
 MAX_TOKENIZE_TOKENS = 2**17  # of /tokenize, or the context where that is longer, and of /detokenize
 MAX_TEMPLATE_KWARG_CHARS = 4096
 MAX_CACHE_SALT_CHARS = 128
-MAX_GRAMMAR_CHARS = 2**18
 MAX_CHOICES = 4096
 MAX_COMPILING = 64  # grammars that wait to be compiled: seconds each, at worst
 MAX_TOOLS = 1024

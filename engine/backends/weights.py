@@ -26,7 +26,7 @@ from ...quant.checkpoint import Checkpoint
 from ...quant.weight import QuantizedWeight, fuse, part, scaled_by_row
 
 Weight = QuantizedWeight | Tensor
-_FIX = "config.json and the weights are not of one model"
+FIX = "config.json and the weights are not of one model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class ModelWeights:
                     f"is of layer {match[1]}, config.json says that there are {self.model.num_layers}, from 0 on",
                     file=self.checkpoint.path,
                     tensor=name,
-                    fix=_FIX,
+                    fix=FIX,
                 )
 
     def embedding(self, dtype: torch.dtype) -> Tensor:
@@ -176,7 +176,7 @@ class ModelWeights:
             self._check_shape(f"{module}.weight", ())  # is missing, and says so
         weight = self.checkpoint.dense(module, torch.float32)
         if (found := tuple(weight.shape)) != (want := (rows, columns)):
-            raise self._error(f"{module}.weight", found, want)
+            raise _wrong_shape(self.checkpoint, f"{module}.weight", found, want)
         return weight
 
     def router_bias(self, layer: int, name: str, rows: int) -> Tensor | None:
@@ -340,23 +340,37 @@ class ModelWeights:
         return Linear(weight, self.checkpoint.bias(module))
 
     def _linear(self, module: str, shape: tuple[int, int]) -> Weight:
-        weight = self.checkpoint.linear(module)
-        matrix = weight if isinstance(weight, Tensor) else weight.codes
-        found = tuple(matrix.shape)
-        if found != shape:
-            raise self._error(f"{module}.weight", found, shape)
-        return weight
+        return checked_linear(self.checkpoint, module, shape)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self.checkpoint.has(name):
-            raise CheckpointError("is missing", file=self.checkpoint.path, tensor=name, fix=_FIX)
-        if (found := tuple(self.checkpoint.shape(name))) != shape:
-            raise self._error(name, found, shape)
+        check_shape(self.checkpoint, name, shape)
 
-    def _error(self, name: str, found: tuple[int, ...], want: tuple[int, ...]) -> CheckpointError:
-        return CheckpointError(
-            f"has shape {found}, config.json implies {want}",
-            file=self.checkpoint.path,
-            tensor=name,
-            fix=_FIX,
-        )
+
+def checked_linear(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> Weight:
+    """A linear's weight [out, in]. CheckpointError if it is missing or not of this shape."""
+    if not checkpoint.weight_names(module):
+        check_shape(checkpoint, f"{module}.weight", shape)  # is missing, and says so
+    weight = checkpoint.linear(module)
+    matrix = weight if isinstance(weight, Tensor) else weight.codes
+    if (found := tuple(matrix.shape)) != shape:
+        raise _wrong_shape(checkpoint, f"{module}.weight", found, shape)
+    return weight
+
+
+def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """CheckpointError if a tensor is missing or not of this shape."""
+    if not checkpoint.has(name):
+        raise CheckpointError("is missing", file=checkpoint.path, tensor=name, fix=FIX)
+    if (found := tuple(checkpoint.shape(name))) != shape:
+        raise _wrong_shape(checkpoint, name, found, shape)
+
+
+def _wrong_shape(
+    checkpoint: Checkpoint, name: str, found: tuple[int, ...], want: tuple[int, ...]
+) -> CheckpointError:
+    return CheckpointError(
+        f"has shape {found}, config.json implies {want}",
+        file=checkpoint.path,
+        tensor=name,
+        fix=FIX,
+    )

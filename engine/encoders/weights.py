@@ -8,9 +8,8 @@ from ...architectures.encoder import EncoderSpec
 from ...architectures.linears import LinearGroup
 from ...errors import CheckpointError
 from ...quant.checkpoint import Checkpoint
-from ..backends.weights import Linear
+from ..backends.weights import FIX, Linear, check_shape, checked_linear
 
-_FIX = "config.json and the weights are not of one model"
 _OLDER = {"weight": "gamma", "bias": "beta"}  # of norms, in BERT's first checkpoints
 
 
@@ -24,7 +23,7 @@ class EncoderWeights:
     def table(self, module: str, rows: int, columns: int) -> Tensor:
         """An embedding, float32 [rows, columns]. module: behind the prefix."""
         name = f"{self.spec.prefix}{module}.weight"
-        self._check_shape(name, (rows, columns))
+        check_shape(self.checkpoint, name, (rows, columns))
         return self.checkpoint.tensor(name).float()
 
     def norm(self, module: str) -> tuple[Tensor, Tensor | None]:
@@ -32,14 +31,14 @@ class EncoderWeights:
         weight = self._vector(module, "weight")
         if weight is None:
             raise CheckpointError(
-                "is missing", file=self.checkpoint.path, tensor=f"{module}.weight", fix=_FIX
+                "is missing", file=self.checkpoint.path, tensor=f"{module}.weight", fix=FIX
             )
         return weight, self._vector(module, "bias")
 
     def _vector(self, module: str, part: str) -> Tensor | None:
         for name in (f"{module}.{part}", f"{module}.{_OLDER[part]}"):
             if self.checkpoint.has(name):
-                self._check_shape(name, (self.spec.hidden_size,))
+                check_shape(self.checkpoint, name, (self.spec.hidden_size,))
                 return self.checkpoint.tensor(name).float()
         return None
 
@@ -52,15 +51,10 @@ class EncoderWeights:
 
     def linear(self, module: str, out_features: int, in_features: int) -> Linear:
         """By its full name."""
-        if not self.checkpoint.weight_names(module):
-            self._check_shape(f"{module}.weight", ())  # is missing, and says so
-        weight = self.checkpoint.linear(module)
-        shape = tuple(weight.shape if isinstance(weight, Tensor) else weight.codes.shape)
-        if shape != (out_features, in_features):
-            raise self._error(f"{module}.weight", shape, (out_features, in_features))
+        weight = checked_linear(self.checkpoint, module, (out_features, in_features))
         bias = self.checkpoint.bias(module)
-        if bias is not None and tuple(bias.shape) != (out_features,):
-            raise self._error(f"{module}.bias", tuple(bias.shape), (out_features,))
+        if bias is not None:
+            check_shape(self.checkpoint, f"{module}.bias", (out_features,))
         return Linear(weight, bias)
 
     def check_depth(self) -> None:
@@ -72,19 +66,5 @@ class EncoderWeights:
                     f"is of layer {self.spec.num_layers}, config.json says that there are so many, from 0 on",
                     file=self.checkpoint.path,
                     tensor=name,
-                    fix=_FIX,
+                    fix=FIX,
                 )
-
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self.checkpoint.has(name):
-            raise CheckpointError("is missing", file=self.checkpoint.path, tensor=name, fix=_FIX)
-        if (found := tuple(self.checkpoint.shape(name))) != shape:
-            raise self._error(name, found, shape)
-
-    def _error(self, name: str, found: tuple[int, ...], want: tuple[int, ...]) -> CheckpointError:
-        return CheckpointError(
-            f"has shape {found}, config.json implies {want}",
-            file=self.checkpoint.path,
-            tensor=name,
-            fix=_FIX,
-        )

@@ -36,7 +36,7 @@ class GrammarCompiler:
         self._eos_token_ids = list(eos_token_ids)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
-        self._lock = Lock()
+        self._lock, self._tokenizer_lock = Lock(), Lock()
 
     @cached_property
     def tokenizer(self) -> LLTokenizer:
@@ -64,7 +64,7 @@ class GrammarCompiler:
         return GrammarState(matcher, -(-self.tokenizer.vocab_size // 32))
 
     def _compiled(self, grammar: str) -> LLMatcher:
-        with self._lock:
+        with self._tokenizer_lock:
             tokenizer = self.tokenizer
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)

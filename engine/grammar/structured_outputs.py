@@ -15,9 +15,8 @@ from typing import Any
 
 import msgspec
 
-MAX_GRAMMAR_CHARS = (
-    2**18
-)  # of what a client sends; the limits of compiler.py are of what becomes of it
+# Of what a client sends; the limits of compiler.py are of what becomes of it.
+MAX_GRAMMAR_CHARS = 2**18
 _WHITESPACE = r" |\n[ \t]{0,20}"
 Grammars = list[dict[str, Any]]  # llguidance's, the first of which is the answer's
 _KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
@@ -38,13 +37,11 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     json_object: bool = False  # any JSON object
     regex: str | None = None  # of the whole text; Rust's syntax
     choice: tuple[str, ...] | None = None  # one of these texts
-    grammar: str | None = (
-        None  # Lark, as llguidance has it, or llama.cpp's GBNF, or llguidance's own form
-    )
+    # Lark, as llguidance has it, or llama.cpp's GBNF, or llguidance's own form
+    grammar: str | None = None
     structural_tag: str | dict[str, Any] | None = None  # tags in free text; what they hold is JSON
-    before: str | None = (
-        None  # a Lark grammar of what comes before it: a model that thinks, thinks first
-    )
+    # a Lark grammar of what comes before it: a model that thinks, thinks first
+    before: str | None = None
     whitespace_pattern: str | None = None  # between the parts of JSON, in place of the usual
     disable_any_whitespace: bool = False  # JSON has none
 

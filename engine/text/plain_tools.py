@@ -7,6 +7,7 @@ tool        becomes a user's <tool_response>
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 Message = dict[str, Any]
@@ -36,7 +37,7 @@ def told_in_words(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], takes_system: bool
 ) -> list[Message]:
     """A conversation without `tools`, calls and results, and with what they say."""
-    told = [_in_words(message) for message in messages]
+    told = _in_words(messages)
     if tools:
         text = _INTRODUCTION.format(
             tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -51,31 +52,29 @@ def told_in_words(
             told[0] = {**told[0], "content": joined}
         else:
             told.insert(0, {"role": role, "content": text})
-    return _joined(told)
+    return told
 
 
-def _in_words(message: Message) -> Message:
+def _in_words(messages: Sequence[Message]) -> list[Message]:
+    """Results that follow each other are one message: many templates want roles to alternate."""
+    told: list[Message] = []
+    for are_results, group in groupby(messages, lambda message: message["role"] == "tool"):
+        if are_results:
+            told.append({"role": "user", "content": "\n".join(map(_result, group))})
+        else:
+            told += map(_with_calls, group)
+    return told
+
+
+def _result(message: Message) -> str:
+    return f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
+
+
+def _with_calls(message: Message) -> Message:
     content = message.get("content") or ""
-    if message["role"] == "tool":
-        text = f"<tool_response>\n{content}\n</tool_response>"
-        return {"role": "user", "content": text, "is_result": True}
     kept = {name: value for name, value in message.items() if name != "tool_calls"}
     calls = [
         f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
         for call in message.get("tool_calls") or ()
     ]
     return {**kept, "content": "\n".join(filter(None, [content, *calls]))}
-
-
-def _joined(messages: Sequence[Message]) -> list[Message]:
-    """Results that follow each other are one message: many templates want roles to alternate."""
-    joined: list[Message] = []
-    for message in messages:
-        is_result = message.pop("is_result", False)
-        if is_result and joined and joined[-1].get("is_result"):
-            joined[-1]["content"] += "\n" + message["content"]
-        else:
-            joined.append({**message, **({"is_result": True} if is_result else {})})
-    for message in joined:
-        message.pop("is_result", None)
-    return joined

@@ -212,9 +212,7 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The tokens that `decode` skips with skip_special_tokens."""
-        return frozenset(
-            i for i, token in self.backend.get_added_tokens_decoder().items() if token.special
-        )
+        return frozenset(self.special_token_ids.values())
 
 
 def beginning(tokenizer: Tokenizer, text: str, tokens: int) -> str:

@@ -3,12 +3,10 @@
 import time
 
 from fastapi import Request, Response
-from pydantic import ValidationError
 
 from .. import errors, limits
 from ..openai import chat
 from ..openai.answer import json_response
-from ..openai.stream import run
 from ..serving import Serving
 from .answer import MessageAnswer
 from .errors import response
@@ -22,20 +20,10 @@ async def create(request: Request, serving: Serving) -> Response:
         serving.check_ready()
         body = await limits.parse_body(request, MessagesRequest)
         serving.check_model(body.model)
-        asked_for = _chat(body)
-        asked = await chat.prepare(request, asked_for, serving)
-        answer = MessageAnswer(asked_for, body.model, asked.new_parser)
-        return await run(
-            request,
-            serving,
-            answer,
-            [asked.prompt],
-            asked.params,
-            1,
-            None,
-            arrival,
-            asked.kept_ids,
-        )
+        chat_body = body.chat()
+        asked = await chat.prepare(request, chat_body, serving)
+        answer = MessageAnswer(chat_body, body.model, asked.new_parser)
+        return await chat.respond(request, serving, answer, asked, arrival)
     except errors.ApiError as error:
         return response(error)
 
@@ -46,17 +34,8 @@ async def count_tokens(request: Request, serving: Serving) -> Response:
         serving.check_ready()
         body = await limits.parse_body(request, CountRequest)
         serving.check_model(body.model)
-        fields = chat.ChatRequest.model_validate(body.chat_fields())
-        prompt = await chat.prompt_of(request, fields, serving, fields.tool_use())
+        chat_body = chat.chat_request(body.chat_fields())
+        prompt = await chat.prompt_of(request, chat_body, serving, chat_body.tool_use())
         return json_response({"input_tokens": len(prompt)})
     except errors.ApiError as error:
         return response(error)
-    except ValidationError as error:
-        return response(errors.from_validation(error))
-
-
-def _chat(body: MessagesRequest) -> chat.ChatRequest:
-    try:
-        return body.chat()
-    except ValidationError as error:
-        raise errors.from_validation(error) from None

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ...engine.request import MAX_INT
 from .. import errors, limits
-from ..openai.chat import ChatRequest
+from ..openai.chat import ChatRequest, chat_request
 from ..openai.fields import INTEGRAL, Ignored, OnlyEmptyList, OnlyNone, Schema, StopString
 
 Anything = dict[str, Any]
@@ -160,7 +160,7 @@ class MessagesRequest(CountRequest):
     context_management: OnlyNone = None
 
     def chat(self) -> ChatRequest:
-        """The chat request that it comes to."""
+        """The chat request that it comes to. ApiError 400 if that is none."""
         fields = self.chat_fields() | {"max_tokens": self.max_tokens, "stream": bool(self.stream)}
         same = {
             "stop": self.stop_sequences,
@@ -169,7 +169,7 @@ class MessagesRequest(CountRequest):
             "top_k": self.top_k,
         }
         fields |= {name: value for name, value in same.items() if value is not None}
-        return ChatRequest.model_validate(fields)
+        return chat_request(fields)
 
 
 def _messages(message: Message) -> list[Anything]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import Request, Response
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from ...engine.grammar.structured_outputs import StructuredOutputs
 from ...engine.request import MAX_INT, SamplingParams
@@ -19,6 +19,7 @@ from ...engine.text.parsers import Tool
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..serving import Serving
+from .answer import Answer
 from .chat_answer import ChatAnswer
 from .fields import (
     INTEGRAL,
@@ -78,9 +79,8 @@ class ChatRequest(SamplingFields, ToolFields):
     modalities: list[Literal["text"]] | None = None
     audio: OnlyNone = None
     prediction: OnlyNone = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = (
-        None  # there is one
-    )
+    # there is one
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     store: OnlyFalse = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None  # of use with store
     safety_identifier: Ignored = None
@@ -131,6 +131,18 @@ async def create(request: Request, serving: Serving) -> Response:
     serving.check_model(body.model)
     asked = await prepare(request, body, serving)
     answer = ChatAnswer(body, serving.tokenizer, body.top_logprobs or 0, asked.new_parser)
+    return await respond(request, serving, answer, asked, arrival, body.cache_salt)
+
+
+async def respond(
+    request: Request,
+    serving: Serving,
+    answer: Answer,
+    asked: Asked,
+    arrival: float,
+    salt: str | None = None,
+) -> Response:
+    """Generate what was asked for, and answer in the form of `answer`."""
     return await run(
         request,
         serving,
@@ -138,10 +150,18 @@ async def create(request: Request, serving: Serving) -> Response:
         [asked.prompt],
         asked.params,
         asked.n,
-        body.cache_salt,
+        salt,
         arrival,
         asked.kept_ids,
     )
+
+
+def chat_request(fields: dict[str, Any]) -> ChatRequest:
+    """What a request of another API comes to. ApiError 400 names the field at fault, by its name here."""
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        raise errors.from_validation(error) from None
 
 
 async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Asked:
@@ -149,7 +169,8 @@ async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Aske
     use = body.tool_use()
     prompt = await prompt_of(request, body, serving, use)
     output = serving.output
-    tail = output.tail(prompt)
+    form = output.format_of(bool(use.tools))
+    tail = "" if form is None else output.tail(prompt)
     outputs = await _structured(body, serving, use, tail)
     limit = serving.engine.ready.max_model_len
     max_tokens = completion_room(limit, len(prompt), body.asked_tokens, None, "messages")
@@ -159,7 +180,6 @@ async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Aske
     n = body.n or 1
     check_size(n, params.max_tokens)
     tools = [Tool.of(tool) for tool in use.tools]
-    form = output.format_of(bool(tools))
     new_parser = None if form is None else lambda: form.parser(tools, tail)
     kept = frozenset() if form is None else output.kept_ids(form)
     return Asked(prompt, params, n, new_parser, kept)

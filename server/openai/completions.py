@@ -9,7 +9,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Field, Tag, model_validator
 
 from ...engine.grammar.structured_outputs import StructuredOutputs
 from ...engine.messages import TokenLogprobs
@@ -20,7 +20,8 @@ from .. import errors, limits
 from ..generation import Delta, Sequence, usage
 from ..serving import Serving
 from .answer import Answer, encode, json_response
-from .fields import INTEGRAL, INTEGRALS, PROMPT_TEXT, TokenId, excludes
+from .fields import INTEGRAL, excludes
+from .inputs import BY_KIND, SOME, Ids, Listed, Text, listed
 from .logprobs import completion_logprobs
 from .prompt import encode_texts
 from .sampling import STREAM_OPTIONS_NEED_STREAM, SamplingFields, check_size, completion_room
@@ -30,32 +31,12 @@ from .structured import wanted
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-def _kind(prompt: Any) -> str | None:
-    """Which of the four a prompt is, by its first item: trying each in turn would take as many times as long."""
-    if isinstance(prompt, str):
-        return "str"
-    if not isinstance(prompt, list):
-        return None
-    first = prompt[0] if prompt else ""
-    if isinstance(first, str):
-        return "list[str]"
-    return "list[list[int]]" if isinstance(first, list) else "list[int]"
-
-
-# Of many items one wrong one is told: a million would take seconds.
-_SOME = Field(min_length=1, fail_fast=True)
-_Text = Annotated[str, Field(json_schema_extra={PROMPT_TEXT: True})]
-_Ids = Annotated[list[TokenId], _SOME, INTEGRALS]
 Prompt = Annotated[
-    Annotated[_Text, Tag("str")]
-    | Annotated[list[_Text], _SOME, Tag("list[str]")]
-    | Annotated[_Ids, Tag("list[int]")]
-    | Annotated[list[_Ids], _SOME, Tag("list[list[int]]")],
-    Discriminator(
-        _kind,
-        custom_error_type="prompt_type",
-        custom_error_message="Input should be a text, a list of texts, token ids, or a list of lists of token ids",
-    ),
+    Annotated[Text, Tag("str")]
+    | Annotated[list[Text], SOME, Tag("list[str]")]
+    | Annotated[Ids, Tag("list[int]")]
+    | Annotated[list[Ids], SOME, Tag("list[list[int]]")],
+    BY_KIND,
 ]
 
 
@@ -94,13 +75,6 @@ class CompletionRequest(SamplingFields):
             raise errors.bad_request("max_tokens must be at least 1, or 0 with echo", "max_tokens")
         return self
 
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts as a list of texts or of token id lists, never empty."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        return [prompt] if isinstance(prompt[0], int) else prompt
-
 
 async def create(request: Request, serving: Serving) -> Response:
     """Answer one completion request."""
@@ -110,7 +84,7 @@ async def create(request: Request, serving: Serving) -> Response:
     serving.check_model(body.model)
     serving.check_task("generate")
     n = body.n or 1
-    given = body.prompts()
+    given = listed(body.prompt)
     check_size(len(given) * n, 1, "prompt")
     prompts = await _token_ids(body, given, serving)
     params = _params(body, serving, max(map(len, prompts)), await wanted(body, serving))
@@ -121,9 +95,7 @@ async def create(request: Request, serving: Serving) -> Response:
     return await run(request, serving, answer, prompts, params, n, body.cache_salt, arrival)
 
 
-async def _token_ids(
-    body: CompletionRequest, given: list[str] | list[list[int]], serving: Serving
-) -> list[list[int]]:
+async def _token_ids(body: CompletionRequest, given: Listed, serving: Serving) -> list[list[int]]:
     ready = serving.engine.ready
     limit = ready.max_model_len
     prompts: list[list[int]]

@@ -9,7 +9,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Request, Response
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from ...engine.pooling import Pooling
 from ...engine.request import MAX_INT
@@ -17,34 +17,16 @@ from .. import errors, limits
 from ..pooled import Encoder, TruncateTo, check_size, floats, max_prompt, run, usage, with_prompts
 from ..serving import Serving
 from .answer import json_response
-from .fields import INTEGRAL, INTEGRALS, PROMPT_TEXT, Ignored, Schema, TokenId
+from .fields import INTEGRAL, Ignored, Schema
+from .inputs import BY_KIND, Ids, Text, listed
 
-
-def _kind(given: Any) -> str | None:
-    """Which of the four an input is, by its first item."""
-    if isinstance(given, str):
-        return "str"
-    if not isinstance(given, list):
-        return None
-    first = given[0] if given else ""
-    if isinstance(first, str):
-        return "list[str]"
-    return "list[list[int]]" if isinstance(first, list) else "list[int]"
-
-
-_Text = Annotated[str, Field(json_schema_extra={PROMPT_TEXT: True})]
-_SOME = Field(min_length=1, max_length=limits.MAX_TEXTS, fail_fast=True)
-_Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True), INTEGRALS]
+_MANY = Field(min_length=1, max_length=limits.MAX_TEXTS, fail_fast=True)
 Input = Annotated[
-    Annotated[_Text, Tag("str")]
-    | Annotated[list[_Text], _SOME, Tag("list[str]")]
-    | Annotated[_Ids, Tag("list[int]")]
-    | Annotated[list[_Ids], _SOME, Tag("list[list[int]]")],
-    Discriminator(
-        _kind,
-        custom_error_type="prompt_type",
-        custom_error_message="Input should be a text, a list of texts, token ids, or a list of lists of token ids",
-    ),
+    Annotated[Text, Tag("str")]
+    | Annotated[list[Text], _MANY, Tag("list[str]")]
+    | Annotated[Ids, Tag("list[int]")]
+    | Annotated[list[Ids], _MANY, Tag("list[list[int]]")],
+    BY_KIND,
 ]
 
 
@@ -59,13 +41,6 @@ class EmbeddingRequest(Schema):
     add_special_tokens: bool | None = None  # default: true
     # sentence-transformers' name of a prompt that the model's files have
     prompt_name: Annotated[str, Field(max_length=64)] | None = None
-
-    def inputs(self) -> list[str] | list[list[int]]:
-        """As a list of texts or of token id lists, never empty."""
-        given = self.input
-        if isinstance(given, str):
-            return [given]
-        return [given] if isinstance(given[0], int) else given
 
 
 async def create(request: Request, serving: Serving) -> Response:
@@ -105,7 +80,7 @@ def _check_dimensions(body: EmbeddingRequest, serving: Serving) -> None:
 
 async def _token_ids(body: EmbeddingRequest, serving: Serving) -> list[list[int]]:
     encoder = Encoder(serving, body.truncate_prompt_tokens, "input")
-    given: Any = body.inputs()
+    given: Any = listed(body.input)
     if isinstance(given[0], str):
         texts = with_prompts(serving, given, body.prompt_name)
         return await encoder.texts(texts, body.add_special_tokens is not False)

@@ -42,12 +42,7 @@ async def run(
     serving.admit(sequences)
     streamed = False
     try:
-        tenant = request.scope.get("tenant")
-        own_salt = cache_salt(tenant.digest if tenant else b"", salt)
-        if tenant:
-            serving.metrics.borne(tenant.name)
-        generation = Generation(serving, prompts, params, n, own_salt, arrival, kept_ids)
-        answer.begin(generation.id)
+        generation = begun(request, serving, answer, prompts, params, n, salt, arrival, kept_ids)
         if answer.body.stream:
             streamed = True
             return sse.EventStream(
@@ -62,6 +57,27 @@ async def run(
     finally:
         if not streamed:
             serving.release(sequences)
+
+
+def begun(
+    request: Request,
+    serving: Serving,
+    answer: Answer,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    n: int,
+    salt: str | None,
+    arrival: float,
+    kept_ids: frozenset[int],
+) -> Generation:
+    """The generation of a request that was admitted, counted for whose key it bears, and its answer begun."""
+    tenant = request.scope.get("tenant")
+    if tenant:
+        serving.metrics.borne(tenant.name)
+    own_salt = cache_salt(tenant.digest if tenant else b"", salt)
+    generation = Generation(serving, prompts, params, n, own_salt, arrival, kept_ids)
+    answer.begin(generation.id)
+    return generation
 
 
 def _release_later(serving: Serving, sequences: int) -> Callable[[bool], None]:
@@ -105,7 +121,7 @@ class StreamedAnswer:
             elif data:
                 self.push(data, False)
         except Exception as error:
-            self._fail(_api_error(error))
+            self._fail(api_error(error))
 
     def _fail(self, error: errors.ApiError) -> None:
         self.generation.close()
@@ -134,7 +150,7 @@ async def collect(generation: Generation) -> list[Delta]:
             if generation.is_done:
                 end.set_result(None)
         except Exception as error:
-            end.set_exception(_api_error(error))
+            end.set_exception(api_error(error))
 
     try:
         generation.start(on_output)
@@ -146,7 +162,7 @@ async def collect(generation: Generation) -> list[Delta]:
     return whole
 
 
-def _api_error(error: Exception) -> errors.ApiError:
+def api_error(error: Exception) -> errors.ApiError:
     """What the client hears of it. A defect is logged; its text may hold what is not the client's to see."""
     if isinstance(error, errors.ApiError):
         return error

@@ -10,13 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...engine.client import EngineDeadError
-from ...engine.grammar.structured_outputs import GrammarError, StructuredOutputs, to_grammar
+from ...engine.grammar.structured_outputs import (
+    MAX_GRAMMAR_CHARS,
+    GrammarError,
+    StructuredOutputs,
+    to_grammar,
+)
 from .. import errors, limits
 from ..serving import Serving
 from .fields import Ignored, OnlyFalse, Schema
 
 JsonSchema = dict[str, Any] | bool
-Text = Annotated[str, Field(max_length=limits.MAX_GRAMMAR_CHARS)]
+Text = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARS)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=limits.MAX_CHOICES, fail_fast=True)]
 
 
@@ -135,13 +140,14 @@ def _of_format(given: Any) -> StructuredOutputs | None:
 
 
 async def compiled(serving: Serving, asked: StructuredOutputs, param: str) -> StructuredOutputs:
-    """The same, once the engine has it ready. ApiError 400 says, of `param`, what cannot be kept to; 503: too many
-    wait for theirs."""
+    """The same as llguidance's own form, once the engine has it ready. ApiError 400 says, of `param`, what cannot be
+    kept to; 503: too many wait for theirs."""
     if serving.engine.num_compiling >= limits.MAX_COMPILING:
         serving.metrics.rejected("queue_full")
         raise errors.unavailable("Too many grammars are being compiled.", retry_after=1)
     try:
-        await serving.engine.compile_grammar(to_grammar(asked))
+        grammar = to_grammar(asked)
+        await serving.engine.compile_grammar(grammar)
     except GrammarError as error:
         raise errors.bad_request(f"Invalid value for '{param}': {error}", param) from None
     except ValueError as error:
@@ -150,7 +156,7 @@ async def compiled(serving: Serving, asked: StructuredOutputs, param: str) -> St
         ) from None
     except EngineDeadError:
         raise errors.engine_dead() from None
-    return asked
+    return StructuredOutputs(grammar=grammar)
 
 
 async def wanted(body: StructuredFields, serving: Serving) -> StructuredOutputs | None:

@@ -20,9 +20,8 @@ class Function(Schema):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = (
-        None  # either way arguments are kept to the schema where a call is asked for
-    )
+    # either way arguments are kept to the schema where a call is asked for
+    strict: bool | None = None
 
 
 class Tool(Schema):

@@ -246,7 +246,9 @@ def test_rerank_by_a_cross_encoder(score_server: ServerProcess, reranker: Path) 
     pairs = [models.pair_ids(query, text) for text in TEXTS]
     want = [1 / (1 + math.exp(-models.logit(reranker, *pair))) for pair in pairs]
     results = answer["results"]
-    assert [r["index"] for r in results] == sorted(range(5), key=lambda i: -want[i])
+    scores = [result["relevance_score"] for result in results]
+    assert scores == sorted(scores, reverse=True)
+    assert sorted(result["index"] for result in results) == list(range(5))
     for result in results:
         assert result["relevance_score"] == pytest.approx(want[result["index"]], abs=1e-5)
         assert result["document"] == {"text": TEXTS[result["index"]]}

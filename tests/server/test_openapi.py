@@ -17,6 +17,7 @@ from .conftest import KEY, ServerProcess
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 POOLING = ("/v1/embeddings", "/v1/rerank", "/v1/score")
 KEYED = ("-H", f"Authorization: Bearer {KEY}")
+CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,9 @@ def document(url: str) -> dict:
 
 def schemathesis(folder: Path, schema: str, *args: str) -> None:
     """Fails with its report if it finds anything."""
-    command = [sys.executable, "-m", "schemathesis.cli", "run", schema, "--mode", "all"]
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", schema]
     done = subprocess.run(
-        [*command, "--seed", "1", "--request-timeout", "30", *args],
+        [*command, "--mode", "all", "--seed", "1", "--request-timeout", "30", *args],
         capture_output=True,
         text=True,
         cwd=folder,

@@ -1,24 +1,20 @@
 """POST /v1/responses, and GET, DELETE and POST .../cancel of one that was stored."""
 
 import asyncio
-import logging
 import time
 from typing import Any
 
 from fastapi import Request, Response
-from pydantic import ValidationError
 
 from ... import errors, limits
-from ...generation import Generation
-from ...serving import Serving, cache_salt
+from ...serving import Serving
 from .. import chat
 from ..answer import json_response
-from ..stream import collect, run
+from ..stream import api_error, begun, collect
 from .answer import ResponseAnswer
 from .schema import ResponsesRequest
 from .store import ResponseStore, Stored
 
-log = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 
@@ -39,7 +35,7 @@ class Responses:
         serving.check_model(body.model)
         tenant = _tenant(request)
         before = self._before(tenant, body.previous_response_id)
-        chat_body = _chat(body, before)
+        chat_body = body.chat(before)
         asked = await chat.prepare(request, chat_body, serving)
 
         def on_end(response: Json) -> None:
@@ -48,18 +44,8 @@ class Responses:
 
         answer = ResponseAnswer(body, chat_body, serving.tokenizer, asked.new_parser, on_end)
         if body.background:
-            return self._in_background(tenant, asked, answer, arrival)
-        return await run(
-            request,
-            serving,
-            answer,
-            [asked.prompt],
-            asked.params,
-            1,
-            None,
-            arrival,
-            asked.kept_ids,
-        )
+            return self._in_background(request, asked, answer, arrival)
+        return await chat.respond(request, serving, answer, asked, arrival)
 
     def retrieve(self, request: Request, response_id: str) -> Response:
         return json_response(self._found(request, response_id).response)
@@ -106,23 +92,21 @@ class Responses:
         return stored.items()
 
     def _in_background(
-        self, tenant: bytes, asked: chat.Asked, answer: ResponseAnswer, arrival: float
+        self, request: Request, asked: chat.Asked, answer: ResponseAnswer, arrival: float
     ) -> Response:
-        serving = self.serving
+        serving, tenant = self.serving, _tenant(request)
         serving.admit(1)
-        salt = cache_salt(tenant, None)
-        generation = Generation(
-            serving, [asked.prompt], asked.params, 1, salt, arrival, asked.kept_ids
+        generation = begun(
+            request, serving, answer, [asked.prompt], asked.params, 1, None, arrival, asked.kept_ids
         )
-        answer.begin(generation.id)
         response = answer.response("in_progress", None)
         answer.on_end(response)  # kept from its beginning on
 
         async def work() -> None:
             try:
                 answer.finished((await collect(generation))[0])
-            except errors.ApiError as error:
-                answer.failure(error)
+            except Exception as error:
+                answer.failure(api_error(error))
             finally:
                 serving.release(1)
                 self._running.pop((tenant, answer.id), None)
@@ -145,13 +129,6 @@ class Responses:
 def _tenant(request: Request) -> bytes:
     tenant = request.scope.get("tenant")
     return tenant.digest if tenant else b""
-
-
-def _chat(body: ResponsesRequest, before: list[Json]) -> chat.ChatRequest:
-    try:
-        return body.chat(before)
-    except ValidationError as error:
-        raise errors.from_validation(error) from None
 
 
 def _not_found(response_id: str) -> errors.ApiError:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from ....engine.request import MAX_INT
 from ... import errors, limits
-from ..chat import ChatRequest, ReasoningEffort
+from ..chat import ChatRequest, ReasoningEffort, chat_request
 from ..fields import INTEGRAL, Ignored, OnlyEmptyList, OnlyFalse, OnlyNone, Schema
 
 Json = dict[str, Any]
@@ -241,7 +241,7 @@ class ResponsesRequest(Schema):
         if self.top_logprobs or self.wants_logprobs:
             given |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         fields |= {name: value for name, value in given.items() if value is not None}
-        return ChatRequest.model_validate(fields)
+        return chat_request(fields)
 
 
 def chat_messages(items: Iterable[Json]) -> list[Json]:
