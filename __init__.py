@@ -15,7 +15,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .engine.llm import LLM as LLM
-    from .engine.request import SamplingParams as SamplingParams
+    from .engine.sampling_params import SamplingParams as SamplingParams
     from .tools.convert import convert as convert
 
 # Read by OpenMP when torch loads, here and in the engine process: a waiting thread spins for some microseconds, then
@@ -28,7 +28,7 @@ __all__ = ["LLM", "SamplingParams", "__version__", "convert"]
 
 _HOMES = {
     "LLM": ".engine.llm",
-    "SamplingParams": ".engine.request",
+    "SamplingParams": ".engine.sampling_params",
     "convert": ".tools.convert",
 }
 

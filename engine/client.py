@@ -40,7 +40,8 @@ from .messages import (
     decode_from_engine,
     frame,
 )
-from .request import FinishReason, SamplingParams
+from .request import FinishReason
+from .sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

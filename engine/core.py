@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Protocol
 from .config import EngineConfig
 from .grammar.structured_outputs import to_grammar
 from .messages import AddRequest, EngineStats, Ready, RequestOutput
-from .request import Request, SamplingParams
+from .request import Request
+from .sampling_params import SamplingParams
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 from .scheduling.kv_cache_manager import KVCacheManager, KVGroup
 from .scheduling.scheduler import Scheduler

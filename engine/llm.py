@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .config import EngineConfig
 from .messages import AddRequest, RequestOutput, TokenLogprobs
-from .request import FinishReason, SamplingParams
+from .request import FinishReason
+from .sampling_params import SamplingParams
 from .text.detokenizer import Detokenizer
+from .text.token_sequences import with_token_ids
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -117,7 +119,8 @@ class LLM:
     def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Completion]:
         done: dict[str, tuple[Completion, Detokenizer]] = {}
         try:
-            for token_ids, each in zip(prompts, params, strict=True):
+            for token_ids, asked in zip(prompts, params, strict=True):
+                each = with_token_ids(asked, self.tokenizer)
                 request_id = str(next(self._ids))
                 self.core.add(AddRequest(request_id, token_ids, each))
                 done[request_id] = (

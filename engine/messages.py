@@ -14,7 +14,7 @@ frame preceded by its length as a 4-byte little-endian integer. Never pickle. Im
 import msgspec
 
 from .pooling import EmbeddingInfo, Task
-from .request import SamplingParams
+from .sampling_params import SamplingParams
 
 
 class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):

@@ -1,4 +1,4 @@
-"""SamplingParams and Request: what is asked, and how far it has come.
+"""Request: what is asked, and how far it has come.
 
 A request is a list of tokens, of which the first `num_computed_tokens` have their keys and values in the cache. There
 are no phases: the scheduler's one job is to let the second number catch up with the first.
@@ -14,10 +14,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from .grammar.structured_outputs import StructuredOutputs
-from .pooling import Pooling
+from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from .grammar.state import GrammarState
@@ -25,106 +22,6 @@ if TYPE_CHECKING:
 
 UNKNOWN = -1  # in Request.token_ids: sampled, but not yet read from the device
 LONG = b"long"  # the extra key of long requests
-
-
-MAX_INT = 2**31 - 1  # of a count: it fits the int32 of a kernel
-# Divisors of logits in float32: what is below would make infinities of them, then NaN.
-MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 0.01
-_MAX_QUOTED = 200  # characters of a value that an error repeats
-
-
-class ParameterError(ValueError):
-    """A field of SamplingParams is out of range. `field` is its name."""
-
-    def __init__(self, field: str, message: str):
-        super().__init__(message)
-        self.field = field
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens and when to stop. Text-level stops (`stop`) are found by the detokenizer, the rest by the
-    engine. Validated by `verify`."""
-
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output tokens; 1: off
-    presence_penalty: float = 0.0  # over output tokens, as OpenAI has it
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    include_stop_str_in_output: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logit_bias: dict[int, float] | None = None
-    logprobs: int | None = (
-        None  # top-n alternatives for each output token; 0: the chosen token alone
-    )
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    structured_outputs: StructuredOutputs | None = None
-    # Give this of the prompt's hidden states, and no token: then max_tokens is 1
-    pooling: Pooling | None = None
-
-    def verify(self, vocab_size: int) -> None:
-        """Raise ParameterError naming the first field that is out of range."""
-
-        def need(ok: bool, field_name: str, want: str) -> None:
-            if not ok:
-                raise ParameterError(
-                    field_name,
-                    f"{field_name} must be {want}, got {_quoted(getattr(self, field_name))}",
-                )
-
-        need(1 <= self.max_tokens <= MAX_INT, "max_tokens", f"between 1 and {MAX_INT}")
-        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
-        need(
-            self.temperature == 0.0 or MIN_TEMPERATURE <= self.temperature <= 10.0,
-            "temperature",
-            f"0, or between {MIN_TEMPERATURE:g} and 10",
-        )
-        need(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
-        need(-1 <= self.top_k <= MAX_INT, "top_k", f"between 1 and {MAX_INT}, or 0 or -1 for off")
-        need(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
-        need(
-            MIN_REPETITION_PENALTY <= self.repetition_penalty <= 10.0,
-            "repetition_penalty",
-            f"between {MIN_REPETITION_PENALTY:g} and 10",
-        )
-        need(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]")
-        need(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]")
-        need(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
-        need(
-            all(0 <= t < vocab_size for t in self.stop_token_ids),
-            "stop_token_ids",
-            f"ids below {vocab_size}",
-        )
-        need(
-            all(
-                0 <= t < vocab_size and -100.0 <= b <= 100.0
-                for t, b in (self.logit_bias or {}).items()
-            ),
-            "logit_bias",
-            f"a map from token ids below {vocab_size} to numbers in [-100, 100]",
-        )
-        need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20")
-        need(
-            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
-            "prompt_logprobs",
-            "between 0 and 20",
-        )
-        need(self.pooling is None or self.max_tokens == 1, "max_tokens", "1 where pooling is asked")
-
-
-def _quoted(value: object) -> str:
-    try:
-        text = str(value)
-    except ValueError:  # Python writes out no more than some 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
 
 
 class FinishReason(enum.StrEnum):
@@ -150,6 +47,10 @@ class Request:
     eos_token_ids: frozenset[int]
     seed: int  # params.seed, or one drawn at admission: sampling is a function of (seed, position)
     arrival_time: float = 0.0
+    rank: tuple[int, int] = (
+        0,
+        0,
+    )  # its priority and its number: the scheduler takes the least first
     extra_keys: tuple[bytes, ...] = ()  # what sets its cache apart: only equal ones share prefixes
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

@@ -8,22 +8,28 @@ threshold, rounding in the last bits of the logits changes the winner only if tw
 Candidates are cut down by top_k, top_p and min_p before anything is sorted, so the whole vocabulary is sorted only if
 the nucleus is really that wide.
 
-Order of operations, as vLLM has it: logit bias, min_tokens, penalties, grammar, temperature, min_p, top_k, top_p.
+Order of operations, as vLLM has it: allowed_token_ids, logit bias, bad_words, min_tokens, penalties, DRY, grammar,
+top_n_sigma, temperature, top_k, top_p, min_p, typical_p, XTC.
 """
 
 import hashlib
+import math
 import struct
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import dry, filters
 from .grammar import masking
 from .messages import TokenLogprobs
-from .request import Request, SamplingParams
+from .request import Request
+from .sampling_params import SamplingParams
 from .scheduling.batch import StepResult
 
 NOT_FINITE = "the model produced logits that are not numbers for this request"
+NOTHING_LEFT = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token"
+_XTC = -1  # stands for a token's id in the hash that XTC draws its number from
 _FIRST_CANDIDATES = 256
 
 
@@ -46,7 +52,8 @@ def sample(logits: Tensor, requests: list[Request], result: StepResult) -> None:
     greedy = best.tolist()
     for row, request in enumerate(requests):
         if not finite[row]:
-            result.errors.setdefault(request.request_id, NOT_FINITE)
+            nothing = best_logits[row] == float("-inf")
+            result.errors.setdefault(request.request_id, NOTHING_LEFT if nothing else NOT_FINITE)
         if request.request_id in result.errors:
             continue
         token = greedy[row] if request.params.temperature == 0 else _draw(logits[row], request)
@@ -73,6 +80,29 @@ def is_penalized(request: Request) -> bool:
     )
 
 
+def is_filtered(request: Request) -> bool:
+    """Whether it asks for what only this module does, and no kernel."""
+    params = request.params
+    return bool(
+        params.typical_p < 1.0
+        or params.top_n_sigma > 0
+        or params.xtc_probability
+        or params.dry_multiplier
+        or params.bad_words_token_ids
+        or params.allowed_token_ids is not None
+    )
+
+
+def bad_word_ids(request: Request) -> set[int]:
+    """The tokens that would complete one of its bad words."""
+    said = request.output_token_ids
+    return {
+        last
+        for *first, last in request.params.bad_words_token_ids or ()
+        if not first or said[-len(first) :] == first
+    }
+
+
 def stop_ids_forbidden(request: Request) -> set[int]:
     """The tokens that would end it before min_tokens."""
     params = request.params
@@ -97,13 +127,18 @@ def _constrain(logits: Tensor, requests: list[Request], result: StepResult) -> N
 
 
 def _adjust(logits: Tensor, request: Request) -> None:
-    """Bias, forbidden stops and penalties, in place on one row."""
+    """Bias, forbidden tokens and penalties, in place on one row."""
     params = request.params
+    if params.allowed_token_ids is not None:
+        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
+        kept = logits[allowed]
+        logits.fill_(float("-inf"))
+        logits[allowed] = kept
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if stops := stop_ids_forbidden(request):
-        logits[torch.tensor(sorted(stops), device=logits.device)] = float("-inf")
+    if forbidden := stop_ids_forbidden(request) | bad_word_ids(request):
+        logits[torch.tensor(sorted(forbidden), device=logits.device)] = float("-inf")
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
         values = logits[seen]
@@ -115,17 +150,26 @@ def _adjust(logits: Tensor, request: Request) -> None:
             return_counts=True
         )
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts.float()
+    if params.dry_multiplier and (lost := dry.penalties(request.token_ids, params)):
+        ids = torch.tensor(list(lost), device=logits.device)
+        logits[ids] -= torch.tensor(list(lost.values()), device=logits.device)
 
 
 def _draw(logits: Tensor, request: Request) -> int:
-    """Sample one row after temperature, min_p, top_k and top_p."""
+    """Sample one row after all filters."""
     params = request.params
+    if params.top_n_sigma > 0:
+        logits = filters.top_n_sigma(logits, params.top_n_sigma)
     probs = torch.softmax(logits / params.temperature, -1)
     ids: Tensor | None = None
     if params.top_k > 0 or params.top_p < 1.0:
         probs, ids = _most_probable(probs, params)
     if params.min_p > 0.0:
         probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
+    if params.typical_p < 1.0:
+        probs = filters.typical(probs, params.typical_p)
+    if params.xtc_probability and _uniform(request) < params.xtc_probability:
+        probs = filters.exclude_top_choices(probs, params.xtc_threshold)
     if ids is None:
         ids = torch.arange(len(probs), device=probs.device)
     return int(ids[(probs / exponentials(request.seed, request.num_tokens, ids)).argmax()])
@@ -157,6 +201,11 @@ def exponentials(seed: int, position: int, ids: Tensor) -> Tensor:
         _mix32(ids + int.from_bytes(digest[:4], "little")) ^ int.from_bytes(digest[4:], "little")
     )
     return -torch.log1p(-(bits.float() + 0.5) * 2.0**-32)
+
+
+def _uniform(request: Request) -> float:
+    """A random number in (0, 1) of a request's seed and position, not those that tokens are drawn with."""
+    return -math.expm1(-float(exponentials(request.seed, request.num_tokens, torch.tensor([_XTC]))))
 
 
 def _mix32(x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import msgspec
 
 from ..engine.client import EngineDeadError, child_params
 from ..engine.messages import RequestOutput, TokenLogprobs
-from ..engine.request import FinishReason, SamplingParams
+from ..engine.request import FinishReason
+from ..engine.sampling_params import SamplingParams
 from ..engine.text.detokenizer import Detokenizer
 from ..engine.text.tokenizer import Tokenizer
 from . import errors

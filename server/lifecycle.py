@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -71,6 +71,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout: float = 30.0  # seconds
     engine_timeout: float = 60.0  # seconds of silence after which the engine is stuck; 0: never
     max_queued_requests: int = 1024  # sequences beyond max_num_seqs that are admitted
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_connections: int | None = None  # None: connections.connection_limit
     # That wait, from one address beyond loopback; 0: any number, None: a quarter of all
     max_connections_per_ip: int | None = None
@@ -147,6 +148,7 @@ class Lifecycle:
             options.model_names,
             max_num_seqs=config.max_num_seqs,
             max_queued_requests=options.max_queued_requests,
+            takes_priorities=options.scheduling_policy == "priority",
         )
         limit = connection_limit(options.max_connections)
         per_address = options.max_connections_per_ip

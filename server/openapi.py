@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from ..engine.request import MAX_INT
+from ..engine.sampling_params import MAX_INT
 from . import metrics, rerank, score
 from .anthropic.schema import CountRequest, MessagesRequest
 from .auth import OPEN_PATHS

@@ -20,7 +20,8 @@ from pydantic import Field
 from ..engine.client import EngineDeadError
 from ..engine.messages import RequestOutput
 from ..engine.pooling import Pooling
-from ..engine.request import MAX_INT, FinishReason, SamplingParams
+from ..engine.request import FinishReason
+from ..engine.sampling_params import MAX_INT, SamplingParams
 from ..engine.text.batch_encoder import BatchEncoder, Encoded, TextTooLong
 from . import errors, limits, sse
 from .openai.fields import INTEGRAL

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Request, Response
 from pydantic import Field
 
-from ..engine.request import MAX_INT
+from ..engine.sampling_params import MAX_INT
 from . import limits
 from .openai.answer import json_response
 from .openai.fields import INTEGRAL, Ignored, Schema

@@ -44,8 +44,10 @@ class Serving:
         *,
         max_num_seqs: int = 64,
         max_queued_requests: int = 1024,
+        takes_priorities: bool = False,
     ):
         self.model_names = model_names
+        self.takes_priorities = takes_priorities  # of requests, each its own
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING
         self._loaded: tuple[AsyncEngine, Tokenizer, Renderer, ChatOutput] | None = None

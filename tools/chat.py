@@ -18,7 +18,8 @@ import typer
 
 from ..engine.client import AsyncEngine, EngineDeadError
 from ..engine.config import EngineConfig
-from ..engine.request import FinishReason, SamplingParams
+from ..engine.request import FinishReason
+from ..engine.sampling_params import SamplingParams
 from ..engine.text.detokenizer import Detokenizer
 from ..engine.text.tokenizer import Tokenizer
 from ..errors import UserError

@@ -5,7 +5,7 @@ Importing this, as help does, imports no part of the server.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -91,6 +91,14 @@ def serve_command(
             rich_help_panel=_HTTP,
         ),
     ] = 1024,
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"],
+        typer.Option(
+            metavar="NAME",
+            help="fcfs: first come, first served; priority: by each request's `priority`, the least first",
+            rich_help_panel=_HTTP,
+        ),
+    ] = "fcfs",
     parse_special_tokens: Annotated[
         bool,
         typer.Option(
@@ -283,6 +291,7 @@ def serve_command(
         shutdown_timeout=shutdown_timeout,
         engine_timeout=engine_timeout,
         max_queued_requests=max_queued_requests,
+        scheduling_policy=scheduling_policy,
         parse_special_tokens=parse_special_tokens,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,

@@ -15,7 +15,8 @@ Decodes (one token a request) lie first, then the chunks:
 import itertools
 from functools import cached_property
 
-from ..request import Request, SamplingParams
+from ..request import Request
+from ..sampling_params import SamplingParams
 from ..scheduling.batch import ScheduledRequest
 from ..scheduling.kv_cache_manager import RELEASED
 

@@ -16,7 +16,8 @@ from typing import Literal, Protocol
 from ..config import EngineConfig
 from ..messages import AddRequest, EngineStats, Ready, RequestOutput
 from ..pooling import Pooling
-from ..request import FinishReason, SamplingParams
+from ..request import FinishReason
+from ..sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

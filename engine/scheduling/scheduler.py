@@ -3,12 +3,12 @@
 There are no phases. Every request has tokens and computed tokens; a step lets the second number catch up with the
 first, under a budget of tokens and of blocks. A request that catches up gets one more token.
 
-    running    [ r1 r2 r3 ]   admitted, oldest first; each holds the blocks that its next tokens see
-    waiting    [ r4 r5 ... ]  holds no blocks; first come, first served
+    running    [ r1 r2 r3 ]   admitted; each holds the blocks that its next tokens see
+    waiting    [ r4 r5 ... ]  holds no blocks
 
-`running + waiting` is always in order of arrival: a request is admitted from the left of `waiting`, and preempted from
-the right of `running` back to the left of `waiting`. So the oldest request is never preempted, and since no request
-may need more blocks than there are, it always finishes: there is no deadlock and no livelock.
+Both are always in order of priority and, among equals, of arrival: a request is admitted from the left of `waiting`,
+and preempted from the right of `running`. So the first that runs is never preempted, and since no request may need more
+blocks than there are, it always finishes: there is no deadlock and no livelock. Nobody is preempted for one that waits.
 
 A step is `schedule`, `launched`, `update`. The next `schedule` may come before this step's `update`, then with tokens
 that are UNKNOWN; at most one step is open so. Meanwhile a request may have been finished or preempted: `update` leaves
@@ -21,8 +21,9 @@ Where a model has a `rope_switch`, all positions of a request turn otherwise onc
 prompt may be long from the start. Names of blocks tell long requests from others (Request.become_long).
 """
 
+import itertools
 import logging
-from collections import deque
+from bisect import insort
 
 import msgspec
 
@@ -52,9 +53,10 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = kv_cache.max_tokens(max_model_len, max_num_batched_tokens)
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
         self._requests: dict[str, Request] = {}
+        self._arrivals = itertools.count()
         self._stats = EngineStats(num_blocks=kv_cache.num_blocks)
 
     @property
@@ -73,7 +75,8 @@ class Scheduler:
                 "tokens has no room for it and an answer"
             )
         self._requests[request.request_id] = request
-        self.waiting.append(request)
+        request.rank = request.params.priority, next(self._arrivals)
+        insort(self.waiting, request, key=_rank)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks. One that is unknown or already finished is ignored."""
@@ -158,7 +161,7 @@ class Scheduler:
             if self._outgrows(request):
                 self._set_back(request)
             if not self._give_blocks(request, budget):
-                self._preempt_youngest()
+                self._preempt_last()
                 preempted = True
                 continue
             items.append(_next_chunk(request, budget))
@@ -172,8 +175,8 @@ class Scheduler:
             request = self.waiting[0]
             if not self._hold_blocks(request, budget):
                 break
-            self.waiting.popleft()
-            self.running.append(request)
+            self.waiting.pop(0)
+            insort(self.running, request, key=_rank)
             request.status = Status.RUNNING
             items.append(_next_chunk(request, budget))
             budget -= items[-1].num_tokens
@@ -216,12 +219,12 @@ class Scheduler:
             self._stats.prefix_hits += request.num_computed_tokens
         return True
 
-    def _preempt_youngest(self) -> None:
-        """Its blocks are wanted by an older request. It keeps its tokens and computes them again later."""
+    def _preempt_last(self) -> None:
+        """Its blocks are wanted by a request before it. It keeps its tokens and computes them again later."""
         request = self.running.pop()
         self._set_back(request)
         request.status = Status.WAITING
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_rank)
         self._stats.num_preemptions += 1
         if self._stats.num_preemptions == 1:
             logger.warning(
@@ -300,6 +303,10 @@ class Scheduler:
         self.kv_cache.free(request)
         request.status, request.finish_reason = Status.FINISHED, reason
         del self._requests[request.request_id]
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank
 
 
 def _next_chunk(request: Request, budget: int) -> ScheduledRequest:

@@ -14,7 +14,7 @@ change under it.
 
 from collections.abc import Sequence
 
-from ..request import SamplingParams
+from ..sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 _CONTEXT = 6  # prompt tokens to start from

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...engine.request import MAX_INT
+from ...engine.sampling_params import MAX_INT
 from .. import errors, limits
 from ..openai.chat import ChatRequest, chat_request
 from ..openai.fields import INTEGRAL, Ignored, OnlyEmptyList, OnlyNone, Schema, StopString

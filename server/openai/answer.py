@@ -29,6 +29,9 @@ class AnswerBody(Protocol):
     @property
     def continuous_usage(self) -> bool: ...
 
+    @property
+    def request_id(self) -> str | None: ...
+
 
 class Answer:
     """How one kind of answer is written. Subclasses give `choice` and `event`."""
@@ -44,7 +47,7 @@ class Answer:
         self.head = b""
 
     def begin(self, generation_id: str) -> None:
-        self.id = self.id_prefix + generation_id
+        self.id = self.id_prefix + (self.body.request_id or generation_id)
         fields = {
             "id": self.id,
             "object": self.chunk_object,
@@ -55,6 +58,10 @@ class Answer:
 
     def choice(self, whole: Delta) -> dict[str, Any]:
         raise NotImplementedError
+
+    def choices(self, deltas: list[Delta]) -> list[dict[str, Any]]:
+        """Of an answer that is one object."""
+        return [self.choice(delta) for delta in deltas]
 
     def opening(self, sequences: Items[Sequence]) -> bytes:
         """The events before any text."""
@@ -85,16 +92,18 @@ class Answer:
         return self.head + choice + b'],"usage":' + encode(sequence.usage()) + b"}\n\n"
 
     def whole(self, deltas: list[Delta], usage: dict[str, Any]) -> Response:
-        return json_response(
-            {
-                "id": self.id,
-                "object": self.object,
-                "created": self.created,
-                "model": self.model,
-                "choices": [self.choice(delta) for delta in deltas],
-                "usage": self.usage(usage),
-            }
-        )
+        return json_response(self.object_of(deltas, usage))
+
+    def object_of(self, deltas: list[Delta], usage: dict[str, Any]) -> dict[str, Any]:
+        """The answer that is one object."""
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "choices": self.choices(deltas),
+            "usage": self.usage(usage),
+        }
 
 
 def json_response(body: object) -> Response:

@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from ...engine.grammar.structured_outputs import StructuredOutputs
-from ...engine.request import MAX_INT, SamplingParams
+from ...engine.sampling_params import MAX_INT, SamplingParams
 from ...engine.text.chat_template import Conversation
 from ...engine.text.parsers import Tool
 from ...engine.text.tokenizer import TooManyTokens
@@ -33,7 +33,15 @@ from .fields import (
 from .messages import Messages, for_template
 from .parsed_answer import NewParser
 from .prompt import encode_chat
-from .sampling import STREAM_OPTIONS_NEED_STREAM, SamplingFields, check_size, completion_room
+from .sampling import (
+    STREAM_OPTIONS_NEED_STREAM,
+    SamplingFields,
+    check_size,
+    completion_room,
+    for_engine,
+    longest_prompt,
+    shortened,
+)
 from .stream import run
 from .structured import compiled
 from .tools import ToolFields, ToolUse
@@ -175,8 +183,9 @@ async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Aske
     limit = serving.engine.ready.max_model_len
     max_tokens = completion_room(limit, len(prompt), body.asked_tokens, None, "messages")
     params = body.sampling_params(
-        serving.engine.ready.vocab_size, max_tokens, body.num_logprobs, None, outputs
+        serving.engine.ready.vocab_size, max_tokens, body.num_logprobs, outputs
     )
+    params = await for_engine(params, serving)
     n = body.n or 1
     check_size(n, params.max_tokens)
     tools = [Tool.of(tool) for tool in use.tools]
@@ -231,11 +240,12 @@ async def prompt_of(
         variables=body.template_variables,
     )
     try:
-        token_ids = await encode_chat(request, serving, conversation, limit)
+        longest = longest_prompt(limit, body.truncate_prompt_tokens)
+        token_ids = await encode_chat(request, serving, conversation, longest)
     except TooManyTokens as found:
         raise errors.context_length_exceeded(
             limit, found.count, body.asked_tokens or 1, "messages", found.at_least
         ) from None
     if not token_ids:
         raise errors.bad_request("The messages come to no tokens at all.", "messages")
-    return token_ids
+    return shortened(token_ids, body.truncate_prompt_tokens, limit, body.asked_tokens or 1)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence as Items
 from typing import Any
 
+from fastapi import Response
+
 from ...engine.text.parsers import Parsed, ToolCallDelta
 from ...engine.text.tokenizer import Tokenizer
 from ..generation import Delta, Sequence
-from .answer import encode
-from .logprobs import chat_logprobs
+from .answer import encode, json_response
+from .logprobs import chat_logprobs, prompt_logprobs
 from .parsed_answer import NewParser, ParsedAnswer
 from .sampling import SamplingFields
 
@@ -21,7 +23,7 @@ class ChatAnswer(ParsedAnswer):
         self, body: SamplingFields, tokenizer: Tokenizer, top_n: int, new_parser: NewParser | None
     ):
         super().__init__(body, body.model, new_parser)
-        self.tokenizer, self.top_n = tokenizer, top_n
+        self.asked, self.tokenizer, self.top_n = body, tokenizer, top_n
 
     def choice(self, whole: Delta) -> dict[str, Any]:
         parsed = self.parsed(whole)
@@ -37,6 +39,14 @@ class ChatAnswer(ParsedAnswer):
             "logprobs": self._logprobs(whole),
             "finish_reason": self.finish_reason(whole),
         }
+
+    def whole(self, deltas: list[Delta], usage: dict[str, Any]) -> Response:
+        answer = self.object_of(deltas, usage)
+        top_n = self.asked.prompt_logprobs
+        if top_n is not None:
+            positions = deltas[0].sequence.prompt_logprobs or []
+            answer["prompt_logprobs"] = prompt_logprobs(self.tokenizer, positions, top_n)
+        return json_response(answer)
 
     def opening(self, sequences: Items[Sequence]) -> bytes:
         return b"".join(

@@ -8,12 +8,14 @@ with its prompt, and with `logprobs` too its prompt's log-probabilities: what lm
 import time
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import Request, Response
 from pydantic import ConfigDict, Field, Tag, model_validator
 
 from ...engine.grammar.structured_outputs import StructuredOutputs
 from ...engine.messages import TokenLogprobs
-from ...engine.request import FinishReason, SamplingParams
+from ...engine.request import FinishReason
+from ...engine.sampling_params import SamplingParams
 from ...engine.text.detokenizer import Detokenizer
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
@@ -22,9 +24,17 @@ from ..serving import Serving
 from .answer import Answer, encode, json_response
 from .fields import INTEGRAL, excludes
 from .inputs import BY_KIND, SOME, Ids, Listed, Text, listed
-from .logprobs import completion_logprobs
+from .logprobs import completion_logprobs, prompt_logprobs
 from .prompt import encode_texts
-from .sampling import STREAM_OPTIONS_NEED_STREAM, SamplingFields, check_size, completion_room
+from .sampling import (
+    STREAM_OPTIONS_NEED_STREAM,
+    SamplingFields,
+    check_size,
+    completion_room,
+    for_engine,
+    longest_prompt,
+    shortened,
+)
 from .stream import run
 from .structured import wanted
 
@@ -56,21 +66,37 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS
-    # Not supported
+    # Of so many samples the n whose tokens are the most probable, on average; at least n, which a schema cannot say
     best_of: (
         Annotated[int, Field(ge=1, le=limits.MAX_N, json_schema_extra={"maximum": 1}), INTEGRAL]
         | None
-    ) = None  # or n, which a schema cannot say
+    ) = None
+    # Not supported
     suffix: Literal[""] | None = None
 
+    @property
+    def num_samples(self) -> int:
+        """Of each prompt."""
+        return self.best_of or self.n or 1
+
+    @property
+    def is_ranked(self) -> bool:
+        return self.num_samples > (self.n or 1)
+
     @model_validator(mode="after")
-    def _no_search(self) -> "CompletionRequest":
-        if self.best_of not in (None, 1, self.n):
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.num_samples < (self.n or 1):
+            raise errors.bad_request("'best_of' must be at least 'n'.", "best_of")
+        if self.is_ranked and self.stream:
             raise errors.bad_request(
-                "'best_of' is not supported other than equal to 'n'.",
-                "best_of",
-                "unsupported_parameter",
+                "'best_of' greater than 'n' is not available when 'stream' is enabled.", "best_of"
             )
+        if self.is_ranked and self.max_tokens == 0:
+            raise errors.bad_request("'best_of' needs max_tokens of at least 1.", "best_of")
+        return self
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
             raise errors.bad_request("max_tokens must be at least 1, or 0 with echo", "max_tokens")
         return self
@@ -83,14 +109,15 @@ async def create(request: Request, serving: Serving) -> Response:
     body = await limits.parse_body(request, CompletionRequest)
     serving.check_model(body.model)
     serving.check_task("generate")
-    n = body.n or 1
+    n = body.num_samples
     given = listed(body.prompt)
     check_size(len(given) * n, 1, "prompt")
     prompts = await _token_ids(body, given, serving)
     params = _params(body, serving, max(map(len, prompts)), await wanted(body, serving))
+    params = await for_engine(params, serving)
     check_size(len(prompts) * n, params.max_tokens)
     answer = CompletionAnswer(body, serving, prompts)
-    if body.max_tokens == 0 and body.logprobs is None:
+    if body.max_tokens == 0 and params.prompt_logprobs is None:
         return answer.echo_alone()
     return await run(request, serving, answer, prompts, params, n, body.cache_salt, arrival)
 
@@ -102,7 +129,10 @@ async def _token_ids(body: CompletionRequest, given: Listed, serving: Serving) -
     if isinstance(given[0], str):
         try:
             prompts = await encode_texts(
-                serving, given, body.add_special_tokens is not False, limit
+                serving,
+                given,
+                body.add_special_tokens is not False,
+                longest_prompt(limit, body.truncate_prompt_tokens),
             )
         except TooManyTokens as found:
             raise errors.context_length_exceeded(
@@ -117,7 +147,8 @@ async def _token_ids(body: CompletionRequest, given: Listed, serving: Serving) -
             raise errors.bad_request(
                 f"Token ids must be between 0 and {ready.vocab_size - 1}.", "prompt"
             )
-    return prompts
+    max_tokens = body.max_tokens or 1
+    return [shortened(prompt, body.truncate_prompt_tokens, limit, max_tokens) for prompt in prompts]
 
 
 def _params(
@@ -131,13 +162,12 @@ def _params(
     max_tokens = completion_room(
         ready.max_model_len, prompt_tokens, asked, DEFAULT_MAX_TOKENS, "prompt"
     )
-    return body.sampling_params(
-        ready.vocab_size,
-        max_tokens,
-        body.logprobs,
-        body.logprobs if body.echo else None,
-        structured_outputs,
-    )
+    logprobs = 0 if body.is_ranked and body.logprobs is None else body.logprobs
+    params = body.sampling_params(ready.vocab_size, max_tokens, logprobs, structured_outputs)
+    if body.echo and body.logprobs is not None:
+        most = max(body.logprobs, body.prompt_logprobs or 0)
+        params = msgspec.structs.replace(params, prompt_logprobs=most)
+    return params
 
 
 class _Echo:
@@ -157,24 +187,36 @@ class CompletionAnswer(Answer):
 
     def __init__(self, body: CompletionRequest, serving: Serving, prompts: list[list[int]]):
         super().__init__(body, body.model)
-        self.tokenizer = serving.tokenizer
+        self.asked, self.tokenizer = body, serving.tokenizer
         self.top_n = body.logprobs or 0
-        self.n = body.n or 1
+        self.n, self.num_samples = body.n or 1, body.num_samples
         self.num_prompt_tokens = sum(map(len, prompts))
         skip = body.skip_special_tokens is not False
         self.echoes = [_Echo(serving, prompt, skip) for prompt in prompts] if body.echo else []
         self.started: set[int] = set()  # sequences that have had their first event
         self.prompt_only = body.max_tokens == 0
 
+    def choices(self, deltas: list[Delta]) -> list[dict[str, Any]]:
+        if self.num_samples > self.n:
+            of_each = range(0, len(deltas), self.num_samples)
+            groups = (deltas[i : i + self.num_samples] for i in of_each)
+            deltas = [best for group in groups for best in _most_probable(group, self.n)]
+        return [self.choice(delta) | {"index": i} for i, delta in enumerate(deltas)]
+
     def choice(self, whole: Delta) -> dict[str, Any]:
         text, logprobs = self._content(whole, first=True)
         finish_reason = FinishReason.LENGTH if self.prompt_only else whole.finish_reason
-        return {
+        choice = {
             "index": whole.sequence.index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
+        if self.asked.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(
+                self.tokenizer, whole.sequence.prompt_logprobs or [], self.asked.prompt_logprobs
+            )
+        return choice
 
     def usage(self, counted: dict[str, Any]) -> dict[str, Any]:
         return usage(self.num_prompt_tokens, 0, 0) if self.prompt_only else counted
@@ -227,6 +269,8 @@ class CompletionAnswer(Answer):
         text, positions, offsets = delta.text, delta.logprobs, delta.offsets
         if self.prompt_only:
             text, positions, offsets = "", [], []
+        if self.asked.logprobs is None:
+            positions = None
         if not self.echoes:
             if positions is None:
                 return text, None
@@ -242,15 +286,25 @@ class CompletionAnswer(Answer):
         sequence: Sequence,
         first: bool,
     ) -> tuple[str, dict[str, list[Any]] | None]:
-        echo = self.echoes[sequence.index // self.n]
+        echo = self.echoes[sequence.index // self.num_samples]
         shown: list[TokenLogprobs | None] = [*(positions or [])]
         ids = [position.token_id for position in positions or []]
         offsets = [len(echo.text) + offset for offset in offsets]
         if first:
             text = echo.text + text
-            shown = [*(sequence.prompt_logprobs or []), *shown]
-            if sequence.prompt_logprobs is not None:
+            if self.asked.logprobs is not None and sequence.prompt_logprobs is not None:
+                shown = [*sequence.prompt_logprobs, *shown]
                 ids, offsets = sequence.prompt_token_ids + ids, echo.offsets + offsets
         if not shown:
             return text, None
         return text, completion_logprobs(self.tokenizer, shown, ids, offsets, self.top_n)
+
+
+def _most_probable(samples: list[Delta], n: int) -> list[Delta]:
+    """Those of a prompt's samples whose tokens have the greatest log-probabilities, on average."""
+
+    def mean(delta: Delta) -> float:
+        positions = delta.logprobs or []
+        return sum(position.logprob for position in positions) / max(1, len(positions))
+
+    return sorted(samples, key=mean, reverse=True)[:n]

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from pydantic import Field, Tag
 
 from ...engine.pooling import Pooling
-from ...engine.request import MAX_INT
+from ...engine.sampling_params import MAX_INT
 from .. import errors, limits
 from ..pooled import Encoder, TruncateTo, check_size, floats, max_prompt, run, usage, with_prompts
 from ..serving import Serving

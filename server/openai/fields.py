@@ -18,7 +18,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from ...engine.request import MAX_INT
+from ...engine.sampling_params import MAX_INT
 from .. import limits
 
 
@@ -92,7 +92,6 @@ LogitBias = Annotated[
 OnlyNone: TypeAlias = None
 # Not Literal[False], which 0 passes for.
 OnlyFalse = Annotated[bool, AfterValidator(_no), Field(json_schema_extra={"const": False})] | None
-OnlyZero = Annotated[int, Field(ge=0, le=0), INTEGRAL] | None
 OnlyEmptyList = Annotated[list[Any], Field(max_length=0)] | None
 Ignored = (
     Annotated[str, Field(max_length=1024)] | None

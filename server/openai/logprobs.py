@@ -65,6 +65,26 @@ def completion_logprobs(
     return result
 
 
+def prompt_logprobs(
+    tokenizer: Tokenizer, positions: Sequence[TokenLogprobs | None], top_n: int
+) -> list[dict[str, Any] | None]:
+    """Those of a prompt's tokens as vLLM writes them: for each {id: {"logprob", "rank", "decoded_token"}}, its own and
+    the `top_n` most probable; None for the first."""
+    return [
+        None if position is None else _ranked(tokenizer, position, top_n) for position in positions
+    ]
+
+
+def _ranked(tokenizer: Tokenizer, position: TokenLogprobs, top_n: int) -> dict[str, Any]:
+    entries = {position.token_id: (position.rank, _own(position))}
+    for rank, (token_id, logprob) in enumerate(_top(position, top_n), start=1):
+        entries.setdefault(token_id, (rank, logprob))
+    return {
+        str(i): {"logprob": logprob, "rank": rank, "decoded_token": tokenizer.token_str(i)}
+        for i, (rank, logprob) in entries.items()
+    }
+
+
 def _top(position: TokenLogprobs, n: int) -> list[tuple[int, float]]:
     return [
         (i, max(lp, _LOWEST))

@@ -3,19 +3,22 @@
 A field that is not here is refused by name.
 """
 
-from typing import Annotated
+import asyncio
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from ...engine.grammar.structured_outputs import StructuredOutputs
-from ...engine.request import (
+from ...engine.sampling_params import (
     MAX_INT,
     MIN_REPETITION_PENALTY,
     MIN_TEMPERATURE,
     ParameterError,
     SamplingParams,
 )
+from ...engine.text.token_sequences import with_token_ids
 from .. import errors, limits
+from ..serving import Serving
 from .fields import (
     INTEGRAL,
     INTEGRALS,
@@ -24,7 +27,6 @@ from .fields import (
     Int64,
     LogitBias,
     OnlyFalse,
-    OnlyZero,
     Penalty,
     Schema,
     StopString,
@@ -40,6 +42,7 @@ class StreamOptions(Schema):
     include_obfuscation: OnlyFalse = None
 
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 STREAM_OPTIONS_NEED_STREAM = excludes("stream_options", unless={"stream": True}, type="null")
 
 
@@ -61,9 +64,18 @@ class SamplingFields(StructuredFields):
     user: Ignored = None
     # vLLM's extras
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT), INTEGRAL] | None = None
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    min_p: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=10.0)] | None = None
     min_tokens: Count | None = None
+    allowed_token_ids: (
+        Annotated[
+            list[TokenId],
+            Field(min_length=1, max_length=limits.MAX_ALLOWED_TOKEN_IDS, fail_fast=True),
+            INTEGRALS,
+        ]
+        | None
+    ) = None
+    bad_words: Annotated[list[StopString], Field(max_length=limits.MAX_BAD_WORDS)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS), INTEGRALS] | None
@@ -71,8 +83,27 @@ class SamplingFields(StructuredFields):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=limits.MAX_CACHE_SALT_CHARS)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT), INTEGRAL] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
+    # Keep the prompt's last tokens only: so many, or with -1 as many as there is room for
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT), INTEGRAL] | None = None
+    # What the answer's id ends with
+    request_id: (
+        Annotated[str, Field(pattern=r"^[!-~]+$", max_length=limits.MAX_REQUEST_ID_CHARS)] | None
+    ) = None
+    # llama.cpp's
+    typical_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_n_sigma: Annotated[float, Field(ge=-1.0, le=100.0)] | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Share | None = None
+    dry_multiplier: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    dry_base: Annotated[float, Field(ge=1.0, le=100.0)] | None = None
+    dry_allowed_length: Annotated[int, Field(ge=1, le=MAX_INT), INTEGRAL] | None = None
+    dry_penalty_last_n: Annotated[int, Field(ge=-1, le=MAX_INT), INTEGRAL] | None = None
+    dry_sequence_breakers: (
+        Annotated[list[StopString], Field(max_length=limits.MAX_SEQUENCE_BREAKERS)] | None
+    ) = None
     # Not supported
-    priority: OnlyZero = None
     use_beam_search: OnlyFalse = None
 
     @model_validator(mode="after")
@@ -81,6 +112,14 @@ class SamplingFields(StructuredFields):
             raise errors.bad_request(
                 "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
                 "stream_options",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_not_streamed(self) -> "SamplingFields":
+        if self.prompt_logprobs is not None and self.stream:
+            raise errors.bad_request(
+                "'prompt_logprobs' are not available when 'stream' is enabled.", "prompt_logprobs"
             )
         return self
 
@@ -99,12 +138,13 @@ class SamplingFields(StructuredFields):
         vocab_size: int,
         max_tokens: int,
         logprobs: int | None,
-        prompt_logprobs: int | None = None,
         structured_outputs: StructuredOutputs | None = None,
     ) -> SamplingParams:
         """The engine's form of these fields. ApiError 400 names the first that is out of range."""
-        given = {
-            name: getattr(self, name) for name in _SAME_NAME if getattr(self, name) is not None
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name in _SAME_NAME
+            if (value := getattr(self, name)) is not None
         }
         if given.get("temperature", 1.0) < MIN_TEMPERATURE:  # clients that may not say 0 send such
             given["temperature"] = 0.0
@@ -112,10 +152,8 @@ class SamplingFields(StructuredFields):
         params = SamplingParams(
             **given,
             stop=stop,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
             max_tokens=max_tokens,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
             structured_outputs=structured_outputs,
         )
         try:
@@ -139,7 +177,53 @@ _SAME_NAME = (
     "ignore_eos",
     "include_stop_str_in_output",
     "skip_special_tokens",
+    "prompt_logprobs",
+    "priority",
+    "typical_p",
+    "top_n_sigma",
+    "xtc_probability",
+    "xtc_threshold",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "dry_sequence_breakers",
+    "stop_token_ids",
+    "allowed_token_ids",
+    "bad_words",
 )
+
+
+async def for_engine(params: SamplingParams, serving: Serving) -> SamplingParams:
+    """The same, with what is given as text as tokens; not on the event loop: the first time a vocabulary is read
+    through. ApiError 400 for a priority where the server keeps to the order of arrival."""
+    if params.priority and not serving.takes_priorities:
+        raise errors.bad_request(
+            "'priority' needs a server that was started with --scheduling-policy priority.",
+            "priority",
+            "unsupported_parameter",
+        )
+    if not (params.bad_words or params.dry_multiplier):
+        return params
+    return await asyncio.to_thread(with_token_ids, params, serving.tokenizer)
+
+
+def longest_prompt(limit: int, kept: int | None) -> int:
+    """Tokens that a prompt may have before it is cut to `kept`, truncate_prompt_tokens. limit: the context."""
+    return limit if kept is None else max(limit, limits.MAX_TOKENIZE_TOKENS)
+
+
+def shortened(token_ids: list[int], kept: int | None, limit: int, max_tokens: int) -> list[int]:
+    """The last of a prompt's tokens that truncate_prompt_tokens keeps; -1: all that leave room for max_tokens.
+    ApiError 400 if it is more than `limit`, the context."""
+    if kept is None:
+        return token_ids
+    if kept == 0 or kept > limit:
+        raise errors.bad_request(
+            f"truncate_prompt_tokens must be between 1 and {limit}, or -1 for what there is room for",
+            "truncate_prompt_tokens",
+        )
+    return token_ids[-(kept if kept > 0 else max(1, limit - max_tokens)) :]
 
 
 def completion_room(

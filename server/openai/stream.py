@@ -17,7 +17,7 @@ from collections.abc import Callable
 from fastapi import Request, Response
 
 from ...engine.messages import RequestOutput
-from ...engine.request import SamplingParams
+from ...engine.sampling_params import SamplingParams
 from .. import errors, sse
 from ..generation import Delta, Generation, Sequence
 from ..serving import Serving, cache_salt

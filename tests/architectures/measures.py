@@ -23,8 +23,8 @@ from nibble.engine.backends.base import Backend
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest
-from nibble.engine.request import SamplingParams
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.quant.checkpoint import open_checkpoint
 from nibble.quant.checkpoint.writer import dequantize_checkpoint
 

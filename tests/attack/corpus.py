@@ -41,7 +41,11 @@ _SAMPLING = {
     "logit_bias": "object", "seed": "int", "stop": "str list", "top_k": "int", "min_p": "float",
     "repetition_penalty": "float", "min_tokens": "int", "ignore_eos": "bool", "stop_token_ids": "list",
     "include_stop_str_in_output": "bool", "skip_special_tokens": "bool", "cache_salt": "str",
-    "user": "str", "response_format": "object", "tools": "list",
+    "user": "str", "typical_p": "float", "top_n_sigma": "float", "xtc_probability": "float",
+    "xtc_threshold": "float", "dry_multiplier": "float", "dry_base": "float", "dry_allowed_length": "int",
+    "dry_penalty_last_n": "int", "dry_sequence_breakers": "list", "bad_words": "list",
+    "allowed_token_ids": "list", "prompt_logprobs": "int", "truncate_prompt_tokens": "int",
+    "request_id": "str", "response_format": "object", "tools": "list",
 }  # fmt: skip
 FIELDS = {
     "/v1/chat/completions": _SAMPLING

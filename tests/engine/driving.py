@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from nibble.engine.backends.batch import Batch
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest
 
 

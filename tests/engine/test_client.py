@@ -15,7 +15,7 @@ import pytest
 from nibble.engine.client import AsyncEngine, EngineDeadError, child_params
 from nibble.engine.config import EngineConfig
 from nibble.engine.messages import AddRequest, FrameReader, decode_to_engine, frame
-from nibble.engine.request import SamplingParams
+from nibble.engine.sampling_params import SamplingParams
 from nibble.errors import UserError
 
 from .scheduling.test_scheduler import solo

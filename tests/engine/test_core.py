@@ -6,7 +6,7 @@ from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest, RequestOutput
 from nibble.engine.pooling import Pooling
-from nibble.engine.request import SamplingParams
+from nibble.engine.sampling_params import SamplingParams
 
 from .fakes import EOS, VOCAB_SIZE, FakeRunner, OverlappingRunner
 from .scheduling.test_scheduler import solo

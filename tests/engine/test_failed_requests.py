@@ -8,8 +8,8 @@ import torch
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest
-from nibble.engine.request import SamplingParams
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.kernels.cpu import library
 
 from . import models

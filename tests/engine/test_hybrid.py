@@ -11,8 +11,9 @@ from nibble.engine.backends.cpp.decoder import CppDecoder
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest, RequestOutput
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import ScheduledRequest
 from nibble.kernels.cpu import library
 

@@ -11,8 +11,8 @@ from nibble.engine.backends.cpp.decoder import CppDecoder
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest, RequestOutput, TokenLogprobs
-from nibble.engine.request import SamplingParams
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.kernels.cpu import library
 
 from . import models

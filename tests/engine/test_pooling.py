@@ -22,7 +22,7 @@ from nibble.engine.pooling import (
     read_encoder_files,
     read_files,
 )
-from nibble.engine.request import ParameterError, SamplingParams
+from nibble.engine.sampling_params import ParameterError, SamplingParams
 from nibble.errors import CheckpointError, UnsupportedError
 from nibble.kernels.cpu import library
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from nibble.engine.request import (
+from nibble.engine.request import Request
+from nibble.engine.sampler import sample
+from nibble.engine.sampling_params import (
     MIN_REPETITION_PENALTY,
     MIN_TEMPERATURE,
     ParameterError,
-    Request,
     SamplingParams,
 )
-from nibble.engine.sampler import sample
 from nibble.engine.scheduling.batch import StepResult
 
 

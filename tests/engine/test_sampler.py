@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
 from nibble.engine.sampler import exponentials, sample
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import StepResult
 
 PROBS = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
@@ -112,6 +113,60 @@ def test_logit_bias_and_min_tokens() -> None:
     assert (
         one(LOGITS, request(temperature=0, min_tokens=1, max_tokens=2, eos=(0,), output=(3,))) == 0
     )
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    assert one(LOGITS, request(temperature=0, allowed_token_ids=(4, 3))) == 3
+    check_frequencies(draw(2000, allowed_token_ids=(1, 3)), np.array([0, 25, 0, 7, 0]) / 32)
+    biased = request(temperature=0, allowed_token_ids=(3, 4), logit_bias={4: 5.0})
+    assert one(LOGITS, biased) == 4
+
+
+def test_a_bad_word_is_not_completed() -> None:
+    bad = {"temperature": 0, "bad_words_token_ids": ((0,), (2, 1))}
+    assert one(LOGITS, request(**bad)) == 1
+    assert one(LOGITS, request(**bad, prompt=(2,))) == 1  # what the prompt says does not count
+    assert one(LOGITS, request(**bad, output=(2,))) == 2
+    assert one(LOGITS, request(**bad, output=(2, 4))) == 1
+
+
+def test_a_request_that_nothing_is_left_for_fails_alone() -> None:
+    stuck = request("s", temperature=0, allowed_token_ids=(2,), bad_words_token_ids=((2,),))
+    result = StepResult()
+    sample(LOGITS.repeat(2, 1), [stuck, request("r", temperature=0)], result)
+    assert result.tokens == {"r": [0]} and "leave no token" in result.errors["s"]
+
+
+def test_a_repetition_loses_its_next_token() -> None:
+    dry = {"temperature": 0, "dry_multiplier": 1.0, "dry_breaker_ids": ()}
+    assert one(LOGITS, request(prompt=(4, 3, 0), output=(1, 4, 3), **dry)) == 1
+    assert one(LOGITS, request(prompt=(4, 3, 0), output=(1, 2, 3), **dry)) == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "left"),
+    [
+        ({"top_n_sigma": 0.9}, [0, 1]),  # logits deviate by 1.03
+        ({"top_n_sigma": -1}, [0, 1, 2, 3, 4]),
+        ({"typical_p": 0.2}, [1]),  # entropy 1.26 nats: 0.25 has 1.39, 0.5 has 0.69
+        ({"typical_p": 0.5}, [0, 1]),
+        ({"typical_p": 0.2, "top_k": 1}, [0]),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.2}, [1, 2, 3, 4]),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.1}, [2, 3, 4]),
+        ({"xtc_probability": 1.0, "xtc_threshold": 0.1, "min_p": 0.4}, [1]),
+    ],
+)
+def test_rarer_filters_and_their_order(params: dict, left: list[int]) -> None:
+    cut = np.where(np.isin(np.arange(5), left), PROBS, 0)
+    check_frequencies(draw(2000, **params), cut / cut.sum())
+
+
+def test_top_choices_are_excluded_as_often_as_asked_and_the_race_stays_the_same() -> None:
+    excluding = {"xtc_probability": 0.3, "xtc_threshold": 0.2}
+    without = np.array([0, 0.25, 0.15, 0.07, 0.03])
+    check_frequencies(draw(6000, **excluding), 0.7 * PROBS + 0.3 * without / without.sum())
+    again = [one(LOGITS, request(seed=seed, **excluding)) for seed in range(40)]
+    assert again == [one(LOGITS, request(seed=seed, **excluding)) for seed in range(40)]
 
 
 def test_a_seed_fixes_the_token_in_any_company() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from nibble.engine import watchdog
 from nibble.engine.client import AsyncEngine
-from nibble.engine.request import SamplingParams
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.watchdog import cpu_seconds, until_stuck
 
 from .test_client import collect, with_engine

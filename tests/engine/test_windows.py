@@ -14,8 +14,9 @@ from nibble.engine.backends.kv_groups import group_windows, layer_groups
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import ScheduledRequest
 from nibble.engine.scheduling.kv_cache_manager import RELEASED
 from nibble.errors import UserError

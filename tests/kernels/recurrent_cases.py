@@ -11,7 +11,8 @@ from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.torch import delta_rule, state_space
 from nibble.engine.backends.torch.states import StateStep, carry, convolve
 from nibble.engine.backends.triton.states import upload_states
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import ScheduledRequest
 from nibble.kernels.recurrent.batch import StateBatch
 from nibble.kernels.recurrent.convolution import causal_conv

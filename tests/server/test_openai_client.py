@@ -435,7 +435,6 @@ def test_bad_field_is_named(client: openai.OpenAI, fields: dict, param: str) -> 
         ({"prompt": ""}, "prompt"),
         ({"prompt": [-1]}, "prompt.0"),
         ({"prompt": [264]}, "prompt"),
-        ({"best_of": 4}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
     ],

@@ -36,7 +36,15 @@ def document(url: str) -> dict:
 
 def schemathesis(folder: Path, schema: str, *args: str) -> None:
     """Fails with its report if it finds anything."""
-    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", schema]
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "--config-file",
+        str(CONFIG),
+        "run",
+        schema,
+    ]
     done = subprocess.run(
         [*command, "--mode", "all", "--seed", "1", "--request-timeout", "30", *args],
         capture_output=True,

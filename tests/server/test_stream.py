@@ -10,7 +10,7 @@ import pytest
 
 from nibble.engine.client import AsyncEngine
 from nibble.engine.messages import EngineStats, RequestOutput, StepOutputs
-from nibble.engine.request import SamplingParams
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.text.tokenizer import Tokenizer
 from nibble.server import errors, protocol, sse
 from nibble.server.generation import Generation

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...config import EngineConfig
 from ...request import Request
-from ...sampler import sample
+from ...sampler import is_filtered, sample
 from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
@@ -116,8 +116,9 @@ class TritonDecoder:
     def sample(
         self, logits: Tensor, requests: list[Request], result: StepResult
     ) -> StepResult | PendingStep:
-        """On the device whatever it can; a step with a request that wants log-probabilities is waited for."""
-        here = [row for row, request in enumerate(requests) if _wants_logprobs(request)]
+        """On the device whatever it can; a step with a request that wants log-probabilities, or filters that have no
+        kernel, is waited for."""
+        here = [row for row, request in enumerate(requests) if _is_sampled_here(request)]
         if not here:
             return self.sampler.launch(logits, requests, result)
         there = [row for row in range(len(requests)) if row not in here]
@@ -211,5 +212,7 @@ def _streams(
     return streams if layer.scalar is None else streams * layer.scalar
 
 
-def _wants_logprobs(request: Request) -> bool:
-    return request.params.logprobs is not None or request.params.prompt_logprobs is not None
+def _is_sampled_here(request: Request) -> bool:
+    params = request.params
+    wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    return wants_logprobs or is_filtered(request)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ....engine.request import MAX_INT
+from ....engine.sampling_params import MAX_INT
 from ... import errors, limits
 from ..chat import ChatRequest, ReasoningEffort, chat_request
 from ..fields import INTEGRAL, Ignored, OnlyEmptyList, OnlyFalse, OnlyNone, Schema

@@ -15,8 +15,9 @@ from nibble.engine.backends.torch import mixers
 from nibble.engine.backends.torch.attention import paged_attention
 from nibble.engine.backends.torch.latent_attention import latent_attention
 from nibble.engine.config import EngineConfig
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import ScheduledBatch, ScheduledRequest
 from nibble.errors import UserError
 from nibble.kernels.cpu import library

@@ -47,7 +47,8 @@ from nibble.engine.backends.runs import ChainedDecoder
 from nibble.engine.backends.torch.loader import TorchBackend
 from nibble.engine.backends.triton.loader import TritonBackend
 from nibble.engine.config import EngineConfig
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import StepResult
 from nibble.errors import UnsupportedError
 from nibble.quant.checkpoint import FolderCheckpoint

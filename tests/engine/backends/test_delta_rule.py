@@ -8,7 +8,8 @@ from nibble.engine.backends.batch import Batch
 from nibble.engine.backends.torch import state_space
 from nibble.engine.backends.torch.delta_rule import chunked, recurrent_step
 from nibble.engine.backends.torch.states import StateStep, convolve
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import ScheduledRequest
 
 HEADS, K, V = 3, 8, 5

@@ -33,8 +33,8 @@ from nibble.engine.backends.triton.loader import TritonBackend
 from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.messages import AddRequest
-from nibble.engine.request import SamplingParams
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import PendingStep
 from nibble.errors import UserError
 from nibble.kernels import device as machine

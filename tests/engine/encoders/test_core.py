@@ -9,7 +9,8 @@ from nibble.engine.config import EngineConfig
 from nibble.engine.encoders.core import EncoderCore
 from nibble.engine.messages import AddRequest, Ready
 from nibble.engine.pooling import Pooling
-from nibble.engine.request import FinishReason, SamplingParams
+from nibble.engine.request import FinishReason
+from nibble.engine.sampling_params import SamplingParams
 
 
 class FakeRunner:

@@ -18,7 +18,7 @@ from nibble.engine.encoders.linears import _finer
 from nibble.engine.encoders.runner import EncoderRunner
 from nibble.engine.messages import AddRequest
 from nibble.engine.pooling import Pooling
-from nibble.engine.request import SamplingParams
+from nibble.engine.sampling_params import SamplingParams
 from nibble.errors import CheckpointError, UnsupportedError, UserError
 from nibble.quant.weight import QuantizedWeight
 

@@ -15,8 +15,8 @@ from nibble.engine.config import EngineConfig
 from nibble.engine.core import EngineCore
 from nibble.engine.grammar.structured_outputs import StructuredOutputs
 from nibble.engine.messages import AddRequest
-from nibble.engine.request import SamplingParams
 from nibble.engine.runner import Runner
+from nibble.engine.sampling_params import SamplingParams
 
 from ..backends.test_triton_decoder import triton_runner
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.kv_cache_manager import RELEASED, KVCacheManager, KVGroup
 
 SIZE = 4

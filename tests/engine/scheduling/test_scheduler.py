@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.engine.messages import RequestOutput
-from nibble.engine.request import UNKNOWN, Request, SamplingParams, Status
+from nibble.engine.request import UNKNOWN, Request, Status
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.kv_cache_manager import KVCacheManager, KVGroup
 from nibble.engine.scheduling.scheduler import Scheduler
 
@@ -139,6 +140,30 @@ def test_first_come_first_served_under_max_num_seqs() -> None:
     assert [r.request_id for r in bench.scheduler.running] == ["a", "b"]
     bench.run()
     assert {name: bench.tokens(name) for name in "abc"} == {n: solo([ord(n)], 3) for n in "abc"}
+
+
+def test_the_least_priority_goes_first_and_equals_in_order_of_arrival() -> None:
+    bench = Bench(max_num_seqs=2)
+    for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5), ("f", -1)):
+        bench.add(name, [ord(name)], max_tokens=3, priority=priority)
+    order: list[str] = []
+    while bench.step():
+        order += [r.request_id for r in bench.scheduler.running if r.request_id not in order]
+    assert order == ["d", "f", "a", "c", "b", "e"]
+
+
+def test_nobody_is_preempted_for_one_that_waits_but_for_one_before_it_that_runs() -> None:
+    bench = Bench(num_blocks=6, caching=False)
+    bench.add("old", [1, 2, 3], max_tokens=12, priority=3)
+    bench.step()
+    for name in ("urgent", "other"):
+        bench.add(name, [7, 8, 9], max_tokens=12, priority=-3)
+    bench.step()
+    assert [r.request_id for r in bench.scheduler.running] == ["urgent", "other", "old"]
+    bench.run()
+    assert [bench.requests[name].num_preemptions > 0 for name in ("urgent", "old")] == [False, True]
+    assert bench.tokens("old") == solo([1, 2, 3], 12)
+    assert bench.tokens("urgent") == bench.tokens("other") == solo([7, 8, 9], 12)
 
 
 def test_preemption_takes_the_youngest_and_changes_no_token() -> None:
@@ -466,7 +491,7 @@ def test_prompt_logprobs_where_the_first_token_of_the_answer_makes_it_long(overl
 
 
 @st.composite
-def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]:
+def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool, int]]]:
     windowed = st.builds(KVGroup, st.integers(4, 24), st.integers(1, 12))
     options = {
         "num_blocks": draw(st.integers(6, 24)),
@@ -489,7 +514,8 @@ def workloads(draw) -> tuple[dict, list[tuple[int, list[int], int, bool, bool]]]
     prompt = st.lists(
         st.integers(0, 1), min_size=1, max_size=capacity - 1
     )  # two tokens: prefixes collide
-    request = st.tuples(st.integers(0, 8), prompt, st.integers(1, 12), st.booleans(), st.booleans())
+    length, priority = st.integers(1, 12), st.integers(-1, 1)
+    request = st.tuples(st.integers(0, 8), prompt, length, st.booleans(), st.booleans(), priority)
     return options, draw(st.lists(request, min_size=1, max_size=8))
 
 
@@ -499,16 +525,16 @@ def test_any_workload_gives_the_tokens_of_solo_runs(workload) -> None:
     options, arrivals = workload
     bench = Bench(**options)
     capacity = bench.scheduler.max_model_len
-    for i, (steps_before, prompt, max_tokens, leaves, scored) in enumerate(arrivals):
+    for i, (steps_before, prompt, max_tokens, leaves, scored, priority) in enumerate(arrivals):
         asked = {"logprobs": 0, "prompt_logprobs": 0} if scored else {}
-        bench.add(str(i), prompt, max_tokens=max_tokens, **asked)
+        bench.add(str(i), prompt, max_tokens=max_tokens, priority=priority, **asked)
         for _ in range(steps_before):
             bench.step()
         if leaves:
             bench.scheduler.abort(str(i))
             bench.scheduler.check_integrity()
     bench.run()
-    for i, (_, prompt, max_tokens, leaves, scored) in enumerate(arrivals):
+    for i, (_, prompt, max_tokens, leaves, scored, _) in enumerate(arrivals):
         expected = solo(prompt, min(max_tokens, capacity - len(prompt)))
         got = bench.tokens(str(i)) if str(i) in bench.outputs else []
         assert got == (expected[: len(got)] if leaves else expected)

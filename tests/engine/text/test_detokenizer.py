@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.engine.request import SamplingParams
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.text.detokenizer import Detokenizer
 from nibble.engine.text.tokenizer import Tokenizer
 

@@ -5,8 +5,9 @@ import torch
 from kernel_cases import DEVICE, on_device  # noqa: F401  (a fixture)
 from torch import Tensor
 
-from nibble.engine.request import Request, SamplingParams
+from nibble.engine.request import Request
 from nibble.engine.sampler import sample as engine_sample
+from nibble.engine.sampling_params import SamplingParams
 from nibble.engine.scheduling.batch import StepResult
 from nibble.kernels.errors import KernelArgumentError
 from nibble.kernels.sampling.sample import (
