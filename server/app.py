@@ -25,6 +25,7 @@ from .openai.answer import json_response
 from .openai.responses.endpoints import Responses
 from .protocol import PROBES_ONLY
 from .serving import Phase, Serving
+from .tgi import endpoints as tgi
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     app.add_exception_handler(sse.ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)  # before its body was whole
     _add_probes(app, serving)
-    for add in (_add_generating, _add_responses, _add_pooled, _add_others):
+    for add in (_add_generating, _add_responses, _add_tgi, _add_pooled, _add_others):
         add(app, serving)
     app.openapi = lambda: openapi.describe(app, serving, bool(api_keys))  # type: ignore[method-assign]
     return app
@@ -180,6 +181,28 @@ def _add_responses(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/responses/{response_id}/cancel")
     async def cancel_response(request: Request, response_id: str) -> Response:
         return await responses.cancel(request, response_id)
+
+
+def _add_tgi(app: FastAPI, serving: Serving) -> None:
+    @app.post("/")
+    async def generate_as_asked(request: Request) -> Response:
+        return await tgi.generate_as_asked(request, serving)
+
+    @app.post("/generate")
+    async def generate(request: Request) -> Response:
+        return await tgi.generate(request, serving)
+
+    @app.post("/generate_stream")
+    async def generate_stream(request: Request) -> Response:
+        return await tgi.generate_stream(request, serving)
+
+    @app.post("/chat_tokenize")
+    async def chat_tokenize(request: Request) -> Response:
+        return await tgi.chat_tokenize(request, serving)
+
+    @app.get("/info")
+    async def info() -> Response:
+        return tgi.info(serving)
 
 
 def _add_pooled(app: FastAPI, serving: Serving) -> None:

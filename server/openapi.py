@@ -20,6 +20,7 @@ from .openai.fields import PROMPT_TEXT, TOKEN_ID
 from .openai.responses.schema import ResponsesRequest
 from .openapi_answers import answers, ref
 from .serving import Serving
+from .tgi.schema import GenerateRequest
 
 JsonSchema = dict[str, Any]
 
@@ -32,10 +33,19 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/embeddings": embeddings.EmbeddingRequest,
     **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank.RerankRequest),
     **dict.fromkeys(("/score", "/v1/score"), score.ScoreRequest),
+    **dict.fromkeys(("/", "/generate", "/generate_stream"), GenerateRequest),
+    "/chat_tokenize": chat.ChatRequest,
     "/tokenize": tokenize.TokenizeRequest,
     "/detokenize": tokenize.DetokenizeRequest,
 }
-_STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_STREAMS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/",
+    "/generate_stream",
+)
 _COMPUTED = tuple(path for path in _BODIES if "token" not in path)  # by the engine
 _ANSWERS = {
     "/v1/chat/completions": "ChatCompletion",
@@ -46,6 +56,10 @@ _ANSWERS = {
     "/v1/responses/{response_id}/cancel": "Response",
     "/v1/messages": "Message",
     "/v1/messages/count_tokens": "TokenCount",
+    "/": "GenerationList",
+    "/generate": "Generation",
+    "/chat_tokenize": "ChatTokens",
+    "/info": "Info",
     "/v1/embeddings": "Embeddings",
     **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "Ranking"),
     **dict.fromkeys(("/score", "/v1/score"), "Scores"),
@@ -62,7 +76,10 @@ _BY_ID = (
     "/v1/responses/{response_id}/input_items",
     "/v1/responses/{response_id}/cancel",
 )
-_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+_ERROR_FORMS = {  # of those paths whose errors are not OpenAI's
+    **dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), "MessageError"),
+    **dict.fromkeys(("/", "/generate", "/generate_stream", "/chat_tokenize"), "GenerationError"),
+}
 _EVENT: JsonSchema = {  # each event of a stream
     "type": "object",
     "properties": {
@@ -113,6 +130,8 @@ def describe(app: FastAPI, serving: Serving, secured: bool) -> JsonSchema:
 def _responses(path: str, method: str) -> JsonSchema:
     if path == "/metrics":
         answer: JsonSchema = {metrics.CONTENT_TYPE: {"schema": {"type": "string"}}}
+    elif path == "/generate_stream":
+        answer = {}
     else:
         name = "Deleted" if method == "delete" else _ANSWERS[path]
         answer = {"application/json": {"schema": ref(name)}}
@@ -121,7 +140,7 @@ def _responses(path: str, method: str) -> JsonSchema:
     statuses = [*_OF_ALL, *(_OF_BODIES if path in _BODIES else ())]
     if path in _BY_ID:
         statuses.append(404)
-    error = "MessageError" if path in _ANTHROPIC else "Error"
+    error = _ERROR_FORMS.get(path, "Error")
     if path in _COMPUTED:
         statuses.append(500)
     return {"200": _response("The answer", answer)} | {

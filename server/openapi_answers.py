@@ -9,6 +9,11 @@ _TEXT: JsonSchema = {"type": "string"}
 _NUMBER: JsonSchema = {"type": "number"}
 _COUNT: JsonSchema = {"type": "integer", "minimum": 0}
 _NULL: JsonSchema = {"type": "null"}
+_RANKED: JsonSchema = {
+    "type": "object",
+    "properties": {"logprob": _NUMBER, "rank": _COUNT, "decoded_token": _TEXT},
+    "required": ["logprob", "rank", "decoded_token"],
+}
 
 
 def answers() -> JsonSchema:
@@ -16,6 +21,7 @@ def answers() -> JsonSchema:
         _generated()
         | _pooled()
         | _conversations()
+        | _generations()
         | {
             "Error": _object(
                 error=_object(
@@ -84,6 +90,22 @@ def _conversations() -> JsonSchema:
     }
 
 
+def _generations() -> JsonSchema:
+    """What TGI's endpoints answer."""
+    generation = _open(generated_text=_TEXT)
+    token = _object(id=_COUNT, text=_TEXT, start=_COUNT, stop=_COUNT)
+    return {
+        "Generation": generation,
+        "GenerationList": _list(ref("Generation")),
+        "GenerationError": _object(
+            error=_TEXT | {"minLength": 1},
+            error_type={"enum": ["validation", "generation", "overloaded"]},
+        ),
+        "ChatTokens": _object(tokenize_response=_list(token), templated_text=_TEXT),
+        "Info": _open(model_id=_TEXT, max_input_tokens=_COUNT, max_total_tokens=_COUNT),
+    }
+
+
 def _generated() -> JsonSchema:
     """What the two generating endpoints answer when they do not stream."""
     token = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_COUNT)}
@@ -144,7 +166,9 @@ def _completion(prefix: str, kind: str, logprobs: JsonSchema, **content: JsonSch
         logprobs=_or_null(logprobs),
         finish_reason={"enum": ["stop", "length", "tool_calls"]},
     )
-    return _object(
+    prompt_logprobs = _list(_or_null({"type": "object", "additionalProperties": _RANKED}))
+    choice["properties"]["prompt_logprobs"] = prompt_logprobs
+    completion = _object(
         id=_TEXT | {"pattern": f"^{prefix}"},
         object={"const": kind},
         model=_TEXT,
@@ -152,6 +176,8 @@ def _completion(prefix: str, kind: str, logprobs: JsonSchema, **content: JsonSch
         choices=_list(choice),
         usage=ref("Usage"),
     )
+    completion["properties"]["prompt_logprobs"] = prompt_logprobs
+    return completion
 
 
 def _object(**properties: JsonSchema) -> JsonSchema:

@@ -108,18 +108,26 @@ async def create(request: Request, serving: Serving) -> Response:
     serving.check_ready()
     body = await limits.parse_body(request, CompletionRequest)
     serving.check_model(body.model)
-    serving.check_task("generate")
-    n = body.num_samples
-    given = listed(body.prompt)
-    check_size(len(given) * n, 1, "prompt")
-    prompts = await _token_ids(body, given, serving)
-    params = _params(body, serving, max(map(len, prompts)), await wanted(body, serving))
-    params = await for_engine(params, serving)
-    check_size(len(prompts) * n, params.max_tokens)
+    prompts, params = await prepare(body, serving)
     answer = CompletionAnswer(body, serving, prompts)
     if body.max_tokens == 0 and params.prompt_logprobs is None:
         return answer.echo_alone()
-    return await run(request, serving, answer, prompts, params, n, body.cache_salt, arrival)
+    n, salt = body.num_samples, body.cache_salt
+    return await run(request, serving, answer, prompts, params, n, salt, arrival)
+
+
+async def prepare(
+    body: CompletionRequest, serving: Serving
+) -> tuple[list[list[int]], SamplingParams]:
+    """The prompts' tokens, and how to go on. ApiError 400 for what cannot be served."""
+    serving.check_task("generate")
+    given = listed(body.prompt)
+    check_size(len(given) * body.num_samples, 1, "prompt")
+    prompts = await _token_ids(body, given, serving)
+    params = _params(body, serving, max(map(len, prompts)), await wanted(body, serving))
+    params = await for_engine(params, serving)
+    check_size(len(prompts) * body.num_samples, params.max_tokens)
+    return prompts, params
 
 
 async def _token_ids(body: CompletionRequest, given: Listed, serving: Serving) -> list[list[int]]:
@@ -200,7 +208,7 @@ class CompletionAnswer(Answer):
         if self.num_samples > self.n:
             of_each = range(0, len(deltas), self.num_samples)
             groups = (deltas[i : i + self.num_samples] for i in of_each)
-            deltas = [best for group in groups for best in _most_probable(group, self.n)]
+            deltas = [best for group in groups for best in most_probable(group, self.n)]
         return [self.choice(delta) | {"index": i} for i, delta in enumerate(deltas)]
 
     def choice(self, whole: Delta) -> dict[str, Any]:
@@ -300,7 +308,7 @@ class CompletionAnswer(Answer):
         return text, completion_logprobs(self.tokenizer, shown, ids, offsets, self.top_n)
 
 
-def _most_probable(samples: list[Delta], n: int) -> list[Delta]:
+def most_probable(samples: list[Delta], n: int) -> list[Delta]:
     """Those of a prompt's samples whose tokens have the greatest log-probabilities, on average."""
 
     def mean(delta: Delta) -> float:

@@ -1,0 +1,1 @@
+"""TGI's API, for clients that were written for text-generation-inference: plain texts, token by token."""
