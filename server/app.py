@@ -20,6 +20,7 @@ from .anthropic import messages
 from .auth import OPEN_PATHS, AuthMiddleware
 from .keys import ApiKey
 from .memory import TrimMiddleware
+from .ollama import endpoints as ollama
 from .openai import chat, completions, embeddings, models, tokenize
 from .openai.answer import json_response
 from .openai.responses.endpoints import Responses
@@ -105,7 +106,7 @@ def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     app.add_exception_handler(sse.ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)  # before its body was whole
     _add_probes(app, serving)
-    for add in (_add_generating, _add_responses, _add_tgi, _add_pooled, _add_others):
+    for add in (_add_generating, _add_responses, _add_tgi, _add_ollama, _add_pooled, _add_others):
         add(app, serving)
     app.openapi = lambda: openapi.describe(app, serving, bool(api_keys))  # type: ignore[method-assign]
     return app
@@ -203,6 +204,32 @@ def _add_tgi(app: FastAPI, serving: Serving) -> None:
     @app.get("/info")
     async def info() -> Response:
         return tgi.info(serving)
+
+
+def _add_ollama(app: FastAPI, serving: Serving) -> None:
+    @app.post("/api/chat")
+    async def chat_in_lines(request: Request) -> Response:
+        return await ollama.create_chat(request, serving)
+
+    @app.post("/api/generate")
+    async def generate_in_lines(request: Request) -> Response:
+        return await ollama.generate(request, serving)
+
+    @app.post("/api/show")
+    async def show_model(request: Request) -> Response:
+        return await ollama.show(request, serving)
+
+    @app.get("/api/tags")
+    async def list_tags() -> Response:
+        return ollama.tags(serving)
+
+    @app.get("/api/ps")
+    async def list_running() -> Response:
+        return ollama.running(serving)
+
+    @app.get("/api/version")
+    async def api_version() -> Response:
+        return ollama.version()
 
 
 def _add_pooled(app: FastAPI, serving: Serving) -> None:

@@ -15,6 +15,7 @@ from ..engine.sampling_params import MAX_INT
 from . import metrics, rerank, score
 from .anthropic.schema import CountRequest, MessagesRequest
 from .auth import OPEN_PATHS
+from .ollama.schema import ChatBody, GenerateBody, ShowBody
 from .openai import chat, completions, embeddings, tokenize
 from .openai.fields import PROMPT_TEXT, TOKEN_ID
 from .openai.responses.schema import ResponsesRequest
@@ -35,6 +36,9 @@ _BODIES: dict[str, type[BaseModel]] = {
     **dict.fromkeys(("/score", "/v1/score"), score.ScoreRequest),
     **dict.fromkeys(("/", "/generate", "/generate_stream"), GenerateRequest),
     "/chat_tokenize": chat.ChatRequest,
+    "/api/chat": ChatBody,
+    "/api/generate": GenerateBody,
+    "/api/show": ShowBody,
     "/tokenize": tokenize.TokenizeRequest,
     "/detokenize": tokenize.DetokenizeRequest,
 }
@@ -60,6 +64,10 @@ _ANSWERS = {
     "/generate": "Generation",
     "/chat_tokenize": "ChatTokens",
     "/info": "Info",
+    **dict.fromkeys(("/api/chat", "/api/generate"), "Line"),
+    "/api/show": "ModelDetails",
+    **dict.fromkeys(("/api/tags", "/api/ps"), "Tags"),
+    "/api/version": "Version",
     "/v1/embeddings": "Embeddings",
     **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), "Ranking"),
     **dict.fromkeys(("/score", "/v1/score"), "Scores"),
@@ -79,6 +87,7 @@ _BY_ID = (
 _ERROR_FORMS = {  # of those paths whose errors are not OpenAI's
     **dict.fromkeys(("/v1/messages", "/v1/messages/count_tokens"), "MessageError"),
     **dict.fromkeys(("/", "/generate", "/generate_stream", "/chat_tokenize"), "GenerationError"),
+    **dict.fromkeys(("/api/chat", "/api/generate", "/api/show"), "LineError"),
 }
 _EVENT: JsonSchema = {  # each event of a stream
     "type": "object",
@@ -135,6 +144,8 @@ def _responses(path: str, method: str) -> JsonSchema:
     else:
         name = "Deleted" if method == "delete" else _ANSWERS[path]
         answer = {"application/json": {"schema": ref(name)}}
+    if path in ("/api/chat", "/api/generate"):
+        answer["application/x-ndjson"] = {"schema": ref("Line")}
     if path in _STREAMS:
         answer["text/event-stream"] = {"schema": _EVENT}
     statuses = [*_OF_ALL, *(_OF_BODIES if path in _BODIES else ())]

@@ -22,6 +22,7 @@ def answers() -> JsonSchema:
         | _pooled()
         | _conversations()
         | _generations()
+        | _lines()
         | {
             "Error": _object(
                 error=_object(
@@ -87,6 +88,21 @@ def _conversations() -> JsonSchema:
             type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT | {"minLength": 1})
         ),
         "TokenCount": _object(input_tokens=_COUNT),
+    }
+
+
+def _lines() -> JsonSchema:
+    """What Ollama's endpoints answer."""
+    line = _open(model=_TEXT, created_at=_TEXT, done={"type": "boolean"})
+    line["properties"] |= {
+        "message": _open(role={"const": "assistant"}, content=_TEXT),
+        "response": _TEXT,
+    }
+    return {
+        "Line": line,
+        "LineError": _object(error=_TEXT | {"minLength": 1}),
+        "ModelDetails": _open(capabilities=_list(_TEXT), details=_open(quantization_level=_TEXT)),
+        "Tags": _object(models=_list(_open(name=_TEXT, model=_TEXT, size=_COUNT))),
     }
 
 

@@ -1,9 +1,9 @@
-"""Server-sent events.
+"""Server-sent events, and streams of other forms.
 
     source -> push(bytes) -> the connection     in the caller's own call, while the reader keeps up
                           -> pending -> send     through this response's task, once it does not
     receive() == http.disconnect                 closes the source: the engine requests are aborted within a step
-    15 s of silence                              ": ping" keeps proxies from closing
+    15 s of silence                              ": ping" (or what the form has) keeps proxies from closing
     30 s blocked in one send                     the reader is too slow and is cut (protocol.CUT)
 
 Hot path: bytes already joined and, where the server offers it (protocol.DIRECT_WRITE), no ASGI message and no task.
@@ -59,12 +59,17 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
 class EventStream(Response):
     """Sends what `source` pushes. `on_close(disconnected)` runs exactly once, however it ends."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, source: Source, on_close: Callable[[bool], None]):
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    def __init__(
+        self,
+        source: Source,
+        on_close: Callable[[bool], None],
+        media_type: str = "text/event-stream",
+        ping: bytes = PING,
+    ):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
         del self.headers["content-length"]
-        self.source, self.on_close = source, on_close
+        self.source, self.on_close, self.ping = source, on_close, ping
         self.write: Callable[[bytes], bool] = _nowhere
         self.pending: list[bytes] = []  # what could not be written at once
         self.sending = False
@@ -119,7 +124,7 @@ class EventStream(Response):
                     await self.wake.wait()
             except TimeoutError:
                 if self.silent and not self.pending:
-                    self.pending.append(PING)
+                    self.pending.append(self.ping)
                 self.silent = True
         return False
 

@@ -40,11 +40,16 @@ class ChatOutput:
         self._with_tools = OutputFormat(tool, reasoning)
         self._without = OutputFormat(None, reasoning)
 
+    @property
+    def thinks(self) -> bool:
+        """Whether its answers may hold reasoning."""
+        return self._without.reasoning is not None
+
     def format_of(self, with_tools: bool) -> OutputFormat | None:
         """What an answer is parsed with; None where all of it is content."""
         if with_tools:
             return self._with_tools
-        return self._without if self._without.reasoning else None
+        return self._without if self.thinks else None
 
     def kept_ids(self, form: OutputFormat) -> frozenset[int]:
         """The control tokens that must stay in the text for a format's parser to see them."""

@@ -39,6 +39,8 @@ class Answer:
     id_prefix: str
     object: str
     chunk_object: str
+    media_type = "text/event-stream"  # of a stream
+    ping = sse.PING  # what a stream may say when there is nothing to say
 
     def __init__(self, body: AnswerBody, model: str):
         self.body, self.model = body, model

@@ -46,7 +46,10 @@ async def run(
         if answer.body.stream:
             streamed = True
             return sse.EventStream(
-                StreamedAnswer(answer, generation), _release_later(serving, sequences)
+                StreamedAnswer(answer, generation),
+                _release_later(serving, sequences),
+                answer.media_type,
+                answer.ping,
             )
         try:
             deltas = await sse.until_disconnect(request.receive, collect(generation))

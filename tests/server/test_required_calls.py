@@ -89,7 +89,7 @@ def asked(client: openai.OpenAI, seed: int) -> str:
     )
     (choice,) = answer.choices
     if choice.finish_reason != "tool_calls":
-        return f"ends by {choice.finish_reason}"
+        return f"ends by {choice.finish_reason}: {choice.message!r:.2000}"
     (call,) = choice.message.tool_calls
     if call.function.name not in {tool["function"]["name"] for tool in few}:
         return f"calls {call.function.name}"

@@ -24,6 +24,18 @@ _WHITE_SPACE = {"x-guidance": {"whitespace_pattern": "[ \\n]{0,12}"}}
 _PARAMETER_KEYWORDS = frozenset(
     ("type", "properties", "required", "additionalProperties", *DEFINITIONS)
 )
+# what says of properties beside "properties"
+_MORE_PROPERTIES = frozenset(
+    [
+        "additionalProperties",
+        "patternProperties",
+        "unevaluatedProperties",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "$ref",
+    ]
+)
 _NOTES = frozenset(
     [
         "title",
@@ -125,7 +137,12 @@ def repeated(call: str, between: str, parallel: bool) -> str:
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    return {"type": "object", **tool.parameters}
+    """Of a call's arguments. Where the tool does not say otherwise they are those that it names and no others: a
+    function takes no more, and small models make up much."""
+    schema = {"type": "object", **tool.parameters}
+    if "properties" in schema and not schema.keys() & _MORE_PROPERTIES:
+        schema["additionalProperties"] = False
+    return schema
 
 
 def json_call(lark: Lark, tool: Tool, key: str = "arguments") -> str:

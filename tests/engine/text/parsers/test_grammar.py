@@ -371,3 +371,21 @@ def test_a_file_is_written_as_it_is() -> None:
     assert not takes(
         matcher(case, False, TOOLS), case.text.replace("print(", "</parameter>("), False
     )
+
+
+@pytest.mark.parametrize(
+    ("says", "others"),
+    [
+        ({}, False),
+        ({"additionalProperties": True}, True),
+        ({"additionalProperties": {"type": "integer"}}, True),
+        ({"allOf": [{"properties": {"b": {"type": "integer"}}}]}, True),
+    ],
+)
+def test_a_call_has_no_arguments_that_the_tool_does_not_name(says: dict, others: bool) -> None:
+    case = next(case for case in STRICT if case.tool == "hermes" and case.calls and not case.tail)
+    tool = Tool("f", {"type": "object", "properties": {"a": {"type": "string"}}, **says})
+    call = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
+    for special in (True, False):
+        for arguments, wanted in (('{"a": "x"}', True), ('{"a": "x", "b": 1}', others)):
+            assert takes(matcher(case, special, [tool]), call.format(arguments), special) == wanted
