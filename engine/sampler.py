@@ -24,11 +24,10 @@ from . import dry, filters
 from .grammar import masking
 from .messages import TokenLogprobs
 from .request import Request
-from .sampling_params import SamplingParams
+from .sampling_params import NOTHING_LEFT, SamplingParams
 from .scheduling.batch import StepResult
 
 NOT_FINITE = "the model produced logits that are not numbers for this request"
-NOTHING_LEFT = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token"
 _XTC = -1  # stands for a token's id in the hash that XTC draws its number from
 _FIRST_CANDIDATES = 256
 

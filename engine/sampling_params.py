@@ -14,6 +14,8 @@ from .pooling import Pooling
 MAX_INT = 2**31 - 1  # of a count: it fits the int32 of a kernel
 # Divisors of logits in float32: what is below would make infinities of them, then NaN.
 MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 0.01
+# The error of a request whose own parameters stop it, perhaps in the middle of its answer
+NOTHING_LEFT = "allowed_token_ids, bad_words, min_tokens and the grammar together leave no token"
 DRY_SEQUENCE_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
 _MAX_QUOTED = 200  # characters of a value that an error repeats
 TokenSequences = tuple[tuple[int, ...], ...]

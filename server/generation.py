@@ -16,7 +16,7 @@ import msgspec
 from ..engine.client import EngineDeadError, child_params
 from ..engine.messages import RequestOutput, TokenLogprobs
 from ..engine.request import FinishReason
-from ..engine.sampling_params import SamplingParams
+from ..engine.sampling_params import NOTHING_LEFT, SamplingParams
 from ..engine.text.detokenizer import Detokenizer
 from ..engine.text.tokenizer import Tokenizer
 from . import errors
@@ -188,6 +188,8 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, object]:
 def _next_delta(sequence: Sequence, output: RequestOutput) -> Delta:
     """Take in one engine output. The sequence ends when the engine says so or a stop string is found."""
     detokenizer, reason = sequence.detokenizer, output.finish_reason
+    if reason == FinishReason.ERROR and output.error == NOTHING_LEFT:
+        raise errors.bad_request(NOTHING_LEFT, "allowed_token_ids")
     if reason == FinishReason.ERROR:
         raise errors.internal(output.error or "The engine failed on this request.")
     if reason == FinishReason.ABORT:

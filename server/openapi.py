@@ -21,7 +21,7 @@ from .openai.fields import PROMPT_TEXT, TOKEN_ID
 from .openai.responses.schema import ResponsesRequest
 from .openapi_answers import answers, ref
 from .serving import Serving
-from .tgi.schema import GenerateRequest
+from .tgi.schema import EitherRequest, GenerateRequest, StreamedRequest
 
 JsonSchema = dict[str, Any]
 
@@ -34,7 +34,9 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/embeddings": embeddings.EmbeddingRequest,
     **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank.RerankRequest),
     **dict.fromkeys(("/score", "/v1/score"), score.ScoreRequest),
-    **dict.fromkeys(("/", "/generate", "/generate_stream"), GenerateRequest),
+    "/": EitherRequest,
+    "/generate": GenerateRequest,
+    "/generate_stream": StreamedRequest,
     "/chat_tokenize": chat.ChatRequest,
     "/api/chat": ChatBody,
     "/api/generate": GenerateBody,

@@ -51,7 +51,7 @@ async def generate(request: Request, serving: Serving) -> Response:
         if not body.raw:
             return await _chat(request, serving, body.chat(), arrival, False)
         asked = body.completion()
-        prompts, params = await completions.prepare(asked, serving)
+        prompts, params = await completions.prepare(asked, serving, None)
         answer = LinesAnswer(asked, body.model, None, False)
         return await run(request, serving, answer, prompts, params, 1, None, arrival)
     except errors.ApiError as error:

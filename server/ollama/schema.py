@@ -158,7 +158,6 @@ class GenerateBody(AnswerForm):
         fields = self.asked.fields() | self.form_fields()
         fields.pop("chat_template_kwargs", None)
         fields.pop("reasoning_effort", None)
-        fields.setdefault("max_tokens", None)
         fields |= {"model": self.model, "stream": self.stream, "prompt": self.prompt}
         try:
             return CompletionRequest.model_validate(fields)

@@ -50,11 +50,22 @@ Prompt = Annotated[
 ]
 
 
+# What best_of needs, as far as a schema can say it
+_FREE_OF_RANKING: dict[str, Any] = {
+    "properties": {
+        "n": {"enum": [1, None]},
+        "stream": {"enum": [False, None]},
+        "max_tokens": {"anyOf": [{"type": "null"}, {"minimum": 1}]},
+    }
+}
+
+
 class CompletionRequest(SamplingFields):
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
                 STREAM_OPTIONS_NEED_STREAM,
+                {"anyOf": [{"properties": {"best_of": {"type": "null"}}}, _FREE_OF_RANKING]},
                 excludes(
                     "max_tokens", unless={"echo": True}, anyOf=[{"type": "null"}, {"minimum": 1}]
                 ),
@@ -67,10 +78,7 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS
     # Of so many samples the n whose tokens are the most probable, on average; at least n, which a schema cannot say
-    best_of: (
-        Annotated[int, Field(ge=1, le=limits.MAX_N, json_schema_extra={"maximum": 1}), INTEGRAL]
-        | None
-    ) = None
+    best_of: Annotated[int, Field(ge=1, le=limits.MAX_N), INTEGRAL] | None = None
     # Not supported
     suffix: Literal[""] | None = None
 
@@ -117,14 +125,16 @@ async def create(request: Request, serving: Serving) -> Response:
 
 
 async def prepare(
-    body: CompletionRequest, serving: Serving
+    body: CompletionRequest, serving: Serving, max_tokens: int | None = DEFAULT_MAX_TOKENS
 ) -> tuple[list[list[int]], SamplingParams]:
-    """The prompts' tokens, and how to go on. ApiError 400 for what cannot be served."""
+    """The prompts' tokens, and how to go on. max_tokens: where the request does not say; None: what there is room for.
+    ApiError 400 for what cannot be served."""
     serving.check_task("generate")
     given = listed(body.prompt)
     check_size(len(given) * body.num_samples, 1, "prompt")
     prompts = await _token_ids(body, given, serving)
-    params = _params(body, serving, max(map(len, prompts)), await wanted(body, serving))
+    room = _room(body, serving, max(map(len, prompts)), max_tokens)
+    params = _params(body, serving, room, await wanted(body, serving))
     params = await for_engine(params, serving)
     check_size(len(prompts) * body.num_samples, params.max_tokens)
     return prompts, params
@@ -159,19 +169,23 @@ async def _token_ids(body: CompletionRequest, given: Listed, serving: Serving) -
     return [shortened(prompt, body.truncate_prompt_tokens, limit, max_tokens) for prompt in prompts]
 
 
+def _room(
+    body: CompletionRequest, serving: Serving, prompt_tokens: int, default: int | None
+) -> int:
+    asked = body.max_tokens if body.max_tokens is None else max(1, body.max_tokens)
+    limit = serving.engine.ready.max_model_len
+    return completion_room(limit, prompt_tokens, asked, default, "prompt")
+
+
 def _params(
     body: CompletionRequest,
     serving: Serving,
-    prompt_tokens: int,
+    max_tokens: int,
     structured_outputs: StructuredOutputs | None,
 ) -> SamplingParams:
-    ready = serving.engine.ready
-    asked = body.max_tokens if body.max_tokens is None else max(1, body.max_tokens)
-    max_tokens = completion_room(
-        ready.max_model_len, prompt_tokens, asked, DEFAULT_MAX_TOKENS, "prompt"
-    )
     logprobs = 0 if body.is_ranked and body.logprobs is None else body.logprobs
-    params = body.sampling_params(ready.vocab_size, max_tokens, logprobs, structured_outputs)
+    vocab_size = serving.engine.ready.vocab_size
+    params = body.sampling_params(vocab_size, max_tokens, logprobs, structured_outputs)
     if body.echo and body.logprobs is not None:
         most = max(body.logprobs, body.prompt_logprobs or 0)
         params = msgspec.structs.replace(params, prompt_logprobs=most)

@@ -86,7 +86,10 @@ class SamplingFields(StructuredFields):
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT), INTEGRAL] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS), INTEGRAL] | None = None
     # Keep the prompt's last tokens only: so many, or with -1 as many as there is room for
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT), INTEGRAL] | None = None
+    truncate_prompt_tokens: (
+        Annotated[int, Field(ge=-1, le=MAX_INT, json_schema_extra={"not": {"const": 0}}), INTEGRAL]
+        | None
+    ) = None
     # What the answer's id ends with
     request_id: (
         Annotated[str, Field(pattern=r"^[!-~]+$", max_length=limits.MAX_REQUEST_ID_CHARS)] | None
@@ -214,13 +217,13 @@ def longest_prompt(limit: int, kept: int | None) -> int:
 
 
 def shortened(token_ids: list[int], kept: int | None, limit: int, max_tokens: int) -> list[int]:
-    """The last of a prompt's tokens that truncate_prompt_tokens keeps; -1: all that leave room for max_tokens.
-    ApiError 400 if it is more than `limit`, the context."""
+    """The last of a prompt's tokens that truncate_prompt_tokens keeps; -1: all that leave room for max_tokens in
+    `limit`, the context."""
     if kept is None:
         return token_ids
-    if kept == 0 or kept > limit:
+    if kept == 0:
         raise errors.bad_request(
-            f"truncate_prompt_tokens must be between 1 and {limit}, or -1 for what there is room for",
+            "truncate_prompt_tokens must be at least 1, or -1 for what there is room for",
             "truncate_prompt_tokens",
         )
     return token_ids[-(kept if kept > 0 else max(1, limit - max_tokens)) :]

@@ -16,35 +16,36 @@ from ..openai.stream import run
 from ..serving import Serving
 from .answer import GenerationAnswer
 from .errors import response
-from .schema import GenerateRequest
+from .schema import DEFAULT_MAX_NEW_TOKENS, EitherRequest, GenerateRequest, StreamedRequest
 
 
 async def generate(request: Request, serving: Serving) -> Response:
     """One object."""
-    return await _answered(request, serving, False, False)
+    return await _answered(request, serving, GenerateRequest, False)
 
 
 async def generate_stream(request: Request, serving: Serving) -> Response:
     """An event for each token."""
-    return await _answered(request, serving, True, False)
+    return await _answered(request, serving, StreamedRequest, True)
 
 
 async def generate_as_asked(request: Request, serving: Serving) -> Response:
     """POST /: either, as the body's `stream` says; one object in a list."""
-    return await _answered(request, serving, None, True)
+    return await _answered(request, serving, EitherRequest, None)
 
 
 async def _answered(
-    request: Request, serving: Serving, stream: bool | None, listed: bool
+    request: Request, serving: Serving, schema: type[GenerateRequest], streams: bool | None
 ) -> Response:
+    """streams: None where the body says; what is not streamed then comes in a list."""
     arrival = time.perf_counter()
     try:
         serving.check_ready()
-        asked = await limits.parse_body(request, GenerateRequest)
-        streams = bool(asked.stream) if stream is None else stream
-        body = asked.completion(serving.model_names[0], streams)
-        prompts, params = await completions.prepare(body, serving)
-        answer = GenerationAnswer(asked, body, serving.tokenizer, listed)
+        asked = await limits.parse_body(request, schema)
+        stream = bool(asked.stream) if streams is None else streams
+        body = asked.completion(serving.model_names[0], stream)
+        prompts, params = await completions.prepare(body, serving, DEFAULT_MAX_NEW_TOKENS)
+        answer = GenerationAnswer(asked, body, serving.tokenizer, streams is None)
         return await run(request, serving, answer, prompts, params, body.num_samples, None, arrival)
     except errors.ApiError as error:
         return response(error)

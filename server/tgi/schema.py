@@ -7,7 +7,7 @@ Where no field asks for sampling the answer is greedy, as TGI has it. Format: TG
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from ...engine.sampling_params import MAX_INT
 from .. import errors, limits
@@ -16,7 +16,7 @@ from ..openai.fields import INTEGRAL, PROMPT_TEXT, OnlyFalse, OnlyNone, Schema, 
 
 Text = Annotated[str, Field(min_length=1, json_schema_extra={PROMPT_TEXT: True})]
 Whole = Annotated[int, Field(ge=0, le=MAX_INT), INTEGRAL]
-_DEFAULT_MAX_NEW_TOKENS = 100
+DEFAULT_MAX_NEW_TOKENS = 100
 _SAME = ("temperature", "top_p", "top_k", "typical_p", "repetition_penalty", "frequency_penalty")
 
 
@@ -83,10 +83,16 @@ class GenerateParameters(Schema):
         return {"guided_json": schema.json_schema if isinstance(schema, NamedSchema) else schema}
 
 
+_ONE_SAMPLE: dict[str, Any] = {
+    "properties": {"parameters": {"properties": {"best_of": {"enum": [None, 1]}}}}
+}
+_NOT_STREAMED: dict[str, Any] = {"properties": {"stream": {"enum": [False, None]}}}
+
+
 class GenerateRequest(Schema):
     inputs: Text
     parameters: GenerateParameters = GenerateParameters()
-    stream: bool | None = None  # of POST /
+    stream: bool | None = None  # of POST / alone
 
     def completion(self, model: str, stream: bool) -> CompletionRequest:
         """The completion request that it comes to. ApiError 400 if that is none."""
@@ -96,7 +102,7 @@ class GenerateRequest(Schema):
             "model": model,
             "prompt": self.inputs,
             "stream": stream,
-            "max_tokens": asked.max_new_tokens or _DEFAULT_MAX_NEW_TOKENS,
+            "max_tokens": asked.max_new_tokens,
             "seed": None if asked.seed is None else asked.seed & (2**63 - 1),
             "stop": asked.stop,
             "truncate_prompt_tokens": asked.truncate,
@@ -110,3 +116,15 @@ class GenerateRequest(Schema):
             return CompletionRequest.model_validate(fields | asked.structured())
         except ValidationError as error:
             raise errors.from_validation(error) from None
+
+
+class StreamedRequest(GenerateRequest):
+    """Of POST /generate_stream."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [_ONE_SAMPLE]})
+
+
+class EitherRequest(GenerateRequest):
+    """Of POST /."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [_ONE_SAMPLE, _NOT_STREAMED]})
