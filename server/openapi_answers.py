@@ -188,6 +188,7 @@ def _completion(prefix: str, kind: str, logprobs: JsonSchema, **content: JsonSch
         id=_TEXT | {"pattern": f"^{prefix}"},
         object={"const": kind},
         model=_TEXT,
+        system_fingerprint=_TEXT,
         created=_COUNT,
         choices=_list(choice),
         usage=ref("Usage"),

@@ -150,7 +150,8 @@ class Serving:
             )
 
     def check_model(self, model: str) -> None:
-        if model not in self.model_names:
+        """ApiError 404 for a name that is not the model's. `tgi` is any server's: TGI's clients send it."""
+        if model not in self.model_names and model != "tgi":
             raise errors.model_not_found(model)
 
 

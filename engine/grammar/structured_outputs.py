@@ -6,14 +6,17 @@
                     |
     {"grammars": [...]}     llguidance's own form, a text: what the engine compiles, and caches by
 
-JSON is written with at most one space or one line break (and its indentation) between its parts, as llama.cpp has it: a
-model that likes whitespace cannot fill its context with it.
+Objects have the properties that a schema names (closed_schema.py). JSON is written with at most one space or one line
+break (and its indentation) between its parts, as llama.cpp has it: a model that likes whitespace cannot fill its
+context with it.
 """
 
 import json
 from typing import Any
 
 import msgspec
+
+from .closed_schema import closed
 
 # Of what a client sends; the limits of compiler.py are of what becomes of it.
 MAX_GRAMMAR_CHARS = 2**18
@@ -88,6 +91,8 @@ def _json_object(asked: StructuredOutputs) -> Grammars:
 
 
 def _of_schema(schema: dict[str, Any] | bool, asked: StructuredOutputs) -> Grammars:
+    if isinstance(schema, dict):
+        schema = closed(schema)
     return [{"json_schema": with_whitespace(schema, asked)}]
 
 

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 import msgspec
 from fastapi import Response
 
+from ...version import __version__
 from .. import errors, sse
 from ..generation import Delta, Sequence
 
 encode = msgspec.json.Encoder().encode
+FINGERPRINT = f"nibble-{__version__}"
 
 
 class AnswerBody(Protocol):
@@ -55,6 +57,7 @@ class Answer:
             "object": self.chunk_object,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": FINGERPRINT,
         }
         self.head = b"data: " + encode(fields)[:-1] + b',"choices":['
 
@@ -103,6 +106,7 @@ class Answer:
             "object": self.object,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": FINGERPRINT,
             "choices": self.choices(deltas),
             "usage": self.usage(usage),
         }

@@ -21,7 +21,7 @@ from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..generation import Delta, Sequence, usage
 from ..serving import Serving
-from .answer import Answer, encode, json_response
+from .answer import FINGERPRINT, Answer, encode, json_response
 from .fields import INTEGRAL, excludes
 from .inputs import BY_KIND, SOME, Ids, Listed, Text, listed
 from .logprobs import completion_logprobs, prompt_logprobs
@@ -281,6 +281,7 @@ class CompletionAnswer(Answer):
                 "object": self.object,
                 "created": self.created,
                 "model": self.model,
+                "system_fingerprint": FINGERPRINT,
                 "choices": choices,
                 "usage": usage(self.num_prompt_tokens, 0, 0),
             }

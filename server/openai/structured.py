@@ -31,6 +31,15 @@ class TextFormat(Schema):
 
 class JsonObjectFormat(Schema):
     type: Literal["json_object"]
+    # llama.cpp's and TGI's name of what else is wanted of it
+    json_schema: Annotated[JsonSchema | None, Field(alias="schema")] = None
+    value: JsonSchema | None = None
+
+    def asked(self) -> StructuredOutputs:
+        schema = self.value if self.json_schema is None else self.json_schema
+        if schema is None:
+            return StructuredOutputs(json_object=True)
+        return StructuredOutputs(json=schema)
 
 
 class NamedSchema(Schema):
@@ -130,7 +139,7 @@ def _given(**fields: Any) -> StructuredOutputs | None:
 
 def _of_format(given: Any) -> StructuredOutputs | None:
     if isinstance(given, JsonObjectFormat):
-        return StructuredOutputs(json_object=True)
+        return given.asked()
     if isinstance(given, JsonSchemaFormat):
         schema = given.json_schema.json_schema
         return StructuredOutputs(json={} if schema is None else schema)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...grammar.closed_schema import closed
 from .answer import Tool
 from .typed import DEFINITIONS, resolve
 
@@ -23,18 +24,6 @@ _WHITE_SPACE = {"x-guidance": {"whitespace_pattern": "[ \\n]{0,12}"}}
 # what a list of parameters, each with a schema of its own, keeps; the rest are notes
 _PARAMETER_KEYWORDS = frozenset(
     ("type", "properties", "required", "additionalProperties", *DEFINITIONS)
-)
-# what says of properties beside "properties"
-_MORE_PROPERTIES = frozenset(
-    [
-        "additionalProperties",
-        "patternProperties",
-        "unevaluatedProperties",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "$ref",
-    ]
 )
 _NOTES = frozenset(
     [
@@ -137,12 +126,8 @@ def repeated(call: str, between: str, parallel: bool) -> str:
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """Of a call's arguments. Where the tool does not say otherwise they are those that it names and no others: a
-    function takes no more, and small models make up much."""
-    schema = {"type": "object", **tool.parameters}
-    if "properties" in schema and not schema.keys() & _MORE_PROPERTIES:
-        schema["additionalProperties"] = False
-    return schema
+    """Of a call's arguments: those that the tool names, and no others where it does not say so."""
+    return closed({"type": "object", **tool.parameters})
 
 
 def json_call(lark: Lark, tool: Tool, key: str = "arguments") -> str:
