@@ -140,6 +140,15 @@ class Status(enum.Enum):
     FINISHED = enum.auto()
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """One image of a prompt, whose embeddings stand in place of those of its tokens."""
+
+    positions: list[int]  # of these tokens in the prompt, ascending
+    digest: bytes  # SHA-256 of the file
+    embeddings: Any  # a tensor [len(positions), hidden_size]
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One sequence in the engine. `token_ids` and `num_computed_tokens` are advanced by the scheduler alone."""
@@ -151,6 +160,7 @@ class Request:
     seed: int  # params.seed, or one drawn at admission: sampling is a function of (seed, position)
     arrival_time: float = 0.0
     extra_keys: tuple[bytes, ...] = ()  # what sets its cache apart: only equal ones share prefixes
+    images: tuple[ImageSpan, ...] = ()  # in the order of the prompt
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     is_long: bool = False  # what its blocks hold is of more tokens than the scheduler's rope_switch

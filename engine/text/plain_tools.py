@@ -43,19 +43,24 @@ def told_in_words(
         )
         role = "system" if takes_system else "user"
         if told and told[0]["role"] == role:
-            joined = (
-                f"{told[0]['content']}\n\n{text}"
-                if takes_system
-                else f"{text}\n\n{told[0]['content']}"
-            )
-            told[0] = {**told[0], "content": joined}
+            told[0] = {**told[0], "content": _introduced(told[0]["content"], text, takes_system)}
         else:
             told.insert(0, {"role": role, "content": text})
     return _joined(told)
 
 
+def _introduced(content: Any, text: str, behind: bool) -> Any:
+    """Content with the introduction before or behind it."""
+    if isinstance(content, list):
+        part = {"type": "text", "text": text}
+        return [*content, part] if behind else [part, *content]
+    return f"{content}\n\n{text}" if behind else f"{text}\n\n{content}"
+
+
 def _in_words(message: Message) -> Message:
     content = message.get("content") or ""
+    if isinstance(content, list):  # images, which the user alone sends
+        return dict(message)
     if message["role"] == "tool":
         text = f"<tool_response>\n{content}\n</tool_response>"
         return {"role": "user", "content": text, "is_result": True}

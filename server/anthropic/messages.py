@@ -35,6 +35,7 @@ async def create(request: Request, serving: Serving) -> Response:
             None,
             arrival,
             asked.kept_ids,
+            asked.images,
         )
     except errors.ApiError as error:
         return response(error)
@@ -47,7 +48,7 @@ async def count_tokens(request: Request, serving: Serving) -> Response:
         body = await limits.parse_body(request, CountRequest)
         serving.check_model(body.model)
         fields = chat.ChatRequest.model_validate(body.chat_fields())
-        prompt = await chat.prompt_of(request, fields, serving, fields.tool_use())
+        prompt, _ = await chat.prompt_of(request, fields, serving, fields.tool_use())
         return json_response({"input_tokens": len(prompt)})
     except errors.ApiError as error:
         return response(error)

@@ -29,9 +29,10 @@ from .fields import (
     OnlyNone,
     excludes,
 )
+from .images import images_of
 from .messages import Messages, for_template
 from .parsed_answer import NewParser
-from .prompt import encode_chat
+from .prompt import conversation_of, encode_chat
 from .sampling import STREAM_OPTIONS_NEED_STREAM, SamplingFields, check_size, completion_room
 from .stream import run
 from .structured import compiled
@@ -117,6 +118,7 @@ class Asked(msgspec.Struct):
     """What a chat request comes to: what the engine computes, and what its answer is read with."""
 
     prompt: list[int]
+    images: list[bytes]  # files
     params: SamplingParams
     n: int
     new_parser: NewParser | None
@@ -141,13 +143,14 @@ async def create(request: Request, serving: Serving) -> Response:
         body.cache_salt,
         arrival,
         asked.kept_ids,
+        asked.images,
     )
 
 
 async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Asked:
     """Everything before the first token. ApiError 400 for what cannot be served."""
     use = body.tool_use()
-    prompt = await prompt_of(request, body, serving, use)
+    prompt, images = await prompt_of(request, body, serving, use)
     output = serving.output
     tail = output.tail(prompt)
     outputs = await _structured(body, serving, use, tail)
@@ -158,11 +161,15 @@ async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Aske
     )
     n = body.n or 1
     check_size(n, params.max_tokens)
+    if n * sum(map(len, images)) > limits.MAX_BODY_BYTES:
+        raise errors.bad_request(
+            f"n times the bytes of the images may be up to {limits.MAX_BODY_BYTES}.", "n"
+        )
     tools = [Tool.of(tool) for tool in use.tools]
     form = output.format_of(bool(tools))
     new_parser = None if form is None else lambda: form.parser(tools, tail)
     kept = frozenset() if form is None else output.kept_ids(form)
-    return Asked(prompt, params, n, new_parser, kept)
+    return Asked(prompt, images, params, n, new_parser, kept)
 
 
 async def _structured(
@@ -187,8 +194,8 @@ async def _structured(
 
 async def prompt_of(
     request: Request, body: ChatRequest, serving: Serving, use: ToolUse
-) -> list[int]:
-    """The tokens of the conversation. ApiError 400 if there are none, or too many."""
+) -> tuple[list[int], list[bytes]]:
+    """The tokens of the conversation, and the files of its images. ApiError 400 if there are no tokens, or too many."""
     serving.check_task("generate")
     limit = serving.engine.ready.max_model_len
     continued = bool(body.continue_final_message)
@@ -202,7 +209,9 @@ async def prompt_of(
             "'continue_final_message' needs a last message of the assistant.", "messages"
         )
     generation = not continued if body.add_generation_prompt is None else body.add_generation_prompt
-    messages, tools = serving.output.conversation(for_template(body.messages), use.tools)
+    plain = for_template(body.messages)
+    images = await images_of(serving, body.messages)
+    messages, tools = conversation_of(serving, plain, use.tools)
     conversation = Conversation(
         messages,
         tools,
@@ -211,11 +220,11 @@ async def prompt_of(
         variables=body.template_variables,
     )
     try:
-        token_ids = await encode_chat(request, serving, conversation, limit)
+        token_ids = await encode_chat(request, serving, conversation, limit, images=images)
     except TooManyTokens as found:
         raise errors.context_length_exceeded(
             limit, found.count, body.asked_tokens or 1, "messages", found.at_least
         ) from None
     if not token_ids:
         raise errors.bad_request("The messages come to no tokens at all.", "messages")
-    return token_ids
+    return token_ids, images.files

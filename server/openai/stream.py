@@ -13,6 +13,7 @@ What the second asks on the way (`Generation.advance`: detokenizer, metrics; `An
 import asyncio
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 from fastapi import Request, Response
 
@@ -36,8 +37,10 @@ async def run(
     salt: str | None,
     arrival: float,
     kept_ids: frozenset[int] = frozenset(),
+    images: Items[bytes] = (),
 ) -> Response:
-    """Admit the request's sequences, generate, answer. They are released when the answer ends, however it ends."""
+    """Admit the request's sequences, generate, answer. They are released when the answer ends, however it ends. images:
+    files, of every prompt."""
     sequences = len(prompts) * n
     serving.admit(sequences)
     streamed = False
@@ -46,7 +49,7 @@ async def run(
         own_salt = cache_salt(tenant.digest if tenant else b"", salt)
         if tenant:
             serving.metrics.borne(tenant.name)
-        generation = Generation(serving, prompts, params, n, own_salt, arrival, kept_ids)
+        generation = Generation(serving, prompts, params, n, own_salt, arrival, kept_ids, images)
         answer.begin(generation.id)
         if answer.body.stream:
             streamed = True

@@ -59,6 +59,7 @@ class Responses:
             None,
             arrival,
             asked.kept_ids,
+            asked.images,
         )
 
     def retrieve(self, request: Request, response_id: str) -> Response:
@@ -112,7 +113,7 @@ class Responses:
         serving.admit(1)
         salt = cache_salt(tenant, None)
         generation = Generation(
-            serving, [asked.prompt], asked.params, 1, salt, arrival, asked.kept_ids
+            serving, [asked.prompt], asked.params, 1, salt, arrival, asked.kept_ids, asked.images
         )
         answer.begin(generation.id)
         response = answer.response("in_progress", None)
