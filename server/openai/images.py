@@ -1,6 +1,6 @@
-"""Images of a conversation: from data URLs to files, and to what stands for them in the prompt's tokens.
+"""Images of a conversation: from URLs to files, and to what stands for them in the prompt's tokens.
 
-image_url -> bytes -> the engine, which embeds them -> Placeholders -> text -> token ids, each run at its length
+image_url -> file -> the engine, which embeds them -> Placeholders -> text -> token ids, each run at its length
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import msgspec
 from ...engine.messages import Placeholder
 from ...engine.vision import ImageRefusedError
 from .. import errors, limits
+from ..fetch import FetchError, fetch
 from ..serving import Serving
 from .messages import Message
 
@@ -61,15 +62,12 @@ async def images_of(serving: Serving, messages: Sequence[Message]) -> Images:
     if not sent:
         return NO_IMAGES
     if serving.engine.ready.vision is None:
-        raise errors.bad_request(
-            f"Invalid value for '{sent[0][0]}': the model `{serving.model_names[0]}` does not see images.",
-            sent[0][0],
-        )
+        raise _invalid(sent[0][0], f"the model `{serving.model_names[0]}` does not see images.")
     if len(sent) > limits.MAX_IMAGES:
         raise errors.bad_request(
             f"A request may have up to {limits.MAX_IMAGES} images, got {len(sent)}.", "messages"
         )
-    files = await asyncio.to_thread(lambda: [_file(param, url) for param, url in sent])
+    files = await _files(serving, sent)
     if serving.engine.num_encoding >= limits.MAX_ENCODING:
         serving.metrics.rejected("queue_full")
         raise errors.unavailable("The server's queue is full. Please try again.", retry_after=1)
@@ -78,22 +76,46 @@ async def images_of(serving: Serving, messages: Sequence[Message]) -> Images:
     except ImageRefusedError as error:
         if error.index is None:
             raise errors.internal(str(error)) from None
-        param = sent[error.index][0]
-        raise errors.bad_request(f"Invalid value for '{param}': {error}", param) from None
+        raise _invalid(sent[error.index][0], str(error)) from None
 
 
-def _file(param: str, url: str) -> bytes:
+async def _files(serving: Serving, sent: Sequence[tuple[str, str]]) -> list[bytes]:
+    """Of (param, URL)s, in order. Those that are fetched come one after the other: a request is one client's, and hosts
+    are not ours to load."""
+    return [
+        await _fetched(serving, param, url)
+        if url.startswith(("http:", "https:"))
+        else await asyncio.to_thread(_decoded, param, url)
+        for param, url in sent
+    ]
+
+
+async def _fetched(serving: Serving, param: str, url: str) -> bytes:
+    hosts = serving.media_hosts
+    if not hosts:
+        raise _invalid(
+            param,
+            "this server fetches no images (--allowed-media-domains); send a data URL, "
+            "data:image/png;base64,...",
+        )
+    try:
+        return await fetch(url, hosts)
+    except FetchError as error:
+        raise _invalid(param, str(error)) from None
+
+
+def _decoded(param: str, url: str) -> bytes:
     """The bytes of a data URL."""
     head = _DATA_URL.match(url)
     if head is None:
-        raise errors.bad_request(
-            f"Invalid value for '{param}': images are sent as data URLs, "
-            "data:image/png;base64,...; this server fetches none.",
-            param,
+        raise _invalid(
+            param, "an image is a data URL, data:image/png;base64,..., or an http(s) URL"
         )
     try:
         return base64.b64decode(url[head.end() :], validate=True)
     except binascii.Error as error:
-        raise errors.bad_request(
-            f"Invalid value for '{param}': no base64: {error}", param
-        ) from None
+        raise _invalid(param, f"no base64: {error}") from None
+
+
+def _invalid(param: str, problem: str) -> errors.ApiError:
+    return errors.bad_request(f"Invalid value for '{param}': {problem}", param)

@@ -1,10 +1,13 @@
 """Images over HTTP: by OpenAI's two APIs and Anthropic's, from real clients; and what is no image."""
 
+import asyncio
 import base64
 import io
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,10 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+
+from nibble.server.errors import ApiError
+from nibble.server.openai.images import _files
+from nibble.server.serving import Serving
 
 from ..engine.vision.checkpoints import SIZES, build, inputs, png
 from ..engine.vision.test_logits import greedy
@@ -63,10 +70,31 @@ def want(folder: Path) -> tuple[list[int], list[int]]:
 
 
 @pytest.fixture(scope="module")
-def seeing(start_server: Callable[..., ServerProcess], folder: Path) -> ServerProcess:
+def host() -> Iterator[str]:
+    """HOST:PORT where FILE is, whatever the path."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(FILE)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def seeing(start_server: Callable[..., ServerProcess], folder: Path, host: str) -> ServerProcess:
     build("idefics3", folder)
     flags = ("--api-key", KEY, "--dtype", "float32", "--kv-cache-memory", "16MiB")
-    return start_server(folder, *flags, "--served-model-name", "eye").wait_ready()
+    flags += ("--served-model-name", "eye", "--allowed-media-domains", host)
+    return start_server(folder, *flags).wait_ready()
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +127,11 @@ def test_chat_answers_as_transformers_does(client, folder: Path, want) -> None:
     assert answer.usage.prompt_tokens == len(prompt)
     streamed = ask(client, part(FILE), stream=True)
     assert "".join(e.choices[0].delta.content or "" for e in streamed) == text_of(folder, tokens)
+
+
+def test_an_image_by_url_is_the_same_one(client, host: str, folder: Path, want) -> None:
+    answer = ask(client, {"type": "image_url", "image_url": {"url": f"http://{host}/a.png"}})
+    assert answer.choices[0].message.content == text_of(folder, want[1])
 
 
 def test_only_the_same_image_is_found_in_the_prefix_cache(client) -> None:
@@ -179,7 +212,7 @@ def test_text_alone_and_image_tokens_that_a_user_writes(client) -> None:
         (data_url(b""), "no image"),
         ("data:image/png;base64,$$$$", "base64"),
         ("data:image/png,abc", "data URL"),
-        ("http://127.0.0.1:1/x.png", "data URL"),
+        ("http://127.0.0.1:1/x.png", "none of the hosts"),
         ("file:///etc/passwd", "data URL"),
         ("", "data URL"),
     ],
@@ -214,6 +247,12 @@ def test_more_tokens_of_images_than_the_context_has(client) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, *[part(FILE)] * 32, *[{"type": "text", "text": "x" * 600}])
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_urls_where_no_host_is_listed() -> None:
+    serving = Serving(("eye",))
+    with pytest.raises(ApiError, match="--allowed-media-domains"):
+        asyncio.run(_files(serving, [("messages[0].content[0].image_url", "http://x.org/a.png")]))
 
 
 def test_a_model_that_does_not_see(server: ServerProcess) -> None:
