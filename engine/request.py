@@ -147,6 +147,8 @@ class ImageSpan:
     positions: list[int]  # of these tokens in the prompt, ascending
     digest: bytes  # SHA-256 of the file
     embeddings: Any  # a tensor [len(positions), hidden_size]
+    # Runs of these positions whose tokens see each other, ahead too: one step computes a run to its end
+    whole: tuple[range, ...] = ()
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -211,6 +213,14 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
+
+    def chunk_end(self, end: int) -> int:
+        """Where a chunk ends that may reach up to `end`: it cuts no run of an image whose tokens see each other."""
+        for image in self.images:
+            for run in image.whole:
+                if run.start < end < run.stop:
+                    return run.start
+        return end
 
     def become_long(self) -> None:
         """What is computed from now on shares nothing with what was."""

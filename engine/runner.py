@@ -61,7 +61,7 @@ class Runner:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.dtype = resolve_dtype(config.dtype, checkpoint, self.device)
         self._load(checkpoint, progress or (lambda line: None))
-        self.vision = _vision(checkpoint, self.dtype, self.device)
+        self.vision = _vision(checkpoint, self.dtype, self.device, self.model.looks_ahead)
         self.windows = group_windows(self.spec)
         reserved = 0 if self.vision is None else memory.VISION_BYTES
         self.plan = memory.plan(
@@ -273,15 +273,22 @@ def _pooler(checkpoint: Checkpoint, width: int, device: torch.device) -> Pooler 
 
 
 def _vision(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, looks_ahead: bool
 ) -> "VisionTower | None":
-    """None where the model does not see, or cannot: it is served for text all the same."""
+    """None where the model does not see, or cannot: it is served for text all the same. looks_ahead: of its decoder."""
     if not is_multimodal(checkpoint.config):
         return None
     from .vision.tower import VisionTower  # which needs transformers, and the time to import it
 
     try:
-        return VisionTower.load(checkpoint, dtype, device)
+        vision = VisionTower.load(checkpoint, dtype, device)
+        if vision is not None and vision.is_whole and not looks_ahead:
+            logger.warning(
+                "the model will not see: tokens of its images see each other, which the Triton kernels do not compute; "
+                "--device cpu does"
+            )
+            return None
+        return vision
     except CheckpointError as error:
         logger.warning("the model will not see: %s", error)
         return None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +32,7 @@ class Tower(Protocol):
     """What embeds: tower.VisionTower, or a fake in tests."""
 
     info: VisionInfo
+    is_whole: bool  # tokens of a run see each other
 
     def encode(self, data: bytes) -> "tuple[Placeholder, Tensor]": ...
 
@@ -75,9 +77,20 @@ class ImageEncoder:
         spans = []
         for image in images:
             count = len(image.embeddings)
-            spans.append(ImageSpan(places[:count], image.digest, image.embeddings))
+            whole = self._runs(places, image.placeholder) if self._tower.is_whole else ()
+            spans.append(ImageSpan(places[:count], image.digest, image.embeddings, whole))
             places = places[count:]
         return tuple(spans)
+
+    @staticmethod
+    def _runs(places: Sequence[int], placeholder: Placeholder) -> tuple[range, ...]:
+        """The positions of each run of an image whose tokens begin at the first of `places`."""
+        firsts = accumulate(placeholder.runs[:-1], initial=0)
+        starts = [places[first] for first in firsts]
+        return tuple(
+            range(start, start + length)
+            for start, length in zip(starts, placeholder.runs, strict=True)
+        )
 
     def _encoded(self, files: Sequence[bytes]) -> list[EncodedImage]:
         return [self._one(index, data) for index, data in enumerate(files)]

@@ -29,6 +29,7 @@ class VisionTower:
         """model: transformers' class, on its device."""
         self._model, self._processor, self._family = model, processor, family
         self.info = VisionInfo(family.image_token, image_token_id)
+        self.is_whole = family.is_whole
 
     @classmethod
     def load(

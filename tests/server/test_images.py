@@ -249,6 +249,17 @@ def test_more_tokens_of_images_than_the_context_has(client) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
+def test_gemma_3(start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    model = build("gemma3", tmp_path)
+    flags = ("--dtype", "float32", "--kv-cache-memory", "16MiB", "--served-model-name", "eye")
+    server = start_server(tmp_path, *flags).wait_ready()
+    given = inputs(tmp_path, TEXT, [FILE])
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = ask(client, part(FILE))
+    assert answer.usage.prompt_tokens == len(given["input_ids"][0])
+    assert answer.choices[0].message.content == text_of(tmp_path, greedy(model, given, 8))
+
+
 def test_urls_where_no_host_is_listed() -> None:
     serving = Serving(("eye",))
     with pytest.raises(ApiError, match="--allowed-media-domains"):

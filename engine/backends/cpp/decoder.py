@@ -99,6 +99,8 @@ class CppCache:
 class CppDecoder(HostSampling):
     """Embedding, norm and head where the layers are the model's first or last."""
 
+    looks_ahead = True
+
     model: ModelSpec
     pool: Pool
     layers: list[CppLayer]
@@ -219,6 +221,9 @@ class CppDecoder(HostSampling):
             arguments.states, arguments.num_slots = cache.states.data_ptr(), cache.num_states
             arguments.item_states = ctypes.addressof(items_states)
             arguments.snapshots = ctypes.addressof(snapshots)
+        if batch.last_seen is not None:
+            last_seen = _int32(batch.last_seen)
+            arguments.last_seen = ctypes.addressof(last_seen)
         struct = self._struct if hidden is None else self._told
         self.pool.library.nb_forward(self.pool.handle, struct, arguments, out.data_ptr())
         return out

@@ -65,6 +65,8 @@ class TorchCache:
 class TorchDecoder(HostSampling):
     """Consecutive layers; embedding, norm and head where they are the model's first or last."""
 
+    looks_ahead = True
+
     model: ModelSpec
     layers: list[TorchLayer]
     ropes: dict[tuple[Rope | None, int], RopeTable]  # of a rope and a size of heads

@@ -53,7 +53,7 @@ class _Captured:
 class TritonDecoder:
     """The weights of a TorchDecoder, run by the kernels."""
 
-    overlaps = True
+    overlaps, looks_ahead = True, False
 
     def __init__(self, weights: TorchDecoder, config: EngineConfig):
         self.weights, self.config, self.model = weights, config, weights.model

@@ -22,7 +22,7 @@ from .checkpoints import SIZES, build, png
 class CountingTower:
     """Four embeddings of 8 bytes an image; b"bad" is none."""
 
-    info = VisionInfo("<image>", 9)
+    info, is_whole = VisionInfo("<image>", 9), False
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
