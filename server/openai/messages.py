@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from .. import errors, limits
-from .fields import Ignored, OnlyEmptyList, OnlyNone, Schema, excludes
+from .fields import CONTENT_PART, Ignored, OnlyEmptyList, OnlyNone, Schema, excludes
 from .tools import ToolCall
 
 
@@ -14,8 +14,21 @@ class ImageUrl(Schema):
     detail: Literal["auto", "low", "high"] | None = None  # a hint: models have a size of their own
 
 
+# JSON schema of the two kinds of parts; a model that does not see takes the first alone (openapi.describe)
+TEXT_PART: dict[str, Any] = {
+    "properties": {"type": {"const": "text"}, "image_url": {"type": "null"}}
+}
+IMAGE_PART: dict[str, Any] = {
+    "properties": {"type": {"const": "image_url"}, "image_url": {"type": "object"}},
+    "required": ["image_url"],
+}
+
+
 class ContentPart(Schema):
-    model_config = ConfigDict(validate_default=True)
+    model_config = ConfigDict(
+        validate_default=True,
+        json_schema_extra={CONTENT_PART: True, "anyOf": [TEXT_PART, IMAGE_PART]},
+    )
 
     type: Annotated[str, Field(json_schema_extra={"enum": ["text", "image_url"]})]
     text: str | None = None
