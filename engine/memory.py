@@ -28,8 +28,8 @@ _GPU_SHARE = 0.9
 _SNAPSHOTS = 32  # of recurrent states, kept for prompts that begin as one before them
 _WINDOW_SHARE = 4  # blocks of full attention for each of a window, where memory is scarce
 _ANY = 1 << 40  # blocks
-# An image while it is read, cut into frames and encoded; embeddings that are kept for the next time
-VISION_BYTES = 2**29 + KEPT_BYTES
+# An image of the most pixels while it is read and cut takes 300 MiB, a frame of 4096 patches in the tower as much again
+VISION_BYTES = 5 * 2**27 + KEPT_BYTES
 _STATE_SHARE = 0.5  # of the cache's memory that states may take
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import nibble
 from nibble.engine.config import EngineConfig
 from nibble.engine.messages import Placeholder, VisionInfo
 from nibble.engine.runner import Runner
@@ -16,6 +17,7 @@ from nibble.engine.vision import ImageRefusedError
 from nibble.engine.vision.encoder import ImageEncoder
 from nibble.engine.vision.image import ImageError, read_image
 
+from ..multimodal_models import rename
 from .checkpoints import SIZES, build, png
 
 
@@ -132,3 +134,29 @@ def test_an_answer_of_the_tower_in_16_bits(tmp_path: Path) -> None:
     half = Runner(config).vision.encode(png(SIZES[1]))[1]
     assert half.dtype == torch.bfloat16
     assert (half.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_the_names_that_published_checkpoints_of_gemma_3_have(tmp_path: Path) -> None:
+    build("gemma3", tmp_path)
+    want = runner_of(tmp_path).vision.encode(png(SIZES[1]))[1]
+    rename(tmp_path, "vision_tower.", "vision_tower.vision_model.")
+    assert torch.equal(runner_of(tmp_path).vision.encode(png(SIZES[1]))[1], want)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "gemma3"])
+def test_a_conversion_sees_as_its_original_does(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path / "original").bfloat16().save_pretrained(tmp_path / "original")
+    out = nibble.convert(tmp_path / "original", tmp_path / "out", "fp8", evaluate=False)
+    want, found = (
+        runner_of(each).vision.encode(png(SIZES[1])) for each in (tmp_path / "original", out)
+    )
+    assert found[0] == want[0] and torch.equal(found[1], want[1])
+
+
+def test_quantized_at_load_it_sees_as_before(tmp_path: Path) -> None:
+    build("idefics3", tmp_path)
+    want = runner_of(tmp_path).vision.encode(png(SIZES[1]))[1]
+    config = EngineConfig(
+        model=str(tmp_path), dtype="float32", kv_cache_memory=1 << 22, quantize="int8"
+    )
+    assert torch.equal(Runner(config).vision.encode(png(SIZES[1]))[1], want)
