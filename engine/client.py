@@ -26,12 +26,15 @@ from .messages import (
     AbortRequests,
     AddRequest,
     CompileGrammar,
+    EncodeImages,
     EngineStats,
     Fatal,
     FrameReader,
     FromEngine,
     GrammarCompiled,
+    ImagesEncoded,
     Ping,
+    Placeholder,
     Ready,
     RequestOutput,
     Shutdown,
@@ -42,6 +45,7 @@ from .messages import (
 )
 from .request import FinishReason
 from .sampling_params import SamplingParams
+from .vision import ImageRefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +105,7 @@ class AsyncEngine:
         self._sinks: dict[str, Sink] = {}  # by that name
         self._serial = itertools.count()
         self._compiling: dict[int, asyncio.Future[str]] = {}
+        self._encoding: dict[int, asyncio.Future[ImagesEncoded]] = {}
         self._watching: asyncio.Task[None] | None = None
 
     @classmethod
@@ -142,9 +147,11 @@ class AsyncEngine:
         params: SamplingParams,
         sink: Sink,
         cache_salt: bytes = b"",
+        images: Sequence[bytes] = (),
     ) -> None:
         """Generate, and call `sink` with each news as soon as it is read from the engine, the last with a
-        finish_reason; where that is "error", `error` says why. None instead of news: the engine has died.
+        finish_reason; where that is "error", `error` says why. None instead of news: the engine has died. images: files
+        whose embeddings stand in place of the prompt's image tokens.
 
         `sink` must neither block nor raise. ValueError for an id in use; EngineDeadError if the engine is dead.
         """
@@ -154,7 +161,9 @@ class AsyncEngine:
             raise self.death()
         name = self._names[request_id] = f"{request_id}#{next(self._serial)}"
         self._sinks[name] = sink
-        self._send(AddRequest(name, prompt_token_ids, params, time.time(), cache_salt))
+        self._send(
+            AddRequest(name, prompt_token_ids, params, time.time(), cache_salt, list(images))
+        )
 
     async def generate(
         self,
@@ -200,6 +209,28 @@ class AsyncEngine:
             del self._compiling[key]
         if error:
             raise ValueError(error)
+
+    @property
+    def num_encoding(self) -> int:
+        """Requests whose images somebody waits for."""
+        return len(self._encoding)
+
+    async def encode_images(self, files: Sequence[bytes]) -> list[Placeholder]:
+        """Have image files embedded for the request that brings them, and what stands for each in its prompt.
+        ImageRefusedError for one that is not read; EngineDeadError if the engine is dead."""
+        if not self.is_alive:
+            raise self.death()
+        key = next(self._serial)
+        told: asyncio.Future[ImagesEncoded] = asyncio.get_running_loop().create_future()
+        self._encoding[key] = told
+        self._send(EncodeImages(key, list(files)))
+        try:
+            encoded = await told
+        finally:
+            del self._encoding[key]
+        if encoded.error:
+            raise ImageRefusedError(encoded.error, encoded.refused)
+        return encoded.placeholders
 
     def abort(self, request_id: str) -> None:
         """End a request, whose sink then hears finish_reason "abort". One that is unknown or finished is ignored."""
@@ -265,7 +296,8 @@ class AsyncEngine:
         self.dead.set()
         for sink in list(self._sinks.values()):
             sink(None)
-        for told in self._compiling.values():
+        waiting: list[asyncio.Future[Any]] = [*self._compiling.values(), *self._encoding.values()]
+        for told in waiting:
             if not told.done():
                 told.set_exception(self.death())
 
@@ -283,6 +315,10 @@ class AsyncEngine:
                 told = self._compiling.get(message.key)
                 if told is not None and not told.done():
                     told.set_result(message.error)
+            elif isinstance(message, ImagesEncoded):
+                waiting = self._encoding.get(message.key)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
         for output in outputs if len(messages) == 1 else _gathered(outputs):
             sink = self._sinks.get(output.request_id)
             if sink is None:  # aborted while this was on its way

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from .config import EngineConfig
 from .grammar.structured_outputs import to_grammar
 from .messages import AddRequest, EngineStats, Ready, RequestOutput
-from .request import Request
+from .request import ImageSpan, Request
 from .sampling_params import SamplingParams
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 from .scheduling.kv_cache_manager import KVCacheManager, KVGroup
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .grammar.compiler import GrammarCompiler
+    from .vision.encoder import ImageEncoder
+    from .vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,11 @@ class RunnerProtocol(Protocol):
 
     @property
     def kv_groups(self) -> Sequence[KVGroup]: ...
+
+    @property
+    def vision(self) -> "VisionTower | None":
+        """None: the model does not see."""
+        ...
 
     def ready(self) -> Ready: ...
 
@@ -112,9 +119,18 @@ class EngineCore:
 
         return GrammarCompiler(read_tokenizer, self.runner.vocab_size, self.runner.eos_token_ids)
 
+    @cached_property
+    def images(self) -> "ImageEncoder | None":
+        """Embeds images; None where the model does not see."""
+        if self.runner.vision is None:
+            return None
+        from .vision.encoder import ImageEncoder
+
+        return ImageEncoder(self.runner.vision)
+
     def add(self, message: AddRequest) -> None:
         """Admit a request. ValueError says, fit for the client to read, why it cannot be served. Waits for a grammar
-        that is not compiled yet."""
+        that is not compiled yet, and for images that are not encoded."""
         vocab_size = self.runner.vocab_size
         message.params.verify(vocab_size)
         pooling = message.params.pooling
@@ -136,9 +152,17 @@ class EngineCore:
                 seed=self._random.getrandbits(63) if seed is None else seed,
                 arrival_time=message.arrival_time,
                 extra_keys=(message.cache_salt,),
+                images=self._images(message),
                 grammar=grammar,
             )
         )
+
+    def _images(self, message: AddRequest) -> tuple[ImageSpan, ...]:
+        if not message.images:
+            return ()
+        if self.images is None:
+            raise ValueError("this model does not see images")
+        return self.images.spans(message.prompt_token_ids, message.images)
 
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)

@@ -19,6 +19,7 @@ from ..architectures.base import LatentAttention, ModelSpec
 from ..errors import UserError
 from .config import EngineConfig
 from .host_memory import Headroom, gib, headroom
+from .vision import KEPT_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ _GPU_SHARE = 0.9
 _SNAPSHOTS = 32  # of recurrent states, kept for prompts that begin as one before them
 _WINDOW_SHARE = 4  # blocks of full attention for each of a window, where memory is scarce
 _ANY = 1 << 40  # blocks
+# An image of the most pixels while it is read and cut takes 300 MiB, a frame of 4096 patches in the tower as much again
+VISION_BYTES = 5 * 2**27 + KEPT_BYTES
 _STATE_SHARE = 0.5  # of the cache's memory that states may take
 
 
@@ -136,9 +139,10 @@ def plan(
     dtype: torch.dtype,
     device: torch.device,
     windows: Sequence[int | None] = (None,),
+    reserved: int = 0,
 ) -> MemoryPlan:
     """Size the KV cache and the slots of states, after the weights are loaded. windows: of the KV groups, the widest
-    first. Raises UserError if not one useful request fits."""
+    first; reserved: bytes that others will take. Raises UserError if not one useful request fits."""
     activations = activation_bytes(config, model, dtype, device)
     groups = _groups(config, model, dtype, windows)
     state = state_bytes(model)
@@ -156,7 +160,7 @@ def plan(
         share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
         room = available(device)
         logger.info("the KV cache is planned in %s, free of %s", gib(room.free), room.limit)
-        free = int(share * room.free) - activations
+        free = int(share * room.free) - activations - reserved
         if free < 0:
             raise UserError(
                 f"nothing is left for a KV cache: a full step's activations need {gib(activations)}, and {share:.0%} "

@@ -3,10 +3,10 @@ frame preceded by its length as a 4-byte little-endian integer. Never pickle. Im
 
     API process                             engine process
       AddRequest, AbortRequests, Shutdown  ->
-      CompileGrammar                       ->
+      CompileGrammar, EncodeImages         ->
       Ping                                 ->
                                            <-  Pong                 by the loop, between two steps
-                                           <-  GrammarCompiled      as soon as it is
+                                           <-  GrammarCompiled, ImagesEncoded   as soon as they are
                                            <-  Ready | Fatal        once, after loading
                                            <-  StepOutputs          after every step with news
 """
@@ -23,6 +23,7 @@ class AddRequest(msgspec.Struct, tag="add", omit_defaults=True):
     params: SamplingParams
     arrival_time: float = 0.0  # time.time()
     cache_salt: bytes = b""
+    images: list[bytes] = []  # files, in the order of the prompt's image tokens
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):
@@ -39,6 +40,27 @@ class CompileGrammar(msgspec.Struct, tag="compile"):
 class GrammarCompiled(msgspec.Struct, tag="compiled"):
     key: int
     error: str  # empty, or why it cannot be kept to, fit for the client to read
+
+
+class EncodeImages(msgspec.Struct, tag="images"):
+    """Have images ready for a request that is about to come. Answered by ImagesEncoded."""
+
+    key: int
+    files: list[bytes]
+
+
+class Placeholder(msgspec.Struct, frozen=True):
+    """What stands for an image in a prompt: text for the tokenizer, in which each image token stands for a run."""
+
+    text: str
+    runs: list[int]  # lengths in tokens, in order
+
+
+class ImagesEncoded(msgspec.Struct, tag="encoded"):
+    key: int
+    placeholders: list[Placeholder]  # of each file
+    error: str = ""  # why there are none, fit for the client to read
+    refused: int | None = None  # which of the files it is about
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
@@ -96,6 +118,13 @@ class StepOutputs(msgspec.Struct, tag="outputs"):
     stats: EngineStats
 
 
+class VisionInfo(msgspec.Struct, frozen=True):
+    """How a chat template writes an image, and the token that its embeddings stand in place of."""
+
+    image_token: str
+    image_token_id: int
+
+
 class Ready(msgspec.Struct, tag="ready"):
     """The engine has loaded, measured its memory and run one forward pass."""
 
@@ -108,10 +137,11 @@ class Ready(msgspec.Struct, tag="ready"):
     device: str
     quantization: str  # "awq int4 g64", "none", ...
     kernels: dict[str, int]  # kernel name -> layers that use it
-    ledger: dict[str, int]  # bytes: weights, kv_cache, activations, recurrent_states
+    ledger: dict[str, int]  # bytes: weights, kv_cache, activations, recurrent_states, vision
     load_seconds: float = 0.0
     tasks: tuple[Task, ...] = ("generate",)  # what may be asked of it
     embedding: EmbeddingInfo | None = None  # where it embeds
+    vision: VisionInfo | None = None  # where it sees
 
 
 class Fatal(msgspec.Struct, tag="fatal"):
@@ -121,8 +151,8 @@ class Fatal(msgspec.Struct, tag="fatal"):
     exit_code: int = 1
 
 
-ToEngine = AddRequest | AbortRequests | CompileGrammar | Shutdown | Ping
-FromEngine = Ready | Fatal | StepOutputs | Pong | GrammarCompiled
+ToEngine = AddRequest | AbortRequests | CompileGrammar | EncodeImages | Shutdown | Ping
+FromEngine = Ready | Fatal | StepOutputs | Pong | GrammarCompiled | ImagesEncoded
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -30,11 +30,13 @@ from .messages import (
     AbortRequests,
     AddRequest,
     CompileGrammar,
+    EncodeImages,
     EngineStats,
     Fatal,
     FrameReader,
     FromEngine,
     GrammarCompiled,
+    ImagesEncoded,
     Ping,
     Pong,
     Ready,
@@ -46,6 +48,7 @@ from .messages import (
     frame,
 )
 from .request import FinishReason
+from .vision import ImageRefusedError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from .grammar.compiler import GrammarCompiler
+    from .vision.encoder import EncodedImage, ImageEncoder
 
 logger = logging.getLogger("nibble.engine")  # __name__ is __main__ here
 
@@ -63,6 +67,11 @@ class Core(Protocol):
     @property
     def grammars(self) -> "GrammarCompiler | None":
         """None: nothing is generated that could keep to one."""
+        ...
+
+    @property
+    def images(self) -> "ImageEncoder | None":
+        """None: the model does not see."""
         ...
 
     @property
@@ -155,14 +164,35 @@ class EngineLoop:
                 ]
         elif isinstance(message, CompileGrammar):
             self._compile(message)
+        elif isinstance(message, EncodeImages):
+            self._encode(message)
         elif isinstance(message, Ping):
             self.channel.send(Pong())
         return []
 
+    def _tell(self, message: FromEngine) -> None:
+        """From another thread."""
+        with contextlib.suppress(Closed, OSError):  # the loop has ended, and nobody waits
+            self.channel.send(message)
+
+    def _encode(self, message: EncodeImages) -> None:
+        def on_done(encoded: "Future[list[EncodedImage]]") -> None:
+            error = encoded.exception()
+            if error is None:
+                found = [image.placeholder for image in encoded.result()]
+                self._tell(ImagesEncoded(message.key, found))
+            else:
+                self._tell(_refusal(message.key, error))
+
+        images = self.core.images
+        if images is None:
+            self._tell(ImagesEncoded(message.key, [], "this model does not see images"))
+        else:
+            images.encode(message.files).add_done_callback(on_done)
+
     def _compile(self, message: CompileGrammar) -> None:
         def tell(error: str) -> None:
-            with contextlib.suppress(Closed, OSError):  # the loop has ended, and nobody waits
-                self.channel.send(GrammarCompiled(message.key, error))
+            self._tell(GrammarCompiled(message.key, error))
 
         def on_done(compiled: "Future[LLMatcher]") -> None:
             error = compiled.exception()
@@ -179,6 +209,14 @@ class EngineLoop:
         if outputs or stats != self._sent_stats:
             self.channel.send(StepOutputs(outputs, stats))
             self._sent_stats = stats
+
+
+def _refusal(key: int, error: BaseException) -> ImagesEncoded:
+    """A file that is not read is its sender's matter, all else a defect."""
+    if isinstance(error, ImageRefusedError):
+        return ImagesEncoded(key, [], str(error), error.index)
+    logger.error("images could not be encoded", exc_info=error)
+    return ImagesEncoded(key, [], "the engine failed on these images; its log has the cause")
 
 
 def serve(sock: socket.socket, make_core: CoreFactory) -> int:

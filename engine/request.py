@@ -37,6 +37,17 @@ class Status(enum.Enum):
     FINISHED = enum.auto()
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """One image of a prompt, whose embeddings stand in place of those of its tokens."""
+
+    positions: list[int]  # of these tokens in the prompt, ascending
+    digest: bytes  # SHA-256 of the file
+    embeddings: Any  # a tensor [len(positions), hidden_size]
+    # Runs of these positions whose tokens see each other, ahead too: one step computes a run to its end
+    whole: tuple[range, ...] = ()
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One sequence in the engine. `token_ids` and `num_computed_tokens` are advanced by the scheduler alone."""
@@ -52,6 +63,7 @@ class Request:
         0,
     )  # its priority and its number: the scheduler takes the least first
     extra_keys: tuple[bytes, ...] = ()  # what sets its cache apart: only equal ones share prefixes
+    images: tuple[ImageSpan, ...] = ()  # in the order of the prompt
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     is_long: bool = False  # what its blocks hold is of more tokens than the scheduler's rope_switch
@@ -102,6 +114,14 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
+
+    def chunk_end(self, end: int) -> int:
+        """Where a chunk ends that may reach up to `end`: it cuts no run of an image whose tokens see each other."""
+        for image in self.images:
+            for run in image.whole:
+                if run.start < end < run.stop:
+                    return run.start
+        return end
 
     def become_long(self) -> None:
         """What is computed from now on shares nothing with what was."""

@@ -8,14 +8,15 @@ can also make anew from the Request.)
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..architectures.config import eos_token_ids
-from ..architectures.multimodal import text_config
+from ..architectures.multimodal import is_multimodal, text_config
 from ..architectures.registry import model_spec
-from ..errors import UnsupportedError, UserError
+from ..errors import CheckpointError, UnsupportedError, UserError
 from ..quant import canary
 from ..quant.at_load import quantized_at_load
 from ..quant.checkpoint import Checkpoint, open_checkpoint
@@ -35,6 +36,9 @@ from .pooling import Task
 from .sampler import NOT_FINITE, token_logprobs
 from .scheduling.batch import PendingStep, ScheduledBatch, ScheduledRequest, StepResult
 from .scheduling.kv_cache_manager import KVGroup
+
+if TYPE_CHECKING:
+    from .vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +61,12 @@ class Runner:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.dtype = resolve_dtype(config.dtype, checkpoint, self.device)
         self._load(checkpoint, progress or (lambda line: None))
+        self.vision = _vision(checkpoint, self.dtype, self.device, self.model.looks_ahead)
         self.windows = group_windows(self.spec)
-        self.plan = memory.plan(config, self.spec, self.dtype, self.device, self.windows)
+        reserved = 0 if self.vision is None else memory.VISION_BYTES
+        self.plan = memory.plan(
+            config, self.spec, self.dtype, self.device, self.windows, reserved=reserved
+        )
         self.block_size, self.num_blocks = config.block_size, self.plan.num_blocks
         self.num_states, self.rope_switch = self.plan.num_states, self.spec.rope_switch
         self.max_model_len, self.vocab_size = self.plan.max_model_len, self.spec.vocab_size
@@ -101,6 +109,8 @@ class Runner:
         }
         if self.plan.states:
             ledger["recurrent_states"] = self.plan.states
+        if self.vision is not None:
+            ledger["vision"] = self.vision.nbytes + memory.VISION_BYTES
         return Ready(
             max_model_len=self.max_model_len,
             vocab_size=self.vocab_size,
@@ -115,6 +125,7 @@ class Runner:
             load_seconds=self.load_seconds,
             tasks=self._tasks(),
             embedding=None if self.pooler is None else self.pooler.info,
+            vision=None if self.vision is None else self.vision.info,
         )
 
     def _tasks(self) -> tuple[Task, ...]:
@@ -258,4 +269,26 @@ def _pooler(checkpoint: Checkpoint, width: int, device: torch.device) -> Pooler 
         return Pooler.load(checkpoint.path, "lasttoken", width, device)
     except UnsupportedError as error:
         logger.warning("the model will not embed: %s", error)
+        return None
+
+
+def _vision(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, looks_ahead: bool
+) -> "VisionTower | None":
+    """None where the model does not see, or cannot: it is served for text all the same. looks_ahead: of its decoder."""
+    if not is_multimodal(checkpoint.config):
+        return None
+    from .vision.tower import VisionTower  # which needs transformers, and the time to import it
+
+    try:
+        vision = VisionTower.load(checkpoint, dtype, device)
+        if vision is not None and vision.is_whole and not looks_ahead:
+            logger.warning(
+                "the model will not see: tokens of its images see each other, which the Triton kernels do not compute; "
+                "--device cpu does"
+            )
+            return None
+        return vision
+    except CheckpointError as error:
+        logger.warning("the model will not see: %s", error)
         return None

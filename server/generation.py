@@ -9,6 +9,7 @@ call, without a task or a queue. `close` aborts what still runs; after it, nothi
 import time
 import uuid
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from functools import partial
 
 import msgspec
@@ -85,9 +86,11 @@ class Generation:
         salt: bytes,
         arrival: float,
         kept_ids: frozenset[int] = frozenset(),
+        images: Items[bytes] = (),
     ):
-        """`arrival`: time.perf_counter() at the request's arrival. `kept_ids`: special tokens that stay in texts."""
-        self.serving, self.salt, self.arrival = serving, salt, arrival
+        """`arrival`: time.perf_counter() at the request's arrival. `kept_ids`: special tokens that stay in texts.
+        `images`: files, of every prompt."""
+        self.serving, self.salt, self.arrival, self.images = serving, salt, arrival, images
         self.prompts, self.n = prompts, n
         self.id = uuid.uuid4().hex
         samples = [child_params(params, sample) for sample in range(n)]
@@ -126,6 +129,7 @@ class Generation:
                     sequence.params,
                     partial(on_output, sequence),
                     self.salt,
+                    self.images,
                 )
             except EngineDeadError:
                 raise errors.engine_dead() from None

@@ -78,6 +78,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     parse_special_tokens: bool = False  # those written out in messages count as such
     tool_call_parser: str | None = None  # how answers are read; None: as the chat template says
     reasoning_parser: str | None = None
+    allowed_media_domains: tuple[str, ...] = ()  # hosts that images are fetched from
 
 
 def serve(
@@ -149,6 +150,7 @@ class Lifecycle:
             max_num_seqs=config.max_num_seqs,
             max_queued_requests=options.max_queued_requests,
             takes_priorities=options.scheduling_policy == "priority",
+            media_hosts=frozenset(host.lower() for host in options.allowed_media_domains),
         )
         limit = connection_limit(options.max_connections)
         per_address = options.max_connections_per_ip

@@ -17,7 +17,8 @@ from .anthropic.schema import CountRequest, MessagesRequest
 from .auth import OPEN_PATHS
 from .ollama.schema import ChatBody, GenerateBody, ShowBody
 from .openai import chat, completions, embeddings, tokenize
-from .openai.fields import PROMPT_TEXT, TOKEN_ID
+from .openai.fields import CONTENT_PART, PROMPT_TEXT, TOKEN_ID
+from .openai.messages import TEXT_PART
 from .openai.responses.schema import ResponsesRequest
 from .openapi_answers import answers, ref
 from .serving import Serving
@@ -119,9 +120,11 @@ def describe(app: FastAPI, serving: Serving, secured: bool) -> JsonSchema:
     components["schemas"] = schemas = _schemas()
     if serving.is_loaded:
         empty_text_is_none = not serving.tokenizer.encode("", True)
-        _limit(schemas, serving.engine.ready.vocab_size, int(empty_text_is_none))
+        ready = serving.engine.ready
+        sees = ready.vision is not None
+        _limit(schemas, ready.vocab_size, int(empty_text_is_none), sees)
     else:
-        _limit(schemas, MAX_INT + 1, 0)
+        _limit(schemas, MAX_INT + 1, 0, sees=True)
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     components["headers"] = {
         "RequestId": {"schema": {"type": "string", "pattern": "^[\\w.:-]{1,128}$"}},
@@ -199,19 +202,22 @@ def _schemas() -> JsonSchema:
     return schemas | answers()
 
 
-def _limit(schema: Any, vocab_size: int, min_chars: int) -> None:
-    """Where a schema has a token id, say how large it may be; where a prompt, how short."""
+def _limit(schema: Any, vocab_size: int, min_chars: int, sees: bool) -> None:
+    """Where a schema has a token id, say how large it may be; where a prompt, how short; where a part of a message,
+    whether it may be an image."""
     if isinstance(schema, list):
         for item in schema:
-            _limit(item, vocab_size, min_chars)
+            _limit(item, vocab_size, min_chars, sees)
     elif isinstance(schema, dict):
+        if schema.pop(CONTENT_PART, False) and not sees:
+            schema["anyOf"] = [TEXT_PART]
         if schema.pop(PROMPT_TEXT, False):
             schema["minLength"] = min_chars
         if schema.pop(TOKEN_ID, False):
             name = "pattern" in schema  # of an object's property: an id in decimal
             schema |= {"pattern": _up_to(vocab_size - 1)} if name else {"maximum": vocab_size - 1}
         for item in schema.values():
-            _limit(item, vocab_size, min_chars)
+            _limit(item, vocab_size, min_chars, sees)
 
 
 def _up_to(number: int) -> str:

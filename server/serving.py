@@ -45,9 +45,11 @@ class Serving:
         max_num_seqs: int = 64,
         max_queued_requests: int = 1024,
         takes_priorities: bool = False,
+        media_hosts: frozenset[str] = frozenset(),
     ):
-        self.model_names = model_names
-        self.takes_priorities = takes_priorities  # of requests, each its own
+        """takes_priorities: of requests, each its own. media_hosts: which images are fetched from."""
+        self.model_names, self.media_hosts = model_names, media_hosts
+        self.takes_priorities = takes_priorities
         self.max_sequences = max_num_seqs + max_queued_requests
         self.phase = Phase.LOADING
         self._loaded: tuple[AsyncEngine, Tokenizer, Renderer, ChatOutput] | None = None

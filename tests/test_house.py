@@ -300,6 +300,7 @@ def test_every_dependency_is_imported() -> None:
     """At run time, by name; what only tests and benchmarks need is the dev extra's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = {re.split(r"[<>=;\[ ]", line)[0].replace("-", "_") for line in project["dependencies"]}
+    listed = {{"pillow": "PIL"}.get(name, name) for name in listed}
     imported = {
         name[1:-1] for module in MODULES for name in _imports(module) if name.startswith("<")
     }

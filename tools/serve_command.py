@@ -126,6 +126,15 @@ def serve_command(
             rich_help_panel=_HTTP,
         ),
     ] = None,
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="A host that images are fetched from when clients send their URL; repeatable",
+            show_default="none: data URLs alone",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
     max_connections: Annotated[
         int | None,
         typer.Option(
@@ -295,6 +304,7 @@ def serve_command(
         parse_special_tokens=parse_special_tokens,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
+        allowed_media_domains=tuple(allowed_media_domains or ()),
         max_connections=max_connections,
         max_connections_per_ip=max_connections_per_ip,
     )

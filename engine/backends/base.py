@@ -59,6 +59,7 @@ class Decoder(Protocol):
     """Consecutive layers of a model with their weights."""
 
     overlaps: bool  # `forward` and `sample` only launch work: the host looks at no hidden states
+    looks_ahead: bool  # attention follows Batch.last_seen
 
     @property
     def report(self) -> KernelReport: ...

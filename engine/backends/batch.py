@@ -10,10 +10,14 @@ Decodes (one token a request) lie first, then the chunks:
     states                               [S][4]  slots that its recurrent state is read from (-1: zeros) and written to;
                                                  its first of snapshots, and how many there are
     snapshots                            [*][2]  tokens of the request's in this step, and the slot for the state then
+    last_seen                            [T]     the last position that each token attends to
+    given                                [*]     tokens that are not embedded: tensors of images hold what they are
 """
 
 import itertools
+from bisect import bisect_left
 from functools import cached_property
+from typing import Any
 
 from ..request import Request
 from ..sampling_params import SamplingParams
@@ -107,6 +111,27 @@ class Batch:
     @cached_property
     def snapshots(self) -> list[tuple[int, int]]:
         return [(at - item.start, slot) for item in self.items for at, slot in item.snapshots]
+
+    @cached_property
+    def given(self) -> tuple[list[int], list[Any]]:
+        """Which of the tokens have embeddings of images, and these in order, in tensors [*, hidden_size]."""
+        rows: list[int] = []
+        parts: list[Any] = []
+        for item, row in zip(self.items, self.query_start_loc, strict=False):
+            for image in item.request.images:
+                first = bisect_left(image.positions, item.start)
+                last = bisect_left(image.positions, item.end)
+                if first < last:
+                    rows += [row + place - item.start for place in image.positions[first:last]]
+                    parts.append(image.embeddings[first:last])
+        return rows, parts
+
+    @cached_property
+    def last_seen(self) -> list[int] | None:
+        """The last position that each token attends to; None where it is its own for all."""
+        if not any(item.looks_ahead for item in self.items):
+            return None
+        return [position for item in self.items for position in item.last_seen]
 
     def block_tables(self, group: int) -> list[list[int]]:
         """A kernel may look at what lies behind a window, and must leave it out then."""

@@ -26,6 +26,7 @@ class ChainedDecoder(HostSampling):
 
     def __init__(self, decoders: list[Decoder]):
         self.decoders = decoders
+        self.looks_ahead = all(decoder.looks_ahead for decoder in decoders)
         self.report = KernelReport()
         for decoder in decoders:
             self.report.merge(decoder.report)

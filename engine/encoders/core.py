@@ -42,6 +42,7 @@ class EncoderCore:
     """The queue and the runner of one encoder."""
 
     grammars = None
+    images = None
 
     def __init__(
         self,

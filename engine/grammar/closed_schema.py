@@ -57,8 +57,9 @@ def _closed(schema: Any) -> Any:
         if name in schema:
             found[name] = _closed(schema[name])
     properties = schema.get("properties")
-    says_no_more = isinstance(properties, dict) and not schema.keys() & _MORE_PROPERTIES
-    if says_no_more and set(schema.get("required") or ()) <= properties.keys():
+    if not isinstance(properties, dict) or schema.keys() & _MORE_PROPERTIES:
+        return found
+    if set(schema.get("required") or ()) <= properties.keys():
         found["additionalProperties"] = False
     return found
 

@@ -34,6 +34,25 @@ class ScheduledRequest:
         """The tokens to compute."""
         return self.request.token_ids[self.start : self.end]
 
+    @property
+    def last_seen(self) -> list[int]:
+        """The last position that each token attends to: its own, or the end of its image."""
+        found = list(range(self.start, self.end))
+        for image in self.request.images:
+            for run in image.whole:
+                for position in range(max(run.start, self.start), min(run.stop, self.end)):
+                    found[position - self.start] = run.stop - 1
+        return found
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token attends to one behind it."""
+        return any(
+            run.start < self.end and self.start < run.stop
+            for image in self.request.images
+            for run in image.whole
+        )
+
     def slots(self, block_size: int, group: int) -> list[int]:
         """Where in a KV group's cache their keys and values go: block * block_size + offset."""
         table = self.request.block_tables[group]

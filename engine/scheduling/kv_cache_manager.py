@@ -12,10 +12,11 @@ recurrent state have no blocks but a slot for each request (state_slots.py): a p
 
 A full block is named by a hash that covers it and everything before it, in all groups the same:
 
-    names[i] = sha256(names[i-1] | token ids of block i)        names[-1] = sha256(extra keys)
+    names[i] = sha256(names[i-1] | token ids of block i | digests of images)        names[-1] = sha256(extra keys)
 
 so equal names mean equal tokens from the first on, and equal extra keys: what sets a request's cache apart, such as its
-tenant's salt (prefix caching as in vLLM's kv_cache_utils).
+tenant's salt (prefix caching as in vLLM's kv_cache_utils). Tokens of images are alike whatever is to be seen, so the
+block in which an image begins has its digest in the name, and all blocks behind it through that.
 """
 
 from array import array
@@ -226,12 +227,18 @@ class KVCacheManager:
         for index in range(len(names), request.num_known_tokens // size):
             parent = names[-1] if names else _root(request.extra_keys)
             tokens = array("I", request.token_ids[index * size : (index + 1) * size])
-            names.append(sha256(parent + tokens.tobytes()).digest())
+            images = _beginning(request, index * size, (index + 1) * size)
+            names.append(sha256(parent + tokens.tobytes() + images).digest())
         return names
 
 
 def _held(table: Sequence[int]) -> list[int]:
     return [block for block in table if block != RELEASED]
+
+
+def _beginning(request: Request, start: int, end: int) -> bytes:
+    """Digests of the images that begin at one of these positions."""
+    return b"".join(image.digest for image in request.images if start <= image.positions[0] < end)
 
 
 def _root(extra_keys: Sequence[bytes]) -> bytes:

@@ -74,6 +74,13 @@ class Scheduler:
                 f"the prompt has {request.num_tokens} tokens; the context of {self.max_model_len} "
                 "tokens has no room for it and an answer"
             )
+        widest = max((len(run) for image in request.images for run in image.whole), default=0)
+        room = self.max_num_batched_tokens - self.max_num_seqs
+        if widest and widest > room:  # else there may be no step that has room for it
+            raise ValueError(
+                f"an image is {widest} tokens that one step computes; {room} fit beside the other requests'. Raise "
+                "--max-num-batched-tokens, or lower --max-num-seqs"
+            )
         self._requests[request.request_id] = request
         request.rank = request.params.priority, next(self._arrivals)
         insort(self.waiting, request, key=_rank)
@@ -164,8 +171,9 @@ class Scheduler:
                 self._preempt_last()
                 preempted = True
                 continue
-            items.append(_next_chunk(request, budget))
-            budget -= items[-1].num_tokens
+            chunk = _next_chunk(request, budget)
+            items += [chunk] if chunk.num_tokens else []  # an image waits for a step with room
+            budget -= chunk.num_tokens
             index += 1
         return items, budget, preempted
 
@@ -178,8 +186,9 @@ class Scheduler:
             self.waiting.pop(0)
             insort(self.running, request, key=_rank)
             request.status = Status.RUNNING
-            items.append(_next_chunk(request, budget))
-            budget -= items[-1].num_tokens
+            chunk = _next_chunk(request, budget)
+            items += [chunk] if chunk.num_tokens else []
+            budget -= chunk.num_tokens
         return items
 
     def _awaits_token(self, request: Request) -> bool:
@@ -310,8 +319,10 @@ def _rank(request: Request) -> tuple[int, int]:
 
 
 def _next_chunk(request: Request, budget: int) -> ScheduledRequest:
+    """What a step computes of a request. No tokens at all where an image comes next that the budget would cut."""
     start = request.num_computed_tokens
-    return ScheduledRequest(request, start, min(request.num_tokens - start, budget))
+    end = request.chunk_end(min(request.num_tokens, start + budget))
+    return ScheduledRequest(request, start, max(0, end - start))
 
 
 def _pooled(request: Request, result: StepResult) -> RequestOutput:

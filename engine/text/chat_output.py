@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import UserError
+from .content import ContentForm
 from .parsers import REASONING_PARSERS, TOOL_PARSERS, OutputFormat, Tool, formats_of
 from .plain_tools import takes_tools, told_in_words
 from .tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class ChatOutput:
         self._tokenizer = tokenizer
         self._takes_tools = takes_tools(template)
         self._takes_system = "system" in template
+        self._form = ContentForm(template)
         found = formats_of(template)
         tool = found.tool if self._takes_tools else TOOL_PARSERS[_TOLD_IN_WORDS]
         if tool_parser is not None:
@@ -59,10 +61,11 @@ class ChatOutput:
     def conversation(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """Messages and tools as the template takes them."""
+        """Messages and tools as the template takes them. ValueError, fit for the client to read, for images that it has
+        no place for."""
         if self._takes_tools:
-            return list(messages), list(tools) or None
-        return told_in_words(messages, tools, self._takes_system), None
+            return self._form.of(messages), list(tools) or None
+        return self._form.of(told_in_words(messages, tools, self._takes_system)), None
 
     def tail(self, prompt_token_ids: Sequence[int]) -> str:
         """The end of a prompt, which says whether its answer begins within reasoning."""

@@ -44,15 +44,18 @@ def told_in_words(
         )
         role = "system" if takes_system else "user"
         if told and told[0]["role"] == role:
-            joined = (
-                f"{told[0]['content']}\n\n{text}"
-                if takes_system
-                else f"{text}\n\n{told[0]['content']}"
-            )
-            told[0] = {**told[0], "content": joined}
+            told[0] = {**told[0], "content": _introduced(told[0]["content"], text, takes_system)}
         else:
             told.insert(0, {"role": role, "content": text})
     return told
+
+
+def _introduced(content: Any, text: str, behind: bool) -> Any:
+    """Content with the introduction before or behind it."""
+    if isinstance(content, list):
+        part = {"type": "text", "text": text}
+        return [*content, part] if behind else [part, *content]
+    return f"{content}\n\n{text}" if behind else f"{text}\n\n{content}"
 
 
 def _in_words(messages: Sequence[Message]) -> list[Message]:
@@ -72,6 +75,8 @@ def _result(message: Message) -> str:
 
 def _with_calls(message: Message) -> Message:
     content = message.get("content") or ""
+    if isinstance(content, list):  # images, which the user alone sends
+        return dict(message)
     kept = {name: value for name, value in message.items() if name != "tool_calls"}
     calls = [
         f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"

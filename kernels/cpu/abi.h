@@ -18,7 +18,7 @@
 #pragma once
 #include <stdint.h>
 
-#define NB_ABI_VERSION 17
+#define NB_ABI_VERSION 18
 #define NB_MAX_INPUTS 4  // ways in which a group's activations are prepared: groups of codes, orders of columns
 #define NB_MAX_ROPES 4
 
@@ -272,6 +272,7 @@ struct NbBatch {
   int64_t num_slots;
   const NbItemState* item_states;
   const int32_t* snapshots;          // pairs: after how many of an item's tokens its state goes to which slot, too
+  const int32_t* last_seen;          // [num_tokens] the last position that a token attends to; null: its own
 };
 
 struct NbPool;

@@ -16,7 +16,7 @@ struct QueryTile {
   const uint16_t* q;     // bfloat16 [rows, head_dim], scaled
   int rows;
   const int* first;      // [rows] the first position each sees
-  const int* last;       // [rows] the last one: its own
+  const int* last;       // [rows] the last one: its own, or ahead of it
   float* out;            // [rows, head_dim], zeros at first
   float* top;            // [rows] running maximum: at first a sink's score, if there is one
   float* mass;           // [rows] running sum: at first that of the sink

@@ -158,7 +158,7 @@ struct Step {
     int row = b.item_rows[unit.item] + unit.first, rows = unit.count * shared;
     for (int r = 0; r < rows; r++) {
       int position = item.start + unit.first + r / shared;
-      s.last[r] = position;
+      s.last[r] = batch.last_seen ? batch.last_seen[row + r / shared] : position;
       s.first[r] = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
       s.top[r] = a.sinks ? a.sinks[head * shared + r % shared] : -1e30f;
       s.mass[r] = a.sinks ? 1.0f : 0.0f;

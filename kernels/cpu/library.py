@@ -8,7 +8,7 @@ from functools import cache
 from ...errors import UserError
 from .build import LIBRARY, architecture, source_hash
 
-_ABI_VERSION = 17
+_ABI_VERSION = 18
 MAX_INPUTS = 4  # NB_MAX_INPUTS
 MAX_ROPES = 4  # NB_MAX_ROPES
 _HOW_TO_BUILD = (
@@ -310,6 +310,7 @@ class NbBatch(ctypes.Structure):
         ("num_slots", c_int64),
         ("item_states", c_void_p),
         ("snapshots", c_void_p),
+        ("last_seen", c_void_p),
     ]
 
 

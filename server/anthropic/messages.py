@@ -35,7 +35,7 @@ async def count_tokens(request: Request, serving: Serving) -> Response:
         body = await limits.parse_body(request, CountRequest)
         serving.check_model(body.model)
         chat_body = chat.chat_request(body.chat_fields())
-        prompt = await chat.prompt_of(request, chat_body, serving, chat_body.tool_use())
+        prompt, _ = await chat.prompt_of(request, chat_body, serving, chat_body.tool_use())
         return json_response({"input_tokens": len(prompt)})
     except errors.ApiError as error:
         return response(error)

@@ -2,6 +2,7 @@
 
 system                      a system message
 user's tool_result          a tool message each, before what else the user says
+user's image                image_url of the message
 assistant's tool_use        tool_calls; thinking: reasoning_content
 tools, tool_choice          function tools; any: required
 thinking                    the template's enable_thinking
@@ -36,6 +37,17 @@ class TextBlock(Block):
     citations: OnlyEmptyList = None
 
 
+class ImageSource(Schema):
+    type: Literal["base64"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
+    data: str
+
+
+class ImageBlock(Block):
+    type: Literal["image"]
+    source: ImageSource
+
+
 class ThinkingBlock(Block):
     type: Literal["thinking"]
     thinking: str
@@ -63,7 +75,7 @@ class ToolResultBlock(Block):
 
 
 ContentBlock = Annotated[
-    TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
+    TextBlock | ImageBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock,
     Field(discriminator="type"),
 ]
 
@@ -181,7 +193,7 @@ def _messages(message: Message) -> list[Anything]:
         raise errors.bad_request("messages: only the user has 'tool_result' blocks.", "messages")
     if calls and message.role != "assistant":
         raise errors.bad_request("messages: only the assistant has 'tool_use' blocks.", "messages")
-    text = "\n".join(b.text for b in message.content if isinstance(b, TextBlock))
+    text = _said(message.content)
     thinking = "\n".join(b.thinking for b in message.content if isinstance(b, ThinkingBlock))
     if results and not text:
         return results
@@ -191,6 +203,24 @@ def _messages(message: Message) -> list[Anything]:
     if thinking:
         said["reasoning_content"] = thinking
     return [*results, said]
+
+
+def _said(blocks: list[ContentBlock]) -> str | list[Anything]:
+    """Texts and images of a message, as parts where there are images."""
+    parts = [part for block in blocks if (part := _part(block)) is not None]
+    if any(part["type"] == "image_url" for part in parts):
+        return parts
+    return "\n".join(part["text"] for part in parts)
+
+
+def _part(block: ContentBlock) -> Anything | None:
+    if isinstance(block, TextBlock):
+        return {"type": "text", "text": block.text}
+    if isinstance(block, ImageBlock):
+        source = block.source
+        url = f"data:{source.media_type};base64,{source.data}"
+        return {"type": "image_url", "image_url": {"url": url}}
+    return None
 
 
 def _text(content: str | list[TextBlock] | None) -> str:

@@ -30,9 +30,10 @@ from .fields import (
     OnlyNone,
     excludes,
 )
+from .images import images_of
 from .messages import Messages, for_template
 from .parsed_answer import NewParser
-from .prompt import encode_chat
+from .prompt import conversation_of, encode_chat
 from .sampling import (
     STREAM_OPTIONS_NEED_STREAM,
     SamplingFields,
@@ -125,6 +126,7 @@ class Asked(msgspec.Struct):
     """What a chat request comes to: what the engine computes, and what its answer is read with."""
 
     prompt: list[int]
+    images: list[bytes]  # files
     params: SamplingParams
     n: int
     new_parser: NewParser | None
@@ -161,6 +163,7 @@ async def respond(
         salt,
         arrival,
         asked.kept_ids,
+        asked.images,
     )
 
 
@@ -175,7 +178,7 @@ def chat_request(fields: dict[str, Any]) -> ChatRequest:
 async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Asked:
     """Everything before the first token. ApiError 400 for what cannot be served."""
     use = body.tool_use()
-    prompt = await prompt_of(request, body, serving, use)
+    prompt, images = await prompt_of(request, body, serving, use)
     output = serving.output
     form = output.format_of(bool(use.tools))
     tail = "" if form is None else output.tail(prompt)
@@ -188,10 +191,14 @@ async def prepare(request: Request, body: ChatRequest, serving: Serving) -> Aske
     params = await for_engine(params, serving)
     n = body.n or 1
     check_size(n, params.max_tokens)
+    if n * sum(map(len, images)) > limits.MAX_BODY_BYTES:
+        raise errors.bad_request(
+            f"n times the bytes of the images may be up to {limits.MAX_BODY_BYTES}.", "n"
+        )
     tools = [Tool.of(tool) for tool in use.tools]
     new_parser = None if form is None else lambda: form.parser(tools, tail)
     kept = frozenset() if form is None else output.kept_ids(form)
-    return Asked(prompt, params, n, new_parser, kept)
+    return Asked(prompt, images, params, n, new_parser, kept)
 
 
 async def _structured(
@@ -216,8 +223,8 @@ async def _structured(
 
 async def prompt_of(
     request: Request, body: ChatRequest, serving: Serving, use: ToolUse
-) -> list[int]:
-    """The tokens of the conversation. ApiError 400 if there are none, or too many."""
+) -> tuple[list[int], list[bytes]]:
+    """The tokens of the conversation, and the files of its images. ApiError 400 if there are no tokens, or too many."""
     serving.check_task("generate")
     limit = serving.engine.ready.max_model_len
     continued = bool(body.continue_final_message)
@@ -231,7 +238,9 @@ async def prompt_of(
             "'continue_final_message' needs a last message of the assistant.", "messages"
         )
     generation = not continued if body.add_generation_prompt is None else body.add_generation_prompt
-    messages, tools = serving.output.conversation(for_template(body.messages), use.tools)
+    plain = for_template(body.messages)
+    images = await images_of(serving, body.messages)
+    messages, tools = conversation_of(serving, plain, use.tools)
     conversation = Conversation(
         messages,
         tools,
@@ -241,11 +250,17 @@ async def prompt_of(
     )
     try:
         longest = longest_prompt(limit, body.truncate_prompt_tokens)
-        token_ids = await encode_chat(request, serving, conversation, longest)
+        token_ids = await encode_chat(request, serving, conversation, longest, images=images)
     except TooManyTokens as found:
         raise errors.context_length_exceeded(
             limit, found.count, body.asked_tokens or 1, "messages", found.at_least
         ) from None
     if not token_ids:
         raise errors.bad_request("The messages come to no tokens at all.", "messages")
-    return shortened(token_ids, body.truncate_prompt_tokens, limit, body.asked_tokens or 1)
+    if images.files and body.truncate_prompt_tokens is not None:
+        raise errors.bad_request(
+            "'truncate_prompt_tokens' cannot be had with images: one of them might be cut.",
+            "truncate_prompt_tokens",
+        )
+    kept = shortened(token_ids, body.truncate_prompt_tokens, limit, body.asked_tokens or 1)
+    return kept, images.files

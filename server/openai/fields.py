@@ -73,7 +73,7 @@ INTEGRAL = BeforeValidator(_integral)
 Count = Annotated[int, Field(ge=0, le=MAX_INT), INTEGRAL]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), INTEGRAL]
 # What depends on the model is checked where that is known, and openapi.describe finds it by these marks.
-TOKEN_ID, PROMPT_TEXT = "x-token-id", "x-prompt-text"
+TOKEN_ID, PROMPT_TEXT, CONTENT_PART = "x-token-id", "x-prompt-text", "x-content-part"
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT, json_schema_extra={TOKEN_ID: True})]
 INTEGRALS = WrapValidator(_integrals)
 TokenIds = Annotated[list[TokenId], INTEGRALS]

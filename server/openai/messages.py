@@ -2,18 +2,38 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from .. import errors, limits
-from .fields import Ignored, OnlyEmptyList, OnlyNone, Schema, excludes
+from .fields import CONTENT_PART, Ignored, OnlyEmptyList, OnlyNone, Schema, excludes
 from .tools import ToolCall
 
 
-class TextPart(Schema):
-    type: Annotated[str, Field(json_schema_extra={"const": "text"})]
+class ImageUrl(Schema):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None  # a hint: models have a size of their own
+
+
+# JSON schema of the two kinds of parts; a model that does not see takes the first alone (openapi.describe)
+TEXT_PART: dict[str, Any] = {
+    "properties": {"type": {"const": "text"}, "image_url": {"type": "null"}}
+}
+IMAGE_PART: dict[str, Any] = {
+    "properties": {"type": {"const": "image_url"}, "image_url": {"type": "object"}},
+    "required": ["image_url"],
+}
+
+
+class ContentPart(Schema):
+    model_config = ConfigDict(
+        validate_default=True,
+        json_schema_extra={CONTENT_PART: True, "anyOf": [TEXT_PART, IMAGE_PART]},
+    )
+
+    type: Annotated[str, Field(json_schema_extra={"enum": ["text", "image_url"]})]
     text: str | None = None
+    image_url: ImageUrl | None = None
     # Named so that the refusal of a part we cannot read says what kind it was, not that this field is unknown.
-    image_url: OnlyNone = None
     input_audio: OnlyNone = None
     video_url: OnlyNone = None
     file: OnlyNone = None
@@ -21,10 +41,24 @@ class TextPart(Schema):
 
     @field_validator("type")
     @classmethod
-    def _text_only(cls, type: str) -> str:
-        if type != "text":
-            raise ValueError(f"content part type '{type[:64]}' is not supported, only 'text' is")
+    def _known(cls, type: str) -> str:
+        if type not in ("text", "image_url"):
+            raise ValueError(
+                f"content part type '{type[:64]}' is not supported, only 'text' and 'image_url' are"
+            )
         return type
+
+    @field_validator("image_url")
+    @classmethod
+    def _of_its_type(cls, image_url: ImageUrl | None, info: ValidationInfo) -> ImageUrl | None:
+        if (image_url is not None) != (info.data.get("type") == "image_url"):
+            raise ValueError("a part of type 'image_url', and no other, has an 'image_url'")
+        return image_url
+
+    def for_template(self) -> dict[str, str]:
+        if self.image_url is not None:
+            return {"type": "image"}
+        return {"type": "text", "text": self.text or ""}
 
 
 class Message(Schema):
@@ -37,7 +71,7 @@ class Message(Schema):
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: Ignored = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
     # What a client sends back when it repeats an answer of ours.
@@ -50,16 +84,22 @@ class Message(Schema):
     annotations: OnlyEmptyList = None
 
     @property
+    def parts(self) -> list[ContentPart]:
+        return self.content if isinstance(self.content, list) else []
+
+    @property
     def text(self) -> str:
         if isinstance(self.content, list):
             return "\n".join(part.text or "" for part in self.content)
         return self.content or ""
 
     def for_template(self) -> dict[str, Any]:
-        """`developer` is OpenAI's newer name for what every template calls `system`."""
+        """`developer` is OpenAI's newer name for what every template calls `system`. Content is text, or parts where
+        there are images among it."""
+        sees = any(part.image_url is not None for part in self.parts)
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": self.text,
+            "content": [part.for_template() for part in self.parts] if sees else self.text,
         }
         reasoning = self.reasoning_content or self.reasoning
         given = {
@@ -87,6 +127,8 @@ def for_template(messages: list[Message]) -> list[dict[str, Any]]:
             raise errors.bad_request(
                 f"messages[{index}]: only the assistant has 'tool_calls'.", "messages"
             )
+        if message.role != "user" and isinstance(plain["content"], list):
+            raise errors.bad_request(f"messages[{index}]: only the user has images.", "messages")
         names |= {call.id: call.function.name for call in message.tool_calls or () if call.id}
         if message.role == "tool" and message.tool_call_id is not None:
             plain.setdefault("name", names.get(message.tool_call_id, ""))

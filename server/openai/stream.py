@@ -13,6 +13,7 @@ What the second asks on the way (`Generation.advance`: detokenizer, metrics; `An
 import asyncio
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 from fastapi import Request, Response
 
@@ -36,13 +37,17 @@ async def run(
     salt: str | None,
     arrival: float,
     kept_ids: frozenset[int] = frozenset(),
+    images: Items[bytes] = (),
 ) -> Response:
-    """Admit the request's sequences, generate, answer. They are released when the answer ends, however it ends."""
+    """Admit the request's sequences, generate, answer. They are released when the answer ends, however it ends. images:
+    files, of every prompt."""
     sequences = len(prompts) * n
     serving.admit(sequences)
     streamed = False
     try:
-        generation = begun(request, serving, answer, prompts, params, n, salt, arrival, kept_ids)
+        generation = begun(
+            request, serving, answer, prompts, params, n, salt, arrival, kept_ids, images
+        )
         if answer.body.stream:
             streamed = True
             return sse.EventStream(
@@ -72,13 +77,14 @@ def begun(
     salt: str | None,
     arrival: float,
     kept_ids: frozenset[int],
+    images: Items[bytes],
 ) -> Generation:
     """The generation of a request that was admitted, counted for whose key it bears, and its answer begun."""
     tenant = request.scope.get("tenant")
     if tenant:
         serving.metrics.borne(tenant.name)
     own_salt = cache_salt(tenant.digest if tenant else b"", salt)
-    generation = Generation(serving, prompts, params, n, own_salt, arrival, kept_ids)
+    generation = Generation(serving, prompts, params, n, own_salt, arrival, kept_ids, images)
     answer.begin(generation.id)
     return generation
 

@@ -14,8 +14,9 @@ from ..serving import Serving
 from .answer import json_response
 from .chat import TemplateKwargs
 from .fields import INTEGRALS, NOT_BOTH_ENDS, Schema, TokenId
+from .images import images_of
 from .messages import Messages, for_template
-from .prompt import encode_chat, encode_texts
+from .prompt import conversation_of, encode_chat, encode_texts
 from .tools import Tools, plain_tools
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -117,9 +118,9 @@ async def _encode(request: Request, body: TokenizeRequest, serving: Serving) -> 
         if body.prompt is not None:
             special = body.add_special_tokens is not False
             return (await encode_texts(serving, [body.prompt], special, limit))[0]
-        messages, tools = serving.output.conversation(
-            for_template(body.messages or []), plain_tools(body.tools or [])
-        )
+        plain = for_template(body.messages or [])
+        images = await images_of(serving, body.messages or [])
+        messages, tools = conversation_of(serving, plain, plain_tools(body.tools or []))
         conversation = Conversation(
             messages,
             tools,
@@ -128,7 +129,7 @@ async def _encode(request: Request, body: TokenizeRequest, serving: Serving) -> 
             variables=dict(body.chat_template_kwargs or {}),
         )
         return await encode_chat(
-            request, serving, conversation, limit, bool(body.add_special_tokens)
+            request, serving, conversation, limit, bool(body.add_special_tokens), images
         )
     except TooManyTokens as found:
         raise errors.bad_request(

@@ -57,7 +57,7 @@ async def chat_tokenize(request: Request, serving: Serving) -> Response:
         serving.check_ready()
         body = await limits.parse_body(request, chat.ChatRequest)
         serving.check_model(body.model)
-        token_ids = await chat.prompt_of(request, body, serving, body.tool_use())
+        token_ids, _ = await chat.prompt_of(request, body, serving, body.tool_use())
         return json_response(await asyncio.to_thread(_tokenized, token_ids, serving))
     except errors.ApiError as error:
         return response(error)

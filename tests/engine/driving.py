@@ -60,7 +60,11 @@ def logits(runner: Runner, requests: list[Request], chunk: int) -> list[Tensor]:
 
 
 def _next(requests: list[Request], chunk: int) -> list[ScheduledRequest]:
-    return [
-        ScheduledRequest(r, r.num_computed_tokens, min(chunk, r.num_tokens - r.num_computed_tokens))
-        for r in requests
-    ]
+    return [ScheduledRequest(r, r.num_computed_tokens, _count(r, chunk)) for r in requests]
+
+
+def _count(request: Request, chunk: int) -> int:
+    start = request.num_computed_tokens
+    count = request.chunk_end(min(start + chunk, request.num_tokens)) - start
+    assert count, "a chunk smaller than an image whose tokens see each other"
+    return count

@@ -38,6 +38,7 @@ def next_token(history: list[int], vocab_size: int = VOCAB_SIZE) -> int:
 
 class FakeRunner:
     eos_token_ids = [EOS]
+    vision = None
 
     def __init__(
         self,

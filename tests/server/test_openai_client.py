@@ -387,7 +387,7 @@ def test_max_tokens_beyond_the_context(client: openai.OpenAI) -> None:
                     }
                 ]
             },
-            "messages.0.content.0.type",
+            "messages[0].content[0].image_url",
         ),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),

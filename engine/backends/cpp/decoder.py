@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ....architectures.base import Attention, LatentAttention, ModelSpec
@@ -24,6 +25,7 @@ from ....kernels.cpu.library import NbBatch, NbLayer, NbLinearGroup, NbModel, Po
 from ....kernels.cpu.prepared import PreparedGroup, pointer
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
+from ..images import with_images
 from ..kv_groups import layer_groups
 from ..torch.attention import zero_pages
 from .alt_up import CppAltUp
@@ -97,6 +99,8 @@ class CppCache:
 class CppDecoder(HostSampling):
     """Embedding, norm and head where the layers are the model's first or last."""
 
+    looks_ahead = True
+
     model: ModelSpec
     pool: Pool
     layers: list[CppLayer]
@@ -113,6 +117,7 @@ class CppDecoder(HostSampling):
     ropes: CppRopes = field(init=False)
     layer_structs: ctypes.Array[NbLayer] = field(init=False)
     _struct: NbModel = field(init=False)  # points to the two above
+    _told: NbModel = field(init=False)  # the same, told hidden states in place of tokens
 
     def __post_init__(self) -> None:
         model = self.model
@@ -142,6 +147,8 @@ class CppDecoder(HostSampling):
             None if alt_up is None else ctypes.pointer(alt_up.struct),
             NbLinearGroup() if self.head is None else self.head.struct(),
         )
+        self._told = NbModel.from_buffer_copy(self._struct)
+        self._told.embedding = None
 
     @property
     def groups(self) -> list[PreparedGroup]:
@@ -177,6 +184,8 @@ class CppDecoder(HostSampling):
         """float32 [T, hidden_size]"""
         if (hidden is None) != (self.embedding is not None):
             raise ValueError("the model's first layers take tokens, the others hidden states")
+        if batch.given[0] and hidden is None:
+            hidden = with_images(self._embedded(batch), batch)
         tables = [table for group in range(cache.num_groups) for table in batch.block_tables(group)]
         starts = _int32([0, *itertools.accumulate(map(len, tables))])
         tokens = _int32(batch.token_ids)
@@ -212,8 +221,19 @@ class CppDecoder(HostSampling):
             arguments.states, arguments.num_slots = cache.states.data_ptr(), cache.num_states
             arguments.item_states = ctypes.addressof(items_states)
             arguments.snapshots = ctypes.addressof(snapshots)
-        self.pool.library.nb_forward(self.pool.handle, self._struct, arguments, out.data_ptr())
+        if batch.last_seen is not None:
+            last_seen = _int32(batch.last_seen)
+            arguments.last_seen = ctypes.addressof(last_seen)
+        struct = self._struct if hidden is None else self._told
+        self.pool.library.nb_forward(self.pool.handle, struct, arguments, out.data_ptr())
         return out
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """float32 [T, hidden_size]: the tokens as the kernels embed them, for models that see."""
+        if self.embedding is None or self.embedding_norm is not None:
+            raise ValueError("a model whose embeddings the kernels alone make")
+        x = F.embedding(torch.tensor(batch.token_ids), self.embedding).float()
+        return x * as_bfloat16(self.model.embedding_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head is None:

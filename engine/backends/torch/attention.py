@@ -179,7 +179,7 @@ class AttentionMetadata:
         table = item.request.block_tables[self.group][first : -(-item.end // size)]
         key = torch.arange(first * size, (first + len(table)) * size)
         query = torch.arange(item.start, item.end)[:, None]
-        seen = key <= query
+        seen = key <= torch.tensor(item.last_seen)[:, None]
         if window is not None:
             seen &= key > query - window
         return self._blocks(table), self._additive(seen)
@@ -234,7 +234,8 @@ def paged_attention(
 
 
 def _sees_only_itself(item: ScheduledRequest, window: int | None) -> bool:
-    return item.start == 0 and (window is None or item.num_tokens <= window)
+    fits = window is None or item.num_tokens <= window
+    return item.start == 0 and fits and not item.looks_ahead
 
 
 def _decode(q: Tensor, spec: Attention, cache: KVCache, layer: int, view: _DecodeView) -> Tensor:

@@ -19,6 +19,7 @@ from ....architectures.rope import switch_of
 from ...memory import tensor_bytes
 from ..base import HostSampling, KernelReport
 from ..batch import Batch
+from ..images import with_images
 from ..kv_groups import layer_groups
 from .alt_up import TorchAltUp, TorchAltUpLayer, TorchLaurel
 from .attention import AttentionMetadata, KVCache
@@ -63,6 +64,8 @@ class TorchCache:
 @dataclass(slots=True)
 class TorchDecoder(HostSampling):
     """Consecutive layers; embedding, norm and head where they are the model's first or last."""
+
+    looks_ahead = True
 
     model: ModelSpec
     layers: list[TorchLayer]
@@ -174,9 +177,9 @@ class TorchDecoder(HostSampling):
             raise ValueError("these are not the model's first layers")
         x = F.embedding(torch.tensor(batch.token_ids, device=self.device), self.embedding)
         x = _normed(self.embedding_norm, x)
-        if self.model.embedding_scale == 1.0:
-            return x
-        return x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)
+        if self.model.embedding_scale != 1.0:
+            x = x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)
+        return with_images(x, batch)
 
 
 def _normed(norm: RMSNorm | None, x: Tensor) -> Tensor:

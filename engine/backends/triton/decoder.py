@@ -26,6 +26,7 @@ from ...sampler import is_filtered, sample
 from ...scheduling.batch import PendingStep, StepResult
 from ..base import KernelReport
 from ..batch import Batch
+from ..images import with_images
 from ..kv_groups import layer_groups
 from ..torch.decoder import TorchDecoder, TorchLayer
 from ..torch.layers import scaled, soft_cap
@@ -52,7 +53,7 @@ class _Captured:
 class TritonDecoder:
     """The weights of a TorchDecoder, run by the kernels."""
 
-    overlaps = True
+    overlaps, looks_ahead = True, False
 
     def __init__(self, weights: TorchDecoder, config: EngineConfig):
         self.weights, self.config, self.model = weights, config, weights.model
@@ -101,10 +102,13 @@ class TritonDecoder:
 
     def forward(self, batch: Batch, cache: TritonCache, hidden: Tensor | None = None) -> Tensor:
         """As Decoder.forward; what comes from a graph is overwritten by its next replay."""
-        replayed = self._replayed(batch, cache) if hidden is None else None
+        has_images = bool(batch.given[0])
+        replayed = None if has_images or hidden is not None else self._replayed(batch, cache)
         if replayed is not None:
             return replayed
         uploaded = upload(batch, self.sampler.previous, self.device, self.form, cache.num_groups)
+        if has_images and hidden is None:
+            hidden = with_images(self._embed(uploaded), batch)
         return self._hidden_states(uploaded, cache, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -97,7 +97,16 @@ class Responses:
         serving, tenant = self.serving, _tenant(request)
         serving.admit(1)
         generation = begun(
-            request, serving, answer, [asked.prompt], asked.params, 1, None, arrival, asked.kept_ids
+            request,
+            serving,
+            answer,
+            [asked.prompt],
+            asked.params,
+            1,
+            None,
+            arrival,
+            asked.kept_ids,
+            asked.images,
         )
         response = answer.response("in_progress", None)
         answer.on_end(response)  # kept from its beginning on

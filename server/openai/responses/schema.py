@@ -1,6 +1,7 @@
 """The request of POST /v1/responses, and the chat request that it comes to.
 
 instructions, previous response, input     messages, in this order
+input_image                                image_url of the message
 function_call, function_call_output        tool_calls of the assistant; a tool message
 reasoning                                  reasoning_content of the assistant message that follows
 text.format                                response_format
@@ -28,13 +29,21 @@ class Part(Schema):
     logprobs: list[Any] | None = None
 
 
+class ImagePart(Schema):
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+    file_id: OnlyNone = None
+
+
 class RefusalPart(Schema):
     type: Literal["refusal"]
     refusal: str
 
 
 Parts = Annotated[
-    list[Annotated[Part | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)
+    list[Annotated[Part | ImagePart | RefusalPart, Field(discriminator="type")]],
+    Field(fail_fast=True),
 ]
 
 
@@ -253,7 +262,7 @@ def chat_messages(items: Iterable[Json]) -> list[Json]:
             text = _joined(item["output"])
             messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
         elif kind == "message" and item["role"] != "assistant":
-            messages.append({"role": item["role"], "content": _joined(item["content"])})
+            messages.append({"role": item["role"], "content": _seen(item["content"])})
         else:
             _add(_assistants(messages, kind), item)
     return messages
@@ -282,6 +291,19 @@ def _add(message: Json, item: Json) -> None:
         message["reasoning_content"] = "\n".join(part["text"] for part in texts)
     else:
         message["content"] = _joined(item["content"])
+
+
+def _seen(content: str | list[Json]) -> str | list[Json]:
+    """What was said, as parts where there are images in it."""
+    if isinstance(content, str) or all(part["type"] != "input_image" for part in content):
+        return _joined(content)
+    return [_part(part) for part in content]
+
+
+def _part(part: Json) -> Json:
+    if part["type"] == "input_image":
+        return {"type": "image_url", "image_url": {"url": part["image_url"]}}
+    return {"type": "text", "text": part.get("text") or part.get("refusal") or ""}
 
 
 def _joined(content: str | list[Json]) -> str:
