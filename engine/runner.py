@@ -19,6 +19,7 @@ from ..architectures.registry import model_spec
 from ..errors import CheckpointError, UnsupportedError, UserError
 from ..quant import canary
 from ..quant.at_load import quantized_at_load
+from ..quant.card_file import read_card
 from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.checkpoint.headers import read_json
 from ..quant.device import named_device
@@ -75,6 +76,7 @@ class Runner:
         self.pooler = _pooler(checkpoint, self.spec.hidden_size, self.device)
         self._check_sanity()
         self._check_canary(checkpoint)
+        self._card = read_card(checkpoint.path)
         with torch.inference_mode():
             self.model.warm_up(self.cache, self.max_model_len)
         self.load_seconds = time.perf_counter() - started
@@ -126,6 +128,7 @@ class Runner:
             tasks=self._tasks(),
             embedding=None if self.pooler is None else self.pooler.info,
             vision=None if self.vision is None else self.vision.info,
+            card=self._card,
         )
 
     def _tasks(self) -> tuple[Task, ...]:

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .card_file import CARD
 from .checkpoint.writer import write_json, write_text
 from .conversion.report import Report
 
@@ -43,7 +44,7 @@ def write_card(
 ) -> None:
     """Write nibble_quality.json and README.md into `folder`; peak_rss in bytes, quality empty if not measured."""
     record = quality_record(report, quality, base_model, peak_rss)
-    write_json(folder / "nibble_quality.json", record)
+    write_json(folder / CARD, record)
     licence = _licence(Path(report.source), base_model)
     write_text(folder / "README.md", render(record, report, licence))
 

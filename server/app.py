@@ -10,7 +10,9 @@ import re
 import uuid
 
 from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +29,7 @@ from .openai.responses.endpoints import Responses
 from .protocol import PROBES_ONLY
 from .serving import Phase, Serving
 from .tgi import endpoints as tgi
+from .ui.files import INDEX, Page
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +89,18 @@ class RoomMiddleware:
         await app(scope, receive, send)
 
 
-def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
-    """The application for one Serving. With no keys, anybody may ask."""
+def create_app(
+    serving: Serving,
+    api_keys: tuple[ApiKey, ...] = (),
+    ui: bool = True,
+    allowed_origins: tuple[str, ...] = (),
+) -> FastAPI:
+    """The application for one Serving. With no keys, anybody may ask. allowed_origins: of web pages that may, too."""
     middleware = [
         Middleware(TrimMiddleware),
         Middleware(RequestIdMiddleware),
         Middleware(RoomMiddleware, serving=serving),
+        *_cors(allowed_origins),
         Middleware(AuthMiddleware, api_keys=api_keys),
     ]
     app = FastAPI(
@@ -108,8 +117,44 @@ def create_app(serving: Serving, api_keys: tuple[ApiKey, ...] = ()) -> FastAPI:
     _add_probes(app, serving)
     for add in (_add_generating, _add_responses, _add_tgi, _add_ollama, _add_pooled, _add_others):
         add(app, serving)
+    if ui:
+        _add_page(app)
     app.openapi = lambda: openapi.describe(app, serving, bool(api_keys))  # type: ignore[method-assign]
     return app
+
+
+def _cors(origins: tuple[str, ...]) -> list[Middleware]:
+    """Outside of authentication: a browser asks first, without a key, whether it may ask."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    ]
+
+
+def _add_page(app: FastAPI) -> None:
+    page = Page()
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/ui", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return _found(page.file(request, INDEX))
+
+    @app.get("/ui/{name}", include_in_schema=False)
+    async def page_file(request: Request, name: str) -> Response:
+        return _found(page.file(request, name))
+
+
+def _found(response: Response | None) -> Response:
+    if response is None:
+        raise HTTPException(404)
+    return response
 
 
 async def _client_gone(_: Request, __: Exception) -> Response:
@@ -253,6 +298,10 @@ def _add_others(app: FastAPI, serving: Serving) -> None:
     @app.get("/v1/models")
     async def list_models() -> Response:
         return models.list_models(serving)
+
+    @app.get("/v1/models/{model:path}/card")
+    async def accuracy_card(model: str) -> Response:
+        return models.card(model, serving)
 
     @app.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> Response:

@@ -1,6 +1,6 @@
 """Who may ask: API keys, denied by default.
 
-Every path but the three probes needs a key, known route or not, whatever the method. The decision is made on
+Every path but the three probes and the page's files needs a key, known route or not. The decision is made on
 `scope["path"]`, the same value the router matches; the Host header takes no part in it (CVE-2026-48746).
 """
 
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from . import errors
 from .keys import ApiKey, digest
+from .ui.files import is_open as is_page
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
@@ -22,7 +23,7 @@ class AuthMiddleware:
         self.api_keys = api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.api_keys and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self.api_keys and not _is_open(scope):
             tenant = self.tenant(scope)
             if tenant is None:
                 await errors.unauthorized().response()(scope, receive, send)
@@ -40,6 +41,10 @@ class AuthMiddleware:
             if secrets.compare_digest(given, key.digest)
         ]
         return matches[0] if matches else None
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in OPEN_PATHS or is_page(scope["method"], scope["path"])
 
 
 def _borne(scope: Scope) -> list[bytes]:

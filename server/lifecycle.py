@@ -72,6 +72,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     engine_timeout: float = 60.0  # seconds of silence after which the engine is stuck; 0: never
     max_queued_requests: int = 1024  # sequences beyond max_num_seqs that are admitted
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    ui: bool = True  # the page at / and /ui
+    allowed_origins: tuple[str, ...] = ()  # of web pages elsewhere that may ask; "*": any
     max_connections: int | None = None  # None: connections.connection_limit
     # That wait, from one address beyond loopback; 0: any number, None: a quarter of all
     max_connections_per_ip: int | None = None
@@ -155,7 +157,9 @@ class Lifecycle:
         limit = connection_limit(options.max_connections)
         per_address = options.max_connections_per_ip
         table = Connections(limit, max(1, limit // 4) if per_address is None else per_address)
-        self.http = _http_server(create_app(self.serving, options.api_keys), table)
+        self.http = _http_server(
+            create_app(self.serving, options.api_keys, options.ui, options.allowed_origins), table
+        )
         self.exit_code = 0
         self.failure: BaseException | None = None  # what ended the server
         self.signals = 0

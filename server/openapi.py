@@ -76,6 +76,7 @@ _ANSWERS = {
     **dict.fromkeys(("/score", "/v1/score"), "Scores"),
     "/v1/models": "ModelList",
     "/v1/models/{model}": "Model",
+    "/v1/models/{model}/card": "Card",
     "/tokenize": "Tokens",
     "/detokenize": "Text",
     "/tokenizer_info": "TokenizerInfo",
@@ -83,6 +84,7 @@ _ANSWERS = {
 }
 _BY_ID = (
     "/v1/models/{model}",
+    "/v1/models/{model}/card",
     "/v1/responses/{response_id}",
     "/v1/responses/{response_id}/input_items",
     "/v1/responses/{response_id}/cancel",

@@ -43,7 +43,9 @@ def answers() -> JsonSchema:
                 parent=_NULL,
                 max_model_len=_COUNT,
                 quantization=_TEXT,
+                input_modalities=_list({"enum": ["text", "image"]}),
             ),
+            "Card": _open(base_model=_TEXT, scheme=_TEXT, bits_per_weight=_NUMBER),
             "ModelList": _object(object={"const": "list"}, data=_list(ref("Model"))),
             "Tokens": _object(
                 count=_COUNT,

@@ -99,6 +99,19 @@ def serve_command(
             rich_help_panel=_HTTP,
         ),
     ] = "fcfs",
+    no_ui: Annotated[
+        bool,
+        typer.Option("--no-ui", metavar="", help="No page at / and /ui", rich_help_panel=_HTTP),
+    ] = False,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Where web pages may ask from, as https://example.org, or *; repeatable",
+            show_default="this server's own page alone",
+            rich_help_panel=_HTTP,
+        ),
+    ] = None,
     parse_special_tokens: Annotated[
         bool,
         typer.Option(
@@ -301,6 +314,8 @@ def serve_command(
         engine_timeout=engine_timeout,
         max_queued_requests=max_queued_requests,
         scheduling_policy=scheduling_policy,
+        ui=not no_ui,
+        allowed_origins=tuple(allowed_origins or ()),
         parse_special_tokens=parse_special_tokens,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,

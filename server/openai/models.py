@@ -4,6 +4,7 @@ import time
 
 from fastapi import Response
 
+from .. import errors
 from ..serving import Serving
 from .answer import json_response
 
@@ -21,6 +22,21 @@ def retrieve(model: str, serving: Serving) -> Response:
     return json_response(_card(model, serving))
 
 
+def card(model: str, serving: Serving) -> Response:
+    """The accuracy card that a conversion wrote beside the weights. ApiError 404 where there is none."""
+    serving.check_ready()
+    serving.check_model(model)
+    found = serving.engine.ready.card
+    if found is None:
+        raise errors.ApiError(
+            404,
+            f"The model `{model}` has no accuracy card: `nibble convert` writes one beside what it quantizes.",
+            param="model",
+            code="card_not_found",
+        )
+    return json_response(found)
+
+
 def _card(name: str, serving: Serving) -> dict[str, object]:
     """OpenAI's model object, with vLLM's `max_model_len` and `root`, and what the weights are."""
     serving.check_ready()
@@ -34,4 +50,5 @@ def _card(name: str, serving: Serving) -> dict[str, object]:
         "parent": None,
         "max_model_len": ready.max_model_len,
         "quantization": ready.quantization,
+        "input_modalities": ["text"] if ready.vision is None else ["text", "image"],
     }

@@ -114,10 +114,10 @@ def table(results: list[Result]) -> str:
     lines = ["| Client | Version | Works | Does not |", "|---|---|---|---|"]
     failures = []
     for result in results:
-        works = ", ".join(f.name for f in result.features if f.ok)
+        works = " · ".join(f.name for f in result.features if f.ok)
         wrong = [f for f in result.features if not f.ok]
         lines.append(
-            f"| {result.client} | {result.version} | {works} | {', '.join(f.name for f in wrong)} |"
+            f"| {result.client} | {result.version} | {works} | {' · '.join(f.name for f in wrong)} |"
         )
         failures += [f"- {result.client}, {f.name}: {f.why}" for f in wrong]
     return "\n".join(lines + (["", *failures] if failures else [])) + "\n"

@@ -46,7 +46,7 @@ def test_the_table_says_what_works_and_why_the_rest_does_not(run: ModuleType) ->
     assert run.table(results).splitlines() == [
         "| Client | Version | Works | Does not |",
         "|---|---|---|---|",
-        "| one | 1.2 | chat, x | tools |",
+        "| one | 1.2 | chat · x | tools |",
         "| two | 3 | chat |  |",
         "",
         "- one, tools: 400",
