@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]
     try:
+        if args[:1] == ["serve"]:
+            args = ["serve", *_translated(args[1:])]
         command = typer.main.get_command(app)
         return int(command.main(args, prog_name="nibble", standalone_mode=False) or 0)
     except (UserError, _UsageError) as error:
@@ -134,6 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stop.__cause__, EOFError):
             raise  # typer takes it for Ctrl-D; of a verb it is a defect
         return 130
+
+
+def _translated(args: list[str]) -> list[str]:
+    """With the flags of other servers as ours."""
+    from .tools.peer_flags import translated
+
+    return translated(args)
 
 
 def _load(name: str) -> Any:

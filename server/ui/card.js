@@ -4,7 +4,9 @@ import { ApiError, json } from "./api.js";
 import { element } from "./markdown.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 720;
+// As wide as the figure will be, so that text keeps its size.
+const WIDTH = Math.min(1006, innerWidth - 76);
+const LABELS = WIDTH < 500 ? 135 : 180;
 
 function node(tag, attributes, text = "") {
   const made = document.createElementNS(SVG, tag);
@@ -23,9 +25,9 @@ function bars(title, rows, show, names) {
   for (const row of rows) {
     svg.append(node("text", { x: 0, y: y + 15 }, row.label));
     row.values.forEach((value, i) => {
-      const width = Math.max(2, (value / most) * (WIDTH - 330));
-      svg.append(node("rect", { class: `bar-${i + 1}`, x: 210, y: y + 2, width, height: 15, rx: 3 }));
-      svg.append(node("text", { class: "minor", x: 218 + width, y: y + 15 }, show(value)));
+      const width = Math.max(2, (value / most) * (WIDTH - LABELS - 64));
+      svg.append(node("rect", { class: `bar-${i + 1}`, x: LABELS, y: y + 2, width, height: 15, rx: 3 }));
+      svg.append(node("text", { class: "minor", x: LABELS + 8 + width, y: y + 15 }, show(value)));
       y += 20;
     });
     y += 14;

@@ -37,6 +37,15 @@ def test_text_and_usage(client: anthropic.Anthropic) -> None:
     assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
 
 
+def test_what_was_found_in_the_cache_is_counted_apart(client: anthropic.Anthropic) -> None:
+    said = [{"role": "user", "content": "The same words twice, a block of them and more. " * 2}]
+    first, again = (ask(client, messages=said, max_tokens=2).usage for _ in range(2))
+    assert again.cache_read_input_tokens > first.cache_read_input_tokens
+    assert again.input_tokens < first.input_tokens
+    whole = client.messages.count_tokens(model="tiny", messages=said).input_tokens
+    assert again.input_tokens + again.cache_read_input_tokens == whole
+
+
 def test_the_system_prompt_is_part_of_the_prompt(client: anthropic.Anthropic) -> None:
     def count(**fields) -> int:
         return client.messages.count_tokens(model="tiny", messages=ASK, **fields).input_tokens

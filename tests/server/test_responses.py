@@ -44,6 +44,14 @@ def test_text_and_usage(client: openai.OpenAI) -> None:
     assert message.content[0].text == answer.output_text
 
 
+def test_what_was_found_in_the_cache_is_told(client: openai.OpenAI) -> None:
+    said = "Twice the same words, of more than one block of the cache. " * 2
+    first, again = (ask(client, input=said, max_output_tokens=2).usage for _ in range(2))
+    assert again.input_tokens == first.input_tokens
+    found = again.input_tokens_details.cached_tokens
+    assert first.input_tokens_details.cached_tokens < found < again.input_tokens
+
+
 def test_a_stream_has_every_event_and_comes_to_the_same(client: openai.OpenAI) -> None:
     wanted = {"format": {"type": "json_schema", "name": "f", "schema": PARAMETERS}}
     whole = ask(client, text=wanted)
