@@ -37,6 +37,7 @@ VERBS = {
     "chat": Verb(
         ".tools.chat:chat_command", "Talk to a server or a model in the terminal", "nibble chat"
     ),
+    "top": Verb(".tools.top:top_command", "Watch what a running server is doing", "nibble top"),
     "convert": Verb(
         ".tools.convert_command:convert_command",
         "Quantize a model to AWQ, GPTQ or FP8",

@@ -25,8 +25,6 @@ from ..engine.text.tokenizer import Tokenizer
 from ..errors import UserError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
-
 Messages = list[dict[str, str]]
 
 
@@ -34,6 +32,7 @@ class Backend(Protocol):
     """Something that answers. `num_tokens` is the length of the last answer."""
 
     num_tokens: int
+    model: str
 
     async def open(self) -> None: ...
 
@@ -150,7 +149,7 @@ def _check_params(params: SamplingParams, vocab_size: int) -> None:
         raise UserError(str(error)) from None
 
 
-async def _answer(backend: Backend, messages: Messages) -> str:
+async def answer(backend: Backend, messages: Messages, tells_speed: bool = True) -> str:
     """Stream one answer to stdout; how fast it came to stderr."""
     start, first, pieces = time.perf_counter(), 0.0, []
     async with aclosing(backend.reply(messages)) as texts:
@@ -160,37 +159,14 @@ async def _answer(backend: Backend, messages: Messages) -> str:
             print(text, end="", flush=True)
     print(flush=True)
     seconds = time.perf_counter() - start
+    if not tells_speed:
+        return "".join(pieces)
     print(
         f"[{backend.num_tokens} tokens, {backend.num_tokens / seconds:.1f} tokens/s, first after "
         f"{((first or start) - start) * 1000:.0f} ms]",
         file=sys.stderr,
     )
     return "".join(pieces)
-
-
-def _converse(runner: asyncio.Runner, backend: Backend, opening: Messages) -> None:
-    """Turns until the input ends. An answer that was stopped is forgotten together with its question."""
-    messages = list(opening)
-    if sys.stdin.isatty():
-        print(HELP, file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if line in ("/exit", "/quit"):
-            return
-        if line == "/clear":
-            messages = list(opening)
-        elif line:
-            turn = [*messages, {"role": "user", "content": line}]
-            try:
-                messages = [
-                    *turn,
-                    {"role": "assistant", "content": runner.run(_answer(backend, turn))},
-                ]
-            except KeyboardInterrupt:
-                print("\n[stopped]", file=sys.stderr)
 
 
 def chat_command(
@@ -219,13 +195,14 @@ def chat_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="The same answer again")] = None,
 ) -> None:
-    """Talk to a running server or to a model in the terminal.
+    """Talk to a running server or to a model in the terminal; /help there says what else can be typed.
 
     Examples: nibble chat; nibble chat ./SmolLM2-AWQ --prompt "Name three cheeses."
     """
+    from .conversation import Conversation
+
     given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     sampling = {name: value for name, value in given.items() if value is not None}
-    opening = [{"role": "system", "content": system}] if system else []
     backend: Backend = (
         LocalBackend(model, sampling) if model else ServerBackend(url, api_key, sampling)
     )
@@ -233,9 +210,10 @@ def chat_command(
         runner.run(backend.open())
         try:
             if prompt is None:
-                _converse(runner, backend, opening)
+                Conversation(runner, backend, system).run()
             else:
-                runner.run(_answer(backend, [*opening, {"role": "user", "content": prompt}]))
+                opening = [{"role": "system", "content": system}] if system else []
+                runner.run(answer(backend, [*opening, {"role": "user", "content": prompt}]))
         except httpx.TransportError as error:
             raise UserError(f"lost the connection to {url}: {error!r}") from None
         finally:

@@ -676,7 +676,7 @@ def test_a_chain_samples_on_the_host_whatever_its_parts_do() -> None:
     """The first part embeds the tokens, so none may stay on the device of the last; nor is a part warmed up alone."""
 
     class OnItsDevice:
-        overlaps, report = True, KernelReport()
+        overlaps, looks_ahead, report = True, True, KernelReport()
 
     chain = ChainedDecoder([OnItsDevice(), OnItsDevice()])
     assert not chain.overlaps

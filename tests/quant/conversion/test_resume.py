@@ -69,8 +69,15 @@ def die_at(step: int, how: signal.Signals, after: bool) -> None:
     writer._commit = dying
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("method", ["gptq", "fp8"])
+@pytest.mark.parametrize(
+    ("method", "after"),
+    [
+        pytest.param("gptq", False, id="gptq-before", marks=pytest.mark.slow),
+        pytest.param("gptq", True, id="gptq-after"),
+        pytest.param("fp8", False, id="fp8-before"),
+        pytest.param("fp8", True, id="fp8-after"),
+    ],
+)
 def test_killed_at_any_step_and_resumed_it_ends_in_the_same_bytes(dense, tmp_path, method, after):
     assert in_child(lambda: convert(dense, tmp_path / "whole", method, **FAST)) == 0
     want, step, died = contents(tmp_path / "whole"), 1, True
