@@ -117,6 +117,7 @@ def create_app(
     _add_probes(app, serving)
     for add in (_add_generating, _add_responses, _add_tgi, _add_ollama, _add_pooled, _add_others):
         add(app, serving)
+    _add_refused(app)
     if ui:
         _add_page(app)
     app.openapi = lambda: openapi.describe(app, serving, bool(api_keys))  # type: ignore[method-assign]
@@ -292,6 +293,20 @@ def _add_pooled(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/score")
     async def create_score(request: Request) -> Response:
         return await score.create(request, serving)
+
+
+def _add_refused(app: FastAPI) -> None:
+    """What clients know of OpenAI's and no model here has: said so, where an unknown path would say less."""
+
+    @app.post("/v1/audio/{what:path}", include_in_schema=False)
+    @app.post("/v1/images/{what:path}", include_in_schema=False)
+    async def refused(what: str) -> Response:
+        raise errors.ApiError(
+            404,
+            f"Nothing here hears, speaks or paints ({what[:64]}): the models that are served take text, some of them "
+            "images, and answer in text.",
+            code="unsupported_endpoint",
+        )
 
 
 def _add_others(app: FastAPI, serving: Serving) -> None:

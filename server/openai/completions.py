@@ -6,7 +6,7 @@ with its prompt, and with `logprobs` too its prompt's log-probabilities: what lm
 """
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import Request, Response
@@ -17,6 +17,7 @@ from ...engine.messages import TokenLogprobs
 from ...engine.request import FinishReason
 from ...engine.sampling_params import SamplingParams
 from ...engine.text.detokenizer import Detokenizer
+from ...engine.text.fill_in import with_suffix
 from ...engine.text.tokenizer import TooManyTokens
 from .. import errors, limits
 from ..generation import Delta, Sequence, usage
@@ -79,8 +80,8 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool | None = None  # vLLM: whether text prompts get the model's BOS
     # Of so many samples the n whose tokens are the most probable, on average; at least n, which a schema cannot say
     best_of: Annotated[int, Field(ge=1, le=limits.MAX_N), INTEGRAL] | None = None
-    # Not supported
-    suffix: Literal[""] | None = None
+    # What comes after the answer, where the model has tokens to say so with: a schema knows of no model
+    suffix: Annotated[str, Field(json_schema_extra={"maxLength": 0})] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -166,7 +167,22 @@ async def _token_ids(body: CompletionRequest, given: Listed, serving: Serving) -
                 f"Token ids must be between 0 and {ready.vocab_size - 1}.", "prompt"
             )
     max_tokens = body.max_tokens or 1
-    return [shortened(prompt, body.truncate_prompt_tokens, limit, max_tokens) for prompt in prompts]
+    kept = [shortened(prompt, body.truncate_prompt_tokens, limit, max_tokens) for prompt in prompts]
+    return _before_suffix(body, kept, serving)
+
+
+def _before_suffix(
+    body: CompletionRequest, prompts: list[list[int]], serving: Serving
+) -> list[list[int]]:
+    """Prompts that ask for the text between themselves and the suffix, where there is one."""
+    if not body.suffix:
+        return prompts
+    if body.echo:
+        raise errors.bad_request("'echo' and 'suffix' exclude each other.", "suffix")
+    try:
+        return with_suffix(serving.tokenizer, prompts, body.suffix)
+    except ValueError as error:
+        raise errors.bad_request(f"'suffix': {error}.", "suffix", "unsupported_parameter") from None
 
 
 def _room(

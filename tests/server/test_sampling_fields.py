@@ -166,6 +166,20 @@ def test_a_prompt_is_cut_at_its_beginning(client: openai.OpenAI) -> None:
     assert chat.usage.prompt_tokens == 20
 
 
+def test_a_suffix_needs_a_model_that_fills_in_the_middle(client: openai.OpenAI) -> None:
+    param, message = refused(client, suffix="end")
+    assert param == "suffix" and "no tokens to fill in the middle" in message
+    assert "echo" in refused(client, suffix="end", echo=True)[1]
+    assert text(client, temperature=0, suffix="") == text(client, temperature=0)
+
+
+def test_what_no_model_here_does_is_refused_in_words(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="hears, speaks or paints"):
+        client.audio.speech.create(model="tiny", voice="alloy", input="Hello")
+    with pytest.raises(openai.NotFoundError, match="hears, speaks or paints"):
+        client.images.generate(model="tiny", prompt="a cat")
+
+
 def test_the_id_that_was_asked_for(client: openai.OpenAI) -> None:
     assert complete(client, request_id="mine-7").id == "cmpl-mine-7"
     ids = {
