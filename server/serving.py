@@ -26,6 +26,7 @@ _PATHS: "dict[Task, tuple[str, ...]]" = {
     "embed": ("/v1/embeddings", "/v1/rerank", "/v1/score"),
     "score": ("/v1/rerank", "/v1/score"),
 }
+_NO_NAMES = ("tgi", "dummy")  # text-generation's; huggingface_hub's
 
 
 class Phase(enum.Enum):
@@ -152,8 +153,8 @@ class Serving:
             )
 
     def check_model(self, model: str) -> None:
-        """ApiError 404 for a name that is not the model's. `tgi` is any server's: TGI's clients send it."""
-        if model not in self.model_names and model != "tgi":
+        """ApiError 404 for a name that is neither the model's nor one that clients send who know of none."""
+        if model not in self.model_names and model not in _NO_NAMES:
             raise errors.model_not_found(model)
 
 

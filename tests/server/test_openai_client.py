@@ -354,6 +354,11 @@ def test_unknown_model(client: openai.OpenAI) -> None:
     assert caught.value.body["type"] == "invalid_request_error"
 
 
+def test_what_clients_send_who_know_of_no_name_is_the_model(client: openai.OpenAI) -> None:
+    for name in ("tgi", "dummy"):
+        assert chat(client, model=name, max_tokens=2).usage.completion_tokens == 2
+
+
 def test_context_length(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, prompt="x" * 9000)

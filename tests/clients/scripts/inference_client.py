@@ -38,6 +38,7 @@ def _() -> None:
 def _() -> None:
     answer = client.chat_completion(HELLO, model=MODEL, max_tokens=16)
     check(answer.choices[0].message.content, answer)
+    check(client.chat_completion(HELLO, max_tokens=16).choices[0].message.content)
 
 
 @feature("chat, streamed")
